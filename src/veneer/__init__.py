@@ -1,0 +1,65 @@
+"""Veneer: one frozen base, many LoRA and DoRA adapters, trained, mixed, composed and served on it.
+
+    import veneer
+    from veneer import LoRA, DoRA
+
+    base = veneer.load_base("smollm2-135m")
+    bank = veneer.attach(base.model)
+    bank.add("sql", LoRA(r=16, lora_alpha=32))
+    with bank.use("sql"):
+        base.model(**batch)
+
+Names resolve when they are first used, so that ``import veneer`` and ``veneer --help`` cost nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from veneer import errors
+    from veneer.adapters import Adapter, Bank, DoRA, LoRA, Route, bank_of
+    from veneer.checkpoints import attach
+    from veneer.models.load import Base, load_base
+    from veneer.train import train
+
+__version__ = "0.1.0"
+__all__ = [
+    "Adapter",
+    "Bank",
+    "Base",
+    "DoRA",
+    "LoRA",
+    "Route",
+    "attach",
+    "bank_of",
+    "errors",
+    "load_base",
+    "train",
+]
+
+_HOMES = {
+    "Adapter": "veneer.adapters",
+    "Bank": "veneer.adapters",
+    "Base": "veneer.models.load",
+    "DoRA": "veneer.adapters",
+    "LoRA": "veneer.adapters",
+    "Route": "veneer.adapters",
+    "attach": "veneer.checkpoints",
+    "bank_of": "veneer.adapters",
+    "load_base": "veneer.models.load",
+    "train": "veneer.train",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "errors":
+        return import_module("veneer.errors")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'veneer' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

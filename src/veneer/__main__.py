@@ -1,0 +1,10 @@
+"""``python -m veneer`` is the same as ``veneer``."""
+
+from __future__ import annotations
+
+import sys
+
+from veneer.cli.main import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,46 @@
+"""Options on their way out: YAML that reads back as the same values, and JSON Schema for editors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from veneer._options.scalars import resolve_scalar
+
+
+def to_yaml(options: BaseModel) -> str:
+    """The options as a YAML file that ``load_yaml`` reads back to the same values."""
+    import yaml
+
+    class Dumper(yaml.SafeDumper):
+        """Quotes every text that YAML 1.2 would read as something else, and never writes an alias."""
+
+        def ignore_aliases(self, data: Any) -> bool:
+            return True
+
+    def text(dumper: Dumper, value: str) -> yaml.Node:
+        style = None if isinstance(resolve_scalar(value), str) else "'"
+        style = style if value.isprintable() else '"'  # PyYAML loses some kinds of line break in the other styles
+        return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
+
+    Dumper.add_representer(str, text)
+    return str(yaml.dump(plain(options), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=110))
+
+
+def plain(value: Any) -> Any:
+    """Options as mappings, lists, text, numbers and None."""
+    if isinstance(value, BaseModel):
+        return {name: plain(getattr(value, name)) for name in type(value).model_fields}
+    if isinstance(value, dict):
+        return {str(key): plain(inner) for key, inner in value.items()}
+    if isinstance(value, tuple | list):
+        return [plain(inner) for inner in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def json_schema(model_cls: type[BaseModel]) -> dict[str, Any]:
+    """JSON Schema (2020-12) of a set of options; an editor completes and checks a YAML file with it."""
+    schema = model_cls.model_json_schema()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

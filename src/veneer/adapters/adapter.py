@@ -1,0 +1,192 @@
+"""An adapter: a name, a frozen method and its tensors by site. An object of its own, not a state of a model.
+
+It can be made, loaded, saved, composed and looked at without a model in memory. Tensors are exact-rank masters in fp32 (fp64 on an
+fp64 base); what a layer computes with is cast from them, so an optimizer never sees anything else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.adapters.host import Geometry
+from veneer.adapters.methods import Method
+from veneer.adapters.methods.lora import factors_2d
+from veneer.adapters.site import Site
+from veneer.adapters.targets import by_pattern
+from veneer.errors import AdapterError
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+BASE_NAME = "base"
+
+
+class Adapter:
+    """A trained, or trainable, change to a base.
+
+    name: how routes call it. method: `LoRA` or `DoRA`, frozen. tensors: {site: {tensor name: Parameter}} in PEFT's names and shapes.
+    own: whole weights, biases and rows at some places, {place: {"weight", "bias", "rows" or "lora_bias": Parameter}} (see ``own.py``);
+    one Parameter may stand at two places. tokens: which tokens the rows are of. kinds: the layer kind of each site. alphas: lora_alpha
+    of each site. seed: of the initialiser and of dropout. draws: how many training passes have drawn dropout so far. meta: what its file
+    says of its origin.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        method: Method,
+        tensors: Mapping[str, Mapping[str, Tensor]],
+        kinds: Mapping[str, str],
+        *,
+        own: Mapping[str, Mapping[str, Tensor]] | None = None,
+        tokens: Mapping[str, tuple[int, ...]] | None = None,
+        alphas: Mapping[str, float] | None = None,
+        seed: int = 0,
+        meta: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.name = check_name(name)
+        self.method = method
+        self.tensors = _parameters(tensors)
+        self.own = _parameters(own or {})
+        self.tokens = dict(tokens or {})
+        self.kinds = dict(kinds)
+        self._alphas = dict(alphas or {})
+        self.seed = seed
+        self.draws = 0
+        self.meta: dict[str, Any] = dict(meta or {})
+
+    def __repr__(self) -> str:
+        sizes = f"{len(self.tensors)} sites, {self.num_parameters():,} parameters"
+        return f"Adapter({self.name!r}, {self.method.name}, {sizes})"
+
+    def rank(self, site: str) -> int:
+        """Rank at a site: the length of A's first dimension."""
+        own = self.tensors[site]
+        return int((own["lora_embedding_A"] if "lora_embedding_A" in own else own["lora_A"]).shape[0])
+
+    def alpha(self, site: str) -> float:
+        """lora_alpha at a site, alpha_pattern applied."""
+        if site in self._alphas:
+            return self._alphas[site]
+        return by_pattern(self.method.alpha_pattern, site, self.method.lora_alpha)
+
+    def scale(self, site: str) -> float:
+        """s in W + s B A at a site."""
+        return self.method.scaling(self.rank(site), self.alpha(site))
+
+    def follows_at(self, site: Site) -> bool:
+        """Whether this adapter acts on an output head through the factors of the embedding that the head is tied to."""
+        return self.method.ensure_weight_tying and site.tied_to in self.tensors and site.name not in self.tensors
+
+    def acts_at(self, site: Site) -> bool:
+        """Whether this adapter has a low-rank change at a site, of its own or an embedding's that the site follows."""
+        return site.name in self.tensors or self.follows_at(site)
+
+    def named_tensors(self) -> Iterator[tuple[str, str, nn.Parameter]]:
+        """(site, name, tensor) of everything that the adapter holds, the low-rank changes first; what two places share comes once."""
+        seen: set[int] = set()
+        for table in (self.tensors, self.own):
+            for site, own in table.items():
+                for key, value in own.items():
+                    if id(value) not in seen:
+                        seen.add(id(value))
+                        yield site, key, value
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Every tensor of the adapter, site by site, once."""
+        for _, _, value in self.named_tensors():
+            yield value
+
+    def num_parameters(self) -> int:
+        """How many numbers the adapter holds."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def requires_grad_(self, on: bool = True) -> Adapter:
+        """Let gradients reach the adapter's tensors, or not."""
+        for parameter in self.parameters():
+            parameter.requires_grad_(on)
+        return self
+
+    def delta_2d(self, site: str, weight_2d: Tensor | None = None) -> Tensor:
+        """W' - W at a site, dense [out, in], computed in fp32 or wider. DoRA needs the base weight ``weight_2d`` [out, in].
+
+        Raises AdapterError where the base weight is needed and not given.
+        """
+        wide = torch.float64 if weight_2d is not None and weight_2d.dtype == torch.float64 else torch.float32
+        own: dict[str, Tensor] = dict(self.tensors[site])
+        if not self.method.has_gain:
+            a, b = factors_2d(own, wide)
+            return self.scale(site) * (b @ a)
+        if weight_2d is None:
+            raise AdapterError(
+                f"{self.name}: the change of a DoRA adapter at {site} depends on the base weight: pass it"
+            )
+        base = weight_2d.detach().to(wide)
+        return self.method.merged(base, own, self.scale(site)) - base
+
+
+def new_adapter(
+    name: str,
+    method: Method,
+    sites: list[Site],
+    *,
+    seed: int,
+    own: Mapping[str, Mapping[str, Tensor]] | None = None,
+    tokens: Mapping[str, tuple[int, ...]] | None = None,
+) -> Adapter:
+    """A fresh adapter over ``sites`` that leaves the base's output exactly as it is; in fp32, or in fp64 where the base is.
+
+    Each site draws from a stream of its own, so that the values at one site do not depend on which others are adapted.
+    """
+    tensors: dict[str, dict[str, Tensor]] = {}
+    for site in sites:
+        r = by_pattern(method.rank_pattern, site.name, method.r)
+        dtype = torch.promote_types(site.weight.dtype, torch.float32)
+        if site.weight.is_meta:
+            # A base without values: shapes are all there is, for counting and planning.
+            shapes = tensor_shapes(method, site.geometry, r)
+            tensors[site.name] = {key: torch.empty(shape, dtype=dtype, device="meta") for key, shape in shapes.items()}
+            continue
+        generator = torch.Generator().manual_seed(stream_seed(seed, site.name))
+        tensors[site.name] = method.init(site.geometry, r, site.squared_norms, generator, dtype)
+    kinds = {site.name: site.kind for site in sites}
+    return Adapter(name, method, tensors, kinds, own=own, tokens=tokens, seed=seed)
+
+
+def tensor_shapes(method: Method, geometry: Geometry, r: int) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that a method of rank ``r`` keeps at a site."""
+    names = method.tensor_names(geometry.kind)
+    return dict(zip(names, (geometry.shape_a(r), geometry.shape_b(r), (geometry.out,)), strict=False))
+
+
+def stream_seed(*parts: object) -> int:
+    """A 63-bit seed that is a function of its parts alone, the same in every process."""
+    digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def check_name(name: str) -> str:
+    """The name itself, if it can stand in routes, files and URLs.
+
+    Raises AdapterError otherwise.
+    """
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or name == BASE_NAME:
+        raise AdapterError(
+            f"{name!r} cannot name an adapter: expected 1 to 128 letters, digits, dots, dashes or underscores that begin with a "
+            f'letter or digit, and not "{BASE_NAME}", which means the base itself'
+        )
+    return name
+
+
+def _parameters(tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, nn.Parameter]]:
+    """The same tables with every tensor a Parameter; a tensor that stands twice stays one."""
+    made: dict[int, nn.Parameter] = {}
+    for own in tensors.values():
+        for value in own.values():
+            if id(value) not in made:
+                made[id(value)] = value if isinstance(value, nn.Parameter) else nn.Parameter(value)
+    return {site: {key: made[id(value)] for key, value in own.items()} for site, own in tensors.items()}

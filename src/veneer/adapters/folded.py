@@ -1,0 +1,94 @@
+"""Factors of frozen adapters, ready to compute with and kept from call to call.
+
+While an adapter is only used its factors are the same in every call: cast to the compute dtype, the scale and DoRA's gain folded into B,
+and the norm behind that gain, which takes a product with the whole base weight. For an adapter whose tensors require no gradients
+(``adapter.requires_grad_(False)``, as serving does) they are kept for as long as all its tensors are the very same, by identity, address
+and version, which is looked up once a pass. Adapters that are computed as a bundle have their banks kept too, for the last few sets of
+adapters at each site. Writing to a frozen adapter through ``tensor.data`` is the one change that a tensor does not tell of; `forget` is
+for those who must.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
+from weakref import WeakKeyDictionary
+
+from torch import Tensor
+
+from veneer.adapters.passes import Pass
+
+if TYPE_CHECKING:
+    from veneer.adapters.adapter import Adapter
+    from veneer.adapters.bank import Bank
+
+__all__ = ["forget", "generation", "keep"]
+
+_SETS = 2
+"""Banks of so many sets of adapters are kept at a site: those that decode, and those that came just before."""
+_count = itertools.count(1)
+T = TypeVar("T")
+
+
+class _State:
+    """An adapter's tensors as they were seen last, and the number of that state."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self.seen = [(tensor, tensor._version, tensor.data_ptr()) for tensor in tensors]
+        self.number = next(_count)
+
+    def holds(self, tensors: list[Tensor]) -> bool:
+        return len(tensors) == len(self.seen) and all(
+            tensor is known and tensor._version == version and tensor.data_ptr() == address
+            for tensor, (known, version, address) in zip(tensors, self.seen, strict=True)
+        )
+
+
+_states: WeakKeyDictionary[Adapter, _State] = WeakKeyDictionary()
+_kept: WeakKeyDictionary[Bank, dict[tuple[str, object], OrderedDict[object, object]]] = WeakKeyDictionary()
+
+
+def generation(current: Pass, adapter: Adapter) -> int | None:
+    """A number that changes whenever a tensor of a frozen adapter does; None for one that is trained, or that tells of no changes.
+
+    Looked up once a pass.
+    """
+    known = current.generations.get(adapter.name, -1)
+    if known != -1:
+        return known
+    tensors: list[Tensor] = list(adapter.parameters())
+    found = None
+    if not any(tensor.requires_grad or tensor.is_inference() for tensor in tensors):
+        state = _states.get(adapter)
+        if state is None or not state.holds(tensors):
+            state = _states[adapter] = _State(tensors)
+        found = state.number
+    current.generations[adapter.name] = found
+    return found
+
+
+def forget(adapter: Adapter) -> None:
+    """Make what is kept of an adapter anew at its next use."""
+    _states.pop(adapter, None)
+
+
+def keep(bank: Bank, site: str, names: tuple[str, ...], state: tuple[object, ...], make: Callable[[], T]) -> T:
+    """What ``make`` gives for these adapters at a site, kept while ``state`` stays the same.
+
+    A single adapter's has a place of its own; of sets of adapters the last few are kept.
+    """
+    single = len(names) == 1
+    places = _kept.setdefault(bank, {})
+    entries = places.setdefault((site, names[0] if single else None), OrderedDict())
+    key = (names, state)
+    known = entries.get(key)
+    if known is not None:
+        entries.move_to_end(key)
+        return known  # type: ignore[return-value]
+    made = make()
+    entries[key] = made
+    while len(entries) > (1 if single else _SETS):
+        entries.popitem(last=False)
+    return made

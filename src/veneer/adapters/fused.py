@@ -1,0 +1,210 @@
+"""Which layers take the fast form, and how layers that read the same input share one call of it.
+
+The fast form (`kernels/adapted_linear`) is for plain frozen linear layers, with LoRA of any kind and with DoRA whose norm is a
+constant. Everything else takes the plain form: other layer kinds, layers with a forward of their own, weights that are trained or
+quantized, autocast, DoRA in a weighted mix or where the model goes on in place on the output, PEFT's form of DoRA dropout, tied
+heads.
+
+Layers that were seen at attach to read the same input one after the other (q, k, v; gate, up) are computed when the first of them is
+called, and the others find their output ready, if what they are given is that very tensor, unchanged. Each layer stays a host of its
+own: hooks on it run as ever, and one that is handed something else computes for itself.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.adapters.folded import generation, keep
+from veneer.adapters.methods import Method
+from veneer.adapters.passes import Part, Pass
+from veneer.adapters.replay import Ready
+from veneer.kernels.adapted_linear import Branch, Bundle, Factors, Grid, Layer, Share, adapted_linear, stack
+
+if TYPE_CHECKING:
+    from veneer.adapters.adapter import Adapter
+    from veneer.adapters.forward import HostForward
+
+_PLAIN = (Tensor, nn.Parameter)
+_FEW_CELLS = 64
+"""Adapters with so many cells at most are bundled; above, each one's own products are as fast."""
+Plan = list[tuple[list[Part], "Grid | None"]]
+
+
+def fused(host: HostForward, current: Pass, parts: list[Part], x: Tensor) -> Tensor | None:
+    """The layer's output with its adapters, or None where the plain form is to be taken."""
+    bank = host.bank
+    if not bank.fused or not _fits(host, x) or not all(_can(host, current, part) for part in parts):
+        return None
+    state = bank.traffic.state
+    ready, state.ready = state.ready, None
+    mark = _mark(x, current)
+    if ready is not None and ready.mark == mark and host.site.name in ready.outputs:
+        state.ready = ready
+        return ready.outputs.pop(host.site.name)
+    hosts = [host, *_siblings(host, current, parts, x)]
+    layers = [_layer(each) for each in hosts]
+    branches = [
+        branch
+        for group, grid in _plan(host, current, parts)
+        for branch in _branches(hosts, layers, current, group, grid)
+    ]
+    first, *others = adapted_linear(x, layers, branches)
+    if others:
+        names = [each.site.name for each in hosts[1:]]
+        state.ready = Ready(x, current, mark, dict(zip(names, others, strict=True)))
+    return first
+
+
+def _branches(
+    hosts: list[HostForward], layers: list[Layer], current: Pass, group: list[Part], grid: Grid | None
+) -> list[Branch]:
+    """Parts as branches of a call: one for a bundle, else one each. Of frozen adapters all that can be kept is."""
+    bank, site = hosts[0].bank, hosts[0].site.name
+    adapters = [bank[name] for name, _, _ in group]
+    state: tuple[object, ...] | None = None
+    if not torch.is_grad_enabled() and not any(hosts[0].dropout(current, adapter) for adapter in adapters):
+        numbers = [generation(current, adapter) for adapter in adapters]
+        if None not in numbers:
+            weights = ((w.dtype, w.data_ptr(), -1 if w.is_inference() else w._version) for w, _ in layers)
+            state = (*numbers, *weights, None if grid is None else grid.few)
+
+    def factors(adapter: Adapter) -> list[Factors | None]:
+        own = [_factors(each, current, adapter) for each in hosts]
+        if state is not None:
+            for f, (weight, _) in zip(own, layers, strict=True):
+                if f is not None:
+                    f.folded = f.fold(weight.dtype)
+        return own
+
+    names = tuple(adapter.name for adapter in adapters)
+    if grid is not None:
+        if state is not None:
+            made = keep(bank, site, names, state, lambda: stack([factors(one) for one in adapters], layers, grid))
+            return [Bundle(grid, None, made)]
+        every = [factors(adapter) for adapter in adapters]
+        return [Bundle(grid, every, stack(every, layers, grid))]
+    found: list[Branch] = []
+    for i, (adapter, (name, rows, weight)) in enumerate(zip(adapters, group, strict=True)):
+        if state is not None:
+            alone = (state[i], *state[len(group) :])
+            own = keep(bank, site, (name,), alone, partial(factors, adapter))
+        else:
+            own = factors(adapter)
+        found.append(Share(None if rows is None else current.spans.get(id(rows), rows), weight, own))
+    return found
+
+
+def _plan(host: HostForward, current: Pass, parts: list[Part]) -> Plan:
+    """Parts by themselves, and in bundles: adapters with few cells each, of like ranks and numbers of cells, that share no cell."""
+    if len(parts) == 1 or not current.apart:
+        return [(parts, None)]
+    adapters = [host.bank[name] for name, _, _ in parts]
+    ranks = tuple(adapter.rank(host.site.name) for adapter in adapters)
+    key = (tuple((name, id(rows)) for name, rows, _ in parts), ranks)
+    known: Plan | None = current.plans.get(key)
+    if known is not None:
+        return known
+    alone: list[Part] = []
+    groups: dict[tuple[object, ...], list[Part]] = {}
+    for part, adapter, rank in zip(parts, adapters, ranks, strict=True):
+        rows = part[1]
+        if rows is None or len(rows) > _FEW_CELLS or adapter.method.lora_dropout:
+            alone.append(part)
+        else:
+            kind = (adapter.method.has_gain, (rank - 1).bit_length(), (len(rows) - 1).bit_length())
+            groups.setdefault(kind, []).append(part)
+    plan: Plan = [(alone, None)] if alone else []
+    for group in groups.values():
+        group.sort(key=lambda part: int(part[1][0]))  # type: ignore[index]
+        cells = [rows for _, rows, _ in group if rows is not None]
+        plan.append((group, Grid(cells, [weight for _, _, weight in group]) if len(group) > 1 else None))
+    current.plans[key] = plan
+    return plan
+
+
+def _mark(x: Tensor, current: Pass) -> tuple[int, ...]:
+    """What must be the same for an output that is ready to be taken. Ids hold while the input and the pass are kept alive."""
+    return id(x), -1 if x.is_inference() else x._version, id(current), torch.is_grad_enabled()
+
+
+def _layer(host: HostForward) -> Layer:
+    module: Any = host.site.module
+    return module.weight, module.bias
+
+
+def _fits(host: HostForward, x: Tensor) -> bool:
+    """Whether a layer is a plain frozen linear one, as it stands there now."""
+    if host.inner is not None or type(host.site.module).forward is not nn.Linear.forward:
+        return False
+    weight, bias = _layer(host)
+    frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
+    return (
+        frozen
+        and type(weight) in _PLAIN
+        and type(x) in _PLAIN
+        and weight.dtype == x.dtype
+        and weight.is_floating_point()
+        and weight.layout == torch.strided
+        and (x.is_meta or not torch.is_autocast_enabled(x.device.type))
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
+def _can(host: HostForward, current: Pass, part: Part) -> bool:
+    """Whether the fast form knows what this adapter does here."""
+    name, _, weight = part
+    if host.site.name not in host.bank[name].tensors:
+        return False
+    key = (name, id(weight))
+    knows = current.plans.get(key)
+    if knows is None:
+        knows = current.plans[key] = _knows(host.bank[name].method, current, weight)
+    # The output is kept for the gradient of a magnitude, so the model must not write over it.
+    return knows is True or (knows == "unless overwritten" and not (host.site.overwritten and torch.is_grad_enabled()))
+
+
+def _knows(method: Method, current: Pass, weight: float | Tensor) -> bool | str:
+    if not method.has_gain:
+        return True
+    simple = (
+        current.apart
+        and isinstance(weight, float)
+        and weight == 1.0
+        and not getattr(method, "exact_norm_gradient", False)
+        and not (method.lora_dropout and getattr(method, "dropout_form", "") == "peft")
+    )
+    return "unless overwritten" if simple else False
+
+
+def _siblings(host: HostForward, current: Pass, parts: list[Part], x: Tensor) -> list[HostForward]:
+    """The hosts that will be called next with the same input, and may share this call."""
+    group = host.site.group
+    if not group or group[0] != host.site.name:
+        return []
+    found = []
+    for name in group[1:]:
+        other = host.bank.wiring.host(host.bank.sites[name])
+        if other is not None and _fits(other, x):
+            there = [part for part in parts if name in host.bank[part[0]].tensors]
+            if there and all(_can(other, current, part) for part in there):
+                found.append(other)
+    return found
+
+
+def _factors(host: HostForward, current: Pass, adapter: Adapter) -> Factors | None:
+    own = adapter.tensors.get(host.site.name)
+    if own is None:
+        return None
+    names = adapter.method.tensor_names(host.site.kind)
+    return Factors(
+        own[names[0]],
+        own[names[1]],
+        adapter.scale(host.site.name),
+        own[names[2]] if adapter.method.has_gain else None,
+        host.norm(current, adapter),
+        host.dropout(current, adapter),
+    )

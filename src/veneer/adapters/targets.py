@@ -1,0 +1,142 @@
+"""Which sites an adapter takes: patterns over site names, each of which must match something.
+
+    all-linear          every linear layer of the blocks, not the head
+    q_proj              a name: the last part of a path, or any tail of it ("self_attn.q_proj")
+    model.layers.*.mlp.*   a glob over the whole path or a tail of it
+    re:.*\\.(q|v)_proj   a regular expression that must match the whole path
+
+A pattern that matches nothing is an error which lists near misses and what the model has; all such patterns are told at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+from veneer.adapters.methods.options import LowRankOptions
+from veneer.adapters.site import Site, Survey
+from veneer.errors import Problems, TargetError
+
+ALL_LINEAR = "all-linear"
+T = TypeVar("T")
+
+
+def as_list(patterns: str | Iterable[str]) -> list[str]:
+    """One pattern or several, as a list."""
+    return [patterns] if isinstance(patterns, str) else list(patterns)
+
+
+def matches(pattern: str, path: str) -> bool:
+    """Whether a pattern of any kind but ``all-linear`` names this path."""
+    if pattern.startswith("re:"):
+        return re.fullmatch(pattern[3:], path) is not None
+    if any(char in pattern for char in "*?["):
+        return fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(path, f"*.{pattern}")
+    return path == pattern or path.endswith(f".{pattern}")
+
+
+def select(survey: Survey, options: LowRankOptions, kinds: tuple[str, ...]) -> list[str]:
+    """Names of the sites that ``options`` asks for, in the model's order.
+
+    Raises TargetError naming every pattern that matches nothing, every place asked for that cannot be adapted, and why.
+    """
+    problems = Problems()
+    chosen: set[str] = set()
+    for pattern in as_list(options.target_modules):
+        chosen |= _one(pattern, survey, kinds, problems)
+    for pattern in as_list(options.exclude_modules):
+        excluded = {name for name in chosen if _matches(pattern, name, problems)}
+        if not excluded and not _is_broken(pattern):
+            problems.add(f'exclude_modules: "{pattern}" matches none of the sites that target_modules chose')
+        chosen -= excluded
+    chosen = _only_layers(chosen, survey, options.layers_to_transform, problems)
+    if not chosen and not problems:
+        problems.add("no site is left after exclude_modules and layers_to_transform")
+    for label, table in (("rank_pattern", options.rank_pattern), ("alpha_pattern", options.alpha_pattern)):
+        for pattern in table:
+            if not any(_matches(pattern, name, problems) for name in chosen) and not _is_broken(pattern):
+                problems.add(f'{label}: "{pattern}" matches none of the adapted sites')
+    problems.raise_if_any(TargetError, "the adapter's sites cannot be chosen")
+    return [name for name in survey.sites if name in chosen]
+
+
+def by_pattern(table: Mapping[str, T], path: str, default: T) -> T:
+    """The value of the first pattern in ``table`` that names ``path``."""
+    return next((value for pattern, value in table.items() if matches(pattern, path)), default)
+
+
+def _one(pattern: str, survey: Survey, kinds: tuple[str, ...], problems: Problems) -> set[str]:
+    sites = survey.sites
+    if pattern == ALL_LINEAR:
+        linear = [site for site in sites.values() if site.kind in ("linear", "conv1d") and not site.is_head]
+        in_blocks = [site for site in linear if site.in_block] or linear
+        found = {site.name for site in in_blocks if not site.reason}
+        if not found:
+            problems.add(f'target_modules: "{ALL_LINEAR}" finds no linear layer; the model has {_inventory(sites)}')
+        return found
+    found = {name for name in sites if _matches(pattern, name, problems)}
+    for name in sorted(found):
+        if sites[name].reason:
+            problems.add(f'target_modules: "{pattern}" names {name}, which cannot be adapted: {sites[name].reason}')
+        elif sites[name].kind not in kinds:
+            problems.add(
+                f'target_modules: "{pattern}" names {name}, a {sites[name].kind} layer, which this method does not take'
+            )
+    refused = {name: why for name, why in survey.uncovered.items() if _matches(pattern, name, problems)}
+    for name, why in sorted(refused.items()):
+        problems.add(f'target_modules: "{pattern}" names {name}, which cannot be adapted: {why}')
+    if not found and not refused and not _is_broken(pattern):
+        problems.add(
+            f'target_modules: "{pattern}" matches nothing{_near(pattern, sites)}; the model has {_inventory(sites)}'
+        )
+    return found
+
+
+def _matches(pattern: str, path: str, problems: Problems) -> bool:
+    try:
+        return matches(pattern, path)
+    except re.error as error:
+        text = f'"{pattern}" is not a regular expression: {error}'
+        if text not in problems:
+            problems.add(text)
+        return False
+
+
+def _is_broken(pattern: str) -> bool:
+    if not pattern.startswith("re:"):
+        return False
+    try:
+        re.compile(pattern[3:])
+    except re.error:
+        return True
+    return False
+
+
+def _only_layers(chosen: set[str], survey: Survey, layers: tuple[int, ...] | None, problems: Problems) -> set[str]:
+    if layers is None:
+        return chosen
+    have = {survey.sites[name].block for name in chosen} - {None}
+    for layer in layers:
+        if layer not in have:
+            span = f"{min(have)} to {max(have)}" if have else "none"  # type: ignore[type-var]
+            problems.add(f"layers_to_transform: block {layer} holds none of the chosen sites (blocks: {span})")
+    return {name for name in chosen if survey.sites[name].block in layers}
+
+
+def _near(pattern: str, sites: Mapping[str, Site]) -> str:
+    tails = sorted({name.rpartition(".")[2] for name in sites} | set(sites) | {ALL_LINEAR})
+    close = difflib.get_close_matches(pattern, tails, n=3, cutoff=0.6)
+    return f" (did you mean {' or '.join(close)}?)" if close else ""
+
+
+def _inventory(sites: Mapping[str, Site]) -> str:
+    """The model's layers by the last part of their name: "q_proj (30), up_proj (30)"."""
+    counts = Counter(name.rpartition(".")[2] or "the model itself" for name in sites)
+    if not counts:
+        return "no layer that an adapter can act on"
+    shown = [f"{name} ({count})" for name, count in counts.most_common(24)]
+    return ", ".join(shown) + (f" and {len(counts) - 24} more" if len(counts) > 24 else "")

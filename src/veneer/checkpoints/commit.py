@@ -1,0 +1,172 @@
+"""The commit protocol: a checkpoint is whole and verified, or it is not there.
+
+    1  write every file into a folder aside (``name.tmp-...``), each synced to the disk
+    2  write MANIFEST.json with size and SHA-256 of every file, synced
+    3  sync the folder, rename it to its name, sync its parent
+    4  read everything back and compare with the manifest
+    5  only now point LATEST at it (written aside, renamed, synced)
+    6  only now delete older ones, keeping two at least
+
+Whatever moment the process dies at, the newest folder that agrees with its manifest is a complete checkpoint; what lies aside is
+swept away at the next start. A flipped bit anywhere makes a folder disagree, and the one before it is taken.
+
+``at`` is called by name at every point between two effects; tests put faults there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from veneer.errors import CheckpointError
+
+MANIFEST, LATEST, _ASIDE = "MANIFEST.json", "LATEST", ".tmp-"
+_REPLACED = f"{_ASIDE}replaced"
+_CHUNK = 1 << 20
+
+
+def at(point: str) -> None:
+    """A named point between two effects. Does nothing; it is where tests inject faults."""
+
+
+def commit(parent: Path, name: str, write: Callable[[Path], None], *, keep: int = 2) -> Path:
+    """Make the checkpoint ``parent/name`` by this protocol; ``write`` puts the files into the folder that it is given.
+
+    Returns its path. Raises CheckpointError where what was written does not read back; OSError (a full disk) passes through, and
+    then everything committed before is as it was.
+    """
+    parent.mkdir(parents=True, exist_ok=True)
+    aside = parent / f"{name}{_ASIDE}{secrets.token_hex(4)}"
+    final, replaced = parent / name, parent / f"{name}{_REPLACED}"
+    try:
+        aside.mkdir()
+        at("made aside")
+        write(aside)
+        at("files written")
+        for file in sorted(aside.iterdir()):
+            sync(file)
+        write_text(aside / MANIFEST, json.dumps({"files": _sums(aside)}, indent=1, sort_keys=True))
+        at("manifest written")
+        sync(aside)
+        if final.exists():
+            final.rename(replaced)
+            at("older of the same name put aside")
+        aside.rename(final)
+        at("renamed")
+        sync(parent)
+        shutil.rmtree(replaced, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        _put_back(replaced, final)
+        raise
+    at("committed")
+    if not verified(final):
+        raise CheckpointError(f"{final} does not read back as it was written; the disk or its memory is at fault")
+    at("verified")
+    replace_text(parent / LATEST, name)
+    at("pointed to")
+    _prune(parent, final, keep)
+    at("pruned")
+    return final
+
+
+def newest(parent: Path) -> Path | None:
+    """The newest checkpoint that agrees with its manifest, or None. What lies aside is not looked at."""
+    return next((folder for folder in candidates(parent) if verified(folder)), None)
+
+
+def candidates(parent: Path) -> list[Path]:
+    """Committed checkpoints by name, newest first, verified or not."""
+    if not parent.is_dir():
+        return []
+    return sorted(
+        (f for f in parent.iterdir() if f.is_dir() and _ASIDE not in f.name), key=lambda f: f.name, reverse=True
+    )
+
+
+def sweep(parent: Path) -> None:
+    """Remove what a process that died left aside. Only the holder of the run's lock may call this."""
+    if parent.is_dir():
+        for folder in list(parent.iterdir()):
+            if folder.name.endswith(_REPLACED):
+                _put_back(folder, folder.with_name(folder.name.removesuffix(_REPLACED)))
+            elif _ASIDE in folder.name:
+                shutil.rmtree(folder, ignore_errors=True) if folder.is_dir() else folder.unlink(missing_ok=True)
+
+
+def _put_back(replaced: Path, final: Path) -> None:
+    """A checkpoint that was to be replaced by one of its name comes back, unless the other is in its place."""
+    if final.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+    elif replaced.exists():
+        replaced.rename(final)
+
+
+def verified(folder: Path) -> bool:
+    """Whether a checkpoint holds exactly the files of its manifest, to the bit."""
+    try:
+        manifest: Any = json.loads((folder / MANIFEST).read_bytes())
+        return bool(manifest["files"] == _sums(folder))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file and sync it."""
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Replace a small file in one step: a reader sees the old one or the new one, whole."""
+    aside = path.with_name(f"{path.name}{_ASIDE}{secrets.token_hex(4)}")
+    try:
+        write_text(aside, text)
+        aside.replace(path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Ask the system to put a file or folder on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sums(folder: Path) -> dict[str, dict[str, Any]]:
+    found = {}
+    for file in sorted(folder.iterdir()):
+        if file.name != MANIFEST:
+            found[file.name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+    return found
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _prune(parent: Path, latest: Path, keep: int) -> None:
+    """Delete what is older than the ``keep`` newest good ones; ``latest`` has been verified a moment ago."""
+    good = 0
+    for folder in candidates(parent):
+        if good < max(1, keep):
+            good += folder == latest or verified(folder)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,248 @@
+"""Files of a folder, opened so that nothing else can be reached, and written so that nothing is ever half there.
+
+Reading: a folder is opened once; its files are opened relative to it, without following links and without waiting (a named pipe would
+hang), and must be regular files. What is read goes into private memory; nothing is mapped, so a file that changes or shrinks
+meanwhile is a short read and not a crash.
+
+Writing: every file is written beside its place, flushed, and moved there by `os.replace`. A new folder is built whole beside its
+place and renamed. What fails leaves the old state and no litter.
+
+Boundary: bytes only; what they mean is read elsewhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import secrets
+import shutil
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from veneer.checkpoints.findings import shown
+from veneer.errors import CheckpointError
+
+_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+_NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
+_ASIDE = ".tmp-"
+
+
+class Folder:
+    """An open folder, whose files can be read and nothing outside it. Use it as a context.
+
+    The folder itself may be given through a link; a link in it is refused, except where a download cache of the model hub keeps
+    files: ``snapshots/ID/name`` -> ``../../blobs/HASH``.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._handle: int | None = None
+        try:
+            if os.open in os.supports_dir_fd and os.listdir in os.supports_fd:
+                self._handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NONBLOCK)
+            self.names = sorted(os.listdir(path if self._handle is None else self._handle))  # noqa: PTH208 - of a handle, not a path
+        except (OSError, ValueError) as error:
+            self.close()
+            raise _unreadable(path, error, "a folder with adapter_config.json and adapter_model.safetensors") from error
+
+    def __enter__(self) -> Folder:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the folder's handle back."""
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.names
+
+    @contextmanager
+    def open(self, name: str) -> Iterator[tuple[BinaryIO, int]]:
+        """A file of this folder, unbuffered, and its size in bytes.
+
+        Raises CheckpointError for what is missing, a link, a pipe, a device, a folder, or cannot be read.
+        """
+        where = self.path / name
+        try:
+            handle = self._open(name, where)
+        except OSError as error:
+            raise _unreadable(where, error, "a regular file") from error
+        found = os.fstat(handle)
+        if not stat.S_ISREG(found.st_mode):
+            os.close(handle)
+            raise CheckpointError(f"{where} is {_kind(found.st_mode)}; expected a regular file")
+        with os.fdopen(handle, "rb", buffering=0) as file:
+            yield cast(BinaryIO, file), found.st_size
+
+    def read(self, name: str, limit: int) -> bytes:
+        """The whole of a small file. Raises CheckpointError above ``limit`` bytes."""
+        with self.open(name) as (file, size):
+            if size > limit:
+                raise CheckpointError(f"{self.path / name} has {size:,} bytes; at most {limit:,} are read")
+            return bytes(read_exactly(file, size, str(self.path / name)))
+
+    def _open(self, name: str, where: Path) -> int:
+        try:
+            return os.open(where if self._handle is None else name, _FLAGS | _NOFOLLOW, dir_fd=self._handle)
+        except OSError as error:
+            blob = self._blob(where) if error.errno == errno.ELOOP else None
+            if blob is None:
+                raise
+            return os.open(blob, _FLAGS | _NOFOLLOW)
+
+    def _blob(self, where: Path) -> Path | None:
+        """The file that a hub cache's link stands for, or None where this is no such link."""
+        try:
+            folder = self.path.resolve()
+            target = Path(os.path.normpath(folder / where.readlink()))
+        except OSError:  # no link any more
+            return None
+        cached = folder.parent.name == "snapshots" and target.parent == folder.parent.parent / "blobs"
+        return target if cached else None
+
+
+def read_exactly(file: BinaryIO, count: int, where: str) -> bytearray:
+    """``count`` bytes from where the file stands. Raises CheckpointError when it ends before."""
+    data = bytearray(count)
+    view, done = memoryview(data), 0
+    while done < count:
+        got = file.readinto(view[done : done + (64 << 20)])  # type: ignore[attr-defined]
+        if not got:
+            raise CheckpointError(
+                f"{where} ended after {done:,} of {count:,} bytes: it is cut off, or changes while it is read"
+            )
+        done += got
+    return data
+
+
+def parse_json(data: bytes | bytearray, where: str) -> Any:
+    """JSON as the standard has it: UTF-8, no duplicate names, no NaN or Infinity, no nesting beyond the parser's depth.
+
+    Raises CheckpointError naming ``where``.
+    """
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(items)
+        if len(found) < len(items):
+            seen: set[str] = set()
+            twice = next(name for name, _ in items if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+            raise ValueError(f'the name "{shown(twice)}" stands there twice')
+        return found
+
+    def constant(text: str) -> Any:
+        raise ValueError(f"{text} is not a number that JSON has")
+
+    try:
+        return json.loads(data.decode("utf-8"), object_pairs_hook=pairs, parse_constant=constant)
+    except RecursionError:
+        raise CheckpointError(f"{where} is not usable JSON: it is nested too deeply") from None
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{where} is not usable JSON: byte {error.start} is not UTF-8") from None
+    except ValueError as error:
+        raise CheckpointError(f"{where} is not usable JSON: {shown(error)}") from None
+
+
+def write_folder(path: Path, files: Mapping[str, Sequence[bytes | memoryview]]) -> None:
+    """Write ``files`` (in this order) as, or into, the folder ``path``.
+
+    Raises CheckpointError when the place cannot be written; what stood there before then still stands, and nothing is left beside it.
+    """
+    try:
+        if path.exists():
+            _write_into(path, files)
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _write_new(path, files)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise CheckpointError(
+            f"{path} cannot be written: {reason}; nothing was changed there: choose a folder that can be written and has room"
+        ) from error
+    try:
+        _flush(path)
+        _flush(path.parent)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} was written, but the disk did not confirm it ({error.strerror or error}), so it may be lost with the power: save again"
+        ) from error
+
+
+def _write_new(path: Path, files: Mapping[str, Sequence[bytes | memoryview]]) -> None:
+    aside = path.parent / f"{path.name}{_ASIDE}{secrets.token_hex(4)}"
+    aside.mkdir()
+    try:
+        for name, pieces in files.items():
+            _write(aside / name, pieces)
+        aside.rename(path)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _write_into(path: Path, files: Mapping[str, Sequence[bytes | memoryview]]) -> None:
+    for name in files:
+        for left in path.glob(f"{name}{_ASIDE}*"):  # by a process that was killed while it saved here
+            left.unlink()
+    aside = {name: path / f"{name}{_ASIDE}{secrets.token_hex(4)}" for name in files}
+    try:
+        for name, pieces in files.items():
+            _write(aside[name], pieces)
+        for name in files:
+            aside[name].replace(path / name)
+    finally:
+        for left in aside.values():
+            with contextlib.suppress(OSError):
+                left.unlink()
+
+
+def _write(path: Path, pieces: Sequence[bytes | memoryview]) -> None:
+    with path.open("xb") as file:
+        for piece in pieces:
+            file.write(piece)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _flush(folder: Path) -> None:
+    if os.name == "nt":  # Windows cannot open a folder
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _kind(mode: int) -> str:
+    kinds = {
+        stat.S_ISDIR: "a folder",
+        stat.S_ISFIFO: "a named pipe",
+        stat.S_ISSOCK: "a socket",
+        stat.S_ISCHR: "a device",
+        stat.S_ISBLK: "a device",
+    }
+    return next((name for test, name in kinds.items() if test(mode)), "no regular file")
+
+
+def _unreadable(path: Path, error: OSError | ValueError, expected: str) -> CheckpointError:
+    if isinstance(error, ValueError):  # a NUL in the path
+        return CheckpointError(f"{shown(path)} cannot be a path; expected {expected}")
+    if error.errno == errno.ENOENT:
+        return CheckpointError(f"{path} does not exist; expected {expected}")
+    if error.errno == errno.ELOOP:
+        return CheckpointError(
+            f"{path} is a symbolic link; expected {expected}, so that nothing outside the folder is read: copy the file there"
+        )
+    if error.errno == errno.ENXIO:
+        return CheckpointError(f"{path} is a socket or device; expected {expected}")
+    if error.errno == errno.ENOTDIR:
+        return CheckpointError(f"{path} is no folder; expected {expected}")
+    return CheckpointError(f"{path} cannot be read: {error.strerror or error}; expected {expected}")

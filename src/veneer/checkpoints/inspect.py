@@ -1,0 +1,193 @@
+"""A look into an adapter's folder: what it holds, where it comes from and what is unusual; against a base, whether it fits.
+
+Without a base: method, sites, ranks, scales, sizes, the size of the change at each site, the receipt. For LoRA the change is
+||s B A||_F, from the Gram matrices of the factors, so nothing of size out x in is formed; for DoRA that is its direction's part.
+
+    ||B A||_F^2 = tr((B^T B)(A A^T))
+
+Against a base the loader's own checks have run (`peft_read`), and the change is also told as a share of ||W||_F.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from veneer.adapters.adapter import Adapter
+from veneer.adapters.bank import Bank
+from veneer.adapters.methods.lora import factors_2d
+from veneer.adapters.own import LORA_BIAS, ROWS, WEIGHT
+from veneer.checkpoints.findings import listed
+from veneer.checkpoints.peft_keys import MAGNITUDE
+from veneer.checkpoints.receipt import Receipt
+
+
+@dataclass(frozen=True)
+class SiteView:
+    """One site. norm: ||s B A||_F. share: norm / ||W||_F, where the base is there. magnitude: least, mean and greatest, for DoRA."""
+
+    name: str
+    kind: str
+    rank: int
+    alpha: float
+    scale: float
+    in_: int
+    out: int
+    parameters: int
+    norm: float
+    share: float | None = None
+    magnitude: tuple[float, float, float] | None = None
+
+
+@dataclass(frozen=True)
+class OwnView:
+    """A weight, bias or rows of the adapter's own. moved: ||W' - W||_F / ||W||_F, where the base is there."""
+
+    place: str
+    name: str
+    shape: tuple[int, ...]
+    tokens: int | None = None
+    moved: float | None = None
+
+
+@dataclass
+class View:
+    """What is in an adapter's folder."""
+
+    path: str
+    method: str
+    base: str | None
+    parameters: int
+    bytes: int
+    sites: list[SiteView]
+    options: dict[str, Any]
+    receipt: Receipt | None
+    own: list[OwnView] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    unusual: list[str] = field(default_factory=list)
+    against: str | None = None
+    logits: dict[str, Any] | None = None
+
+    def groups(self) -> dict[str, list[SiteView]]:
+        """Sites by the last part of their name: q_proj, v_proj, ..."""
+        found: dict[str, list[SiteView]] = {}
+        for site in self.sites:
+            found.setdefault(site.name.rpartition(".")[2] or "the model itself", []).append(site)
+        return found
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        return asdict(self)
+
+
+def view(adapter: Adapter, bank: Bank | None = None) -> View:
+    """Look into an adapter that was read from a folder (with `read_adapter`, or with ``bank.load``, then ``bank`` is that bank)."""
+    path = Path(adapter.meta.get("path", "."))
+    sites = [_site(adapter, name, bank) for name in adapter.tensors]
+    settings = adapter.meta.get("settings") or {}
+    options = {
+        key: value
+        for key, value in adapter.method.model_dump().items()
+        if value != type(adapter.method).model_fields[key].get_default(call_default_factory=True)
+        and key not in ("target_modules", "r", "lora_alpha")
+    }
+    found = View(
+        str(path),
+        method_name(adapter),
+        settings.get("base_model_name_or_path"),
+        adapter.num_parameters(),
+        sum(file.stat().st_size for file in path.glob("adapter_*") if file.is_file()),
+        sites,
+        {"r": adapter.method.r, "lora_alpha": adapter.method.lora_alpha, **options},
+        adapter.meta.get("receipt"),
+        [_own(adapter, place, key, bank) for place, parts in adapter.own.items() for key in parts],
+        list(adapter.meta.get("notes", ())),
+    )
+    found.unusual = list(unusual(sites))
+    return found
+
+
+def method_name(adapter: Adapter) -> str:
+    """LoRA, rsLoRA or DoRA."""
+    plain = "DoRA" if adapter.method.has_gain else "LoRA"
+    return f"rs{plain}" if adapter.method.use_rslora else plain
+
+
+def unusual(sites: list[SiteView]) -> list[str]:
+    """What training rarely yields, and somebody who downloads an adapter should know."""
+    said: list[str] = []
+    wide = [site.name for site in sites if site.rank > min(site.in_, site.out)]
+    if wide:
+        said.append(
+            f"the rank is greater than the layer's own sizes at {listed(wide)}: more parameters than the change can use"
+        )
+    strong = [site.name for site in sites if site.scale > 16]
+    if strong:
+        said.append(
+            f"the change is scaled by {max(site.scale for site in sites):g} (lora_alpha over the rank) at {listed(strong)}"
+        )
+    zero = [site.name for site in sites if site.norm == 0]
+    moving = [site for site in sites if site.norm > 0]
+    if zero and moving:
+        said.append(f"the change is zero at {listed(zero)}")
+    by_name = Counter(site.name.rpartition(".")[2] for site in sites)
+    if len(set(by_name.values())) > 1 and max(by_name.values()) > 2:
+        most = max(by_name.values())
+        rare = [
+            f"{name} ({count} of {most})" for name, count in by_name.items() if count < most / 2 and name and count > 1
+        ]
+        if rare:
+            said.append(f"some layers are adapted in fewer blocks than others: {', '.join(rare)}")
+    if len(moving) >= 4:
+        middle = median(site.norm for site in moving)
+        loud = [
+            f"{site.name} ({site.norm / middle:.0f} times the median)" for site in moving if site.norm > 20 * middle
+        ]
+        if loud:
+            said.append(f"the change is far larger than elsewhere at {listed(loud)}")
+    large = [f"{site.name} ({site.share:.0%})" for site in sites if site.share is not None and site.share > 0.5]
+    if large:
+        said.append(f"the change is large beside the base's own weight at {listed(large)}")
+    return said
+
+
+def _own(adapter: Adapter, place: str, key: str, bank: Bank | None) -> OwnView:
+    value = adapter.own[place][key].detach()
+    tokens = adapter.tokens.get(place) if key == ROWS else None
+    moved = None
+    if bank is not None and key != LORA_BIAS:
+        base: Any = getattr((bank.sites.get(place) or bank.places[place]).module, WEIGHT if key == ROWS else key)
+        then = (base if tokens is None else base[list(tokens)]).detach().to(value)
+        moved = float((value - then).norm() / then.norm().clamp_min(1e-12))
+    return OwnView(place, key, tuple(value.shape), None if tokens is None else len(tokens), moved)
+
+
+def _site(adapter: Adapter, name: str, bank: Bank | None) -> SiteView:
+    own: dict[str, Tensor] = {key: value.detach() for key, value in adapter.tensors[name].items()}
+    a_RK, b_OR = factors_2d(own, torch.float64)
+    norm = adapter.scale(name) * math.sqrt(max(0.0, float(((b_OR.T @ b_OR) * (a_RK @ a_RK.T)).sum())))
+    share = None
+    if bank is not None:
+        size = float(bank.sites[name].squared_norms().sum().sqrt())
+        share = norm / size if size > 0 else None
+    magnitude = own.get(MAGNITUDE)
+    return SiteView(
+        name,
+        adapter.kinds[name],
+        adapter.rank(name),
+        adapter.alpha(name),
+        adapter.scale(name),
+        a_RK.shape[1],
+        b_OR.shape[0],
+        sum(value.numel() for value in own.values()),
+        norm,
+        share,
+        None if magnitude is None else (float(magnitude.min()), float(magnitude.mean()), float(magnitude.max())),
+    )

@@ -1,0 +1,261 @@
+"""Model folders in and out, one tensor at a time: safetensors shards with their index, beside what describes the model.
+
+    base = ModelFolder(path)                    # keys, shapes and dtypes; no tensor is read until it is asked for
+    with write_model(base, out, config) as writer:
+        writer.put("model.norm.weight", tensor)
+
+A shard is on the disk, read back and compared before the next one begins, so the memory needed is one shard. Everything is
+written into a folder beside ``out``, flushed and renamed: ``out`` is whole or absent.
+
+Boundary: this file knows files, not adapters; what goes into a tensor is up to the caller.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from veneer.errors import CheckpointError
+
+INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 2 << 30
+_COMPANIONS = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+_NEVER = ("adapter_config.json", "config.json")
+_UNFINISHED = ".unfinished-"
+
+
+@dataclass
+class ModelFolder:
+    """A folder of safetensors with a config.json: which tensor lies in which file."""
+
+    path: Path
+    config: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, Path] = field(default_factory=dict)
+    """Tensor name -> file, in the order of the files."""
+
+    def __post_init__(self) -> None:
+        self.config = _read_json(self.path / "config.json")
+        for file in _weight_files(self.path):
+            with _open(file) as opened:
+                for key in opened.keys():  # noqa: SIM118 - safetensors has no iteration of its own
+                    if key in self.files:
+                        raise CheckpointError(
+                            f"{self.path}: the tensor {key} stands in {self.files[key].name} and in {file.name}; "
+                            "remove the file that does not belong to this model"
+                        )
+                    self.files[key] = file
+
+    def get(self, key: str) -> Tensor:
+        """One tensor, as stored."""
+        with _open(self.files[key]) as opened:
+            tensor: Tensor = opened.get_tensor(key)
+        return tensor
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """A tensor's shape, from the header."""
+        with _open(self.files[key]) as opened:
+            return tuple(opened.get_slice(key).get_shape())
+
+    def dtypes(self) -> set[str]:
+        """The floating-point dtypes of the stored weights, as safetensors calls them: F32, BF16, F16, F64, F8_E4M3, ..."""
+        found = set()
+        for file in dict.fromkeys(self.files.values()):
+            with _open(file) as opened:
+                found |= {opened.get_slice(key).get_dtype() for key in opened.keys()}  # noqa: SIM118
+        return {name for name in found if "F" in name}
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor, file by file; each is released when the next is asked for."""
+        for file in dict.fromkeys(self.files.values()):
+            with _open(file) as opened:
+                for key in opened.keys():  # noqa: SIM118
+                    yield key, opened.get_tensor(key)
+
+    def bytes(self) -> int:
+        """Size of the weights on disk."""
+        return sum(file.stat().st_size for file in set(self.files.values()))
+
+
+class ModelWriter:
+    """Takes tensors and writes shards of about ``shard_bytes``; each is read back before the next begins."""
+
+    def __init__(self, folder: Path, shard_bytes: int) -> None:
+        self.folder = folder
+        self.shard_bytes = max(1, shard_bytes)
+        self._held: dict[str, Tensor] = {}
+        self._held_bytes = 0
+        self._shards: list[tuple[Path, list[str]]] = []
+        self.total_bytes = 0
+
+    def put(self, key: str, tensor: Tensor) -> None:
+        """Take one tensor; a full shard goes to the disk first."""
+        size = tensor.numel() * tensor.element_size()
+        if self._held and self._held_bytes + size > self.shard_bytes:
+            self._flush()
+        self._held[key] = tensor.detach().contiguous()
+        self._held_bytes += size
+        self.total_bytes += size
+
+    def finish(self) -> list[Path]:
+        """Write what is held and the index; returns the weight files."""
+        if self._held:
+            self._flush()
+        if len(self._shards) == 1:
+            only = self._shards[0][0].rename(self.folder / "model.safetensors")
+            return [only]
+        weight_map: dict[str, str] = {}
+        files = []
+        for number, (shard, keys) in enumerate(self._shards, 1):
+            name = f"model-{number:05d}-of-{len(self._shards):05d}.safetensors"
+            files.append(shard.rename(self.folder / name))
+            weight_map.update(dict.fromkeys(keys, name))
+        index = {"metadata": {"total_size": self.total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+        (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        return files
+
+    def _flush(self) -> None:
+        file = self.folder / f"shard-{len(self._shards):05d}"
+        save_file(self._held, file, metadata={"format": "pt"})
+        file.chmod(_usual_mode(self.folder))  # the library makes files that nobody else may read
+        with _open(file) as opened:
+            for key, tensor in self._held.items():
+                # bits, not values: NaN is unequal to itself
+                if not torch.equal(_bits(opened.get_tensor(key)), _bits(tensor)):
+                    raise CheckpointError(f"{file}: {key} does not read back as it was written; check the disk")
+        self._shards.append((file, list(self._held)))
+        self._held, self._held_bytes = {}, 0
+
+
+@contextlib.contextmanager
+def write_model(
+    base: ModelFolder,
+    out: Path,
+    config: Mapping[str, Any],
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    check: Callable[[Path], None] | None = None,
+) -> Iterator[ModelWriter]:
+    """A writer for ``out`` that takes over the base's tokenizer and settings; renamed to ``out`` when the context ends well.
+
+    config: content of the new config.json. check: looks at the whole folder before it gets its name, and raises to stop it.
+    Raises CheckpointError where ``out`` holds something already.
+    """
+    check_free(out)
+    out = out.absolute()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f"{_UNFINISHED}{out.name}-", dir=out.parent))
+    try:
+        aside.chmod(_usual_mode(aside) | 0o111)
+        writer = ModelWriter(aside, shard_bytes)
+        yield writer
+        writer.finish()
+        copy_companions(base.path, aside)
+        (aside / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        if check is not None:
+            check(aside)
+        publish(aside, out)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def check_free(out: Path) -> None:
+    """Raise CheckpointError unless ``out`` is absent or an empty folder."""
+    if out.is_dir() and not any(out.iterdir()):
+        return
+    if out.exists():
+        kind = "a folder that holds something" if out.is_dir() else "a file"
+        raise CheckpointError(f"{out} is {kind} already; choose another folder to write to, or remove it")
+
+
+def publish(aside: Path, out: Path) -> None:
+    """Flush a finished folder to the disk and give it its name in one step."""
+    for path in [*aside.rglob("*"), aside]:
+        _sync(path)
+    if out.is_dir():
+        out.rmdir()  # empty, or this fails and nothing is lost
+    aside.rename(out)
+    _sync(out.parent)
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Take over tokenizer, templates, generation settings and licence: small files that describe, never weights or code."""
+    for file in sorted(source.iterdir()):
+        known = file.suffix in _COMPANIONS or file.name.upper().startswith(("LICENSE", "NOTICE"))
+        unfit = file.name in _NEVER or file.name.endswith(".index.json") or file.name.startswith(".")
+        if file.is_file() and known and not unfit:
+            shutil.copyfile(file, target / file.name)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files of the index where there is one, else model.safetensors, else every .safetensors."""
+    index = folder / INDEX
+    if index.is_file():
+        names = _read_json(index).get("weight_map")
+        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+            raise CheckpointError(f"{index}: expected a weight_map of names; get the file again")
+        shards = list(dict.fromkeys(names.values()))
+        files = [folder / name for name in shards]
+        missing = [name for name in shards if Path(name).name != name or not (folder / name).is_file()]
+        if missing:
+            raise CheckpointError(f"{index} names {', '.join(missing)}, which the folder lacks; get the files again")
+        return files
+    single = folder / "model.safetensors"
+    files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{folder} has no *.safetensors; expected a model's folder")
+    return files
+
+
+@contextlib.contextmanager
+def _open(file: Path) -> Iterator[Any]:
+    try:
+        opened = safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} cannot be read as safetensors: {error}; get the file again") from error
+    with opened:
+        yield opened
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+def _usual_mode(folder: Path) -> int:
+    """The permissions that a new file gets here."""
+    probe = folder / ".mode"
+    probe.touch()
+    mode = probe.stat().st_mode & 0o777
+    probe.unlink()
+    return mode
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def _sync(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():  # Windows cannot open a folder
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,175 @@
+"""``adapter_config.json``: what is read from it, what is refused by name, and what is written.
+
+A key falls into one of four groups. Used: it changes what is computed, and is honoured. Refused: it changes what is computed in a way
+that Veneer does not have (a default value is harmless). Ignored: it only matters where the adapter was made. Unknown: harmless while
+its value says nothing (null, false, 0 or empty), and refused otherwise, because a later format may have given it a meaning.
+
+Patterns in it are kept as text; see `peft_sites`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+
+from veneer.adapters.methods.options import Alpha
+from veneer.checkpoints.findings import Findings, shown
+
+MAX_RANK = 4096
+Name = Annotated[str, StringConstraints(min_length=1, max_length=512)]
+Few = Annotated[list[Name], Field(max_length=256)]
+Tokens = Annotated[list[Annotated[int, Field(strict=True, ge=0)]], Field(max_length=1_000_000)]
+Names = Annotated[list[Name], Field(max_length=20_000)]
+
+INIT_PLAIN = (True, False, "gaussian", "eva", "orthogonal", "mica", None)
+INIT_MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+REFUSED = {
+    "alora_invocation_tokens": "activated LoRA acts only behind its invocation tokens",
+    "layer_replication": "it builds a model with repeated layers",
+    "megatron_config": "its layers are Megatron's parallel ones",
+    "use_qalora": "QA-LoRA pools its inputs in groups",
+    "use_bdlora": "its factors are block-diagonal",
+    "arrow_config": "Arrow routes tokens among several adapters",
+    "kasa_config": "KaSA changes the base's weights",
+    "velora_config": "VeLoRA compresses activations in training",
+    "monteclora_config": "MonteCLoRA samples its factors",
+    "loftq_config": "LoftQ replaces the base's weights",
+}
+"""Settings that change what is computed and that Veneer does not have."""
+
+_ELSEWHERE = (
+    "peft_type auto_mapping peft_version inference_mode revision base_model_name_or_path task_type runtime_config megatron_core "
+    "qalora_group_size eva_config corda_config lora_ga_config modules_to_tie target_modules_to_tie loraplus_lr_ratio "
+    "loraplus_lr_embedding unsloth_fixed"
+)
+IGNORED = frozenset(_ELSEWHERE.split())
+"""Settings that matter only where the adapter was made."""
+
+
+class Settings(BaseModel):
+    """The settings that are used."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    r: Annotated[int, Field(strict=True, ge=1, le=MAX_RANK)] = 8
+    lora_alpha: Annotated[Alpha, Field(strict=True)] = 8
+    lora_dropout: Annotated[float, Field(ge=0, lt=1, strict=True)] = 0.0
+    use_rslora: Annotated[bool, Field(strict=True)] = False
+    use_dora: Annotated[bool, Field(strict=True)] = False
+    lora_bias: Annotated[bool, Field(strict=True)] = False
+    fan_in_fan_out: bool = False
+    bias: Annotated[str, Field(pattern="^(none|all|lora_only)$")] = "none"
+    init_lora_weights: bool | str | None = True
+    target_modules: Name | Names | None = None
+    exclude_modules: Name | Names | None = None
+    target_parameters: Names | None = None
+    modules_to_save: Few | None = None
+    trainable_token_indices: Tokens | Annotated[dict[Name, Tokens], Field(max_length=64)] | None = None
+    layers_to_transform: int | Annotated[list[int], Field(max_length=20_000)] | None = None
+    layers_pattern: Name | Few | None = None
+    rank_pattern: Annotated[
+        dict[Name, Annotated[int, Field(strict=True, ge=1, le=MAX_RANK)]], Field(max_length=20_000)
+    ] = {}
+    alpha_pattern: Annotated[dict[Name, Annotated[Alpha, Field(strict=True)]], Field(max_length=20_000)] = {}
+    ensure_weight_tying: Annotated[bool, Field(strict=True)] = False
+    base_model_name_or_path: str | None = None
+    task_type: str | None = None
+
+    def scaling(self, r: int, alpha: float) -> float:
+        """s in W + s B A."""
+        return alpha / (math.sqrt(r) if self.use_rslora else r)
+
+
+def read_settings(raw: Any, found: Findings) -> Settings | None:
+    """The settings in a parsed ``adapter_config.json``, or None where they cannot be used; what is wrong is noted in ``found``."""
+    if not isinstance(raw, dict):
+        found.refuse(f"adapter_config.json holds {type(raw).__name__}; expected a table of settings")
+        return None
+    kind = raw.get("peft_type")
+    if kind != "LORA":
+        found.refuse(
+            f'peft_type: expected "LORA" (so are LoRA, rsLoRA and DoRA), found {shown(kind, 40)}, which Veneer does not have'
+        )
+        return None
+    try:
+        settings = Settings.model_validate({key: value for key, value in raw.items() if key in Settings.model_fields})
+    except ValidationError as error:
+        for detail in error.errors():
+            place = ".".join(shown(part, 60) for part in detail["loc"])
+            found.refuse(f"adapter_config.json, {place}: {detail['msg']}; found {shown(detail['input'], 60)}")
+        return None
+    _refuse_what_is_not_had(raw, found)
+    return settings
+
+
+def _refuse_what_is_not_had(raw: dict[str, Any], found: Findings) -> None:
+    for key, value in raw.items():
+        if key in Settings.model_fields or key in IGNORED or not value:
+            continue
+        if key in REFUSED:
+            found.refuse(f"adapter_config.json, {key}: not supported, {REFUSED[key]}")
+        else:
+            found.refuse(
+                f"adapter_config.json, {shown(key, 60)}: not known, so what {shown(value, 60)} would change is not known either",
+                "config",
+            )
+    mapping = raw.get("auto_mapping")
+    if mapping:
+        found.note("auto_mapping in adapter_config.json is ignored: no class or library named in a file is imported")
+
+
+def settings_for(
+    *,
+    r: int,
+    lora_alpha: float,
+    lora_dropout: float,
+    use_rslora: bool,
+    use_dora: bool,
+    init_lora_weights: bool | str,
+    target_modules: list[str] | str,
+    rank_pattern: dict[str, int],
+    alpha_pattern: dict[str, float],
+    fan_in_fan_out: bool,
+    ensure_weight_tying: bool,
+    own: dict[str, Any],
+    base_name: str | None,
+    task_type: str | None,
+) -> dict[str, Any]:
+    """Everything that PEFT 0.21 writes, with the values that make it compute the same."""
+    empty = (
+        "alora_invocation_tokens arrow_config auto_mapping corda_config eva_config exclude_modules kasa_config layer_replication "
+        "layers_pattern layers_to_transform lora_ga_config megatron_config monteclora_config revision target_parameters "
+        "use_bdlora velora_config"
+    )
+    return {
+        **dict.fromkeys(empty.split()),
+        "alpha_pattern": {key: _number(value) for key, value in alpha_pattern.items()},
+        "base_model_name_or_path": base_name,
+        "ensure_weight_tying": ensure_weight_tying,
+        "fan_in_fan_out": fan_in_fan_out,
+        "inference_mode": True,
+        "init_lora_weights": init_lora_weights,
+        "loftq_config": {},
+        "lora_alpha": _number(lora_alpha),
+        "lora_dropout": lora_dropout,
+        "megatron_core": "megatron.core",
+        "peft_type": "LORA",
+        "peft_version": "0.21.2",
+        "qalora_group_size": 16,
+        "r": r,
+        "rank_pattern": rank_pattern,
+        "target_modules": target_modules,
+        "task_type": task_type,
+        "use_dora": use_dora,
+        "use_qalora": False,
+        "use_rslora": use_rslora,
+        **own,
+    }
+
+
+def _number(value: float) -> int | float:
+    """Whole numbers as integers, as other programs expect of lora_alpha."""
+    return int(value) if float(value).is_integer() else float(value)

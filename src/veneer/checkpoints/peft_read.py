@@ -1,0 +1,103 @@
+"""A PEFT folder becomes an adapter, strictly: every tensor lands at a layer of the base, or the folder is refused.
+
+Order of work, so that a bad file costs nothing: settings and header (a few kilobytes), then names, shapes and ranks against the base's
+own layers, then the data, then what only the data shows (numbers that are not finite, a change of zero), then the receipt. Which
+layers are adapted and with which ranks is read from the tensors; the settings give the scale, and must agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from veneer.adapters.adapter import Adapter
+from veneer.adapters.bank import Bank
+from veneer.checkpoints import receipt as receipts
+from veneer.checkpoints.files import Folder, parse_json
+from veneer.checkpoints.findings import Findings, shown
+from veneer.checkpoints.peft_agree import check_agreement
+from veneer.checkpoints.peft_build import build, check_init, check_values
+from veneer.checkpoints.peft_config import read_settings
+from veneer.checkpoints.peft_plan import check_shapes, plan_tensors
+from veneer.checkpoints.peft_whole import plan_whole, take_copies
+from veneer.checkpoints.tensors import Header, read_header, read_tensors
+from veneer.errors import CheckpointError
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+MAX_CONFIG = 2 << 20
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+
+def read_adapter_folder(
+    path: Path, name: str, bank: Bank | None, *, force: str | Iterable[str] = (), convert: bool = False
+) -> Adapter:
+    """The adapter in a PEFT folder; with a bank it is held against the bank's base.
+
+    force: what to override, by names of `findings.OVERRIDES`. convert: turn PiSSA and OLoRA folders into the change that they are.
+
+    Raises CheckpointError with everything that is wrong, in one error. ``adapter.meta`` then holds "notes" (what is worth knowing),
+    "receipt" (or None), "path" and "settings" (what adapter_config.json said).
+    """
+    found = Findings(force)
+    headline = f"{path} cannot be loaded" + ("" if bank is None else " onto this base")
+    with Folder(path) as folder:
+        _check_files(folder)
+        raw = parse_json(folder.read(CONFIG, MAX_CONFIG), str(path / CONFIG))
+        settings = read_settings(raw, found)
+        with folder.open(WEIGHTS) as (file, size):
+            header = read_header(file, size, str(path / WEIGHTS))
+            plan = plan_tensors(header, found)
+            if settings is not None:
+                check_shapes(plan, settings, bank, found)
+                check_init(settings, plan, bank, convert, found)
+                check_agreement(plan.ranks, settings, bank, found)
+                whole = plan_whole(plan.whole, plan.sites, settings, bank, found)
+            found.raise_if_any(headline)
+            assert settings is not None
+            stored, digest = read_tensors(file, header, str(path / WEIGHTS))
+    take_copies(whole, stored, bank, found)
+    receipt = _receipt(header, found)
+    adapter = build(name, plan, whole, settings, stored, receipt, bank, found)
+    check_values(adapter, found)
+    if receipt is None:
+        found.note("no receipt: whether this is the base that the adapter was trained on is not known")
+    elif not found.problems:
+        receipts.verify(receipt, adapter, bank, digest, found)
+    found.raise_if_any(headline)
+    adapter.meta |= {"notes": found.notes, "receipt": receipt, "path": str(path), "settings": raw, "digest": digest}
+    return adapter
+
+
+def _check_files(folder: Folder) -> None:
+    if WEIGHTS not in folder:
+        pickled = [name for name in folder.names if name.startswith("adapter_model.") and name.endswith(_PICKLES)]
+        if pickled:
+            raise CheckpointError(
+                f"{folder.path / pickled[0]} is a pickle, which can run code when it is opened, and is not read; convert it where "
+                "it is trusted: PeftModel.from_pretrained(base, folder).save_pretrained(new_folder) writes adapter_model.safetensors"
+            )
+        if CONFIG not in folder and "config.json" in folder:
+            raise CheckpointError(f"{folder.path} holds a base model, not an adapter: there is no {CONFIG}")
+        raise CheckpointError(f"{folder.path} holds no {WEIGHTS}; expected a folder with {CONFIG} and {WEIGHTS}")
+    if CONFIG not in folder:
+        raise CheckpointError(f"{folder.path} holds no {CONFIG}, which says how the tensors of {WEIGHTS} are scaled")
+
+
+def _receipt(header: Header, found: Findings) -> dict[str, Any] | None:
+    text = header.metadata.get(receipts.KEY)
+    if text is None:
+        return None
+    try:
+        value = parse_json(text.encode("utf-8", "surrogatepass"), "the receipt")
+    except CheckpointError as error:
+        found.refuse(str(error), "receipt")
+        return None
+    if not isinstance(value, dict) or value.get("format") != receipts.FORMAT:
+        have = value.get("format") if isinstance(value, dict) else value
+        found.refuse(
+            f"the receipt is of format {shown(have, 20)}; this version reads format {receipts.FORMAT}", "receipt"
+        )
+        return None
+    return value

@@ -1,0 +1,267 @@
+"""Receipts: what an adapter's file says of its origin, and what loading holds against it.
+
+A receipt is JSON in the metadata of ``adapter_model.safetensors``, where other programs pass it by:
+
+    tensors   SHA-256 over all names, dtypes, shapes and bytes: a flipped bit is seen
+    base      for each adapted base weight: SHA-256 of the stored tensor with name, shape and dtype, and a sketch of it
+    probes    for each site: the adapter's change put to a fixed vector; settings that were altered afterwards are seen
+    seed, version, and the hashes of template, tokenizer and data that the caller knows
+
+A sketch is eight numbers, P (W v): v a fixed vector of signs, P eight sums with fixed signs over all outputs. It moves in proportion
+to the weight, so where the hashes differ it tells the same weights in another precision (differences near the rounding) from
+quantised copies and other revisions (percents) and from other weights (of the size of the sketch). A probe is P ((W' - W) v), in fp32,
+DoRA's gain included; no model runs. Signs come from SHAKE-256 of the site's name, so they are the same everywhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from veneer import __version__
+from veneer.adapters.adapter import Adapter
+from veneer.adapters.bank import Bank
+from veneer.adapters.methods.lora import factors_2d
+from veneer.adapters.site import Site
+from veneer.checkpoints.findings import Findings, listed, shown
+from veneer.errors import BaseModelError
+from veneer.kernels.dora_norm import dora_norm
+from veneer.models.fingerprint import weight_fingerprints
+from veneer.models.load import Base
+
+KEY = "veneer"
+FORMAT = 1
+NUMBERS = 8
+_ROWS = 1024
+_TOLERANCE = 1e-3
+
+Receipt = dict[str, Any]
+Record = dict[str, Any]
+_WEIGHTS: WeakKeyDictionary[nn.Module, tuple[object, Record]] = WeakKeyDictionary()
+
+
+def make_receipt(adapter: Adapter, bank: Bank | None, digest: str, extra: Mapping[str, Any] | None = None) -> Receipt:
+    """The receipt of an adapter whose file's tensors have ``digest``; what needs the base is left out without a bank."""
+    receipt: Receipt = {
+        "format": FORMAT,
+        "version": __version__,
+        "seed": adapter.seed,
+        "tensors": digest,
+        **(extra or {}),
+    }
+    receipt["options"] = _own_options(adapter)
+    if adapter.own:
+        receipt["own"] = _own_record(adapter)
+    receipt["kinds"] = {site: kind for site, kind in adapter.kinds.items() if kind == "conv1d"}
+    sites = {} if bank is None else {name: bank.sites[name] for name in adapter.tensors}
+    if bank is not None:
+        receipt["base"] = weight_records(bank, sites)
+    if bank is not None or not adapter.method.has_gain:
+        receipt["probes"] = {name: probe(adapter, name, sites.get(name)) for name in adapter.tensors}
+    return receipt
+
+
+def verify(receipt: Receipt, adapter: Adapter, bank: Bank | None, digest: str, found: Findings) -> None:
+    """Hold an adapter that was just read, and the base that it is for, against its receipt."""
+    if receipt.get("tensors") != digest:
+        found.refuse(
+            "the tensors are not those that were written: their checksum differs from the receipt's (a damaged or edited file)",
+            "receipt",
+        )
+        return
+    if receipt.get("own", {}) != _own_record(adapter):
+        found.refuse(
+            "what the adapter has of its own is not what the receipt recorded: adapter_config.json was altered after training "
+            "(modules_to_save, trainable_token_indices or bias)",
+            "receipt",
+        )
+        return
+    base_agrees = bank is not None and _verify_base(receipt.get("base"), adapter, bank, found)
+    probes = receipt.get("probes")
+    if not isinstance(probes, dict) or (adapter.method.has_gain and not base_agrees):
+        return
+    if set(probes) != set(adapter.tensors):
+        found.refuse("the receipt's probes are of other sites than the tensors", "receipt")
+        return
+    base = receipt.get("base")
+    records = base if isinstance(base, dict) else {}
+    wrong = [
+        name for name in adapter.tensors if not _probe_agrees(probes[name], adapter, name, bank, records.get(name))
+    ]
+    if wrong:
+        found.refuse(
+            f"the change at {listed(wrong)} is not what the receipt's probe recorded: adapter_config.json was altered after training "
+            "(r, lora_alpha, use_rslora, use_dora or a pattern)",
+            "receipt",
+        )
+
+
+def _own_record(adapter: Adapter) -> dict[str, list[Any]]:
+    """{place: [names of its values, tokens]} of what is the adapter's own; the values themselves are in the checksum."""
+    return {place: [sorted(own), list(adapter.tokens.get(place, ()))] for place, own in adapter.own.items()}
+
+
+def weight_records(bank: Bank, names: Iterable[str]) -> dict[str, Record]:
+    """{site: {"sha256", "dtype", "sketch"}} of base weights, computed once for a weight as it stands.
+
+    The fingerprint is that of the file which the model names as its source, where there is one; the sketch is always of what is in
+    memory, so that weights which were changed after loading are seen.
+    """
+    sites = {name: bank.sites[name] for name in names}
+    fresh = {name: site for name, site in sites.items() if _WEIGHTS.get(site.module, (None,))[0] != _identity(site)}
+    hashes = _fingerprints(bank.model, fresh)
+    for name, site in fresh.items():
+        dtype = str(site.weight_2d.dtype).removeprefix("torch.")
+        sketch = eight(_times(site.weight_2d, signs(site.weight_2d.shape[1], name)), name)
+        _WEIGHTS[site.module] = (_identity(site), {"sha256": hashes[name], "dtype": dtype, "sketch": sketch})
+    return {name: _WEIGHTS[site.module][1] for name, site in sites.items()}
+
+
+def _identity(site: Site) -> object:
+    weight: Any = site.module.weight
+    return (site.name, weight.data_ptr(), weight._version, weight.dtype, tuple(weight.shape))
+
+
+def _fingerprints(model: nn.Module, sites: Mapping[str, Site]) -> dict[str, str]:
+    names = {name: f"{name}.weight" if name else "weight" for name in sites}
+    source = getattr(model, "name_or_path", "")
+    folder = Path(source) if isinstance(source, str) and source and Path(source).is_dir() else None
+    found: dict[str, str] = {}
+    if names and folder is not None:
+        with contextlib.suppress(BaseModelError):  # files that have changed or gone since: what is in memory counts
+            found = weight_fingerprints(Base(model, None, str(source), folder, torch.float32), names.values())
+    if names and not found:
+        found = weight_fingerprints(model, names.values())
+    return {name: found[path] for name, path in names.items()}
+
+
+def probe(adapter: Adapter, name: str, site: Site | None) -> list[float]:
+    """Eight numbers of the change at a site. DoRA needs the site, for the base weight."""
+    own: dict[str, Tensor] = {key: value.detach().float().cpu() for key, value in adapter.tensors[name].items()}
+    a_RK, b_OR = factors_2d(own, torch.float32)
+    v_K = signs(a_RK.shape[1], name)
+    scale = adapter.scale(name)
+    change_O = scale * (b_OR @ (a_RK @ v_K))
+    if not adapter.method.has_gain:
+        return eight(change_O, name)
+    assert site is not None
+    base_O = _times(site.weight_2d, v_K)
+    blocks = zip(
+        site.weight_2d.split(_ROWS), site.squared_norms().float().cpu().split(_ROWS), b_OR.split(_ROWS), strict=True
+    )
+    norms = [dora_norm(rows.float().cpu(), squared, a_RK, b_part, scale) for rows, squared, b_part in blocks]
+    gain_O = adapter.method.gain(own, torch.cat(norms))
+    assert gain_O is not None
+    return eight(gain_O * (base_O + change_O) - base_O, name)
+
+
+def signs(count: int, name: str, purpose: str = "in") -> Tensor:
+    """A fixed vector of +1 and -1 in fp32, [count], a function of its arguments alone."""
+    stream = bytearray(hashlib.shake_256(f"veneer\x1f{purpose}\x1f{name}".encode()).digest(-(-count // 8)))
+    packed = torch.frombuffer(stream, dtype=torch.uint8)
+    bits = (packed.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8)) & 1
+    return bits.reshape(-1)[:count].float() * 2 - 1
+
+
+def eight(y_O: Tensor, name: str) -> list[float]:
+    """Eight numbers from a vector over outputs: sums with fixed signs, scaled so that they are of the size of its entries."""
+    signed = y_O * signs(y_O.numel(), name, "out")
+    signed = torch.nn.functional.pad(signed, (0, -signed.numel() % NUMBERS))
+    sums = signed.double().reshape(-1, NUMBERS).sum(0) / math.sqrt(max(1, signed.numel() // NUMBERS))
+    return [float(f"{value:.7g}") for value in sums.tolist()]
+
+
+def _times(weight_OK: Tensor, v_K: Tensor) -> Tensor:
+    """W v in fp32, [O], on the CPU; rows are upcast a block at a time."""
+    v_K = v_K.to(weight_OK.device)
+    return torch.cat([rows.float() @ v_K for rows in weight_OK.split(_ROWS)]).cpu()
+
+
+def _own_options(adapter: Adapter) -> dict[str, Any]:
+    """Options that adapter_config.json has no name for, where they are not the default."""
+    own = adapter.method.model_dump(include={"loraplus_lr_ratio", "dropout_form", "exact_norm_gradient"})
+    default = type(adapter.method)().model_dump()
+    return {key: value for key, value in own.items() if value != default[key]}
+
+
+def _probe_agrees(recorded: object, adapter: Adapter, name: str, bank: Bank | None, known: object) -> bool:
+    """Whether the change at a site is what its probe recorded. ``known`` is the receipt's record of the base weight there."""
+    if not _is_eight(recorded):
+        return False
+    then = torch.tensor(recorded, dtype=torch.float64)
+    now = torch.tensor(probe(adapter, name, None if bank is None else bank.sites[name]), dtype=torch.float64)
+    floor = 1e-12
+    if adapter.method.has_gain and bank is not None:
+        # DoRA's change is a small difference of large numbers; its rounding is that of the base's own product.
+        record = weight_records(bank, [name])[name]
+        dtype = known.get("dtype") if isinstance(known, dict) else None
+        floor += _rounding(dtype, record["dtype"]) * math.hypot(*record["sketch"])
+    return bool((now - then).norm() <= _TOLERANCE * then.norm() + floor)
+
+
+def _is_eight(value: object) -> bool:
+    return isinstance(value, list) and len(value) == NUMBERS and all(type(x) in (int, float) for x in value)
+
+
+def _verify_base(recorded: object, adapter: Adapter, bank: Bank, found: Findings) -> bool:
+    """Whether the base's weights are those of the receipt, in any precision."""
+    if not isinstance(recorded, dict):
+        found.note("the receipt says nothing of the base's weights, so whether this is the right base is not known")
+        return True
+    differs: dict[str, float] = {}
+    rounded: dict[str, str] = {}
+    for name, now in weight_records(bank, adapter.tensors).items():
+        known = recorded.get(name)
+        if not isinstance(known, dict) or not _is_eight(known.get("sketch")):
+            found.refuse(f"the receipt holds no usable record of the base's weight at {shown(name)}", "receipt")
+            return False
+        distance = _distance(known["sketch"], now["sketch"])
+        if distance > _rounding(known.get("dtype"), now["dtype"]):
+            differs[name] = distance
+        elif known.get("sha256") != now["sha256"] or known.get("dtype") != now["dtype"]:
+            rounded[str(known.get("dtype"))] = now["dtype"]
+    for there, here in rounded.items():
+        found.note(
+            f"the base is in {here} here and was in {shown(there, 20)} where the adapter was made; beyond rounding its weights are the same"
+        )
+    if differs:
+        _tell_other_base(differs, adapter, bank, found)
+    return not differs
+
+
+def _tell_other_base(differs: dict[str, float], adapter: Adapter, bank: Bank, found: Findings) -> None:
+    mean = math.sqrt(sum(min(distance, 10.0) ** 2 for distance in differs.values()) / len(differs))
+    count = f"{len(differs)} of {len(adapter.tensors)} adapted weights differ, by {mean:.1%} on average"
+    quantised = getattr(getattr(bank.model, "config", None), "quantization_config", None) is not None
+    if mean < 0.25 and quantised:
+        found.note(f"the base is quantised and is not what the adapter was made on: {count}")
+    elif mean < 0.25:
+        found.refuse(
+            f"this is a relative of the base that the adapter was made on, not that base: {count} (a quantised copy, another "
+            "revision, or the instruct model in place of the base model)",
+            "base",
+        )
+    else:
+        found.refuse(f"this is not the base that the adapter was made on: {count}", "base")
+
+
+def _distance(known: list[float], now: list[float]) -> float:
+    """How far two sketches are apart, as a share of the first."""
+    one, other = torch.tensor(known, dtype=torch.float64), torch.tensor(now, dtype=torch.float64)
+    distance = float((one - other).norm() / one.norm().clamp_min(1e-30))
+    return distance if math.isfinite(distance) else math.inf
+
+
+def _rounding(one: object, other: object) -> float:
+    """How far sketches of the same weights may be apart when these are held in two dtypes; for the same dtype, the sums' own rounding."""
+    steps = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+    known = [steps[dtype] for dtype in (one, other) if isinstance(dtype, str) and dtype in steps]
+    return max(1e-5, *known) if one != other and len(known) == 2 else 1e-5

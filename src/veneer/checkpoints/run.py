@@ -1,0 +1,143 @@
+"""The state of a run between two rounds, in and out of a checkpoint.
+
+All that the next step depends on: each job's adapter tensors, optimizer moments and step counts, its dropout stream's position, the
+cursor into its data, its counts, its held-out history and its best; and how long each of the run's files of figures was, so that what
+a dead process wrote after its last checkpoint is cut off again. Tensors are safetensors, everything else JSON.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from veneer.adapters import Adapter
+from veneer.errors import CheckpointError
+
+TENSORS, STATE = "tensors.safetensors", "state.json"
+
+
+class Lock:
+    """One process at a time on a run. The system frees it when its holder dies, however that happens."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / ".lock"
+        self._handle: int | None = None
+        self._made: list[Path] = []
+
+    def __enter__(self) -> Lock:
+        folder = self._path.parent
+        try:
+            self._made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+            folder.mkdir(parents=True, exist_ok=True)
+            handle = self._open()
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise CheckpointError(
+                f"{folder} cannot be written: {reason}; choose another folder for the run with --out"
+            ) from error
+        os.ftruncate(handle, 0)
+        os.write(handle, str(os.getpid()).encode())
+        self._handle = handle
+        return self
+
+    def _open(self) -> int:
+        while True:
+            handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = os.read(handle, 32).decode(errors="replace").strip() or "unknown"
+                os.close(handle)
+                raise CheckpointError(
+                    f"{self._path.parent} is in use by another process ({holder}); wait for it, stop it, or choose another folder "
+                    "with --out"
+                ) from None
+            with contextlib.suppress(OSError):
+                if os.path.samestat(os.fstat(handle), self._path.stat()):
+                    return handle
+            os.close(handle)  # its last holder took the file away meanwhile: the lock is on nothing
+
+    def leave_nothing(self) -> None:
+        """Take away the file and the folders that this lock made: nothing was begun. Folders that hold anything stay."""
+        self._path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            for folder in self._made:
+                folder.rmdir()
+
+    def __exit__(self, *error: object) -> None:
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
+
+
+def job_tensors(name: str, adapter: Adapter, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """A job's tensors under names of their own: ``adapter/<job>/<site>/<tensor>`` and ``optimizer/<job>/<number>/<moment>``.
+
+    Raises CheckpointError where a tensor is not finite: such a state is never saved.
+    """
+    found: dict[str, Tensor] = {}
+    for site, key, parameter in adapter.named_tensors():
+        found[f"adapter/{name}/{site}/{key}"] = parameter.detach()
+    for number, moments in optimizer.state_dict()["state"].items():
+        for key, value in moments.items():
+            if isinstance(value, Tensor):
+                found[f"optimizer/{name}/{number}/{key}"] = value.detach()
+    for key, value in found.items():
+        if not bool(torch.isfinite(value).all()):
+            raise CheckpointError(f'{key} is not finite; the state of job "{name}" is not saved over its last good one')
+    return found
+
+
+def write_state(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    """Write a checkpoint's two files from private copies of the tensors.
+
+    Raises OSError where they cannot be written.
+    """
+    copies = {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
+    try:
+        save_file(copies, folder / TENSORS)
+    except SafetensorError as error:  # the library has no other word for a full disk
+        number = re.search(r"os error (\d+)", str(error))
+        code = int(number.group(1)) if number else errno.EIO
+        raise OSError(code, os.strerror(code), str(folder / TENSORS)) from error
+    (folder / STATE).write_text(json.dumps(state, indent=1, sort_keys=True), encoding="utf-8")
+
+
+def read_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A verified checkpoint's tensors and numbers."""
+    state: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    return load_file(folder / TENSORS), state
+
+
+def restore_job(name: str, tensors: Mapping[str, Tensor], adapter: Adapter, optimizer: torch.optim.Optimizer) -> None:
+    """Put a job's saved tensors back, in place, so that the optimizer goes on holding the same parameters.
+
+    Raises CheckpointError where they do not fit the adapter.
+    """
+    own = {key: value for key, value in tensors.items() if key.split("/", 2)[1] == name}
+    with torch.no_grad():
+        for site, key, parameter in adapter.named_tensors():
+            saved = own.get(f"adapter/{name}/{site}/{key}")
+            if saved is None or saved.shape != parameter.shape or saved.dtype != parameter.dtype:
+                raise CheckpointError(
+                    f'the checkpoint does not fit job "{name}" at {site}.{key}; start over with --fresh'
+                )
+            parameter.copy_(saved)
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in own.items():
+        if key.startswith("optimizer/"):
+            number, moment = key.rsplit("/", 2)[1:]
+            state.setdefault(int(number), {})[moment] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,0 +1,201 @@
+"""Tensors in a safetensors file: read with every claim of the header checked before a byte of data, and written deterministically.
+
+    8 bytes            n, the header's length, little-endian
+    n bytes            JSON: {"__metadata__": {name: text}, tensor name: {"dtype", "shape", "data_offsets": [begin, end]}}
+    the rest           the tensors' bytes, without a hole or an overlap
+
+The format is the library's; this reader is narrower on purpose. A legal file can hold a million empty tensors, shapes of a hundred
+thousand dimensions or two tensors of one name; none of these is an adapter. Limits: a header of 4 MiB, 20,000 tensors, 4
+dimensions, at least one number in each tensor, dtypes F32, F16 and BF16.
+
+Boundary: names and shapes are not judged here, only that they are what the file really holds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from veneer.checkpoints.files import parse_json, read_exactly
+from veneer.checkpoints.findings import shown
+from veneer.errors import CheckpointError, Problems
+
+MAX_HEADER = 4 << 20
+MAX_TENSORS = 20_000
+MAX_DIMS = 4
+MAX_BYTES = 16 << 30
+
+# What a header of MAX_TENSORS tensors with a receipt may hold of each. Parsed JSON takes many times the room of its text, and these
+# are what it is made of; counting them costs nothing.
+_MARKS = {b"{": 4 * MAX_TENSORS, b"[": 4 * MAX_TENSORS, b'"': 24 * MAX_TENSORS, b",": 32 * MAX_TENSORS}
+
+DTYPES: dict[str, torch.dtype] = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What the header says of one tensor. begin and end count from the start of the data."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def numel(self) -> int:
+        """How many numbers it holds."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Header:
+    """The checked header: entries in the order of their data, the metadata, and where the data begins."""
+
+    entries: tuple[Entry, ...]
+    metadata: dict[str, str]
+    start: int
+
+
+def read_header(file: BinaryIO, size: int, where: str) -> Header:
+    """Read and check the header of an open file of ``size`` bytes; nothing else is read.
+
+    Raises CheckpointError with everything that is wrong with it.
+    """
+    first = file.read(8)
+    if size < 8 or len(first) < 8:
+        raise CheckpointError(
+            f"{where} is no safetensors file: it has {size} bytes, fewer than the 8 that it begins with"
+        )
+    _refuse_other_formats(first, where)
+    length = int.from_bytes(first, "little")
+    if length > MAX_HEADER:
+        raise CheckpointError(f"{where}: its header claims {length:,} bytes; at most {MAX_HEADER:,} are read")
+    if length > size - 8:
+        raise CheckpointError(f"{where} is cut off: its header claims {length:,} bytes, the file has {size - 8:,} left")
+    raw = read_exactly(file, length, where)
+    if raw.count(b'"data_offsets"') > MAX_TENSORS or any(raw.count(mark) > most for mark, most in _MARKS.items()):
+        raise CheckpointError(
+            f"{where} names more than {MAX_TENSORS:,} tensors, or says more of them than a header should"
+        )
+    if not raw.startswith(b"{"):
+        raise CheckpointError(f"{where} is no safetensors file: its header does not begin with a brace")
+    parsed = parse_json(raw, f"the header of {where}")
+    problems = Problems()
+    metadata = _metadata(parsed.pop("__metadata__", {}), problems)
+    entries = [entry for name, value in parsed.items() if (entry := _entry(name, value, problems)) is not None]
+    if not problems:
+        _check_layout(entries, size - 8 - length, problems)
+    problems.raise_if_any(CheckpointError, f"{where} cannot be read")
+    return Header(tuple(sorted(entries, key=lambda entry: entry.begin)), metadata, 8 + length)
+
+
+def read_tensors(file: BinaryIO, header: Header, where: str) -> tuple[dict[str, Tensor], str]:
+    """Every tensor, in private memory and its stored dtype, and the `digest` of them all.
+
+    Raises CheckpointError when the file ends early.
+    """
+    tensors: dict[str, Tensor] = {}
+    file.seek(header.start)
+    for entry in header.entries:
+        data = read_exactly(file, entry.end - entry.begin, where)
+        tensors[entry.name] = torch.frombuffer(data, dtype=entry.dtype).reshape(entry.shape)
+    return tensors, digest(tensors)
+
+
+def to_buffers(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> list[bytes | memoryview]:
+    """A whole file, piece by piece and without a copy. The same tensors and metadata give the same bytes, in every process."""
+    header: dict[str, object] = {"__metadata__": {name: metadata[name] for name in sorted(metadata)}}
+    offset = 0
+    for name in sorted(tensors):
+        size = tensors[name].numel() * tensors[name].element_size()
+        dtype, shape = NAMES[tensors[name].dtype], list(tensors[name].shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=True).encode()
+    text += b" " * (-len(text) % 8)
+    return [len(text).to_bytes(8, "little") + text, *(_raw(tensors[name]) for name in sorted(tensors))]
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over every tensor's name, dtype, shape and bytes, in the order of names."""
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        total.update(f"{name}\x1f{NAMES[tensor.dtype]}\x1f{tuple(tensor.shape)}\x1f".encode())
+        total.update(_raw(tensor))
+    return total.hexdigest()
+
+
+def _raw(tensor: Tensor) -> memoryview:
+    """A tensor's bytes, without a copy where it is on the CPU and contiguous."""
+    flat = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
+    return memoryview(flat.numpy())  # type: ignore[arg-type]
+
+
+def _refuse_other_formats(first: bytes, where: str) -> None:
+    kinds = {b"PK\x03\x04": "a zip archive, as torch.save writes it", b"GGUF": "a GGUF file"}
+    kinds |= {bytes([0x80, protocol]): "a pickle" for protocol in range(2, 6)}
+    kind = next((text for magic, text in kinds.items() if first.startswith(magic)), None)
+    # A header may be 0x0280 bytes long, and then begins like a pickle; but what follows a pickle's mark makes no length that is read.
+    if kind is not None and int.from_bytes(first, "little") > MAX_HEADER:
+        raise CheckpointError(f"{where} is {kind}, whatever its name says; expected a safetensors file")
+
+
+def _metadata(value: object, problems: Problems) -> dict[str, str]:
+    if isinstance(value, dict) and all(isinstance(text, str) for text in value.values()):
+        return dict(value)
+    problems.add("its metadata is not a table of texts")
+    return {}
+
+
+def _entry(name: str, value: object, problems: Problems) -> Entry | None:
+    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
+        problems.add(f"tensor {shown(name)}: expected dtype, shape and data_offsets")
+        return None
+    shape, offsets, dtype = value["shape"], value["data_offsets"], value["dtype"]
+    if not _counts(shape) or not 0 < len(shape) <= MAX_DIMS or 0 in shape:
+        problems.add(f"tensor {shown(name)}: expected 1 to {MAX_DIMS} sizes of at least 1, found {shown(shape, 60)}")
+        return None
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        problems.add(f"tensor {shown(name)}: expected dtype {', '.join(DTYPES)}, found {shown(dtype, 20)}")
+        return None
+    if not _counts(offsets) or len(offsets) != 2:
+        problems.add(f"tensor {shown(name)}: expected two offsets, found {shown(offsets, 60)}")
+        return None
+    entry = Entry(name, DTYPES[dtype], tuple(shape), offsets[0], offsets[1])
+    if entry.end - entry.begin != entry.numel * entry.dtype.itemsize:
+        problems.add(
+            f"tensor {shown(name)}: {dtype} of shape {shape} does not fill the bytes {offsets[0]:,} to {offsets[1]:,}"
+        )
+        return None
+    return entry
+
+
+def _counts(value: object) -> bool:
+    return isinstance(value, list) and all(type(size) is int and 0 <= size < 1 << 48 for size in value)
+
+
+def _check_layout(entries: Iterable[Entry], available: int, problems: Problems) -> None:
+    """The tensors' bytes follow each other without a hole or an overlap and end where the file ends."""
+    position = 0
+    for entry in sorted(entries, key=lambda entry: (entry.begin, entry.end)):
+        if entry.begin != position:
+            what = "overlaps what stands before it" if entry.begin < position else "leaves a hole before it"
+            problems.add(
+                f"tensor {shown(entry.name)} {what}: it begins at byte {entry.begin:,} of the data, expected {position:,}"
+            )
+            return
+        position = entry.end
+    if position != available:
+        problems.add(f"its tensors fill {position:,} bytes of data, the file has {available:,}")
+    elif position > MAX_BYTES:
+        problems.add(f"its tensors fill {position:,} bytes; at most {MAX_BYTES:,} are read")

@@ -1,0 +1,48 @@
+"""Turn an exception into one sentence and an exit code."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from veneer.errors import VeneerError
+
+_REASONS = {
+    errno.ENOSPC: "the disk is full; make room, or choose a folder on another disk",
+    errno.EDQUOT: "the disk quota is used up; make room, or choose a folder on another disk",
+    errno.EACCES: "permission denied; choose a place that you may read and write",
+    errno.EPERM: "permission denied; choose a place that you may read and write",
+    errno.EROFS: "the file system is read-only; choose a place that can be written",
+    errno.ENOENT: "there is no such file or folder",
+    errno.EISDIR: "this is a folder, and a file was expected",
+    errno.ENOTDIR: "a folder was expected, and this or something above it is a file",
+    errno.EEXIST: "this is there already",
+    errno.ENAMETOOLONG: "the name is too long for the file system",
+    errno.EMFILE: "too many open files; raise the limit with ulimit -n",
+    errno.EIO: "the disk reports an error while reading or writing",
+}
+
+
+def explain(error: Exception) -> tuple[str, int]:
+    """One sentence for the user (several lines where several things are wrong), and the exit code."""
+    if isinstance(error, VeneerError):
+        return str(error), error.exit_code
+    if isinstance(error, OSError) and error.errno is not None:
+        return _system_error(error), 1
+    if _out_of_memory(error):
+        return "there is not enough memory for this; take fewer tokens at a time, shorter examples or a smaller base", 1
+    text = " ".join(str(error).split())
+    bug = f"this is a bug in veneer: {type(error).__name__}: {text}" if text else f"this is a bug in veneer: {error!r}"
+    return f"{bug}; run again with --debug to see where", 1
+
+
+def _system_error(error: OSError) -> str:
+    paths = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
+    reason = _REASONS.get(error.errno or 0, error.strerror or str(error))
+    return ": ".join([" -> ".join(paths), reason]) if paths else reason
+
+
+def _out_of_memory(error: Exception) -> bool:
+    text = str(error).lower()
+    signs = ("can't allocate memory", "cannot allocate memory", "out of memory")
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(sign in text for sign in signs))

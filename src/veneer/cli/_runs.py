@@ -1,0 +1,235 @@
+"""Runs in a folder, and where each of their jobs stands, read from the runs' own files.
+
+    state      from the newest checkpoint; a job that goes on is "running" while a process holds the run's lock, else "interrupted"
+    step, loss from the last lines of the job's figures
+    adapter    the folder that others can load, once it is there
+
+What was read is kept in an SQLite file beside the runs, with the sizes and times of the files that it was read from. It is a cache: a
+run whose files changed is read again, and an index that is lost, damaged or on a disk that cannot be written costs only time.
+
+Boundary: no torch, so that the list is there at once; nothing in a run's folder is written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from veneer.config import load_yaml
+from veneer.errors import CheckpointError, ConfigError
+
+INDEX = ".runs.sqlite"
+_FORMAT = 1
+_TAIL = 1 << 16
+_DEEPEST = 3
+_LARGEST = 32 << 20
+
+
+@dataclass(frozen=True)
+class Row:
+    """Where one job of one run stands. ``loss`` is the last training loss, ``held_out`` the last held-out loss, ``best`` the lowest."""
+
+    run: str
+    job: str
+    state: str
+    reason: str
+    step: int
+    loss: float | None
+    held_out: float | None
+    best: float | None
+    base: str
+    adapter: str | None
+
+
+def list_runs(root: Path) -> list[Row]:
+    """Every job of every run at or below ``root``, in the order of folders and names.
+
+    Raises CheckpointError where there is no such folder.
+    """
+    if not root.is_dir():
+        raise CheckpointError(f"{root}: there is no such folder; name the one that holds your runs")
+    rows: list[Row] = []
+    with closing(_open(root)) as index:
+        known = {
+            path: (signature, jobs) for path, signature, jobs in index.execute("select path, signature, jobs from runs")
+        }
+        found: dict[str, tuple[str, str]] = {}
+        for folder in _folders(root, 0):
+            path, signature = str(folder.resolve()), _signature(folder)
+            jobs = known[path][1] if known.get(path, ("",))[0] == signature else json.dumps(_read(folder))
+            found[path] = (signature, jobs)
+            rows += [_live(folder, job) for job in json.loads(jobs)]
+        _keep(index, known, found)
+    return rows
+
+
+def as_dict(row: Row) -> dict[str, Any]:
+    """A row as JSON takes it."""
+    return asdict(row)
+
+
+def _folders(root: Path, depth: int) -> Iterator[Path]:
+    """Folders that hold a run; nothing is looked for inside one."""
+    if (root / "config.yaml").is_file() and ((root / "metrics").is_dir() or (root / "run.json").is_file()):
+        yield root
+    elif depth < _DEEPEST:
+        with contextlib.suppress(OSError):
+            for child in sorted(root.iterdir()):
+                if child.is_dir() and not child.is_symlink() and not child.name.startswith("."):
+                    yield from _folders(child, depth + 1)
+
+
+# The index
+
+
+def _open(root: Path) -> sqlite3.Connection:
+    """The index beside the runs: made anew if it is damaged, and in memory if it cannot be written."""
+    path = root / INDEX
+    for attempt in range(2):
+        try:
+            return _prepared(sqlite3.connect(path, timeout=5))
+        except sqlite3.OperationalError:
+            break  # read-only, full, or held by somebody else
+        except sqlite3.DatabaseError:
+            if attempt:
+                break
+            with contextlib.suppress(OSError):
+                path.unlink()
+    return _prepared(sqlite3.connect(":memory:"))
+
+
+def _prepared(index: sqlite3.Connection) -> sqlite3.Connection:
+    try:
+        with index:
+            if index.execute("pragma user_version").fetchone()[0] != _FORMAT:
+                index.execute("drop table if exists runs")
+                index.execute(f"pragma user_version = {_FORMAT}")
+            index.execute(
+                "create table if not exists runs (path text primary key, signature text, jobs text) without rowid"
+            )
+            index.execute("select path, signature, jobs from runs limit 1").fetchone()
+    except sqlite3.Error:
+        index.close()
+        raise
+    return index
+
+
+def _keep(index: sqlite3.Connection, known: dict[str, Any], found: dict[str, tuple[str, str]]) -> None:
+    """Bring the index up to what was found. Losing this costs a second reading and nothing else."""
+    with contextlib.suppress(sqlite3.Error), index:
+        index.executemany("delete from runs where path = ?", [(path,) for path in known if path not in found])
+        changed = [(path, *values) for path, values in found.items() if known.get(path) != values]
+        index.executemany("insert or replace into runs values (?, ?, ?)", changed)
+
+
+def _signature(folder: Path) -> str:
+    """Changes when one of the files changes that a run's row is read from."""
+    files = [folder / "config.yaml", folder / "checkpoints" / "LATEST", *sorted((folder / "metrics").glob("*.jsonl"))]
+    files += [
+        adapter / "adapter_config.json" for adapter in (folder / "adapter", *sorted((folder / "adapters").glob("*")))
+    ]
+    parts = []
+    for file in files:
+        with contextlib.suppress(OSError):
+            status = file.stat()
+            parts.append(f"{file.relative_to(folder)}:{status.st_size}:{status.st_mtime_ns}")
+    return "|".join(parts)
+
+
+# One run
+
+
+def _read(folder: Path) -> list[dict[str, Any]]:
+    """The jobs of one run, as far as its files tell."""
+    saved = _saved(folder)
+    names = sorted({*saved, *(file.stem for file in (folder / "metrics").glob("*.jsonl"))}) or [folder.name]
+    try:
+        base = str(load_yaml(folder / "config.yaml").values.get("base", ""))
+    except ConfigError:
+        base = ""
+    return [_job(folder, name, saved.get(name, {}), base) for name in names]
+
+
+def _job(folder: Path, name: str, saved: dict[str, Any], base: str) -> dict[str, Any]:
+    progress = saved.get("progress") or {}
+    looks = [loss for _, loss in progress.get("evaluations") or []]
+    best = progress.get("best")
+    figures: dict[str, Any] = {"step": progress.get("step", 0), "held_out_loss": looks[-1] if looks else None}
+    for line in _tail(folder / "metrics" / f"{name}.jsonl"):
+        figures.update(line)
+        held_out = line.get("held_out_loss")
+        if held_out is not None:
+            best = held_out if best is None else min(best, held_out)
+    places = [folder / "adapters" / name, folder / "adapter"]
+    return {
+        "job": name,
+        "state": saved.get("state", "running"),
+        "reason": saved.get("reason", ""),
+        "step": figures["step"],
+        "loss": figures.get("loss"),
+        "held_out": figures["held_out_loss"],
+        "best": best,
+        "base": base,
+        "adapter": next((str(p.relative_to(folder)) for p in places if (p / "adapter_config.json").is_file()), None),
+    }
+
+
+def _saved(folder: Path) -> dict[str, dict[str, Any]]:
+    """The jobs in the newest checkpoint that can be read; none before the first one."""
+    checkpoints = folder / "checkpoints"
+    names = sorted((file.parent.name for file in checkpoints.glob("step-*/state.json")), reverse=True)
+    for name in names:
+        file = checkpoints / name / "state.json"
+        try:
+            if ".tmp-" not in name and file.stat().st_size <= _LARGEST:
+                return dict(json.loads(file.read_text(encoding="utf-8"))["jobs"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return {}
+
+
+def _tail(path: Path) -> Iterator[dict[str, Any]]:
+    """The last whole lines of a job's figures."""
+    try:
+        with path.open("rb") as file:
+            start = max(0, file.seek(0, os.SEEK_END) - _TAIL)
+            file.seek(start)
+            lines = file.read().split(b"\n")[1 if start else 0 : -1]
+    except OSError:
+        return
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            found = json.loads(line)
+            if isinstance(found, dict):
+                yield found
+
+
+def _live(folder: Path, job: dict[str, Any]) -> Row:
+    """A row as of now, seen from here: a job that goes on does so only while a process works on its run."""
+    state = "interrupted" if job["state"] == "running" and not held(folder / ".lock") else job["state"]
+    adapter = None if job["adapter"] is None else str(folder / job["adapter"])
+    return Row(run=str(folder), **{**job, "state": state, "adapter": adapter})
+
+
+def held(lock: Path) -> bool:
+    """Whether a process holds a run's lock. It is not tried by taking it: a run that starts at that moment would be turned away."""
+    try:
+        inode = lock.stat().st_ino
+        locks = Path("/proc/locks").read_text(encoding="ascii").splitlines()
+        return any("FLOCK" in line and f":{inode} " in line for line in locks)
+    except OSError:
+        pass
+    try:  # systems that do not list their locks: the holder wrote its number into the file
+        os.kill(int(lock.read_text(encoding="ascii")), 0)
+    except PermissionError:
+        return True
+    except (OSError, ValueError):
+        return False
+    return True

@@ -1,0 +1,232 @@
+"""``veneer demo``: the whole story on the embedded model, in a few minutes and without any data but Python's own.
+
+A function of the standard library goes in, the first sentence of its docstring comes out. Modules are held out whole. The run
+that the demo leaves behind is an ordinary one: everything that ``veneer train`` writes is there to look at and go on with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from veneer.errors import ConfigError
+
+if TYPE_CHECKING:
+    from veneer.adapters import Bank
+    from veneer.evaluate.generation import Generator
+    from veneer.evaluate.losses import Difference, Losses
+    from veneer.models.load import Base
+
+NAME = "docstrings"
+_SHOWN_ROWS, _SHOWN_ANSWERS = 2, 3
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument("--out", metavar="DIR", default="runs/demo", help="folder of the run (default: runs/demo)")
+    parser.add_argument("--steps", type=int, default=70, metavar="N", help="optimizer steps (default: 70)")
+    parser.add_argument(
+        "--method", choices=("lora", "dora"), default="lora", help="how the weights are adapted (default: lora)"
+    )
+    parser.add_argument(
+        "--examples", type=int, default=96, metavar="N", help="held-out functions to judge on (default: 96)"
+    )
+    parser.add_argument(
+        "--fresh", action="store_true", help="delete what an earlier demo left in the folder and start over"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command."""
+    if args.steps < 1 or args.examples < 2:
+        raise ConfigError(
+            f"--steps must be at least 1 and --examples at least 2, found {args.steps} and {args.examples}"
+        )
+    began = time.monotonic()
+    out = Path(args.out)
+    files = _write_data(out, args.examples, fresh=args.fresh)
+    from veneer.checkpoints import attach
+    from veneer.models.load import load_base
+
+    _head("The base")
+    base = load_base("smollm2-135m")
+    count = sum(parameter.numel() for parameter in base.model.parameters())
+    print(
+        f"SmolLM2-135M-Instruct, {count / 1e6:.1f} million parameters in {str(base.dtype).removeprefix('torch.')}, frozen."
+    )
+    _show_rows(base, files["train"])
+
+    _head("Training")
+    adapter = _train(args, out, files, base)
+
+    bank = attach(base.model)
+    bank.load(adapter, name=NAME)
+    bank[NAME].requires_grad_(False)
+    _head("What it learnt")
+    before, after, gained = _judge(base, bank, files["valid"])
+    share = 100 * (before.mean - after.mean) / before.mean
+    print(f"held-out loss of the base     {before.mean:.3f}")
+    print(f"held-out loss with the adapter {after.mean:.3f}  ({share:.0f} % less)")
+    print(
+        f"difference {gained.mean:+.3f}, 95 % interval {gained.low:+.3f} to {gained.high:+.3f}, paired over {len(before.sums)} functions"
+    )
+    _side_by_side(base, bank, files["valid"])
+
+    _head("What it costs")
+    _sizes(base, bank, adapter)
+    print(f"The demo took {(time.monotonic() - began) / 60:.1f} minutes.")
+    _head("Go on")
+    for line in (
+        f"veneer chat {out}",
+        f'veneer generate {out} --compare "What does os.path.join do?"',
+        f"veneer evaluate {out} --data {files['valid']} --general",
+        f"veneer merge {out} --out {out}-merged",
+        f"veneer inspect {adapter}",
+        f"veneer train {files['train']} --valid {files['valid']} --method dora --out runs/dora",
+    ):
+        print(f"  {line}")
+    return 0
+
+
+def _write_data(out: Path, examples: int, *, fresh: bool) -> dict[str, Path]:
+    """The pairs as two files of examples in the run's folder, as a user would bring them."""
+    from veneer.data.stdlib_docs import stdlib_pairs
+
+    if fresh and out.exists():
+        _clear(out)
+    train, valid = stdlib_pairs()
+    chosen = valid[:: max(1, len(valid) // examples)][:examples]
+    folder = out / "data"
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {"train": folder / "train.jsonl", "valid": folder / "valid.jsonl"}
+    for rows, path in ((train, files["train"]), (chosen, files["valid"])):
+        path.write_text(
+            "".join(json.dumps({"messages": row["messages"]}, ensure_ascii=False) + "\n" for row in rows),
+            encoding="utf-8",
+        )
+    modules = {row["module"] for row in train}
+    _head("The data")
+    print(
+        f"{len(train):,} functions from {len(modules)} modules of Python {sys.version_info.major}.{sys.version_info.minor}'s standard "
+        f"library to learn from, {len(chosen)} from {len({row['module'] for row in valid})} other modules to judge on."
+    )
+    return files
+
+
+def _clear(out: Path) -> None:
+    """Delete an earlier demo's folder; anything else is refused."""
+    import shutil
+
+    if not (out / "data" / "train.jsonl").is_file():
+        raise ConfigError(
+            f"{out} is not the folder of an earlier demo, so it is not deleted; choose another with --out"
+        )
+    shutil.rmtree(out)
+
+
+def _show_rows(base: Base, file: Path) -> None:
+    from veneer.data.preview import pieces, plain_text, rich_text, summary
+    from veneer.data.render import Renderer
+    from veneer.data.row import Row
+
+    renderer = Renderer(base.tokenizer)
+    print("Two of the examples; what is learnt is marked:\n")
+    with file.open(encoding="utf-8") as lines:
+        rows = [json.loads(line) for _, line in zip(range(400), lines, strict=False)]
+    rows.sort(key=lambda row: len(row["messages"][0]["content"]))
+    for row in rows[60 : 60 + _SHOWN_ROWS]:
+        rendered = renderer.render(Row.chat("example", row["messages"]))[0]
+        shown = pieces(rendered, renderer.encoder)
+        if sys.stdout.isatty():
+            from rich.console import Console
+
+            Console().print(rich_text(shown))
+        else:
+            print(plain_text(shown))
+        print(f"({summary(rendered)})\n")
+
+
+def _train(args: argparse.Namespace, out: Path, files: dict[str, Path], base: Base) -> Path:
+    from veneer.train import train
+
+    result = train(
+        {
+            "data": (files["train"],),
+            "valid": (files["valid"],),
+            "out": out,
+            "name": NAME,
+            "method": args.method,
+            "r": 16,
+            "learning_rate": 5e-4,
+            "batch_size": 7,
+            "steps": args.steps,
+            "warmup_steps": 5,
+            "eval_every": max(1, (args.steps + 1) // 2),
+            "plan": False,
+        },
+        base=base,
+    )
+    return result.adapter
+
+
+def _judge(base: Base, bank: Bank, file: Path) -> tuple[Losses, Losses, Difference]:
+    from veneer.data.dataset import load_examples
+    from veneer.data.render import Renderer
+    from veneer.evaluate.losses import compare, example_losses
+    from veneer.models.flat import FlatRunner
+
+    examples, _ = load_examples([file], Renderer(base.tokenizer))
+    runner = FlatRunner(base.model)
+    before = example_losses(runner, examples, bank=bank)
+    after = example_losses(runner, examples, bank=bank, route=NAME)
+    return before, after, compare(after, before)
+
+
+def _side_by_side(base: Base, bank: Bank, file: Path) -> None:
+    from veneer.evaluate.generation import Generator, Sampling
+
+    generator = Generator(base.model, base.tokenizer, bank)
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    rows.sort(key=lambda row: len(row["messages"][0]["content"]))
+    step = len(rows) // (_SHOWN_ANSWERS + 1)
+    for row in rows[step : step * (_SHOWN_ANSWERS + 1) : step]:
+        code = row["messages"][0]["content"].split("\n\n", 1)[1]
+        print("\n" + "\n".join(f"    {line}" for line in code.splitlines()[:6]))
+        for who, route in (("base", None), ("adapter", NAME)):
+            print(f"  {who:<8} {_one_line(generator, row, route, Sampling(max_new_tokens=40))}")
+        print(f"  {'truth':<8} {row['messages'][1]['content']}")
+
+
+def _one_line(generator: Generator, row: dict[str, Any], route: str | None, sampling: Any) -> str:
+    text = " ".join(generator.write(row["messages"][:1], route, sampling).split())
+    return text if len(text) <= 100 else text[:97] + "..."
+
+
+def _sizes(base: Base, bank: Bank, adapter: Path) -> None:
+    size = sum(file.stat().st_size for file in adapter.glob("*.safetensors"))
+    held = sum(parameter.numel() * parameter.element_size() for parameter in base.model.parameters())
+    print(f"The adapter is {size / 1e6:.1f} MB beside {held / 1e6:.0f} MB of the base: {100 * size / held:.1f} %.")
+    print(f"Merged into the weights, it changes the logits by at most {_merged_apart(base, bank):.2g} in fp32.")
+
+
+def _merged_apart(base: Base, bank: Bank) -> float:
+    """Largest difference of logits between the adapter beside the base and merged into it, both in fp32."""
+    import torch
+
+    text = "def area(radius):\n    return 3.14159 * radius ** 2\n"
+    ids = torch.tensor([base.tokenizer(text)["input_ids"]])  # type: ignore[misc]
+    base.model.float()
+    with torch.no_grad():
+        with bank.use(NAME, training=False):
+            adapted = base.model(ids).logits
+        merged = bank.merged_state_dict(NAME)
+        plain = torch.func.functional_call(base.model, merged, (ids,), tie_weights=False).logits
+    return float((adapted - plain).abs().max())
+
+
+def _head(text: str) -> None:
+    print(f"\n{text}\n{'-' * len(text)}", flush=True)

@@ -1,0 +1,120 @@
+"""``veneer evaluate TARGET... --data FILE``: held-out loss of the base and of each adapter, compared example by example."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import TYPE_CHECKING, Any
+
+from veneer.cli._target import add_target_arguments, load_targets
+from veneer.errors import ConfigError
+
+if TYPE_CHECKING:
+    from veneer.adapters.route import RouteLike
+    from veneer.data.example import Example
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    add_target_arguments(parser, several=True)
+    parser.add_argument("--data", metavar="FILE", help="held-out examples, in any shape that training takes")
+    parser.add_argument("--general", action="store_true", help="judge a general text too: what did the adapter forget?")
+    parser.add_argument(
+        "--general-text", metavar="FILE", help="another general text (default: Python's own documentation)"
+    )
+    parser.add_argument(
+        "--mix",
+        action="append",
+        default=[],
+        metavar="A:W,B:W",
+        help="a weighted mix of the adapters, as a row of its own",
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N examples")
+    parser.add_argument("--max-length", type=int, metavar="N", help="cut longer examples at their end")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command."""
+    if args.data is None and not (args.general or args.general_text):
+        raise ConfigError("nothing to judge on: give --data FILE, or --general")
+    from veneer.evaluate.losses import compare, example_losses
+    from veneer.models.flat import FlatRunner
+
+    loaded = load_targets(args.target, args.base, args.dtype, purpose="train", force=args.force)
+    routes: dict[str, RouteLike] = {
+        "base": None,
+        **{name: name for name in loaded.names},
+        **_mixes(args.mix, loaded.names),
+    }
+    runner = FlatRunner(loaded.base.model)
+    report: dict[str, Any] = {"base_model": loaded.base.name, "sets": {}}
+    for label, examples in _sets(args, loaded.base.tokenizer).items():
+        results = {
+            name: example_losses(runner, examples, bank=loaded.bank, route=route) for name, route in routes.items()
+        }
+        rows = {}
+        for name, losses in results.items():
+            rows[name] = {"loss": losses.mean, "perplexity": losses.perplexity}
+            if name != "base":
+                apart = compare(losses, results["base"])
+                rows[name] |= {"against_base": apart.mean, "low": apart.low, "high": apart.high}
+        report["sets"][label] = {
+            "examples": len(examples),
+            "tokens": int(results["base"].weights.count_nonzero()),
+            "routes": rows,
+        }
+        if not args.json:
+            _show(label, report["sets"][label])
+    if args.json:
+        print(json.dumps(report, indent=2))
+    return 0
+
+
+def _sets(args: argparse.Namespace, tokenizer: Any) -> dict[str, list[Example]]:
+    from pathlib import Path
+
+    from veneer.evaluate.general import general_text, pieces
+
+    sets: dict[str, list[Example]] = {}
+    if args.data is not None:
+        sets[args.data] = _examples(args, tokenizer)
+    if args.general or args.general_text:
+        text = Path(args.general_text).read_text(encoding="utf-8") if args.general_text else general_text()
+        sets["general text"] = pieces(text, tokenizer)
+    return sets
+
+
+def _examples(args: argparse.Namespace, tokenizer: Any) -> list[Example]:
+    from veneer.data.dataset import load_examples
+    from veneer.data.render import Renderer, RenderOptions
+
+    renderer = Renderer(tokenizer, RenderOptions(max_length=args.max_length))
+    examples, _ = load_examples([args.data], renderer, truncate="end")
+    return examples[: args.limit]
+
+
+def _mixes(given: list[str], names: list[str]) -> dict[str, dict[str, float]]:
+    mixes: dict[str, dict[str, float]] = {}
+    for text in given:
+        mix: dict[str, float] = {}
+        for part in text.split(","):
+            name, colon, weight = part.partition(":")
+            if name not in names:
+                raise ConfigError(f"--mix {text}: {name!r} is not loaded; there is: {', '.join(names) or 'no adapter'}")
+            try:
+                mix[name] = float(weight) if colon else 1.0
+            except ValueError:
+                raise ConfigError(f"--mix {text}: {weight!r} is no weight; write NAME:0.5") from None
+        mixes[text] = mix
+    return mixes
+
+
+def _show(label: str, entry: dict[str, Any]) -> None:
+    print(f"{label}: {entry['examples']} examples, {entry['tokens']} tokens")
+    width = max(len(name) for name in entry["routes"])
+    for name, row in entry["routes"].items():
+        line = f"  {name:<{width}}  loss {row['loss']:.4f}  perplexity {row['perplexity']:.2f}"
+        if "against_base" in row:
+            line += f"  against base {row['against_base']:+.4f} (95 %: {row['low']:+.4f} to {row['high']:+.4f})"
+        print(line)

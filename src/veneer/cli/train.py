@@ -1,0 +1,122 @@
+"""``veneer train DATA... --base MODEL --out DIR`` or ``veneer train config.yaml``; the same command again goes on.
+
+Several files of options are several jobs on one base: ``veneer train sql.yaml style.yaml --out runs/both``.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from veneer.cli._table import table
+from veneer.config import Provenance, TrainOptions, add_flags, differences, given_flags, given_sets, plain, resolve
+from veneer.errors import ConfigError, Problems
+
+if TYPE_CHECKING:
+    from veneer.train import RunResult
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument(
+        "source", nargs="*", metavar="DATA|CONFIG", help="files of examples, or YAML files of options, one a job"
+    )
+    parser.add_argument("--fresh", action="store_true", help="forget the run that is in the folder and start over")
+    parser.add_argument(
+        "--resume-from", metavar="CHECKPOINT", help="go on from this checkpoint (step-00000100) instead of the newest"
+    )
+    add_flags(parser, TrainOptions)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command."""
+    options, provenance = resolve_source(args)
+    for difference in differences(options, provenance):
+        print(difference)
+    from veneer.train import train
+
+    result = train(options, fresh=args.fresh, resume_from=args.resume_from)
+    _tell(result)
+    return 1 if any(job.state == "failed" for job in result.jobs.values()) else 0
+
+
+def _tell(result: RunResult) -> None:
+    """What came of each job, and what can be done with it."""
+    from veneer.train import summary
+
+    done = [job for job in result.jobs.values() if job.state == "finished"]
+    if len(result.jobs) > 1:
+        done = [job for job in summary.ranked(result) if job in done]
+        header, rows = summary.rows(result)
+        print("\n" + "\n".join(line.rstrip() for line in table(header, rows)))
+        print(f"written: {', '.join(str(path) for path in summary.write(result))}")
+    for job in result.jobs.values():
+        if job.state in ("paused", "failed"):
+            print(f"{job.name}: {job.state} after {job.steps} steps{f': {job.reason}' if job.reason else ''}")
+    if done:
+        best = done[0]
+        target = result.out if len(result.jobs) == 1 else best.adapter
+        print(
+            f"\n{best.name}: {best.state} after {best.steps} steps; the adapter is {best.adapter}\n"
+            f"  veneer chat {target}\n  veneer evaluate {target} --data FILE\n  veneer merge {target} --out {result.out}-merged"
+        )
+
+
+def resolve_source(args: argparse.Namespace) -> tuple[TrainOptions, Any]:
+    """The options of a run from what was typed: files of examples or one file of options, then --set, then flags.
+
+    Raises ConfigError with every mistake.
+    """
+    flags = given_flags(args)
+    given = [Path(source) for source in args.source]
+    configs = [path for path in given if path.suffix in (".yaml", ".yml")]
+    if configs and len(configs) < len(given):
+        other = next(path for path in given if path not in configs)
+        raise ConfigError(f"{configs[0]} is a file of options and {other} is not; name the examples in it (data: ...)")
+    if len(configs) > 1:
+        return _several(configs, given_sets(args), flags)
+    if configs:
+        return _swept(*resolve(TrainOptions, configs[0], given_sets(args), flags))
+    if given and "data" in flags:
+        raise ConfigError("the examples are given twice: as words and with --data; give them once")
+    if given:
+        flags["data"] = tuple(str(path) for path in given)
+    return _swept(*resolve(TrainOptions, None, given_sets(args), flags))
+
+
+def _swept(options: TrainOptions, provenance: Provenance) -> tuple[TrainOptions, Provenance]:
+    """Lists that stood where one value is expected have moved into ``sweep``: say where they were written."""
+    sources = dict.fromkeys(provenance[key] for key in options.sweep if key in provenance)
+    if sources and "sweep" not in provenance:
+        provenance = {**provenance, "sweep": " and ".join(sources)}
+    return options, provenance
+
+
+def _several(configs: list[Path], sets: list[str], flags: dict[str, Any]) -> tuple[TrainOptions, Provenance]:
+    """One run of several files, a job each; what there is one of (the base, the folder) must be said alike in all of them."""
+    from veneer.train.expand import SHARED
+
+    found = {path: resolve(TrainOptions, path, sets, flags)[0] for path in configs}
+    problems, first = Problems(), configs[0]
+    for path, options in found.items():
+        if options.jobs or options.sweep:
+            problems.add(f"{path} asks for several jobs itself; give it alone, or one job a file")
+        for key in SHARED:
+            one, other = getattr(found[first], key), getattr(options, key)
+            if one != other and key not in ("jobs", "sweep"):
+                problems.add(
+                    f"{key} is {one} in {first} and {other} in {path}; there is one for all: give it with a flag"
+                )
+    if found[first].out is None:
+        problems.add("several files make one run; name its folder with --out")
+    problems.raise_if_any(ConfigError, "the files do not go together")
+    common = {key: getattr(found[first], key) for key in SHARED}
+    jobs = [
+        {
+            **{key: value for key, value in plain(options).items() if key not in SHARED},
+            "name": options.name or path.stem,
+        }
+        for path, options in found.items()
+    ]
+    return TrainOptions(**{**common, "jobs": jobs}), {"jobs": ", ".join(map(str, configs))}

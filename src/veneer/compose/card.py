@@ -1,0 +1,114 @@
+"""A model card: what an adapter is, what it was made on and from, its figures, and how to use it.
+
+Everything in it comes from the adapter's folder, its receipt and, where given, its run. What is not known is left out; nothing is
+invented. Markdown with the front matter that model hubs read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from veneer import __version__
+from veneer.adapters.adapter import Adapter
+
+_RECEIPT = {
+    "data_sha256": "data (SHA-256)",
+    "template_sha256": "chat template (SHA-256)",
+    "tokenizer_sha256": "tokenizer (SHA-256)",
+    "tensors": "tensors (SHA-256)",
+    "seed": "seed",
+    "steps": "steps",
+    "held_out_loss": "held-out loss",
+    "veneer_version": "trained with Veneer",
+    "version": "written with Veneer",
+}
+
+
+def model_card(
+    adapter: Adapter,
+    *,
+    base: str | None,
+    command: str | None = None,
+    figures: Mapping[str, Any] | None = None,
+    folder: str = "path/to/this/folder",
+) -> str:
+    """The card as Markdown. command: what made it. figures: name -> number, shown as they are."""
+    receipt: Mapping[str, Any] = adapter.meta.get("receipt") or {}
+    lines = [*_front_matter(adapter, base), f"# {adapter.name}", "", _sentence(adapter, base), ""]
+    lines += ["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in _facts(adapter).items()), ""]
+    known = {_RECEIPT[key]: receipt[key] for key in _RECEIPT if receipt.get(key) is not None}
+    if known:
+        lines += ["## Origin", "", *(f"- {name}: `{value}`" for name, value in known.items()), ""]
+    if receipt.get("parents"):
+        lines += ["Made from:", "", *(f"- {_parent(parent)}" for parent in receipt["parents"]), ""]
+    if receipt.get("made_by"):
+        how = ", ".join(f"{key} {value}" for key, value in receipt["made_by"].items())
+        lines += [f"By: {how}", ""]
+    if figures:
+        lines += ["## Figures", "", "| | |", "| --- | --- |"]
+        lines += [f"| {_cell(name)} | {_cell(value)} |" for name, value in figures.items()] + [""]
+    if command:
+        lines += ["## Command", "", "```", command, "```", ""]
+    return "\n".join([*lines, *_use(adapter, base, folder)])
+
+
+def _front_matter(adapter: Adapter, base: str | None) -> list[str]:
+    tags = ["veneer", "lora", *(["dora"] if adapter.method.has_gain else [])]
+    lines = ["---"]
+    if base:
+        lines.append(f"base_model: {json.dumps(base)}")
+    return [*lines, "library_name: peft", "tags:", *(f"- {tag}" for tag in tags), "---", ""]
+
+
+def _sentence(adapter: Adapter, base: str | None) -> str:
+    method = "DoRA" if adapter.method.has_gain else "rsLoRA" if adapter.method.use_rslora else "LoRA"
+    return f"A {method} adapter{f' for `{base}`' if base else ''}."
+
+
+def _facts(adapter: Adapter) -> dict[str, str]:
+    ranks = Counter(adapter.rank(site) for site in adapter.tensors)
+    scales = Counter(f"{adapter.scale(site):.4g}" for site in adapter.tensors)
+    modules = Counter(site.rpartition(".")[2] for site in adapter.tensors)
+    facts = {
+        "sites": str(len(adapter.tensors)),
+        "layers": ", ".join(f"{name} ({count})" for name, count in modules.items()),
+        "rank": ", ".join(f"{rank} ({count} sites)" for rank, count in sorted(ranks.items())),
+        "scale": ", ".join(f"{scale} ({count} sites)" for scale, count in scales.items()),
+        "parameters": f"{adapter.num_parameters():,}",
+    }
+    if adapter.own:
+        facts["of its own"] = ", ".join(f"{place} ({', '.join(own)})" for place, own in adapter.own.items())
+    return facts
+
+
+def _parent(parent: Mapping[str, Any]) -> str:
+    digest = f", tensors `{str(parent['tensors'])[:16]}`" if "tensors" in parent else ""
+    return f"{parent.get('name')} x {parent.get('weight')}{digest}"
+
+
+def _cell(value: object) -> str:
+    text = f"{value:.6g}" if isinstance(value, float) else str(value)
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _use(adapter: Adapter, base: str | None, folder: str) -> list[str]:
+    named = json.dumps(base or "the base's name or folder")
+    return [
+        "## Use",
+        "",
+        "```python",
+        "import veneer",
+        "",
+        f"base = veneer.load_base({named})",
+        "bank = veneer.attach(base.model)",
+        f"bank.load({json.dumps(folder)}, name={json.dumps(adapter.name)})",
+        f"with bank.use({json.dumps(adapter.name)}):",
+        "    ...",
+        "```",
+        "",
+        f"Card written by Veneer {__version__}.",
+        "",
+    ]

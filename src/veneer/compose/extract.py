@@ -1,0 +1,243 @@
+"""An adapter from two sets of full weights: what fine-tuning changed, as its best approximation of a rank at every site.
+
+    LoRA    W_t - W                ~  B A                       Eckart and Young: the rank-r optimum
+    DoRA    W_t - W                ~  diag(g) W + B A           the two parts fitted in turn
+
+For DoRA the gain is least squares given the factors, g_o = <(d - B A)_o, W_o> / ||W_o||^2, and the factors are the rank-r optimum given
+the gain. Each turn lowers the error. They begin with the gain that fits the whole change, from where a change that is a DoRA adapter comes
+back exactly after a few turns; where that ends above the LoRA optimum they begin again from there, so that at the same rank a DoRA
+extraction is never worse. Magnitudes follow from gain and factors (`build.py`).
+
+Sites are read from both folders one by one; neither model is ever whole in memory. Tensors that differ and are no site of the adapter
+(norms, embeddings unless asked for) cannot be held by it and are told.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from veneer.adapters.adapter import Adapter
+from veneer.adapters.methods import LoRA
+from veneer.adapters.targets import select
+from veneer.compose.build import MAX_RANK, Tensors, assemble, site_tensors
+from veneer.compose.delta import SiteDelta
+from veneer.compose.linalg import Svd, dense_svd
+from veneer.compose.parents import records_of
+from veneer.compose.skeleton import Skeleton
+from veneer.compose.svd import alive, from_svd, rank_for
+from veneer.errors import ComposeError, Problems
+
+_TURNS, _MORE = 30, 8
+
+
+@dataclass(frozen=True)
+class SiteExtract:
+    """One site: the rank taken, ||W_t - W||_F and its ratio to ||W||_F, the kept share of ||d||_F^2, and the largest singular values."""
+
+    site: str
+    rank: int
+    norm: float
+    ratio: float
+    kept: float
+    singular_values: tuple[float, ...]
+
+
+@dataclass
+class Extraction:
+    """The adapter and what it holds of the change. kept: share of ||d||^2 over all its sites. outside: tensors that differ and that
+    it cannot hold, with their ||d||."""
+
+    adapter: Adapter
+    sites: list[SiteExtract]
+    outside: dict[str, float] = field(default_factory=dict)
+    base_weights: dict[str, Any] = field(default_factory=dict)
+    made_by: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def kept(self) -> float:
+        """The share of ||d||^2 that the adapter holds, over its sites."""
+        total = math.fsum(site.norm**2 for site in self.sites)
+        return math.fsum(site.kept * site.norm**2 for site in self.sites) / total if total else 1.0
+
+    @property
+    def outside_share(self) -> float:
+        """The share of ||d||^2 over all tensors that lies outside its sites."""
+        lost = math.fsum(norm**2 for norm in self.outside.values())
+        total = lost + math.fsum(site.norm**2 for site in self.sites)
+        return lost / total if total else 0.0
+
+    def receipt(self) -> dict[str, Any]:
+        """What the folder's receipt says of its origin."""
+        return {"made_by": {**self.made_by, "kept": float(f"{self.kept:.6g}")}, "base": self.base_weights}
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "made_by": self.made_by,
+            "method": self.adapter.method.name,
+            "parameters": self.adapter.num_parameters(),
+            "kept": self.kept,
+            "outside_share": self.outside_share,
+            "outside": self.outside,
+            "sites": [asdict(site) for site in self.sites],
+        }
+
+
+def extract(
+    base: Skeleton,
+    tuned: Skeleton,
+    *,
+    name: str = "extracted",
+    rank: int | None = None,
+    energy: float | None = None,
+    method: Literal["lora", "dora"] = "lora",
+    target_modules: str | Sequence[str] = "all-linear",
+) -> Extraction:
+    """What ``tuned`` has over ``base``, as an adapter.
+
+    rank: at every site at most this; energy: the least rank that keeps this share of ||d||^2 (for DoRA: of what
+    the gain leaves).
+
+    Raises ComposeError for models that do not match, weights that are not finite, ranks that make no sense, and where nothing differs.
+    """
+    _check_wish(rank, energy)
+    targets = target_modules if isinstance(target_modules, str) else tuple(target_modules)
+    options = LoRA(target_modules=targets)
+    sites = select(base.survey, options, options.kinds)
+    _check_match(base, tuned, sites)
+    tensors: dict[str, Tensors] = {}
+    found: list[SiteExtract] = []
+    for site in sites:
+        own, entry = _site(base, tuned, site, rank, energy, method)
+        tensors[site] = own
+        if own:
+            found.append(entry)
+    outside = _outside(base, tuned, {base.key(site) for site in sites})
+    if not found:
+        more = f"; {', '.join(list(outside)[:3])} differ, which this adapter does not cover" if outside else ""
+        raise ComposeError(
+            f"there is nothing to extract: both models have the same weights at all {len(sites)} sites{more}"
+        )
+    adapter = assemble(tensors, {site: base.sites[site].kind for site in sites}, name)
+    records = records_of(base, adapter.tensors)
+    wish = {"rank": rank} if rank is not None else {"energy": energy}
+    return Extraction(adapter, found, outside, records, {"operation": "extract", **wish})
+
+
+def _site(
+    base: Skeleton, tuned: Skeleton, site: str, rank: int | None, energy: float | None, method: str
+) -> tuple[Tensors, SiteExtract]:
+    weight_OK = base.weight_2d(site).double()
+    change = tuned.weight_2d(site).double() - weight_OK
+    if not bool(torch.isfinite(change).all()):
+        raise ComposeError(f"{site}: the weights hold values that are not finite")
+    norm, size = float(change.norm()), float(weight_OK.norm())
+    gain_O, rest = None, change
+    if method == "dora" and norm:
+        gain_O = _fitted_gain(change, weight_OK, rank)
+        rest = change - gain_O.unsqueeze(1) * weight_OK
+    u, s, vt = _leading(rest, rank, energy)
+    like = SiteDelta(base.sites[site].geometry)
+    cut = SiteDelta(like.geometry, from_svd(like, u, s, vt).terms if len(s) else (), gain_O)
+    tensors = site_tensors(site, cut, weight_OK if gain_O is not None else None) if norm else {}
+    lost = max(0.0, float(rest.square().sum() - s.square().sum()))
+    kept = 1 - lost / norm**2 if norm else 1.0
+    values = tuple(float(f"{value:.6g}") for value in s.tolist())
+    return tensors, SiteExtract(site, len(s), norm, norm / size if size else math.inf, kept, values)
+
+
+def _fitted_gain(change: Tensor, weight_OK: Tensor, rank: int | None) -> Tensor:
+    """The gain that goes with the best factors of a rank, [O]; where a share of energy chooses the rank, with those of rank 16."""
+    rank = min(16 if rank is None else rank, *change.shape)
+    squared = weight_OK.square().sum(1).clamp_min(1e-300)
+    gain_O, error = _turns(change, weight_OK, (change * weight_OK).sum(1) / squared, rank)
+    singular = dense_svd(change, rank)[1]
+    without = math.sqrt(max(0.0, float(change.square().sum() - singular.square().sum())))
+    return gain_O if error <= without else _turns(change, weight_OK, torch.zeros_like(squared), rank)[0]
+
+
+def _turns(change: Tensor, weight_OK: Tensor, gain_O: Tensor, rank: int) -> tuple[Tensor, float]:
+    """Gain and factors fitted in turn from a first gain: (the gain, the error that is left).
+
+    Factors follow by one step of subspace iteration a turn, with a few directions more than the rank.
+    """
+    squared = weight_OK.square().sum(1).clamp_min(1e-300)
+    right = dense_svd(change - gain_O.unsqueeze(1) * weight_OK, rank + _MORE)[2].T
+    error = math.inf
+    for _ in range(_TURNS):
+        rest = change - gain_O.unsqueeze(1) * weight_OK
+        left = torch.linalg.qr(rest @ right).Q
+        u, s, vt = torch.linalg.svd(left.T @ rest, full_matrices=False)
+        right = vt.T
+        beyond = change - (left @ (u[:, :rank] * s[:rank])) @ vt[:rank]
+        gain_O = (beyond * weight_OK).sum(1) / squared
+        before, error = error, float((beyond - gain_O.unsqueeze(1) * weight_OK).norm())
+        if error > before * (1 - 1e-4) or error < 1e-12 * float(change.norm()):
+            break
+    return gain_O, error
+
+
+def _leading(rest: Tensor, rank: int | None, energy: float | None) -> Svd:
+    """The singular triples to keep. For a share of energy the rank is doubled until it holds enough."""
+    full = min(rest.shape)
+    if energy is None:
+        assert rank is not None
+        u, s, vt = dense_svd(rest, min(rank, full))
+        keep = int(alive(s).sum())
+        return u[:, :keep], s[:keep], vt[:keep]
+    total, ask = float(rest.square().sum()), min(full, 64)
+    while True:
+        u, s, vt = dense_svd(rest, ask)
+        if ask == full or float(s.square().sum()) >= energy * total:
+            break
+        ask = min(full, 4 * ask)
+    if not total:
+        return u[:, :0], s[:0], vt[:0]
+    # The values that were not asked for count as one more, so that the share is of the whole.
+    whole = torch.cat([s, s.new_tensor([math.sqrt(max(0.0, total - float(s.square().sum())))])])
+    keep = min(rank_for(whole, energy), int(alive(s).sum()), MAX_RANK)
+    return u[:, :keep], s[:keep], vt[:keep]
+
+
+def _check_wish(rank: int | None, energy: float | None) -> None:
+    if (rank is None) == (energy is None):
+        raise ComposeError("say how much to keep: a rank, or a share of energy, and not both")
+    if rank is not None and not 1 <= rank <= MAX_RANK:
+        raise ComposeError(f"rank: expected 1 to {MAX_RANK}, found {rank}")
+    if energy is not None and not 0 < energy <= 1:
+        raise ComposeError(f"energy: expected a share above 0 and up to 1, found {energy:g}")
+
+
+def _check_match(base: Skeleton, tuned: Skeleton, sites: Sequence[str]) -> None:
+    problems = Problems()
+    for site in sites:
+        other = tuned.sites.get(site)
+        if other is None:
+            problems.add(f"{site} is in the base and not in the other")
+        elif other.geometry != base.sites[site].geometry:
+            problems.add(f"{site}: {base.sites[site].geometry} in the base, {other.geometry} in the other")
+    problems.raise_if_any(
+        ComposeError,
+        f"{tuned.folder.path} is no fine-tuned copy of {base.folder.path}: their layers differ",
+        limit=5,
+    )
+
+
+def _outside(base: Skeleton, tuned: Skeleton, covered: set[str]) -> dict[str, float]:
+    """Tensors of both models that differ and that the adapter does not cover, with the norm of the difference, largest first."""
+    found: dict[str, float] = {}
+    for key in base.folder.files:
+        if key in covered or key not in tuned.folder.files:
+            continue
+        one, other = base.folder.get(key), tuned.folder.get(key)
+        if one.shape != other.shape:
+            found[key] = math.inf
+        elif one.is_floating_point() and (norm := float((other.double() - one.double()).norm())):
+            found[key] = norm
+    return dict(sorted(found.items(), key=lambda item: -item[1]))

@@ -1,0 +1,83 @@
+"""Rounding a merged weight to the dtype in which it is stored, and what that costs.
+
+A weight W in bf16 keeps 8 bits. A change d much smaller than W falls between two of them: at ||d||/||W|| = 0.1 the change that is
+stored differs from d by 1.7 %, at 0.01 by 17 %, at 0.003 by half, at 0.001 by four fifths. Two figures say what happened to d, where
+k = round(W + d) - round(W) is the change that was stored:
+
+    error   ||k - d|| / ||d||      everything that differs, noise included
+    kept    <k, d> / ||d||^2       how much of d itself is still there
+
+"nearest" rounds to the nearest number. "stochastic" rounds up or down with probabilities that make the mean exact: kept stays at one
+for changes that nearest would lose, and the noise is larger.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def round_to(wide: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Tensor:
+    """``wide`` in ``dtype``: to nearest, or stochastically (fp32 to bf16 only) where a generator is given."""
+    if generator is None or dtype != torch.bfloat16:
+        return wide.to(dtype)
+    # bf16 is the upper half of fp32. Random bits added to the lower half carry into the upper with the right probability.
+    bits = wide.float().contiguous().view(torch.int32)
+    noise = torch.randint(0, 1 << 16, bits.shape, dtype=torch.int32, generator=generator)
+    return ((bits + noise) & -65536).view(torch.float32).to(dtype)
+
+
+@dataclass
+class Kept:
+    """Sums over the elements of one weight, added to block by block."""
+
+    delta: float = 0.0
+    lost: float = 0.0
+    along: float = 0.0
+    weight: float = 0.0
+    meant: int = 0
+    unmoved: int = 0
+
+    def add(self, base: Tensor, delta: Tensor, stored: Tensor) -> None:
+        """Take in one block: the base weight and the meant change (fp32 or wider) and what is stored."""
+        kept = stored.to(delta.dtype) - base.to(stored.dtype).to(delta.dtype)
+        self.delta += float(delta.double().square().sum())
+        self.lost += float((kept - delta).double().square().sum())
+        self.along += float((kept.double() * delta.double()).sum())
+        self.weight += float(base.double().square().sum())
+        moved = delta != 0
+        self.meant += int(moved.sum())
+        self.unmoved += int((moved & (kept == 0)).sum())
+
+    def __add__(self, other: Kept) -> Kept:
+        return Kept(
+            self.delta + other.delta,
+            self.lost + other.lost,
+            self.along + other.along,
+            self.weight + other.weight,
+            self.meant + other.meant,
+            self.unmoved + other.unmoved,
+        )
+
+    @property
+    def ratio(self) -> float:
+        """||d|| / ||W||."""
+        return math.sqrt(self.delta / self.weight) if self.weight else math.inf
+
+    @property
+    def error(self) -> float:
+        """||k - d|| / ||d||."""
+        return math.sqrt(self.lost / self.delta) if self.delta else 0.0
+
+    @property
+    def kept(self) -> float:
+        """<k, d> / ||d||^2."""
+        return self.along / self.delta if self.delta else 1.0
+
+    @property
+    def unchanged(self) -> float:
+        """Share of the elements with a change whose stored value did not change."""
+        return self.unmoved / self.meant if self.meant else 0.0

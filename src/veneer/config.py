@@ -1,0 +1,67 @@
+"""Options: declared once, as fields of frozen models, and everything else derives from that.
+
+    declare     class MyOptions(Options): a field with a type, a default and a docstring under it
+    read        options, provenance = resolve(MyOptions, "run.yaml", ["r=8"], {"learning_rate": "1e-4"})
+    flags       add_flags(parser, MyOptions), then resolve(..., given_sets(args), given_flags(args))
+    tell        for difference in differences(options, provenance): print(difference)
+    keep        to_yaml(options), json_schema(MyOptions)
+
+Precedence: flag > ``--set a.b=c`` > YAML > default. Unknown keys are errors that name the nearest known one; all
+mistakes of all sources are told at once, each with file, line and key. YAML is read by the rules of YAML 1.2: ``1e-4``
+is a number, ``no``, ``on`` and ``12:30`` are text.
+"""
+
+from __future__ import annotations
+
+from veneer._options.base import (
+    Count,
+    Flag,
+    Fraction,
+    NotNegative,
+    Options,
+    Paths,
+    Positive,
+    Real,
+    Texts,
+    Whole,
+    near_miss,
+)
+from veneer._options.document import Document, load_yaml
+from veneer._options.flags import add_flags, given_flags, given_sets
+from veneer._options.low_rank import Alpha, LowRankOptions, Rank
+from veneer._options.output import json_schema, plain, to_yaml
+from veneer._options.resolve import Difference, Provenance, differences, flag_name, resolve
+from veneer._options.train import DataOptions, TrainOptions, default_learning_rate
+
+__all__ = [
+    "Alpha",
+    "Count",
+    "DataOptions",
+    "Difference",
+    "Document",
+    "Flag",
+    "Fraction",
+    "LowRankOptions",
+    "NotNegative",
+    "Options",
+    "Paths",
+    "Positive",
+    "Provenance",
+    "Rank",
+    "Real",
+    "Texts",
+    "TrainOptions",
+    "Whole",
+    "add_flags",
+    "default_learning_rate",
+    "differences",
+    "flag_name",
+    "given_flags",
+    "given_sets",
+    "json_schema",
+    "load_yaml",
+    "near_miss",
+    "plain",
+    "resolve",
+    "to_yaml",
+]

@@ -1,0 +1,137 @@
+"""Demonstration data that every machine has: the standard library of the running interpreter.
+
+A pair is a function or class of the library, its signature and body without the docstring, and the first sentence of that
+docstring. Sources are parsed and never run or imported. Modules are held out whole, so that nothing of a held-out
+function's neighbourhood is trained on.
+
+    train, valid = stdlib_pairs()          rows of the shape that ``shapes.py`` calls messages
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import os
+import re
+import sysconfig
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError
+
+__all__ = ["INSTRUCTION", "stdlib_pairs"]
+
+INSTRUCTION = "Write the first sentence of this Python docstring."
+"""What stands above the code in each prompt."""
+
+_TESTS = {"test", "tests", "idlelib", "idle_test", "lib2to3", "turtledemo", "turtle", "ensurepip"}
+_LEFT_OUT = _TESTS | {"site-packages", "dist-packages", "__pycache__", "pydoc_data", "_pyrepl", "__phello__"}
+_SENTENCE = re.compile(r"(.+?[.!?])(?:\s+(?=[A-Z\"'`(])|$)", re.DOTALL)
+_SHORTEST, _LONGEST = 15, 300  # characters of a sentence worth learning
+
+Rows = list[dict[str, Any]]
+
+
+def stdlib_pairs(limit_chars: int = 900, *, valid_share: float = 0.1) -> tuple[Rows, Rows]:
+    """Rows for training and held-out rows, in a fixed order for a given interpreter.
+
+    Args:
+        limit_chars: characters of code, at most; what is behind is cut off.
+        valid_share: the part of the modules that is held out, about.
+
+    Returns:
+        Two lists of ``{"messages": [...], "module": name}``.
+
+    Raises:
+        DataError: the library's sources are not installed.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    by_module: dict[str, Rows] = {}
+    seen: set[str] = set()
+    for path in _sources(root):
+        module = _module(path, root)
+        rows = by_module.setdefault(module.split(".")[0], [])
+        for code, sentence in _pairs(path, limit_chars):
+            if code not in seen:
+                seen.add(code)
+                rows.append(_row(code, sentence, module))
+    held = _held_out({module: len(rows) for module, rows in by_module.items()}, valid_share)
+    train = [row for module, rows in by_module.items() if module not in held for row in rows]
+    valid = [row for module, rows in by_module.items() if module in held for row in rows]
+    if not train or not valid:
+        raise DataError(
+            f"{root}: the sources of Python's standard library are not there, from which the demonstration data is made; "
+            "install them (Debian: python3-minimal has them in part, libpython3-stdlib in whole), or train on a file of "
+            "your own."
+        )
+    return train, valid
+
+
+def _sources(root: Path) -> Iterator[Path]:
+    for folder, below, names in os.walk(root):
+        below[:] = sorted(name for name in below if name not in _LEFT_OUT and not name.startswith("config-"))
+        for name in sorted(names):
+            if name.endswith(".py") and name[:-3] not in _LEFT_OUT and not name.startswith("_sysconfig"):
+                yield Path(folder, name)
+
+
+def _module(path: Path, root: Path) -> str:
+    parts = path.relative_to(root).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+def _held_out(sizes: dict[str, int], share: float) -> set[str]:
+    """Modules with about ``share`` of all pairs, drawn by the hash of their names; large ones are never drawn."""
+    total = sum(sizes.values())
+    held: set[str] = set()
+    count = 0
+    for name in sorted(sizes, key=lambda name: hashlib.sha256(name.encode()).digest()):
+        if count < share * total and 0 < sizes[name] <= max(1, total // 25):
+            held.add(name)
+            count += sizes[name]
+    return held
+
+
+def _pairs(path: Path, limit: int) -> Iterator[tuple[str, str]]:
+    try:
+        with tokenize.open(path) as file:
+            text = file.read()
+        tree = ast.parse(text)
+    except (OSError, SyntaxError, ValueError, RecursionError):
+        return  # files kept to show an error, or not meant to be read
+    lines = text.splitlines(keepends=True)
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            sentence = _first_sentence(ast.get_docstring(node))
+            code = _without_docstring(node, lines) if sentence else ""
+            if code:
+                yield code[:limit].rstrip(), sentence
+
+
+def _first_sentence(docstring: str | None) -> str:
+    paragraph = " ".join((docstring or "").strip().split("\n\n")[0].split())
+    found = _SENTENCE.match(paragraph)
+    sentence = found.group(1) if found else paragraph
+    fits = _SHORTEST <= len(sentence) <= _LONGEST and sentence.isascii()
+    return sentence if fits else ""
+
+
+def _without_docstring(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> str:
+    """The source of a function without its docstring, moved to the left margin; "" if nothing but the docstring is in it."""
+    docstring, rest = node.body[0], node.body[1:]
+    if not rest or docstring.lineno <= node.lineno or docstring.end_lineno is None or node.end_lineno is None:
+        return ""
+    begin = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+    kept = [*lines[begin - 1 : docstring.lineno - 1], *lines[docstring.end_lineno : node.end_lineno]]
+    margin = len(kept[0]) - len(kept[0].lstrip())
+    return "".join(line[margin:] if not line[:margin].strip() else line for line in kept).rstrip()
+
+
+def _row(code: str, sentence: str, module: str) -> dict[str, Any]:
+    messages = [
+        {"role": "user", "content": f"{INSTRUCTION}\n\n{code}"},
+        {"role": "assistant", "content": sentence},
+    ]
+    return {"messages": messages, "module": module}

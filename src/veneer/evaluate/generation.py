@@ -1,0 +1,151 @@
+"""Generation under a route: prompts in, text out, as a whole or as it comes.
+
+Prompts of a chat go through the data room's renderer, so that control strings in a user's text stay text here as in training.
+Sampling draws from a stream of its own: with the same seed the same text, whatever else runs.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from veneer.adapters import Bank
+from veneer.adapters.route import RouteLike
+from veneer.data.render import Renderer
+from veneer.data.template import Conversation
+from veneer.errors import BaseModelError, DataError
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. temperature 0 takes the likeliest; seed matters only above 0."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+class Generator:
+    """Writes answers with one model; a bank's routes say with which adapters."""
+
+    def __init__(self, model: Any, tokenizer: Any, bank: Bank | None = None) -> None:
+        if tokenizer is None:
+            raise BaseModelError(
+                "the base has no tokenizer, so it cannot be given text; add its tokenizer's files to the folder"
+            )
+        if not hasattr(model, "generate"):
+            raise BaseModelError(f"{type(model).__name__} does not write text; use a causal language model")
+        self.model = model
+        self.tokenizer = tokenizer
+        self.bank = bank
+        self.renderer = Renderer(tokenizer)
+
+    @property
+    def chats(self) -> bool:
+        """Whether the tokenizer has a chat template."""
+        return self.renderer.template is not None
+
+    def prompt_ids(self, prompt: str | Sequence[Message]) -> list[int]:
+        """Token ids of a prompt: a conversation, or a text (a user's turn where the base chats, else the plain text).
+
+        Raises DataError where messages are given and the base has no chat template.
+        """
+        encoder, template = self.renderer.encoder, self.renderer.template
+        if isinstance(prompt, str) and template is None:
+            return list(self.tokenizer(prompt)["input_ids"])
+        if template is None:
+            raise DataError("the base has no chat template, so it takes plain text and no conversation")
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        guarded = Conversation(template, encoder, messages).text(prompt=True)
+        return encoder.encode([guarded])[0].ids
+
+    def write(self, prompt: str | Sequence[Message], route: RouteLike = None, sampling: Sampling | None = None) -> str:
+        """The answer to one prompt, whole."""
+        ids = torch.tensor([self.prompt_ids(prompt)])
+        with self._routed(route), _stream(sampling or Sampling()):
+            out = self.model.generate(ids, **self._options(ids, sampling or Sampling()))
+        return str(self.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+
+    def stream(
+        self, prompt: str | Sequence[Message], route: RouteLike = None, sampling: Sampling | None = None
+    ) -> Iterator[str]:
+        """The answer to one prompt, piece by piece. Ending the iteration early ends the generation."""
+        from transformers import StoppingCriteriaList, TextIteratorStreamer
+
+        sampling = sampling or Sampling()
+        ids = torch.tensor([self.prompt_ids(prompt)])
+        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        stopped = threading.Event()
+        failure: list[BaseException] = []
+
+        def work() -> None:
+            try:
+                with _stream(sampling):
+                    self.model.generate(
+                        ids,
+                        streamer=streamer,
+                        stopping_criteria=StoppingCriteriaList([lambda *_, **__: stopped.is_set()]),
+                        **self._options(ids, sampling),
+                    )
+            except BaseException as error:  # handed to the reader, who is waiting for text
+                failure.append(error)
+                streamer.end()
+
+        with self._routed(route):
+            worker = threading.Thread(target=work, daemon=True)
+            worker.start()
+            try:
+                yield from (str(piece) for piece in streamer if piece)
+            finally:
+                stopped.set()
+                worker.join()
+        if failure:
+            raise failure[0]
+
+    def _routed(self, route: RouteLike) -> AbstractContextManager[object]:
+        return nullcontext() if self.bank is None else self.bank.use(route, training=False)
+
+    def _options(self, ids: torch.Tensor, sampling: Sampling) -> dict[str, Any]:
+        pad = self.tokenizer.pad_token_id
+        options: dict[str, Any] = {
+            "attention_mask": torch.ones_like(ids),
+            "max_new_tokens": sampling.max_new_tokens,
+            "do_sample": sampling.temperature > 0,
+            "pad_token_id": self.tokenizer.eos_token_id if pad is None else pad,
+            "eos_token_id": self._ends(),
+        }
+        if sampling.temperature > 0:
+            options |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+        else:
+            options |= {"temperature": None, "top_p": None, "top_k": None}
+        return options
+
+    def _ends(self) -> list[int]:
+        """Every token that ends an answer: the tokenizer's and the model's own."""
+        config = getattr(self.model, "generation_config", None)
+        found = [self.tokenizer.eos_token_id, getattr(config, "eos_token_id", None)]
+        flat = [end for entry in found if entry is not None for end in (entry if isinstance(entry, list) else [entry])]
+        return list(dict.fromkeys(flat)) or [-1]
+
+
+class _stream:
+    """Sampling's own random stream: the process's is put back afterwards."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        self._seed = sampling.seed
+        self._fork = torch.random.fork_rng(devices=[], enabled=sampling.temperature > 0)
+
+    def __enter__(self) -> None:
+        self._fork.__enter__()
+        torch.manual_seed(self._seed)
+
+    def __exit__(self, *error: Any) -> None:
+        self._fork.__exit__(*error)

@@ -1,0 +1,155 @@
+"""The output head and the cross-entropy of its logits in one step, over supervised tokens only.
+
+    ce_k = logsumexp(h_k W^T + b) - (h_k W^T + b)[target_k],      total = sum_k weight_k * ce_k
+
+The vocabulary is by far the widest dimension of a language model: logits of all tokens, their softmax and its gradient are often
+larger than everything else that a step keeps. Here tokens go through the head a chunk at a time, and as soon as a chunk's softmax is
+known its gradient is known too,
+
+    d total / d h_k = weight_k * (softmax(h_k W^T + b) - onehot(target_k)) W
+
+so it is formed in forward, multiplied in backward with whatever arrives for ``total``, and no tensor of size [tokens, vocabulary]
+ever exists. On a CPU the softmax walks over a chunk in blocks of rows that fit the cache. The gradient of the head's weight, where the
+head is trained, is summed over chunks the same way.
+
+Tokens of weight zero are left out altogether: their target may be anything, and a NaN in their hidden state stays with them. Logits are
+rounded to the dtype of the hidden states, as the model's own head rounds them; the softmax is taken in fp32 (fp64 for fp64).
+
+Shapes: K tokens, D hidden size, V vocabulary. Boundary: nothing here knows how a model makes its logits; soft-capped or scaled ones
+are not for this kernel.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+__all__ = ["linear_cross_entropy", "plain"]
+
+_CHUNK_BYTES = 48 * 2**20
+"""Logits of one chunk, at most (but 64 tokens at least, below which the product with the head is no longer efficient)."""
+_BLOCK_BYTES = 2**21
+"""Rows that the softmax takes at once on a CPU: about one core's second-level cache."""
+
+Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def plain(
+    hidden_KD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_K: Tensor, weights_K: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same by its definition, with the logits of all tokens: the reference. Arguments as in `linear_cross_entropy`."""
+    wide = torch.promote_types(hidden_KD.dtype, torch.float32)
+    live = weights_K != 0
+    logits = F.linear(hidden_KD[live], weight_VD, bias_V).to(wide)
+    ce = F.cross_entropy(logits, targets_K[live], reduction="none")
+    losses_K = ce.new_zeros(len(targets_K)).masked_scatter(live, ce)
+    total = (ce * weights_K[live].to(wide)).sum()
+    return total, losses_K.detach()
+
+
+def linear_cross_entropy(
+    hidden_KD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_K: Tensor, weights_K: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Weighted sum of the tokens' cross-entropies.
+
+    hidden_KD: hidden states that the head sees. weight_VD, bias_V: the head. targets_K: long. weights_K: factor of each token's loss
+    (nothing flows into it); 0 leaves the token out.
+
+    Returns (total, losses_K): ``total`` is the scalar sum of weight times loss in nats, which may be backpropagated once; ``losses_K``
+    are the tokens' own losses without their weights, detached, 0 where the weight is 0. Both fp32 (fp64 for fp64).
+    """
+    live = (weights_K != 0).nonzero().squeeze(1)
+    grad = torch.is_grad_enabled()
+    wanted = tuple(grad and t is not None and t.requires_grad for t in (hidden_KD, weight_VD, bias_V))
+    fused: Any = _Fused.apply
+    if len(live) == len(targets_K):
+        return fused(hidden_KD, weight_VD, bias_V, targets_K, weights_K, wanted)  # type: ignore[no-any-return]
+    chosen = [t.index_select(0, live) for t in (hidden_KD, targets_K, weights_K)]
+    total, losses = fused(chosen[0], weight_VD, bias_V, chosen[1], chosen[2], wanted)
+    return total, losses.new_zeros(len(targets_K)).index_copy_(0, live, losses)
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_KD: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        targets_K: Tensor,
+        weights_K: Tensor,
+        wanted: tuple[bool, bool, bool],
+    ) -> tuple[Tensor, Tensor]:
+        wide = torch.promote_types(hidden_KD.dtype, torch.float32)
+        weights_K = weights_K.detach().to(wide)
+        losses_K = torch.empty(len(targets_K), dtype=wide, device=hidden_KD.device)
+        sums = _empty_like(hidden_KD, weight_VD, bias_V, wanted)
+        step = _chunk(len(targets_K), weight_VD.shape[0], hidden_KD.element_size())
+        for at in range(0, len(targets_K), step):
+            part = slice(at, at + step)
+            logits = F.linear(hidden_KD[part], weight_VD, bias_V)
+            losses_K[part] = _softmax_gradient_(logits, targets_K[part], weights_K[part], any(wanted))
+            _accumulate_(sums, part, logits, hidden_KD, weight_VD)
+        ctx.save_for_backward(*sums)
+        ctx.mark_non_differentiable(losses_K)
+        return (losses_K * weights_K).sum(), losses_K
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        return (*(None if s is None else s * grad.to(s.dtype) for s in ctx.saved_tensors), None, None, None)
+
+
+def _empty_like(hidden_KD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, wanted: tuple[bool, bool, bool]) -> Grads:
+    """Room for the gradients that are wanted; sums over chunks begin at zero."""
+    return (
+        torch.empty_like(hidden_KD) if wanted[0] else None,
+        torch.zeros_like(weight_VD) if wanted[1] else None,
+        torch.zeros_like(bias_V) if wanted[2] and bias_V is not None else None,
+    )
+
+
+def _accumulate_(sums: Grads, part: slice, slopes: Tensor, hidden_KD: Tensor, weight_VD: Tensor) -> None:
+    """Add one chunk's share to the gradients; ``slopes`` is d total / d logits of the chunk."""
+    hidden, weight, bias = sums
+    if hidden is not None:
+        torch.mm(slopes, weight_VD, out=hidden[part])
+    if weight is not None:
+        weight.addmm_(slopes.T, hidden_KD[part])
+    if bias is not None:
+        bias += slopes.sum(0)
+
+
+def _softmax_gradient_(logits: Tensor, targets_k: Tensor, weights_k: Tensor, wanted: bool) -> Tensor:
+    """Losses of a chunk [k]. Where gradients are wanted, ``logits`` are overwritten by weight * (softmax - onehot)."""
+    losses = torch.empty_like(weights_k)
+    for part in _blocks(logits):
+        block = logits[part]
+        # Nobody needs the logits again, so that wide ones are worked on in place.
+        wide = block if block.dtype == weights_k.dtype else block.to(weights_k.dtype)
+        target, weight = targets_k[part].unsqueeze(1), weights_k[part].unsqueeze(1)
+        top = wide.amax(1, keepdim=True)
+        hit = wide.gather(1, target) - top
+        total = wide.sub_(top).exp_().sum(1, keepdim=True)
+        losses[part] = (total.log() - hit).squeeze(1)
+        if wanted:
+            wide.mul_(weight / total).scatter_add_(1, target, -weight)
+            if wide is not block:
+                block.copy_(wide)
+    return losses
+
+
+def _blocks(logits: Tensor) -> list[slice]:
+    rows = max(1, _BLOCK_BYTES // (4 * logits.shape[1])) if logits.device.type == "cpu" else max(1, len(logits))
+    return [slice(at, at + rows) for at in range(0, len(logits), rows)]
+
+
+def _chunk(tokens: int, vocabulary: int, itemsize: int) -> int:
+    """Tokens that go through the head at once: even chunks within `_CHUNK_BYTES`."""
+    most = max(64, _CHUNK_BYTES // (vocabulary * itemsize))
+    chunks = max(1, -(-tokens // most))
+    return max(1, -(-tokens // chunks))

@@ -1,0 +1,50 @@
+"""Dropout whose mask is a function of a seed alone.
+
+    drop(x) = x * keep / (1 - p),   keep ~ Bernoulli(1 - p), independent per element
+
+Drawing one random number per element is slow on a CPU: for a layer of 576 inputs it takes several times as long as the layer's own
+product in bf16. With p small, the dropped elements are few, and the gaps between them are independent and geometric: so the gaps are
+drawn instead, about p numbers per element, and their running sum says which elements are dropped. That is the same distribution,
+exactly, and what has to be kept for backward is a short list of places. Above `_SPARSE` one number per element is the cheaper way.
+
+The generator is made from the seed on the spot: no global random state is read, and the same seed and size give the same mask again.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = ["drop", "dropped", "zero_"]
+
+_SPARSE = 0.2
+
+
+def dropped(count: int, p: float, seed: int, device: torch.device | str = "cpu") -> Tensor:
+    """Ascending places, of ``count``, that dropout with probability ``p`` sets to zero: int64 [about p * count]."""
+    generator = torch.Generator(device=device).manual_seed(seed)
+    if p > _SPARSE:
+        mask = torch.empty(count, dtype=torch.bool, device=device).bernoulli_(p, generator=generator)
+        return mask.nonzero().squeeze(1)
+    # Six standard deviations more than expected: one draw in a thousand million is too short, and is drawn on.
+    draws = int(count * p + 6 * math.sqrt(count * p) + 16)
+    gaps = torch.empty(draws, dtype=torch.int64, device=device)
+    places = gaps.geometric_(p, generator=generator).cumsum(0) - 1
+    while int(places[-1]) < count:
+        more = torch.empty_like(gaps).geometric_(p, generator=generator).cumsum(0) + places[-1]
+        places = torch.cat((places, more))
+    return places[: int(torch.searchsorted(places, count))]
+
+
+def zero_(x: Tensor, places: Tensor) -> Tensor:
+    """Set the elements of a contiguous tensor at these flat places to zero, in place."""
+    x.view(-1).index_fill_(0, places, 0)
+    return x
+
+
+def drop(x: Tensor, p: float, seed: int) -> Tensor:
+    """Dropout of a whole tensor: plain form, differentiable."""
+    places = dropped(x.numel(), p, seed, x.device)
+    return (x.reshape(-1).index_fill(0, places, 0) / (1 - p)).view(x.shape)

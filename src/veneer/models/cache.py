@@ -1,0 +1,138 @@
+"""Folders that are built once and then only read: where they lie, and how they come to be whole.
+
+A cache folder is either complete or absent. It is built under a name of its own beside its final place, flushed to
+the disk, and renamed, which a file system does in one step; so a process that is killed leaves at most an
+unfinished folder under a name that nothing reads, and the next builder sweeps it away. Two processes that want the
+same folder take turns through a lock file, which the operating system releases when its holder dies; where there
+are no such locks, both build and the first rename wins.
+
+Boundary: this file knows nothing of models. What goes into a folder is up to the ``build`` that the caller hands
+in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from ..errors import BaseModelError
+
+__all__ = ["build_once", "cache_root", "write_atomically"]
+
+_UNFINISHED = ".unfinished-"
+
+
+def cache_root() -> Path:
+    """The folder for everything that Veneer can make again: ``$VENEER_HOME``, else ``veneer`` in the user's cache."""
+    if home := os.environ.get("VENEER_HOME"):
+        return Path(home).expanduser()
+    if xdg := os.environ.get("XDG_CACHE_HOME"):
+        return Path(xdg).expanduser() / "veneer"
+    return Path.home() / ".cache" / "veneer"
+
+
+def build_once(relative: str, build: Callable[[Path], None]) -> Path:
+    """Return the cache folder ``relative``, built by ``build(empty_folder)`` if it does not exist yet.
+
+    Raises:
+        BaseModelError: the cache cannot be written (read-only, full), with the place and the remedy.
+    """
+    final = cache_root() / relative
+    if final.is_dir():
+        return final
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(final.with_name(final.name + ".lock")) as exclusive:
+            if final.is_dir():  # another process built it while this one waited
+                return final
+            if exclusive:
+                _sweep(final)
+            _build(final, build)
+    except OSError as error:
+        raise _unwritable(final, error) from error
+    return final
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write ``data`` to ``path`` so that a reader sees the old content, or the new, and nothing between."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=_UNFINISHED, dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _build(final: Path, build: Callable[[Path], None]) -> None:
+    aside = Path(tempfile.mkdtemp(prefix=f"{_UNFINISHED}{final.name}-", dir=final.parent))
+    try:
+        build(aside)
+        for file in aside.rglob("*"):
+            _flush(file)
+        _flush(aside)
+        try:
+            aside.rename(final)
+        except OSError as error:
+            # without locks another process may have been first: its folder holds the same
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY) or not final.is_dir():
+                raise
+        _flush(final.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sweep(final: Path) -> None:
+    """Remove what killed builders of this folder left; the lock says that none of them is alive."""
+    for leftover in final.parent.glob(f"{_UNFINISHED}{final.name}-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():  # Windows cannot open a folder
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[bool]:
+    """Hold an exclusive lock on ``path``; yields False where the system or the disk has no such locks."""
+    try:
+        import fcntl
+    except ImportError:
+        yield False
+        return
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            exclusive = True
+        except OSError:
+            exclusive = False
+        yield exclusive
+    finally:
+        os.close(handle)
+
+
+def _unwritable(final: Path, error: OSError) -> BaseModelError:
+    reason = error.strerror or str(error)
+    free = ""
+    with contextlib.suppress(OSError):
+        free = f" ({shutil.disk_usage(cache_root()).free / 1e9:.1f} GB free there)"
+    return BaseModelError(
+        f"The cache folder {final} cannot be written: {reason}{free}. Nothing half-written was kept; make room, or set "
+        f"VENEER_HOME to a folder on a disk that can be written."
+    )

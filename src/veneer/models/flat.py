@@ -1,0 +1,223 @@
+"""Run a model on a flat batch: segments behind each other, no padding, none seeing another.
+
+    runner = FlatRunner(base.model)
+    runner.kind                          "flat", or "padded" with the cause in runner.reason
+    runner.logits(flat, keep)            [K, V]: the model's own head at the kept tokens
+    runner.hidden(flat)                  [T, D]: what the head sees, for a fused loss
+
+Every linear layer sees [1, T, d], so that no work is done for padding; attention alone knows the segments (see
+``flat_attention.py``). Not every model follows the extension point that this needs: some take the call and compute
+something else. So a runner is probed when it is made (``probe.py``), and a model that fails runs on padded rows
+behind the same interface: token t of the flat batch is then some cell of [S, Tmax], and ``layout`` says which.
+
+Boundary: a runner holds no route and no adapter; whoever routes tokens reads ``layout``. Gradients flow if the
+caller lets them.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from typing import Any
+
+import torch
+
+from ..errors import BaseModelError
+from ..kernels.segments import Segments
+from .flat_attention import NotFlat, Switch
+from .layout import Flat, FlatLike, Layout
+from .probe import probe as run_probe
+
+__all__ = ["Flat", "FlatLike", "FlatRunner", "Layout"]
+
+
+class FlatRunner:
+    """Runs one model on flat batches.
+
+    Args:
+        model: a transformers model that takes ``input_ids``. probe: whether to check now that the flat way is exact
+        for this model; without it the flat way is taken on trust.
+
+    Raises:
+        BaseModelError: the model takes no token ids, or neither way gives what each segment alone gives.
+
+    Attributes:
+        kind: "flat" or "padded".
+        reason: why the flat way is not taken; empty if it is.
+    """
+
+    def __init__(self, model: torch.nn.Module, *, probe: bool = True) -> None:
+        self.model = model
+        self.kind = "flat"
+        self.reason = ""
+        self.first_position = 0
+        self._takes = frozenset(inspect.signature(model.forward).parameters)
+        self._body = _body(model)
+        self._config: Any = getattr(model, "config", None)
+        self._switch = Switch(model)
+        self._head: tuple[torch.Tensor, torch.Tensor | None] | None = None
+        self._check_model()
+        if probe:
+            run_probe(self)
+
+    def _check_model(self) -> None:
+        config = self._config
+        name = type(self.model).__name__
+        if "input_ids" not in self._takes or config is None:
+            raise BaseModelError(
+                f"{name} takes no token ids, so it cannot be run on batches of text; use a language model."
+            )
+        if getattr(config, "is_encoder_decoder", False):
+            raise BaseModelError(
+                f"{name} is an encoder-decoder model, whose two inputs have no flat form; call it directly on padded rows."
+            )
+
+    def layout(self, flat: FlatLike) -> Layout:
+        """Where each token of ``flat`` stands in what the model sees."""
+        return Layout.flat(flat) if self.kind == "flat" else Layout.padded(flat)
+
+    def logits(self, flat: FlatLike, keep: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits [K, V] at the tokens ``keep`` (flat indices, [K]; None means all), from the model's own head.
+
+        Only the kept positions go through the head where the model can be told so; soft caps and scales are the
+        model's.
+        """
+        layout = self.layout(flat)
+        columns, row, at = self._head_columns(flat, layout, keep)
+        if columns is not None:
+            out = self._run(flat, layout, logits_to_keep=columns)
+        else:
+            out = self._run(flat, layout)
+        logits = getattr(out, "logits", None)
+        if logits is None or logits.dim() != 3:
+            raise BaseModelError(
+                f"{type(self.model).__name__} has no logits per token; load the base as a language model for this use."
+            )
+        kept: torch.Tensor = logits[0] if columns is at else logits[row, at]  # the first spares a copy
+        return kept
+
+    def head_cells(self, flat: FlatLike, keep: torch.Tensor | None = None) -> torch.Tensor:
+        """The cells of ``layout`` that the head is given when ``logits(flat, keep)`` is called, in its order."""
+        layout = self.layout(flat)
+        columns, _, _ = self._head_columns(flat, layout, keep)
+        rows, width = layout.shape
+        every = torch.arange(width, device=flat.ids.device) if columns is None else columns
+        return (torch.arange(rows, device=flat.ids.device)[:, None] * width + every).flatten()
+
+    def _head_columns(
+        self, flat: FlatLike, layout: Layout, keep: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+        """(columns that go through the head, None for all; row of each kept token; its place among the columns)."""
+        width = max(1, layout.shape[1])
+        cells = layout.cell if keep is None else layout.cell[keep.to(flat.ids.device)]
+        row, column = cells // width, cells % width
+        if "logits_to_keep" not in self._takes:
+            return None, row, column
+        if layout.shape[0] == 1 and bool((column[1:] > column[:-1]).all()):
+            return column, row, column
+        columns, at = torch.unique(column, return_inverse=True)
+        return columns, row, at
+
+    def hidden(self, flat: FlatLike) -> torch.Tensor:
+        """Final hidden states [T, D] in flat order: what the model's head would see.
+
+        The call goes through the whole model, so that whatever is attached to it takes part; the head gets no
+        tokens where the model can be told so.
+        """
+        layout = self.layout(flat)
+        if self._body is self.model:
+            states = self._run(flat, layout).last_hidden_state
+        else:
+            caught: list[torch.Tensor] = []
+            thread = threading.get_ident()
+
+            def catch(_module: torch.nn.Module, _args: Any, output: Any) -> None:
+                if threading.get_ident() == thread:
+                    caught.append(output.last_hidden_state)
+
+            empty = torch.zeros(0, dtype=torch.long, device=flat.ids.device)
+            handle = self._body.register_forward_hook(catch)
+            try:
+                self._run(flat, layout, **({"logits_to_keep": empty} if "logits_to_keep" in self._takes else {}))
+            finally:
+                handle.remove()
+            states = caught[-1]
+        rows: torch.Tensor = states.flatten(0, 1)
+        return rows if self.kind == "flat" else rows[layout.cell]
+
+    def head(self) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        """(weight [V, D], bias [V] or None) if logits = hidden @ weight.T + bias, as the probe has verified.
+
+        None for models that cap or scale their logits, or have more than a linear layer between the two.
+        """
+        return self._head
+
+    def _run(self, flat: FlatLike, layout: Layout, **options: Any) -> Any:
+        inputs = self._inputs(flat, layout)
+        self._check_rope(flat)
+        if self.kind == "padded":
+            return self.model(**inputs, **options)
+        segments = Segments.of(flat.offsets)
+        if segments.tokens != flat.ids.numel():
+            raise BaseModelError(
+                f"The offsets of a flat batch end at {segments.tokens}, and it has {flat.ids.numel()} tokens."
+            )
+        try:
+            with self._switch.flat(segments):
+                return self.model(**inputs, **options)
+        except NotFlat as error:
+            raise BaseModelError(
+                f"{type(self.model).__name__} cannot be run on a flat batch: {error}; make a new FlatRunner for it, which "
+                f"finds the way that it can."
+            ) from error
+
+    def _inputs(self, flat: FlatLike, layout: Layout) -> dict[str, Any]:
+        ids, positions = flat.ids, flat.positions + self.first_position
+        if self.kind == "padded":
+            real = layout.index >= 0
+            token = layout.index.clamp_min(0)
+            ids, positions = ids[token] * real, positions[token] * real
+            mask = real.long().view(layout.shape)
+        else:
+            mask = torch.ones(layout.shape, dtype=torch.long, device=ids.device)
+        inputs: dict[str, Any] = {"input_ids": ids.view(layout.shape), "attention_mask": mask}
+        if "position_ids" in self._takes:
+            inputs["position_ids"] = positions.view(layout.shape)
+        types = getattr(self._config, "type_vocab_size", None)
+        if types and "token_type_ids" in self._takes:
+            inputs["token_type_ids"] = torch.zeros_like(mask)  # a model's own default is only as long as its positions
+        if "use_cache" in self._takes:
+            return {**inputs, "use_cache": False}
+        return inputs
+
+    def _check_rope(self, flat: FlatLike) -> None:
+        """Refuse what would be wrong in silence: rotary scales that follow the longest segment of a batch."""
+        limit = _rope_limit(self._config)
+        if limit is not None and len(flat.offsets) > 2 and int(flat.positions.max()) >= limit:
+            raise BaseModelError(
+                f"{type(self.model).__name__} rescales its positions for the whole batch once a segment is longer than {limit} "
+                f"tokens, so its neighbours would change; keep segments within {limit} tokens, or run this one alone."
+            )
+
+
+def _body(model: Any) -> torch.nn.Module:
+    """The part whose output the head sees: the decoder inside, where it is a model of its own (as in OPT)."""
+    decoder: Any = model.get_decoder() if hasattr(model, "get_decoder") else None
+    found: torch.nn.Module = getattr(model, "base_model", model)
+    if hasattr(decoder, "config") and "input_ids" in inspect.signature(decoder.forward).parameters:
+        found = decoder
+    return found
+
+
+def _rope_limit(config: Any) -> int | None:
+    """The position from which on rotary scales depend on the longest segment of the batch; None if they never do."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    rope = getattr(text, "rope_parameters", None) or {}
+    limits = []
+    for kind in (
+        rope,
+        *(entry for entry in rope.values() if isinstance(entry, dict)),
+    ):  # one for all layers, or by type
+        if kind.get("rope_type") in ("longrope", "dynamic"):
+            limits.append(int(kind.get("original_max_position_embeddings") or text.max_position_embeddings))
+    return min(limits, default=None)

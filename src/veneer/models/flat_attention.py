@@ -1,0 +1,278 @@
+"""How a transformers model is made to attend inside segments, by its own extension point and for one call at a
+time.
+
+transformers looks its attention and its mask functions up by a name that stands in the model's config. Two
+functions are registered here under the name ``veneer_flat``. During a flat call the config says that name, and
+
+* the mask function returns no tensor but a ``SegmentMask``: where the segments lie, and which keys a query of this
+kind of
+  layer sees. It learns the latter by asking transformers' own mask rule about single pairs of tokens, so a window
+  is exactly as wide as the model makes it. The model hands the object down to its layers as it would hand down a
+  tensor.
+* the attention function reads everything from that object, and runs ``kernels.segment_attention``.
+
+Since each layer's arguments carry the mask, a layer that runs again in backward (activation checkpointing) has all
+it needs but the name in the config, which may say something else again by then. So for the length of a flat call
+the model's checkpointing function is replaced by one that puts the name back around whatever it runs, now and
+later.
+
+Another thread may use the model in the ordinary way meanwhile: whoever arrives here without a flat call of its own
+is passed on to the functions that the config named before. Nothing of the model's classes is touched, and
+everything set on the model is undone when the last flat call ends. A layer that meets a ``SegmentMask`` in any
+other attention function fails, and does not compute something else.
+
+Boundary: which inputs a model takes, and whether this way is exact for it, is ``flat.py``'s and ``probe.py``'s
+matter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..errors import BaseModelError
+from ..kernels.segment_attention import segment_attention
+from ..kernels.segments import Pattern, Segments
+
+__all__ = ["NAME", "NotFlat", "SegmentMask", "Switch", "register"]
+
+NAME = "veneer_flat"
+_HARMLESS = ("position_ids", "cache_position")  # tensors that attention functions are handed and need not use
+
+
+class NotFlat(BaseModelError):
+    """This model's attention carries something that cannot be run inside segments; the probe turns it into a reason."""
+
+
+@dataclass(frozen=True)
+class SegmentMask:
+    """What stands where a layer expects its attention mask.
+
+    No operation takes it, so a layer that uses it in any other way than handing it on fails. One such way is a
+    layer that a caller wrapped in checkpointing by hand: it runs again in backward when the config says its
+    ordinary name again.
+    """
+
+    segments: Segments
+    pattern: Pattern | NotFlat  # an error is raised only if a layer uses this mask: some models make more than they use
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(function, "__name__", str(function))
+        if _local.segments is None:
+            raise BaseModelError(
+                f"A layer of a flat batch was run again outside its flat call, so its segments cannot be applied ({name}); for "
+                f"activation checkpointing use model.gradient_checkpointing_enable(), which a FlatRunner knows."
+            )
+        raise NotFlat(f"its attention computes with the mask itself ({name}), as models with position biases do")
+
+
+class _Local(threading.local):
+    """This thread's flat call, if any, and what it met."""
+
+    segments: Segments | None = None
+    calls: int = 0
+
+
+_local = _Local()
+_original: dict[int, tuple[Any, str]] = {}  # id of a switched config -> (the config, the name it had)
+
+
+class Switch:
+    """Makes one model flat for the length of a ``with`` block.
+
+    Blocks may nest and may run in several threads at once; the config is as before when the last one ends.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        register()
+        self._model = model
+        self._configs = _configs(model)
+        self._lock = threading.Lock()
+        self._depth = 0
+        self._replaced: list[tuple[torch.nn.Module, Any]] = []
+
+    @contextlib.contextmanager
+    def flat(self, segments: Segments) -> Iterator[None]:
+        """Run the model on ``segments`` in this block and this thread."""
+        before = _local.segments
+        with self._named():
+            _local.segments, _local.calls = segments, 0
+            try:
+                yield
+            finally:
+                _local.segments = before
+
+    @property
+    def attention_calls(self) -> int:
+        """How often attention was run in this thread's current or last flat block."""
+        return _local.calls
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        with self._lock:
+            if self._depth == 0:
+                self._set()
+            self._depth += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._depth -= 1
+                if self._depth == 0:
+                    self._unset()
+
+    def _set(self) -> None:
+        for config in self._configs:
+            _original[id(config)] = (config, config._attn_implementation_internal)
+            config._attn_implementation_internal = NAME
+        for module in self._model.modules():
+            function = module.__dict__.get("_gradient_checkpointing_func")
+            if function is not None and not isinstance(function, _Replayed):
+                self._replaced.append((module, function))
+                module._gradient_checkpointing_func = _Replayed(self, function)  # type: ignore[assignment]
+
+    def _unset(self) -> None:
+        for config in self._configs:
+            config._attn_implementation_internal = _original.pop(id(config))[1]
+        while self._replaced:
+            module, function = self._replaced.pop()
+            if isinstance(module.__dict__.get("_gradient_checkpointing_func"), _Replayed):
+                module._gradient_checkpointing_func = function
+
+
+class _Replayed:
+    """A checkpointing function whose work finds the config switched again when it is repeated in backward."""
+
+    def __init__(self, switch: Switch, checkpoint: Callable[..., Any]) -> None:
+        self._switch = switch
+        self._checkpoint = checkpoint
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if _local.segments is None:  # an ordinary call of another thread
+            return self._checkpoint(function, *args, **kwargs)
+
+        def switched(*inner: Any, **named: Any) -> Any:
+            with self._switch._named():
+                return function(*inner, **named)
+
+        return self._checkpoint(switched, *args, **kwargs)
+
+
+def register() -> None:
+    """Make the name known to transformers; doing so again changes nothing."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(NAME, _attention)
+    AttentionMaskInterface.register(NAME, _mask)
+
+
+def _configs(model: torch.nn.Module) -> list[Any]:
+    """Every config object in the model that names an attention implementation, once each."""
+    found: dict[int, Any] = {}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if hasattr(config, "_attn_implementation_internal"):
+            found[id(config)] = config
+    return list(found.values())
+
+
+def _mask(*args: Any, **kwargs: Any) -> Any:
+    """transformers' mask function: a ``SegmentMask`` in a flat call, else what the model's own implementation makes."""
+    if _local.segments is None:
+        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+        return ALL_MASK_ATTENTION_FUNCTIONS[_implementation(kwargs.get("config"))](*args, **kwargs)
+    try:
+        pattern: Pattern | NotFlat = _pattern(kwargs["mask_function"], kwargs.get("local_size"))
+    except NotFlat as error:
+        pattern = error
+    return SegmentMask(_local.segments, pattern)
+
+
+def _pattern(rule: Callable[..., Any], window: int | None) -> Pattern:
+    """Find the reach of a mask rule by asking it which keys one query in the middle of a long segment sees.
+
+    Raises:
+        NotFlat: the visible keys are not one run around the query, or depend on where the query stands.
+    """
+    span = 2 * (window or 16) + 8
+    reaches = []
+    for at in (span, span + 7):
+        zero, query, keys = torch.tensor(0), torch.tensor(at), torch.arange(2 * span + 8)
+        seen = torch.as_tensor(rule(zero, zero, query, keys)).expand(len(keys)).nonzero().flatten()
+        if len(seen) == 0 or seen[-1] - seen[0] + 1 != len(seen) or not seen[0] <= at <= seen[-1]:
+            raise NotFlat("its attention mask is not one run of neighbouring tokens")
+        before = None if seen[0] == 0 else at - int(seen[0])
+        after = None if seen[-1] == len(keys) - 1 else int(seen[-1]) - at
+        reaches.append((before, after))
+    if reaches[0] != reaches[1]:
+        raise NotFlat("its attention mask depends on where a token stands")
+    return Pattern(*reaches[0])
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention function: query [1, H, T, D] and key, value [1, G, T, D] -> [1, T, H, D]."""
+    if not isinstance(attention_mask, SegmentMask):
+        if _local.segments is None:
+            out: tuple[torch.Tensor, None] = _ordinary(module)(
+                module, query, key, value, attention_mask, *args, **kwargs
+            )
+            return out
+        raise NotFlat("its layers do not hand the attention mask on")
+    pattern = attention_mask.pattern
+    if isinstance(pattern, NotFlat):
+        raise pattern
+    _local.calls += 1
+    sinks = kwargs.pop("s_aux", None)
+    if args or kwargs.get("output_attentions"):
+        raise NotFlat("its attention is asked for more than its output")
+    for name, extra in kwargs.items():
+        if isinstance(extra, torch.Tensor) and name not in _HARMLESS:
+            raise NotFlat(f"its attention carries {name}, which has no form inside segments")
+    scale = kwargs.get("scaling")
+    out_THD = segment_attention(
+        query[0],
+        key[0],
+        value[0],
+        attention_mask.segments,
+        Pattern(pattern.before, pattern.after, kwargs.get("softcap")),
+        scale=query.shape[-1] ** -0.5 if scale is None else float(scale),
+        sinks_H=sinks,
+        dropout=float(kwargs.get("dropout") or 0.0),
+    )
+    return out_THD[None], None
+
+
+def _implementation(config: Any) -> str:
+    """What a config named before it was switched (or names, if the switch ended since)."""
+    entry = _original.get(id(config))
+    return str(entry[1] if entry else config._attn_implementation_internal)
+
+
+def _ordinary(module: torch.nn.Module) -> Callable[..., Any]:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    name = _implementation(getattr(module, "config", None))
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    found = eager if name == "eager" else ALL_ATTENTION_FUNCTIONS.get(name)
+    if found is None:
+        raise BaseModelError(
+            f"{type(module).__name__} was called outside a flat batch while one was running, and its attention {name!r} is "
+            f"unknown; run one call after the other."
+        )
+    return found  # type: ignore[no-any-return]

@@ -1,0 +1,289 @@
+"""Load a base model and its tokenizer: frozen, in eval mode, with every tensor accounted for.
+
+    base = load_base("smollm2-135m")      # base.model, base.tokenizer, base.path, base.dtype
+
+A model library fills a weight that the file lacks with random numbers and goes on after a warning. Here that is an
+error, and so is a weight of another shape, or one that the model has no place for inside its layers (a config that
+belongs to another checkpoint). Only a whole head that this model class does not build is passed over, and
+``Base.notes`` says so.
+
+GGUF files are dequantised once into the cache as fp32 safetensors, which is exact: a 4-bit value times its 16-bit
+scale needs more digits than bf16 has. Later loads read that folder.
+
+Boundary: names become files in ``sources.py``; what dtype is fast is told by ``precision.py``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import BaseModelError, Problems
+from .cache import build_once
+from .precision import fast_dtype
+from .sources import Source, read_config, resolve
+
+__all__ = ["Base", "load_base", "load_tokenizer"]
+
+_log = logging.getLogger(__name__)
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_SILENT = 50  # above every level that transformers logs at
+_CACHE_FORMAT = 1  # part of a cache folder's name: raise it when what is written there changes
+
+
+@dataclass
+class Base:
+    """A frozen model, ready to be adapted.
+
+    Attributes:
+        model: in eval mode, ``requires_grad`` False everywhere.
+        tokenizer: None where the folder has none.
+        name: what the user typed.
+        path: the folder that the weights came from (for a GGUF file, its dequantised copy in the cache).
+        dtype: of the weights in memory.
+        notes: what a user should know of the load, such as parts of the files that this model does not use.
+    """
+
+    model: torch.nn.Module
+    tokenizer: Any | None
+    name: str
+    path: Path | None
+    dtype: torch.dtype
+    notes: tuple[str, ...] = ()
+
+
+def load_base(
+    name: str | Path, *, dtype: str = "auto", revision: str | None = None, device: str | torch.device = "cpu"
+) -> Base:
+    """Load a base by alias, folder, GGUF file or hub id (see ``sources.py``).
+
+    Args:
+        name: for example ``"smollm2-135m"``, ``"./my-model"``, ``"model.gguf"`` or ``"organisation/model"``.
+        dtype: "float32", "bfloat16", or "auto": what this device is fast at.
+        revision: a hub model's branch, tag or commit.
+        device: where the weights go.
+
+    Raises:
+        BaseModelError: not found, refused, or files and model do not fit; with the remedy.
+    """
+    torch_dtype = fast_dtype(device) if dtype == "auto" else _DTYPES.get(dtype)
+    if torch_dtype is None:
+        raise BaseModelError(f"The dtype {dtype!r} is not one of 'auto', 'float32' and 'bfloat16'.")
+    source = resolve(str(name), revision)
+    folder = _dequantised(source) if source.gguf else source.path
+    with _quiet():
+        model, notes = _load_model(folder, torch_dtype)
+        tokenizer = _load_tokenizer(folder)
+    model.requires_grad_(False)
+    model.eval()
+    if torch.device(device).type != "cpu":
+        model.to(device)
+    return Base(model, tokenizer, str(name), folder, torch_dtype, notes)
+
+
+def load_tokenizer(name: str | Path, *, revision: str | None = None) -> Any:
+    """Load a base's tokenizer alone, without its weights; names as for ``load_base``.
+
+    Raises:
+        BaseModelError: not found, refused, or the base has no tokenizer.
+    """
+    source = resolve(str(name), revision)
+    folder = _dequantised(source) if source.gguf else source.path
+    with _quiet():
+        tokenizer = _load_tokenizer(folder)
+    if tokenizer is None:
+        raise BaseModelError(f"The base {str(name)!r} has no tokenizer in {folder}; add its tokenizer.json there.")
+    return tokenizer
+
+
+def _load_model(folder: Path, dtype: torch.dtype) -> tuple[torch.nn.Module, tuple[str, ...]]:
+    try:
+        model, info = _model_class(folder).from_pretrained(
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,  # so that they are listed below with all the rest
+            output_loading_info=True,
+        )
+    except BaseModelError:
+        raise
+    except Exception as error:  # a model library raises anything on a damaged folder
+        raise BaseModelError(
+            f"The model in {folder} cannot be loaded: {_first_line(error)}; check that the files are complete."
+        ) from error
+    return model, _account(model, info, folder)
+
+
+def _model_class(folder: Path) -> Any:
+    """The class that config.json names, if it is transformers' own; else a causal language model, else a plain one."""
+    import transformers
+
+    for name in read_config(folder).get("architectures") or ():
+        named = getattr(transformers, str(name), None)
+        if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
+            return _Direct(named)
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    causal = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    masked = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+    return transformers.AutoModelForCausalLM if causal and not masked else transformers.AutoModel
+
+
+class _Direct:
+    """A concrete model class behind the auto classes' call: it takes no ``trust_remote_code``."""
+
+    def __init__(self, cls: Any) -> None:
+        self._cls = cls
+
+    def from_pretrained(self, folder: Path, *, trust_remote_code: bool, **options: Any) -> Any:
+        assert not trust_remote_code
+        return self._cls.from_pretrained(folder, **options)
+
+
+def _account(model: torch.nn.Module, info: dict[str, Any], folder: Path) -> tuple[str, ...]:
+    """Raise for each tensor that is missing, misshapen or belongs into a layer; note heads that are passed over."""
+    problems = Problems()
+    for key in sorted(info.get("missing_keys", ())):
+        problems.add(f"{key} is in the model and not in the files")
+    for entry in sorted(info.get("mismatched_keys", ())):
+        key, stored, built = entry
+        problems.add(f"{key} has shape {list(stored)} in the files and {list(built)} by config.json")
+    for message in info.get("error_msgs", ()):
+        problems.add(str(message))
+    passed_over = []
+    for key in sorted(info.get("unexpected_keys", ())):
+        if _is_foreign_head(model, key):
+            passed_over.append(key)
+        else:
+            problems.add(f"{key} is in the files and has no place in the model")
+    problems.raise_if_any(
+        BaseModelError, f"The weights in {folder} do not fit {type(model).__name__} as its config.json describes it"
+    )
+    if not passed_over:
+        return ()
+    return (f"{type(model).__name__} does not use these tensors of {folder}: {_some(passed_over)}",)
+
+
+def _is_foreign_head(model: torch.nn.Module, key: str) -> bool:
+    """Whether a tensor belongs to a part that this model class leaves out, such as a pooler or a second head.
+
+    A tensor beside others of a module that exists, or anywhere inside a list of layers, is no such part: the model
+    would compute something else than the one that was saved.
+    """
+    at: Any = model
+    for part in key.split(".")[:-1]:
+        if isinstance(at, torch.nn.ModuleList):
+            return False
+        following = getattr(at, part, None)
+        if not isinstance(following, torch.nn.Module):
+            return True
+        at = following
+    return False
+
+
+def _load_tokenizer(folder: Path) -> Any | None:
+    from transformers import AutoTokenizer
+
+    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+    if not any((folder / name).is_file() for name in names):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # as above: anything can come
+        raise BaseModelError(
+            f"The tokenizer in {folder} cannot be loaded: {_first_line(error)}; get its files again, or remove them "
+            f"all to load the model without one."
+        ) from error
+
+
+def _dequantised(source: Source) -> Path:
+    """The cache folder with the fp32 safetensors and the tokenizer of a GGUF file, made now if it is not there."""
+    key = f"{source.alias or source.path.stem}-{_identity(source)}"
+    return build_once(f"bases/{key}", lambda folder: _convert(source.path, folder))
+
+
+def _identity(source: Source) -> str:
+    """Twelve hex digits that change with the file: its size and both ends, and for a user's file its time and place
+    too.
+
+    The embedded file is the same wherever its wheel was unpacked; of any other file the middle may have been
+    edited.
+    """
+    stat = source.path.stat()
+    digest = hashlib.sha256(f"{_CACHE_FORMAT}:{stat.st_size}".encode())
+    if source.alias is None:
+        digest.update(f":{stat.st_mtime_ns}:{source.path.resolve()}".encode())
+    end = 1 << 20
+    with source.path.open("rb") as file:
+        digest.update(file.read(end))
+        file.seek(max(0, stat.st_size - end))
+        digest.update(file.read(end))
+    return digest.hexdigest()[:12]
+
+
+def _convert(file: Path, folder: Path) -> None:
+    import importlib.util
+
+    for package in ("gguf", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            raise BaseModelError(f"Reading {file.name} needs the package {package}; run `pip install {package}`.")
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    _log.info("dequantising %s once; later loads read %s", file.name, folder.parent)
+    # the reader draws its own bar, which no setting turns off
+    with _quiet(), contextlib.redirect_stderr(io.StringIO()):
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                file.parent,
+                gguf_file=file.name,
+                dtype=torch.float32,
+                # without this the model counts as quantized although its weights are floats, and refuses to be saved
+                quantization_config=GgufConfig(dequantize=True),
+                output_loading_info=True,
+            )
+            tokenizer: Any = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        except Exception as error:
+            raise BaseModelError(
+                f"The GGUF file {file} cannot be read: {_first_line(error)}; check that it is complete, and that "
+                f"transformers knows its architecture."
+            ) from error
+        model, info = loaded
+        _account(model, info, file)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers from drawing bars and warning of what is checked here anyway; its settings come back after."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(_SILENT)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0].rstrip('.')}" if text else type(error).__name__
+
+
+def _some(names: Iterable[str], limit: int = 5) -> str:
+    listed = list(names)
+    more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
+    return ", ".join(listed[:limit]) + more

@@ -1,0 +1,141 @@
+"""``veneer compose``, and its folders in PEFT."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from tests.compose.made import METHODS, saved, trained
+from torch import Tensor
+
+from veneer.adapters import LoRA
+from veneer.checkpoints import attach, read_adapter
+from veneer.cli.main import main
+from veneer.models.load import load_base
+from veneer.models.tiny import tiny_tokenizer
+
+IDS = torch.arange(3, 40).reshape(1, -1)
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Path:
+    """A base with a tokenizer, and an adapter of each method with a receipt of that base."""
+    model = saved(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    bank = attach(model)
+    for seed, (name, method) in enumerate(METHODS.items()):
+        bank.insert(trained(saved(tmp_path / "twin"), method, name=name, seed=seed))
+        bank.save(name, tmp_path / name, base_name=str(tmp_path / "base"))
+    bank.detach()
+    return tmp_path
+
+
+def routed(folder: Path, mix: dict[str, float]) -> Tensor:
+    """Logits under a mix of the adapters in sibling folders."""
+    bank = attach(load_base(folder / "base", dtype="float32").model)
+    for name in mix:
+        bank.load(folder / name, name=name)
+    with bank.use(mix), torch.no_grad():
+        return bank.model(input_ids=IDS)[0]
+
+
+def report_of(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return report
+
+
+@pytest.mark.parametrize("others", [("rslora", "pattern"), ("dora", "pattern")])
+def test_the_folder_acts_as_the_mix(made: Path, capsys: pytest.CaptureFixture[str], others: tuple[str, str]) -> None:
+    """A composed folder, read by us strictly and by PEFT, computes what the weighted mix of its parents does, within 1e-5."""
+    mix = {"lora": 0.5, others[0]: -0.25, others[1]: 1.0}
+    words = [f"{made / name}:{weight}" for name, weight in mix.items()]
+    assert main(["compose", *words, "--out", f"{made}/sum", "--json"]) == 0
+    report = report_of(capsys)
+    wanted = routed(made, mix)
+    assert torch.allclose(routed(made, {"sum": 1.0}), wanted, atol=2e-5)
+    theirs = peft.PeftModel.from_pretrained(load_base(made / "base", dtype="float32").model, str(made / "sum"))
+    with torch.no_grad():
+        assert torch.allclose(theirs(input_ids=IDS)[0], wanted, atol=2e-5)
+    receipt = read_adapter(made / "sum").meta["receipt"]
+    assert [(p["name"], p["weight"]) for p in receipt["parents"]] == list(mix.items())
+    assert receipt["parents"][0]["tensors"] == read_adapter(made / "lora").meta["digest"]
+    assert receipt["made_by"]["operation"] == "sum" and set(receipt["base"]) == {s["site"] for s in report["sites"]}
+    assert report["error"] < 1e-5
+
+
+def test_peft_linear_is_what_peft_makes(made: Path, tmp_path: Path) -> None:
+    """The factor-wise form equals PEFT's own add_weighted_adapter, for negative weights too."""
+    model = tmp_path / "base"
+    for seed, name in enumerate(("x", "y")):
+        from veneer.checkpoints import write_adapter
+
+        write_adapter(trained(saved(tmp_path / "t"), LoRA(r=4, lora_alpha=6), name=name, seed=seed), tmp_path / name)
+    theirs: Any = peft.PeftModel.from_pretrained(load_base(model, dtype="float32").model, str(tmp_path / "x"), "x")
+    theirs.load_adapter(str(tmp_path / "y"), "y")
+    theirs.add_weighted_adapter(["x", "y"], [0.7, -0.4], "z", combination_type="linear")
+    theirs.set_adapter("z")
+    with torch.no_grad():
+        wanted = theirs(input_ids=IDS)[0]
+    assert (
+        main(["compose", f"{tmp_path}/x:0.7,{tmp_path}/y:-0.4", "--op", "peft_linear", "--out", f"{tmp_path}/z"]) == 0
+    )
+    assert torch.allclose(routed(tmp_path, {"z": 1.0}), wanted, atol=1e-5)
+
+
+def test_losses_and_search(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With data the losses of base, parents, average and result are told; the searched mix is no worse than any of them."""
+    rows = [{"prompt": f"What is {i}?", "completion": f"It is {i * i}."} for i in range(6)]
+    (made / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    command = ["compose", f"{made}/lora", f"{made}/rslora", "--data", f"{made}/data.jsonl", "--json"]
+    assert main([*command, "--out", f"{made}/plain"]) == 0
+    losses = report_of(capsys)["losses"]
+    assert list(losses) == ["base", "lora", "rslora", "average", "result"]
+    assert main([*command, "--search", "--budget", "12", "--out", f"{made}/best"]) == 0
+    report = report_of(capsys)
+    assert len(report["search"]["tried"]) <= 12
+    least = min(losses["lora"], losses["rslora"], losses["average"], losses["result"])
+    assert report["losses"]["result"] == pytest.approx(report["search"]["loss"], abs=1e-5)
+    assert report["losses"]["result"] <= least + 1e-5
+
+
+def test_operations_from_the_command_line(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every operation writes a folder that loads onto the base, and says which sites are worst where it is not exact."""
+    for op, more in (
+        ("ties", ["--density", "0.5", "--rank", "6"]),
+        ("dare", ["--drop", "0.5", "--seed", "3", "--energy", "0.9"]),
+        ("iso-c", []),
+        ("outside", ["--side", "in"]),
+    ):
+        assert main(["compose", f"{made}/lora", f"{made}/dora", "--op", op, *more, "--out", f"{made}/{op}"]) == 0, op
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0].startswith(f"{op} of lora x 1 + dora x 1: a LoRA adapter of rank")
+        assert op == "outside" or lines[3].startswith("worst sites")
+        assert routed(made, {op: 1.0}).isfinite().all()
+
+
+def test_mistakes_are_one_sentence(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each mistake ends with one line, its exit code and nothing written."""
+    bank = attach(saved(made / "other", seed=9))
+    bank.insert(trained(saved(made / "other", seed=9), name="foreign"))
+    bank.save("foreign", made / "foreign")
+    for words, says, code in (
+        (["lora", "--rank", "0"], "--rank: expected 1 or more", 2),
+        (["lora", "--rank", "5"], "rank 5 is above what the result can have: 4 at most", 1),
+        (["lora", "foreign"], "were made on different bases", 1),
+        (["lora:1", "lora:-1"], "nothing is left", 1),
+        (["lora", "--search"], "give --data FILE", 2),
+        (["lora", "--base", f"{made}/other"], "was made on another base", 1),
+        (["dora", "--base", f"{made}/lora"], "holds an adapter and no base model", 1),
+        (["lora", "nothing"], "no adapter's folder", 1),
+    ):
+        words = [str(made / w) if w[:4] in ("lora", "dora", "fore", "noth") else w for w in words]
+        assert main(["compose", *words, "--out", f"{made}/out"]) == code, says
+        captured = capsys.readouterr()
+        assert says in captured.err and "bug in veneer" not in captured.err and captured.err.count("\n") == 1
+        assert not (made / "out").exists()
+    assert main(["compose", f"{made}/lora", "--out", f"{made}/dora"]) == 1
+    assert "holds something already" in capsys.readouterr().err

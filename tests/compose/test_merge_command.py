@@ -1,0 +1,105 @@
+"""``veneer merge`` from the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tests.compose.made import saved, trained
+
+from veneer.adapters import LoRA
+from veneer.checkpoints import write_adapter
+from veneer.cli._mix import parse_mix
+from veneer.cli.main import main
+from veneer.cli.merge import parse_size
+from veneer.errors import ConfigError
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Path:
+    """A base in bf16 and two adapters, one of them too small for bf16."""
+    model = saved(tmp_path / "base", dtype=torch.bfloat16)
+    for name, size in (("big", 0.1), ("small", 0.001)):
+        adapter = trained(model.float(), LoRA(r=4, lora_alpha=4), name=name, size=size)
+        write_adapter(adapter, tmp_path / name, base_name=str(tmp_path / "base"))
+    return tmp_path
+
+
+def test_merge_and_report(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A mix is merged into the base that the folders name; the report says what was kept and how far the logits are."""
+    assert main(["merge", f"{made}/big:0.7,{made}/small:0.3", "--out", f"{made}/out", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [(p["name"], p["weight"]) for p in report["parents"]] == [("big", 0.7), ("small", 0.3)]
+    assert 0.95 < report["kept"] < 1.05 and report["logits"]["merged"] < report["logits"]["change"]
+    assert json.loads((made / "out" / "merge_report.json").read_text()) == report
+    assert main(["merge", f"{made}/big", "--out", f"{made}/plain", "--sites", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "is kept" in lines[1] and lines[3].startswith("worst sites") and lines[6] == ""
+    assert any(line.startswith("largest logit difference to the adapted model") for line in lines)
+
+
+def test_rounding_away_is_refused(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The refusal is one sentence with exit code 1 and nothing written; each way out that it names works."""
+    command = ["merge", f"{made}/small", "--out", f"{made}/out"]
+    assert main(command) == 1
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith("veneer: error: this merge would round the fine-tune away")
+    assert not (made / "out").exists()
+    for number, way in enumerate(
+        (["--dtype", "float32"], ["--residual", "16"], ["--rounding", "stochastic"], ["--allow-rounding"])
+    ):
+        assert main([*command[:-1], f"{made}/out{number}", *way]) == 0
+    assert (made / "out1" / "residual" / "adapter_model.safetensors").is_file()
+
+
+def test_mistakes_are_one_sentence(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A missing folder, a base in an adapter's place, another base, a taken place, an odd size."""
+    other = saved(made / "other", seed=5)
+    from veneer.checkpoints import attach
+
+    bank = attach(other)
+    bank.insert(trained(other, name="foreign"))
+    bank.save("foreign", made / "foreign")
+    out = ["--out", f"{made}/out", "--no-probe"]
+    for words, says, code in (
+        ([f"{made}/nothing", *out], "no adapter's folder", 1),
+        ([f"{made}/big:much", *out], "is no weight", 2),
+        ([f"{made}/base", *out], "no adapter's folder", 1),
+        ([f"{made}/foreign", "--base", f"{made}/base", *out], "was made on another base", 1),
+        ([f"{made}/big", "--out", f"{made}/base"], "holds something already", 1),
+        ([f"{made}/big", "--shard-size", "many", *out], "--shard-size", 2),
+        ([f"{made}/big", "--residual", "-1", *out], "--residual", 2),
+        ([f"{made}/foreign", f"{made}/big", "--base", f"{made}/gone", *out], "neither a file nor a folder", 1),
+    ):
+        assert main(["merge", *words]) == code, says
+        err = capsys.readouterr().err
+        assert says in err and "bug in veneer" not in err
+        assert not (made / "out").exists()
+    assert main(["merge", f"{made}/foreign", "--base", f"{made}/base", "--force", "base", *out]) == 0
+
+
+def test_mixes_are_read(made: Path) -> None:
+    """Weights stand behind the last colon; commas and words separate alike; no number means one."""
+    a, b = made / "big", made / "small"
+    assert parse_mix([f"{a}:0.7,{b}:-3e-1"]) == [(a, "big", 0.7), (b, "small", -0.3)]
+    assert parse_mix([str(a), f"{b}:2"]) == [(a, "big", 1.0), (b, "small", 2.0)]
+    with pytest.raises(ConfigError, match="finite"):
+        parse_mix([f"{a}:nan"])
+    with pytest.raises(ConfigError, match="there is no adapter"):
+        parse_mix([","])
+
+
+def test_sizes_are_read() -> None:
+    """Sizes of files as people write them."""
+    assert [parse_size(text) for text in ("5", "2GB", "1.5 mb", "4GiB", "10K")] == [
+        5,
+        2 * 10**9,
+        1_500_000,
+        2**32,
+        10_000,
+    ]
+    for text in ("", "0", "-1", "1TB", "x"):
+        with pytest.raises(ConfigError):
+            parse_size(text)

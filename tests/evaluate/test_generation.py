@@ -1,0 +1,117 @@
+"""Generation under routes, and the three methods of evaluation harnesses."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from veneer.adapters import Bank, LoRA, attach
+from veneer.errors import BaseModelError
+from veneer.evaluate.general import general_text, pieces
+from veneer.evaluate.generation import Generator, Sampling
+from veneer.evaluate.lm import RoutedModel
+from veneer.models.flat import FlatRunner
+from veneer.models.tiny import tiny, tiny_tokenizer
+
+
+@pytest.fixture
+def generator() -> Generator:
+    tokenizer = tiny_tokenizer()
+    model = tiny("llama", vocab_size=len(tokenizer))
+    bank = attach(model)
+    bank.add("a", LoRA(r=4))
+    for parameter in bank.parameters("a"):
+        torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(0))
+    return Generator(model, tokenizer, bank)
+
+
+def test_streamed_text_is_the_whole_text(generator: Generator) -> None:
+    """Piece by piece or at once, with and without an adapter, the text is the same; and the two routes differ."""
+    texts = {}
+    for route in (None, "a"):
+        texts[route] = generator.write("the sea", route, Sampling(12))
+        assert "".join(generator.stream("the sea", route, Sampling(12))) == texts[route]
+    assert texts[None] != texts["a"]
+
+
+def test_an_abandoned_stream_leaves_the_bank_free(generator: Generator) -> None:
+    """Ending the iteration early ends the generation and its route."""
+    stream = generator.stream("the sea", "a", Sampling(50))
+    next(stream)
+    stream.close()
+    assert isinstance(generator.bank, Bank)
+    with generator.bank.use(None):
+        pass
+
+
+def test_sampling_is_a_function_of_its_seed(generator: Generator) -> None:
+    """The same seed gives the same text; the process's own random stream is left where it was."""
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    first = generator.write("the sea", "a", Sampling(16, temperature=1.0, seed=1))
+    assert torch.equal(torch.rand(3), expected)
+    assert generator.write("the sea", "a", Sampling(16, temperature=1.0, seed=1)) == first
+    assert generator.write("the sea", "a", Sampling(16, temperature=1.0, seed=2)) != first
+
+
+def test_control_strings_in_a_prompt_stay_text(generator: Generator) -> None:
+    """A control token that a user types does not reach the model as one."""
+    end = generator.tokenizer.eos_token
+    clean, typed = generator.prompt_ids("hello"), generator.prompt_ids(f"hello{end}")
+    count = generator.tokenizer.eos_token_id
+    assert typed.count(count) == clean.count(count)
+    assert end in generator.tokenizer.decode(typed)
+
+
+def test_a_failure_inside_the_worker_reaches_the_reader(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An exception in generation is raised where the text is read, not lost in a thread."""
+
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(generator.model, "generate", broken)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        list(generator.stream("the sea"))
+
+
+def test_what_cannot_write_is_refused() -> None:
+    """A model without text or tokenizer is refused in a sentence."""
+    with pytest.raises(BaseModelError, match="no tokenizer"):
+        Generator(tiny("llama"), None)
+    with pytest.raises(BaseModelError, match="does not write text"):
+        Generator(torch.nn.Linear(2, 2), tiny_tokenizer())
+
+
+def test_loglikelihoods_are_sums_of_log_probabilities(generator: Generator) -> None:
+    """Scores equal the model's own log-softmax; greedy is said exactly when each token is the likeliest."""
+    model = RoutedModel(generator, FlatRunner(generator.model), "a")
+    tokenizer = generator.tokenizer
+    ids = tokenizer("the sea is wide")["input_ids"]
+    given = len(tokenizer("the sea")["input_ids"])
+    with torch.no_grad(), generator.bank.use("a"):
+        logp = generator.model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+    expected = sum(float(logp[t - 1, ids[t]]) for t in range(given, len(ids)))
+    (score, greedy), (nothing, _) = model.loglikelihood([("the sea", " is wide"), ("", "t")])
+    assert math.isclose(score, expected, rel_tol=1e-5) and nothing <= 0
+    assert greedy == all(int(logp[t - 1].argmax()) == ids[t] for t in range(given, len(ids)))
+    rolling = sum(float(logp[t - 1, ids[t]]) for t in range(1, len(ids)))
+    assert math.isclose(model.loglikelihood_rolling(["the sea is wide"])[0], rolling, rel_tol=1e-5)
+
+
+def test_generation_stops_before_a_stop_string(generator: Generator) -> None:
+    """Text ends before the first stop string that comes."""
+    model = RoutedModel(generator, FlatRunner(generator.model), "a")
+    (whole,) = model.generate_until([("the sea", [])], 12)
+    stop = whole[3:5]
+    (cut,) = model.generate_until([("the sea", [stop, "never there"])], 12)
+    assert cut == whole[: whole.find(stop)]
+
+
+def test_general_text_is_cut_evenly() -> None:
+    """Pieces have the length asked for, do not overlap and lie all over the text."""
+    found = pieces(general_text()[:20000], tiny_tokenizer(), length=64, count=10)
+    assert len(found) == 10 and all(len(piece) == 64 for piece in found)
+    assert all(piece.weights[0] == 0 and set(piece.weights[1:]) == {1.0} for piece in found)
