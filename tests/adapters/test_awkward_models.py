@@ -37,8 +37,11 @@ def check_rows(
     model: Any, bank: Bank, batch: dict[str, Tensor], rows: list[Any] = ROWS, *, limit: float = 2e-4
 ) -> None:
     """Every row is as in a batch that is routed its way altogether and as through merged weights; base rows keep their bits; the
-    adapters do change something; a token route says the same where tokens are what the model sees."""
+    adapters do change something; a token route says the same where tokens are what the model sees. Where a router gathers the tokens
+    of all rows expert by expert, how many stand beside a base row's depends on the other rows, and so does the matrix product's
+    rounding: there base rows agree to 1e-6."""
     base = run(model, batch)
+    exact = getattr(model.config, "num_experts", None) is None if hasattr(model, "config") else True
     with bank.use(rows):
         mixed = run(model, batch)
     for i, route in enumerate(rows):
@@ -48,7 +51,7 @@ def check_rows(
         assert (whole - merged).abs().max() <= limit
         assert (mixed[i] - whole[i]).abs().max() <= limit
         if route is None:
-            assert torch.equal(bits(mixed[i]), bits(base[i]))
+            assert torch.equal(bits(mixed[i]), bits(base[i])) if exact else (mixed[i] - base[i]).abs().max() <= 1e-6
         else:
             assert (mixed[i] - base[i]).abs().max() > 20 * limit
 

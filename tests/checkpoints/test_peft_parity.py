@@ -103,7 +103,7 @@ def test_convolutions_cross_both_ways(dora: bool, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "method",
-    [LoRA(r=3), LoRA(r=3, lora_alpha=8, use_rslora=True), DoRA(r=3, lora_alpha=7.5)],
+    [LoRA(r=3, lora_alpha=6), LoRA(r=3, lora_alpha=8, use_rslora=True), DoRA(r=3, lora_alpha=7.5)],
     ids=["lora", "rslora", "dora"],
 )
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "opt", "bert", "qwen2_moe"])

@@ -50,8 +50,8 @@ class RunFiles:
         """Make the folders and sweep what a dead process left aside. Only under the run's lock."""
         (self.out / "metrics").mkdir(parents=True, exist_ok=True)
         sweep(self.checkpoints)
-        sweep(self.out)
         for place in (self.out, *(self.out / name for name in ("adapter", "adapters", "best"))):
+            sweep(place)
             for left in (*place.glob(".unfinished-*"), *place.glob("*/.unfinished-*")):
                 shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
 
