@@ -1,15 +1,17 @@
 # Two commands matter: `make demo` and `make test`. Each makes .venv and installs what it needs; the second time is quick.
-# PYTHON chooses the interpreter (3.11 or later), VENV the folder.
+# PYTHON chooses the interpreter (3.11 or later), VENV the folder, PEERS that of the benchmark's peers, BENCH its arguments.
 
 PYTHON ?= python3
 VENV ?= .venv
+PEERS ?= .venv-peers
+BENCH ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 export PIP_ROOT_USER_ACTION ?= ignore
 
-.PHONY: help demo test lint test-real torture clean
+.PHONY: help demo test lint test-real torture bench clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -23,8 +25,8 @@ test: lint ## everything that guards the project: style, types, layering, tests
 	$(BIN)/python -m pytest -q -m "real and not slow"
 
 lint: $(VENV)/.installed-test
-	$(BIN)/ruff check src tests
-	$(BIN)/ruff format --check src tests
+	$(BIN)/ruff check src tests bench docs
+	$(BIN)/ruff format --check src tests bench docs
 	$(BIN)/mypy
 
 test-real: $(VENV)/.installed-test ## the tests on the embedded model only
@@ -33,8 +35,11 @@ test-real: $(VENV)/.installed-test ## the tests on the embedded model only
 torture: $(VENV)/.installed-test ## the slow tests: kills, long forms, repeats
 	$(BIN)/python -m pytest -q -m slow --timeout 3600
 
+bench: $(VENV)/.installed-test $(PEERS)/.installed ## the training step beside its peers, in an environment of theirs: BENCH="ragged --rounds 4"
+	$(BIN)/python -m bench.step $(BENCH) --peers $(PEERS)/bin/python
+
 clean: ## remove the environment and the caches of tools
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/.torch: constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -51,4 +56,10 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml
 
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(PIP) install -q -c constraints.txt -e '.[test]'
+	@touch $@
+
+$(PEERS)/.installed: constraints.txt bench/requirements.txt
+	@$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip --disable-pip-version-check install -q $(TORCH)
+	$(PEERS)/bin/python -m pip --disable-pip-version-check install -q -r bench/requirements.txt
 	@touch $@

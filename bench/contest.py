@@ -1,0 +1,136 @@
+"""Contestants in processes of their own, and rounds in which each takes one step in turn.
+
+Nobody's memory or threads are shared, and who waits is asleep. The order turns by one place from round to round, so that nobody
+always follows the same neighbour. Before the rounds each runs some steps alone: its losses must be those of the first contestant, and the
+highest mark of its memory in these steps, less what imports and the loaded base took, is its peak.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bench.cases import Case, Contestant
+
+_TOLERANCE = {"float32": 2e-3, "bfloat16": 1.5e-2}
+_SHIPPED = 3e-2
+"""Relative difference of losses that counts as equal. Dropout and other formats of numbers are compared at the first step, where B is 0."""
+_PAUSE = 0.05
+"""Seconds after which the threads of whoever stepped last have gone to sleep."""
+
+
+class Disagreement(SystemExit):
+    """Losses that should be equal are not."""
+
+
+@dataclass
+class Result:
+    """What was seen of one contestant: losses of its first steps, bytes at the peak, seconds of each round, and more of the last step."""
+
+    contestant: Contestant
+    losses: list[float] = field(default_factory=list)
+    memory: int = 0
+    seconds: list[float] = field(default_factory=list)
+    more: dict[str, Any] = field(default_factory=dict)
+
+
+class Worker:
+    """One contestant's process."""
+
+    def __init__(self, python: Path, spec: Path, log: Path) -> None:
+        self.log = log
+        with log.open("w", encoding="utf-8") as errors:
+            self.process = subprocess.Popen(
+                [str(python), "-m", "bench.workers.serve", str(spec)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env={**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
+            )
+        self.baseline = int(self._answer()["loaded"])
+
+    def step(self) -> dict[str, Any]:
+        """Take a step."""
+        return self._ask("step")
+
+    def memory(self) -> int:
+        """Bytes at the peak so far, less what imports and the base take."""
+        return int(self._ask("memory")["peak"])
+
+    def close(self) -> None:
+        """End the process."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+
+    def _ask(self, word: str) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps({"do": word}) + "\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            tail = self.log.read_text(encoding="utf-8", errors="replace")[-2000:]
+            raise SystemExit(f"a contestant ended; the end of {self.log}:\n{tail}")
+        return dict(json.loads(line))
+
+
+def compete(case: Case, specs: dict[str, Path], pythons: dict[str, Path], *, rounds: int, checks: int) -> list[Result]:
+    """Start everybody, check, and run the rounds. Raises Disagreement before any round is run."""
+    workers: dict[str, Worker] = {}
+    results = {one.name: Result(one) for one in case.contestants}
+    try:
+        for one in case.contestants:
+            workers[one.name] = Worker(pythons[one.name], specs[one.name], specs[one.name].with_suffix(".log"))
+            result = results[one.name]
+            for _ in range(checks):
+                result.losses.append(float(workers[one.name].step()["loss"]))
+            result.memory = workers[one.name].memory()
+            print(f"  {one.name}: losses {', '.join(f'{loss:.4f}' for loss in result.losses)}", flush=True)
+            _compare(results[case.contestants[0].name], result)
+        order = [one.name for one in case.contestants]
+        for number in range(rounds):
+            for name in order[number % len(order) :] + order[: number % len(order)]:
+                time.sleep(_PAUSE)
+                answer = workers[name].step()
+                results[name].seconds.append(float(answer.get("floor", answer["seconds"])))
+                results[name].more = {key: answer[key] for key in answer if key not in ("seconds", "loss")}
+    finally:
+        for worker in workers.values():
+            worker.close()
+    return list(results.values())
+
+
+def _compare(first: Result, other: Result) -> None:
+    for step in range(min(other.contestant.alike, len(other.losses))):
+        one, two = first.losses[step], other.losses[step]
+        same = first.contestant.dtype == other.contestant.dtype and not other.contestant.form
+        bound = _TOLERANCE[other.contestant.dtype] if same else _SHIPPED
+        if not abs(one - two) <= bound * max(1.0, abs(one)):
+            raise Disagreement(
+                f"step {step + 1}: the loss of {other.contestant.name} is {two:.5f}, that of {first.contestant.name} {one:.5f}; "
+                "they do not compute the same, so their times are not compared"
+            )
+
+
+def spec_of(one: Contestant, *, base: Path, adapter: Path | None, steps: Any, threads: int) -> dict[str, Any]:
+    """What a contestant's process is told at its start."""
+    return {
+        **asdict(one),
+        "base": str(base),
+        "adapter": None if adapter is None else str(adapter),
+        "steps": steps,
+        "threads": threads,
+    }

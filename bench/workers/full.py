@@ -1,0 +1,47 @@
+"""Full fine-tuning with Veneer's own kernels: flat rows, its attention, its loss over supervised tokens, its elementwise chains.
+
+What is left to tell it from an adapter's step is the arithmetic: gradients and an update of every weight of the base.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from bench.workers.turn import Turn
+from veneer.data.batch import make_batch
+from veneer.data.example import Example
+from veneer.kernels.cross_entropy import linear_cross_entropy
+from veneer.models.flat import FlatRunner
+from veneer.models.load import load_base
+from veneer.train.trainer import cut
+
+LEARNING_RATE = 5e-5
+_BUDGET = 1024
+
+
+def run(spec: dict[str, Any], turn: Turn) -> None:
+    """Steps until the pipe is closed."""
+    base = load_base(spec["base"], dtype=spec["dtype"])
+    turn.loaded(base.model)
+    runner = FlatRunner(base.model)
+    parameters = [p.requires_grad_() for p in base.model.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
+    for rows in turn:
+        examples = [Example(tuple(row["ids"]), tuple(row["weights"])) for row in rows]
+        weight = sum(sum(example.weights) for example in examples)
+        loss = 0.0
+        for piece in cut(examples, _BUDGET):
+            batch = make_batch(piece, "full")
+            keep = (batch.weights != 0).nonzero().squeeze(1)
+            head = runner.head()
+            assert head is not None
+            hidden = runner.hidden(batch)[keep]
+            total, _ = linear_cross_entropy(hidden, head[0], head[1], batch.targets[keep], batch.weights[keep])
+            (total / weight).backward()
+            loss += float(total.detach())
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        turn.done(loss / weight)

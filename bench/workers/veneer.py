@@ -1,0 +1,106 @@
+"""Veneer, by the trainer that ``veneer train`` runs: one job, one round a step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+
+from bench.workers.turn import Turn
+from veneer.adapters import METHODS
+from veneer.checkpoints import attach
+from veneer.config import TrainOptions
+from veneer.data.batch import Order
+from veneer.data.example import Example
+from veneer.models.flat import FlatRunner
+from veneer.models.load import load_base
+from veneer.train.job import Job
+from veneer.train.recompute import recomputed
+from veneer.train.step import Stepper
+from veneer.train.trainer import Request, Trainer
+
+LEARNING_RATE = 5e-4
+
+
+class Listener:
+    """Keeps the loss of the last step."""
+
+    loss = float("nan")
+
+    def stepping(self, job: Job) -> None:
+        """Nothing is asked."""
+
+    def stepped(self, job: Job, figures: dict[str, float]) -> None:
+        """A step was taken."""
+        self.loss = figures["loss"]
+
+    def evaluated(self, job: Job, loss: float, *, best: bool) -> None:
+        """Nothing is judged."""
+
+    def changed(self, job: Job) -> None:
+        """Nothing changes."""
+
+    def ended(self, job: Job) -> None:
+        """A job that ends here failed."""
+        raise SystemExit(f"{job.name}: {job.reason}")
+
+    def requests(self) -> Iterable[Request]:
+        """None."""
+        return ()
+
+    def round_over(self) -> bool:
+        """Go on."""
+        return True
+
+
+def options(spec: dict[str, Any]) -> TrainOptions:
+    """Options of a run like the contestant's."""
+    return TrainOptions(
+        data=("rows",),  # the rows are handed over in memory
+        method=spec["method"],
+        r=spec["r"],
+        lora_alpha=2 * spec["r"],
+        lora_dropout=spec["dropout"],
+        learning_rate=LEARNING_RATE,
+        warmup_steps=0,
+        batch_size=len(spec["steps"][0]),
+        steps=1_000_000,
+    )
+
+
+def job_of(spec: dict[str, Any], bank: Any, *, steps: int = 1_000_000) -> Job:
+    """The contestant's adapter and its job, over the rows in their order."""
+    chosen = options(spec)
+    fields = {name: getattr(chosen, name) for name in ("r", "lora_alpha", "lora_dropout")}
+    bank.add("bench", METHODS[spec["method"]](**fields), seed=0)
+    rows = [Example(tuple(row["ids"]), tuple(row["weights"]), "rows") for step in spec["steps"] for row in step]
+    job = Job("bench", chosen, bank, rows, [], peak=LEARNING_RATE, steps=steps)
+    job.order = Order(len(rows), shuffle=False)
+    return job
+
+
+def run(spec: dict[str, Any], turn: Turn) -> None:
+    """Steps until the pipe is closed."""
+    base = load_base(spec["base"], dtype=spec["dtype"])
+    turn.loaded(base.model)
+    bank = attach(base.model)
+    job = job_of(spec, bank)
+    listener = Listener()
+    stepper = Stepper(FlatRunner(base.model), bank)
+    trainer = Trainer(stepper, [job], listener, budget=job.options.tokens_per_pass, share=0)
+    with recomputed(base.model) if spec["checkpointing"] else nullcontext():
+        for _ in turn:
+            trainer.round()
+            turn.done(listener.loss)
+
+
+def save_first(spec: dict[str, Any], folder: str) -> None:
+    """Write the adapter that a contestant begins with, for the others to load."""
+    base = load_base(spec["base"], dtype=spec["dtype"])
+    bank = attach(base.model)
+    job_of(spec, bank)
+    with torch.no_grad():
+        bank.save("bench", folder)
+    bank.detach()
