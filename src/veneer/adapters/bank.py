@@ -24,6 +24,7 @@ from veneer.adapters.fit import check_fit, check_tying
 from veneer.adapters.lookout import Lookout
 from veneer.adapters.merge import merged_state_dict, unties
 from veneer.adapters.methods import Method
+from veneer.adapters.module import adapter_module
 from veneer.adapters.own import fresh_own
 from veneer.adapters.route import Mix, Route, RouteLike
 from veneer.adapters.site import Site, Survey
@@ -189,6 +190,11 @@ class Bank:
         known = {id(p) for p in fast}
         rest = [p for p in adapter.parameters() if id(p) not in known]
         return [{"params": rest, "lr": lr}, {"params": fast, "lr": lr * ratio}]
+
+    def module(self, name: str) -> nn.Module:
+        """The base under one adapter, as a module whose parameters and state_dict are the adapter's: what transformers' Trainer, or any
+        other loop that zeroes, clips and saves by the module it is given, has to be given."""
+        return adapter_module(self, name)
 
     # Use
 

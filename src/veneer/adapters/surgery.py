@@ -1,13 +1,13 @@
 """Surgery: putting hosts and hooks on a model, and taking them off again without a trace.
 
-A layer is changed by one instance attribute (``forward``), a container by hooks. Nothing else of the model is touched: no class, no
-name, no parameter, no buffer. While an adapter is on it, the base is frozen: its parameters require no gradient. Taking off restores
-what stood there before, by keeping it, never by computing back.
+A layer is changed by one instance attribute (``forward``), a container by hooks, the model itself by one attribute more
+(``zero_grad``). Nothing else is touched: no class, no name, no parameter, no buffer. While an adapter is on it, the base is frozen: its
+parameters require no gradient. Taking off restores what stood there before, by keeping it, never by computing back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -31,6 +31,7 @@ class Wiring:
         self._hosts: dict[str, HostForward] = {}
         self._containers: dict[str, int] = {}
         self._frozen: tuple[str, ...] = ()
+        self._zero_grad: ZeroGrad | None = None
 
     def host(self, site: Site) -> HostForward | None:
         """What stands at a site, if anything does."""
@@ -98,6 +99,8 @@ class Wiring:
         for _, parameter in own:
             parameter.requires_grad = False  # not requires_grad_(): lazy parameters refuse methods
         self._frozen = tuple(name for name, _ in own)
+        self._zero_grad = ZeroGrad(self.bank, self.bank.model.__dict__.get("zero_grad"))
+        self.bank.model.zero_grad = self._zero_grad  # type: ignore[assignment]
 
     def _thaw(self) -> None:
         known = dict(self.bank.model.named_parameters())
@@ -105,6 +108,31 @@ class Wiring:
             if name in known:
                 known[name].requires_grad = True
         self._frozen = ()
+        if self._zero_grad is not None:
+            _put_back(self.bank.model, "zero_grad", self._zero_grad)
+        self._zero_grad = None
+
+
+class ZeroGrad:
+    """The model's own ``zero_grad``, and the adapters' gradients with it: they are no parameters of the model's, and a loop that clears by
+    the model would add them up from step to step."""
+
+    def __init__(self, bank: Bank, inner: Callable[..., None] | None) -> None:
+        self.bank = bank
+        self.inner = inner
+
+    def __call__(self, set_to_none: bool = True) -> None:
+        model = self.bank.model
+        if self.inner is not None:
+            self.inner(set_to_none)
+        else:
+            type(model).zero_grad(model, set_to_none)
+        for name in self.bank:
+            for parameter in self.bank.parameters(name):
+                if set_to_none:
+                    parameter.grad = None
+                elif parameter.grad is not None:
+                    parameter.grad = parameter.grad.detach().zero_()
 
 
 def attach(model: nn.Module, *, example: dict[str, Any] | None = None, folders: FolderFormat | None = None) -> Bank:
@@ -174,10 +202,17 @@ def _ancestors(name: str) -> Iterator[str]:
 
 
 def _restore(host: HostForward) -> None:
-    if host.inner is None:
-        del host.site.module.__dict__["forward"]
+    _put_back(host.site.module, "forward", host)
+
+
+def _put_back(module: nn.Module, key: str, ours: HostForward | ZeroGrad) -> None:
+    """Take an attribute of ours off a module; what stood on the instance before, if anything, comes back."""
+    if module.__dict__.get(key) is not ours:
+        return
+    if ours.inner is None:
+        del module.__dict__[key]
     else:
-        host.site.module.forward = host.inner
+        setattr(module, key, ours.inner)
 
 
 def _hook(model: nn.Module, bank: Bank, path: str) -> None:

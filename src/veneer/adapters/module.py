@@ -1,0 +1,115 @@
+"""The model under one adapter, as a module whose parameters are the adapter's: for loops that other libraries own.
+
+    Trainer(bank.module("sql"), arguments, train_dataset=rows).train()
+
+Such a loop takes everything from the module that it is given: it builds the optimizer from ``parameters()``, calls ``zero_grad()``,
+clips, counts, moves, saves ``state_dict()`` and loads it again. Given the base itself it would do all that to frozen weights: no
+gradient would be clipped, and what it saves would lack the adapter. So it is given this module instead, which holds the adapter's
+tensors, runs the base under the adapter's route, and hands on what belongs to both (``train``, ``to``, ``config``).
+
+Boundary: the base is no submodule here, so nothing that a library does to parameters can reach it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from veneer.errors import AdapterError
+
+if TYPE_CHECKING:
+    from veneer.adapters.adapter import Adapter
+    from veneer.adapters.bank import Bank
+
+_OF_THE_BASE = frozenset(
+    {
+        *("config", "generation_config", "device", "dtype", "main_input_name", "base_model_prefix", "loss_type"),
+        *("loss_function", "accepts_loss_kwargs", "num_parameters", "can_generate", "is_gradient_checkpointing"),
+        *("activation_checkpointing_enable", "activation_checkpointing_disable", "is_activation_checkpointing"),
+        *("gradient_checkpointing_enable", "gradient_checkpointing_disable", "supports_gradient_checkpointing"),
+        *("enable_input_require_grads", "disable_input_require_grads", "get_input_embeddings", "get_output_embeddings"),
+    }
+)
+"""What a training loop asks of a model and the base answers. Not everything: its ``save_pretrained`` would save no adapter."""
+
+
+class AdapterModule(nn.Module):
+    """One adapter of a bank with the base behind it. Made by `Bank.module`."""
+
+    bank: Bank
+    name: str
+    held: Adapter
+
+    def __init__(self, bank: Bank, name: str) -> None:
+        super().__init__()
+        self.__dict__["bank"] = bank
+        self.__dict__["name"] = name
+        self.__dict__["held"] = bank[name]
+        self.adapter = nn.Module()
+        for site, key, parameter in bank[name].named_tensors():
+            place = self.adapter
+            for part in site.split(".") if site else ():
+                if part not in place._modules:
+                    place.add_module(part, nn.Module())
+                place = place.get_submodule(part)
+            place.register_parameter(key, parameter)
+        self.training = bank.model.training
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The base's own call under the adapter."""
+        with self._routed():
+            return self.bank.model(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The base's own ``generate`` under the adapter."""
+        with self._routed():
+            return self.bank.model.generate(*args, **kwargs)
+
+    def save_pretrained(self, path: str | Path, **others: Any) -> None:
+        """Write the adapter as a folder, as `Bank.save` does; what else a library passes concerns whole models."""
+        self.bank.save(self.name, path)
+
+    def train(self, mode: bool = True) -> AdapterModule:
+        """Switch the base too: it is its layers that drop out."""
+        super().train(mode)
+        self.bank.model.train(mode)
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _OF_THE_BASE:
+            return getattr(self.bank.model, name)
+        return super().__getattr__(name)
+
+    def __reduce__(self) -> tuple[Callable[..., AdapterModule], tuple[Bank, str]]:
+        return adapter_module, (self.bank, self.name)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> AdapterModule:
+        """Moves and casts reach both."""
+        self.bank.model._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        return self
+
+    def _routed(self) -> Any:
+        if self.bank[self.name] is not self.held:
+            raise AdapterError(
+                f'the bank has another adapter "{self.name}" than when this module was made; make it again with bank.module'
+            )
+        return self.bank.use(self.name)
+
+
+def adapter_module(bank: Bank, name: str) -> AdapterModule:
+    """The module of one adapter. Its class bears the name of the base's and has its forward's signature, since libraries read from those
+    which columns and labels the model takes, and how its loss is shifted."""
+    kind = type(bank.model)
+
+    @functools.wraps(kind.forward)
+    def forward(self: AdapterModule, *args: Any, **kwargs: Any) -> Any:
+        return AdapterModule.forward(self, *args, **kwargs)
+
+    made = type(kind.__name__, (AdapterModule,), {"forward": forward, "__module__": __name__})
+    found: AdapterModule = made(bank, name)
+    return found
