@@ -89,8 +89,8 @@ class AdapterModule(nn.Module):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> AdapterModule:
         """Moves and casts reach both."""
-        self.bank.model._apply(fn, recurse)
-        super()._apply(fn, recurse)
+        self.bank.model._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def _routed(self) -> Any:

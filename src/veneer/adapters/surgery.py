@@ -100,7 +100,7 @@ class Wiring:
             parameter.requires_grad = False  # not requires_grad_(): lazy parameters refuse methods
         self._frozen = tuple(name for name, _ in own)
         self._zero_grad = ZeroGrad(self.bank, self.bank.model.__dict__.get("zero_grad"))
-        self.bank.model.zero_grad = self._zero_grad  # type: ignore[assignment]
+        self.bank.model.zero_grad = self._zero_grad  # type: ignore[method-assign]
 
     def _thaw(self) -> None:
         known = dict(self.bank.model.named_parameters())
