@@ -6,6 +6,7 @@ import copy
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -215,6 +216,22 @@ def test_copies_and_pickles() -> None:
         assert twin is not None and twin is not bank
         found = outcome(other, twin, ROUTES["rows"])
         assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_saving_an_attached_model_saves_the_base(tmp_path: Path) -> None:
+    """save_pretrained of a model with adapters on it writes the files that the bare model writes, byte for byte, and they load as it."""
+    model, bank = model_and_bank(dtype=torch.float32)
+    model.save_pretrained(tmp_path / "attached")
+    reloaded = type(model).from_pretrained(tmp_path / "attached")
+    with torch.no_grad():
+        assert torch.equal(
+            reloaded(input_ids=torch.arange(6)[None]).logits, model(input_ids=torch.arange(6)[None]).logits
+        )
+    bank.detach()
+    model.save_pretrained(tmp_path / "bare")
+    for file in (tmp_path / "bare").iterdir():
+        assert (tmp_path / "attached" / file.name).read_bytes() == file.read_bytes()
+    assert len(list((tmp_path / "attached").iterdir())) == len(list((tmp_path / "bare").iterdir())) >= 2
 
 
 def crowd(dtype: torch.dtype, count: int = 9) -> tuple[Any, Bank]:

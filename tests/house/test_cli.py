@@ -72,13 +72,16 @@ def test_help_needs_nothing_heavy(name: str) -> None:
     assert done.stdout.startswith("usage: veneer")
 
 
-def test_help_answers_within_half_a_second() -> None:
-    """The quickest of five starts, process and all; a busy machine slows some of them, not all."""
+@pytest.mark.parametrize("name", ["", *cli.available()])
+def test_help_answers_within_half_a_second(name: str) -> None:
+    """One start of five, process and all; a busy machine slows some of them, not all."""
     times = []
     for _ in range(5):
         start = time.perf_counter()
-        assert shell("--help").returncode == 0
+        assert shell(*name.split(), "--help").returncode == 0
         times.append(time.perf_counter() - start)
+        if times[-1] < 0.5:
+            break
     assert min(times) < 0.5
 
 

@@ -122,7 +122,7 @@ def test_every_segment_and_every_gradient_is_as_alone(arch: str, dtype: torch.dt
     _assert_same(found, _gradients(model, _padded_loss(model, segments)), bound)
 
 
-@pytest.mark.parametrize("arch", ["llama", "gemma2", "modernbert", "qwen2_moe", "bloom"])
+@pytest.mark.parametrize("arch", FLAT + PADDED)
 def test_order_and_grouping_of_segments_do_not_matter(arch: str, wide: None) -> None:
     """The same segments in another order, or in two batches, give the same logits and the same summed gradient."""
     model = _tiny(arch)

@@ -213,7 +213,9 @@ class TrainOptions(RunOptions, StepOptions, ContinualOptions, AdapterOptions, Da
         if self.valid and self.valid_fraction:
             raise ValueError("valid and valid_fraction are both given; give the one that is meant")
         if not self.data and not (self.jobs and all(job.get("data") for job in self.jobs)):
-            raise ValueError("data names no file of examples")
+            raise ValueError(
+                "data names no file of examples: veneer train ROWS.jsonl, or a line data: ROWS.jsonl in a file of options"
+            )
         if self.early_stop_patience and not (self.valid or self.valid_fraction):
             raise ValueError("early_stop_patience needs held-out examples; give valid or valid_fraction")
         if self.watch_general and not (self.valid or self.valid_fraction):

@@ -66,8 +66,9 @@ class AdapterModule(nn.Module):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base's own ``generate`` under the adapter."""
+        model: Any = self.bank.model
         with self._routed():
-            return self.bank.model.generate(*args, **kwargs)
+            return model.generate(*args, **kwargs)
 
     def save_pretrained(self, path: str | Path, **others: Any) -> None:
         """Write the adapter as a folder, as `Bank.save` does; what else a library passes concerns whole models."""
@@ -89,7 +90,8 @@ class AdapterModule(nn.Module):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> AdapterModule:
         """Moves and casts reach both."""
-        self.bank.model._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        model: Any = self.bank.model
+        model._apply(fn, recurse)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 

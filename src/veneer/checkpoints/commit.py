@@ -119,10 +119,15 @@ def verified(folder: Path) -> bool:
 
 def write_text(path: Path, text: str) -> None:
     """Write a small file and sync it."""
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with path.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:  # of a file that is open already the system names no path
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+        raise
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -24,9 +24,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from veneer.checkpoints.tensors import save_tensors
 from veneer.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
@@ -127,7 +127,7 @@ class ModelWriter:
 
     def _flush(self) -> None:
         file = self.folder / f"shard-{len(self._shards):05d}"
-        save_file(self._held, file, metadata={"format": "pt"})
+        save_tensors(self._held, file, {"format": "pt"})
         file.chmod(_usual_mode(self.folder))  # the library makes files that nobody else may read
         with _open(file) as opened:
             for key, tensor in self._held.items():
@@ -150,13 +150,14 @@ def write_model(
     """A writer for ``out`` that takes over the base's tokenizer and settings; renamed to ``out`` when the context ends well.
 
     config: content of the new config.json. check: looks at the whole folder before it gets its name, and raises to stop it.
-    Raises CheckpointError where ``out`` holds something already.
+    Raises CheckpointError where ``out`` holds something already or cannot be written.
     """
     check_free(out)
-    out = out.absolute()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f"{_UNFINISHED}{out.name}-", dir=out.parent))
+    asked, out = out, out.absolute()
+    aside = None
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f"{_UNFINISHED}{out.name}-", dir=out.parent))
         aside.chmod(_usual_mode(aside) | 0o111)
         writer = ModelWriter(aside, shard_bytes)
         yield writer
@@ -166,8 +167,18 @@ def write_model(
         if check is not None:
             check(aside)
         publish(aside, out)
+    except OSError as error:
+        if aside is not None and not _lies_in(error.filename, aside):
+            raise  # something else than the writing, such as a file of the base
+        reason = (
+            "something above it is a file"
+            if isinstance(error, FileExistsError | NotADirectoryError)
+            else error.strerror
+        )
+        raise CheckpointError(f"{asked} cannot be written: {reason}; choose another folder, or make room") from error
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        if aside is not None:
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def check_free(out: Path) -> None:
@@ -236,6 +247,11 @@ def _read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{file}: expected a JSON object, found {type(content).__name__}")
     return content
+
+
+def _lies_in(name: object, folder: Path) -> bool:
+    """Whether an error's file lies in a folder; an error of a file that is open already names none."""
+    return name is None or Path(os.fsdecode(str(name))).is_relative_to(folder)
 
 
 def _usual_mode(folder: Path) -> int:

@@ -12,17 +12,16 @@ import errno
 import fcntl
 import json
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from veneer.adapters import Adapter
+from veneer.checkpoints.tensors import save_tensors
 from veneer.errors import CheckpointError
 
 TENSORS, STATE = "tensors.safetensors", "state.json"
@@ -40,16 +39,20 @@ class Lock:
         folder = self._path.parent
         try:
             self._made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+            if folder.exists() and not folder.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, "it is a file")
             folder.mkdir(parents=True, exist_ok=True)
-            handle = self._open()
+            self._handle = self._open()
+            os.ftruncate(self._handle, 0)
+            os.write(self._handle, str(os.getpid()).encode())
         except OSError as error:
+            if self._handle is not None:
+                self.leave_nothing()
+                self.__exit__()
             reason = error.strerror or str(error)
             raise CheckpointError(
                 f"{folder} cannot be written: {reason}; choose another folder for the run with --out"
             ) from error
-        os.ftruncate(handle, 0)
-        os.write(handle, str(os.getpid()).encode())
-        self._handle = handle
         return self
 
     def _open(self) -> int:
@@ -106,12 +109,7 @@ def write_state(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str,
     Raises OSError where they cannot be written.
     """
     copies = {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
-    try:
-        save_file(copies, folder / TENSORS)
-    except SafetensorError as error:  # the library has no other word for a full disk
-        number = re.search(r"os error (\d+)", str(error))
-        code = int(number.group(1)) if number else errno.EIO
-        raise OSError(code, os.strerror(code), str(folder / TENSORS)) from error
+    save_tensors(copies, folder / TENSORS)
     (folder / STATE).write_text(json.dumps(state, indent=1, sort_keys=True), encoding="utf-8")
 
 

@@ -13,14 +13,20 @@ Boundary: names and shapes are not judged here, only that they are what the file
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
+import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import BinaryIO
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
 from veneer.checkpoints.files import parse_json, read_exactly
@@ -123,6 +129,19 @@ def to_buffers(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> li
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=True).encode()
     text += b" " * (-len(text) % 8)
     return [len(text).to_bytes(8, "little") + text, *(_raw(tensors[name]) for name in sorted(tensors))]
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """The library's own writer, for large files of a run or a model.
+
+    Raises OSError with the file's name where it cannot be written: the library has no other word for a full disk than for a broken file.
+    """
+    try:
+        save_file(dict(tensors), path, metadata=None if metadata is None else dict(metadata))
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        code = int(number.group(1)) if number else errno.EIO
+        raise OSError(code, os.strerror(code), str(path)) from error
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 
 from veneer.errors import VeneerError
 
+_SYSTEMS_NUMBER = re.compile(r"\(os error (\d+)\)")
+"""How libraries written in Rust tell what the system refused."""
 _REASONS = {
     errno.ENOSPC: "the disk is full; make room, or choose a folder on another disk",
     errno.EDQUOT: "the disk quota is used up; make room, or choose a folder on another disk",
@@ -29,6 +32,8 @@ def explain(error: Exception) -> tuple[str, int]:
         return str(error), error.exit_code
     if isinstance(error, OSError) and error.errno is not None:
         return _system_error(error), 1
+    if (number := _SYSTEMS_NUMBER.search(str(error))) is not None:
+        return _system_error(OSError(int(number.group(1)), str(error))), 1
     if _out_of_memory(error):
         return "there is not enough memory for this; take fewer tokens at a time, shorter examples or a smaller base", 1
     text = " ".join(str(error).split())

@@ -57,9 +57,13 @@ def run(args: argparse.Namespace) -> int:
     else:
         print("\n".join(stated))
         _print(shown, ids=args.ids)
-    for row in bad:
-        print(f"\nunusable: {row}")
-    return 1 if bad else 0
+    nothing = [rendered.source for rendered, _ in shown if not rendered.trained]
+    for reason in [
+        *map(str, bad),
+        *(f"{source}: nothing to learn: none of its tokens is trained" for source in nothing),
+    ]:
+        print(f"\nunusable: {reason}")
+    return 1 if bad or nothing else 0
 
 
 def _print(shown: list[tuple[Rendered, list[Piece]]], *, ids: bool) -> None:

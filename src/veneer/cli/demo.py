@@ -10,10 +10,11 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from veneer.errors import ConfigError
+from veneer.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from veneer.adapters import Bank
@@ -48,9 +49,12 @@ def run(args: argparse.Namespace) -> int:
         )
     began = time.monotonic()
     out = Path(args.out)
+    _check_place(out)
+    _head("The data")
     files = _write_data(out, args.examples, fresh=args.fresh)
     from veneer.checkpoints import attach
     from veneer.models.load import load_base
+    from veneer.train.memory import highest
 
     _head("The base")
     base = load_base("smollm2-135m")
@@ -69,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     _head("What it learnt")
     before, after, gained = _judge(base, bank, files["valid"])
     share = 100 * (before.mean - after.mean) / before.mean
-    print(f"held-out loss of the base     {before.mean:.3f}")
+    print(f"held-out loss of the base      {before.mean:.3f}")
     print(f"held-out loss with the adapter {after.mean:.3f}  ({share:.0f} % less)")
     print(
         f"difference {gained.mean:+.3f}, 95 % interval {gained.low:+.3f} to {gained.high:+.3f}, paired over {len(before.sums)} functions"
@@ -78,7 +82,9 @@ def run(args: argparse.Namespace) -> int:
 
     _head("What it costs")
     _sizes(base, bank, adapter)
-    print(f"The demo took {(time.monotonic() - began) / 60:.1f} minutes.")
+    print(
+        f"The demo took {(time.monotonic() - began) / 60:.1f} minutes and {highest() / 1e9:.2f} GB of memory at most."
+    )
     _head("Go on")
     for line in (
         f"veneer chat {out}",
@@ -100,16 +106,9 @@ def _write_data(out: Path, examples: int, *, fresh: bool) -> dict[str, Path]:
         _clear(out)
     train, valid = stdlib_pairs()
     chosen = valid[:: max(1, len(valid) // examples)][:examples]
-    folder = out / "data"
-    folder.mkdir(parents=True, exist_ok=True)
-    files = {"train": folder / "train.jsonl", "valid": folder / "valid.jsonl"}
-    for rows, path in ((train, files["train"]), (chosen, files["valid"])):
-        path.write_text(
-            "".join(json.dumps({"messages": row["messages"]}, ensure_ascii=False) + "\n" for row in rows),
-            encoding="utf-8",
-        )
+    files = {name: out / "data" / f"{name}.jsonl" for name in ("train", "valid")}
+    _put(out, {files["train"]: train, files["valid"]: chosen})
     modules = {row["module"] for row in train}
-    _head("The data")
     print(
         f"{len(train):,} functions from {len(modules)} modules of Python {sys.version_info.major}.{sys.version_info.minor}'s standard "
         f"library to learn from, {len(chosen)} from {len({row['module'] for row in valid})} other modules to judge on."
@@ -117,15 +116,51 @@ def _write_data(out: Path, examples: int, *, fresh: bool) -> dict[str, Path]:
     return files
 
 
+def _check_place(out: Path) -> None:
+    """Raise ConfigError for a place that holds something else than an earlier demo: it would be written over, or deleted."""
+    from veneer.data.stdlib_docs import INSTRUCTION
+
+    rows = out / "data" / "train.jsonl"
+    if out.is_dir() and not any(out.iterdir()):
+        return
+    if rows.is_file():
+        with rows.open(encoding="utf-8", errors="replace") as file:
+            if INSTRUCTION in file.readline(1 << 16):
+                return
+    if out.exists():
+        what = "holds something else than an earlier demo" if out.is_dir() else "is a file"
+        raise ConfigError(f"{out} {what}; choose another folder with --out")
+
+
 def _clear(out: Path) -> None:
-    """Delete an earlier demo's folder; anything else is refused."""
+    """Delete an earlier demo's folder."""
     import shutil
 
-    if not (out / "data" / "train.jsonl").is_file():
-        raise ConfigError(
-            f"{out} is not the folder of an earlier demo, so it is not deleted; choose another with --out"
-        )
     shutil.rmtree(out)
+
+
+def _put(out: Path, rows_of: Mapping[Path, Sequence[Mapping[str, Any]]]) -> None:
+    """Write the files whole, or leave nothing of them. Raises CheckpointError where they cannot be written."""
+    from contextlib import suppress
+
+    from veneer.checkpoints.commit import replace_text
+
+    made = [folder for folder in (out / "data", out, *out.parents) if not folder.exists()]
+    try:
+        (out / "data").mkdir(parents=True, exist_ok=True)
+        for path, rows in rows_of.items():
+            replace_text(
+                path, "".join(json.dumps({"messages": row["messages"]}, ensure_ascii=False) + "\n" for row in rows)
+            )
+    except OSError as error:
+        if made:
+            for path in rows_of:
+                with suppress(OSError):
+                    path.unlink()
+        with suppress(OSError):
+            for folder in made:
+                folder.rmdir()
+        raise CheckpointError(f"{out} cannot be written: {error.strerror}; choose another folder with --out") from error
 
 
 def _show_rows(base: Base, file: Path) -> None:
@@ -163,6 +198,7 @@ def _train(args: argparse.Namespace, out: Path, files: dict[str, Path], base: Ba
             "r": 16,
             "learning_rate": 5e-4,
             "batch_size": 7,
+            "tokens_per_pass": 768,
             "steps": args.steps,
             "warmup_steps": 5,
             "eval_every": max(1, (args.steps + 1) // 2),
@@ -178,11 +214,18 @@ def _judge(base: Base, bank: Bank, file: Path) -> tuple[Losses, Losses, Differen
     from veneer.data.render import Renderer
     from veneer.evaluate.losses import compare, example_losses
     from veneer.models.flat import FlatRunner
+    from veneer.train.screen import Screen
 
     examples, _ = load_examples([file], Renderer(base.tokenizer))
     runner = FlatRunner(base.model)
-    before = example_losses(runner, examples, bank=bank)
-    after = example_losses(runner, examples, bank=bank, route=NAME)
+    screen = Screen()
+
+    def progress(who: str) -> Callable[[int], None]:
+        return lambda done: screen.progress(f"judging {who}: {done} of {len(examples)} functions")
+
+    before = example_losses(runner, examples, bank=bank, progress=progress("the base"))
+    after = example_losses(runner, examples, bank=bank, route=NAME, progress=progress("the adapter"))
+    screen.clear()
     return before, after, compare(after, before)
 
 
@@ -217,6 +260,9 @@ def _merged_apart(base: Base, bank: Bank) -> float:
     """Largest difference of logits between the adapter beside the base and merged into it, both in fp32."""
     import torch
 
+    from veneer.train.memory import give_back
+
+    give_back()
     text = "def area(radius):\n    return 3.14159 * radius ** 2\n"
     ids = torch.tensor([base.tokenizer(text)["input_ids"]])  # type: ignore[misc]
     base.model.float()

@@ -19,6 +19,7 @@ import contextlib
 import hashlib
 import io
 import logging
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -239,6 +240,8 @@ def _convert(file: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     _log.info("dequantising %s once; later loads read %s", file.name, folder.parent)
+    if sys.stderr.isatty():
+        print(f"unpacking {file.name} into {folder.parent}, once; later starts are quick", file=sys.stderr, flush=True)
     # the reader draws its own bar, which no setting turns off
     with _quiet(), contextlib.redirect_stderr(io.StringIO()):
         try:

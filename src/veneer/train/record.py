@@ -6,6 +6,7 @@ import math
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -20,6 +21,9 @@ from veneer.train.screen import Screen, duration, resident_memory
 from veneer.train.track import Track
 from veneer.train.trainer import Request
 from veneer.train.watch import FirstSteps
+
+_LATEST = 20
+"""So many steps tell the pace."""
 
 
 class Recorder:
@@ -41,7 +45,7 @@ class Recorder:
         self._control = Control(files.out)
         self._urgent = False
         self._saved_at, self._saved_time = rounds, time.monotonic()
-        self._began, self._tokens, self._steps = time.monotonic(), 0, 0
+        self._taken: deque[tuple[float, int]] = deque([(time.monotonic(), 0)], maxlen=_LATEST)
 
     # The trainer's questions
 
@@ -52,10 +56,7 @@ class Recorder:
 
     def stepped(self, job: Job, figures: dict[str, float]) -> None:
         """A job took a step."""
-        seconds = max(1e-9, time.monotonic() - self._began)
-        self._tokens += int(figures["tokens"])
-        self._steps += 1
-        pace = self._tokens / seconds
+        seconds, pace = self._pace(int(figures["tokens"]))
         speed = {"tokens_per_second": round(pace, 1), "memory_gb": round(resident_memory(), 3)}
         self._append(job, {"step": job.progress.step, **figures, **speed})
         if (watch := self.watches.get(job.name)) is not None:
@@ -63,6 +64,16 @@ class Recorder:
                 job.progress.step, figures["loss"], figures["lr"], adaptive=job.options.optimizer == "adamw"
             )
         self._show(job, figures, pace, seconds)
+
+    def _pace(self, tokens: int) -> tuple[float, float]:
+        """(seconds a step, tokens a second) over the latest steps. The first step also waits for compilers and the first look at the
+        held-out examples, so it counts until there is another and no longer."""
+        if len(self._taken) == 2 and not self._taken[0][1]:
+            self._taken.popleft()
+        self._taken.append((time.monotonic(), tokens))
+        (began, _), *after = self._taken
+        seconds = max(1e-9, after[-1][0] - began)
+        return seconds / len(after), sum(count for _, count in after) / seconds
 
     def evaluated(self, job: Job, loss: float, *, best: bool) -> None:
         """A job was judged on its held-out examples."""
@@ -170,10 +181,10 @@ class Recorder:
 
     def _show(self, job: Job, figures: dict[str, float], pace: float, seconds: float) -> None:
         left = sum(max(0, other.steps - other.progress.step) for other in self.jobs if other.running)
-        remaining = duration(left * seconds / self._steps)
+        remaining = "" if self._taken[0][1] == 0 else f"  {duration(left * seconds)} left"
         self.screen.progress(
             f"{self._who(job)}step {job.progress.step}/{job.steps}  loss {figures['loss']:.4f}  lr {figures['lr']:.2e}  "
-            f"{pace:,.0f} tokens/s  {resident_memory():.2f} GB  {remaining} left",
+            f"{pace:,.0f} tokens/s  {resident_memory():.2f} GB{remaining}",
             important=job.progress.step in (1, job.steps),
         )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -104,7 +104,7 @@ def train(
     with ExitStack() as stack:
         lock = stack.enter_context(Lock(out))
         begun = (out / CONFIG).is_file()
-        stack.callback(lambda: None if begun or (out / CONFIG).exists() else lock.leave_nothing())
+        stack.callback(lambda: None if begun or (out / CONFIG).exists() else _leave_nothing(lock, out))
         if begun and not fresh:
             jobs = _jobs_there(out, jobs)
         if options.threads is not None:
@@ -259,6 +259,13 @@ def _options(config: TrainOptions | Mapping[str, Any] | str | Path, overrides: M
     if isinstance(config, (str, Path)):
         return resolve(TrainOptions, config, flags=dict(overrides))[0]
     return TrainOptions(**{**config, **overrides})
+
+
+def _leave_nothing(lock: Lock, out: Path) -> None:
+    """A run that did not begin leaves no folder behind."""
+    with suppress(OSError):
+        (out / "metrics").rmdir()
+    lock.leave_nothing()
 
 
 def _jobs_there(out: Path, jobs: dict[str, TrainOptions]) -> dict[str, TrainOptions]:
