@@ -177,6 +177,9 @@ class Ear:
         """Remember the loss."""
         self.losses.setdefault(job.name, []).append(figures["loss"])
 
+    def judging(self, job: Job, done: int, total: int) -> None:
+        """Nothing to say."""
+
     def evaluated(self, job: Job, loss: float, *, best: bool) -> None:
         """Nothing to say."""
 

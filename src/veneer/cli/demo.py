@@ -221,7 +221,7 @@ def _judge(base: Base, bank: Bank, file: Path) -> tuple[Losses, Losses, Differen
     screen = Screen()
 
     def progress(who: str) -> Callable[[int], None]:
-        return lambda done: screen.progress(f"judging {who}: {done} of {len(examples)} functions")
+        return lambda done: screen.progress(f"judged {who} on {done} of {len(examples)} functions")
 
     before = example_losses(runner, examples, bank=bank, progress=progress("the base"))
     after = example_losses(runner, examples, bank=bank, route=NAME, progress=progress("the adapter"))

@@ -75,6 +75,11 @@ class Recorder:
         seconds = max(1e-9, after[-1][0] - began)
         return seconds / len(after), sum(count for _, count in after) / seconds
 
+    def judging(self, job: Job, done: int, total: int) -> None:
+        """A look at held-out examples goes on."""
+        if self.screen.live:
+            self.screen.progress(f"{self._who(job)}step {job.progress.step}: judged {done} of {total} examples")
+
     def evaluated(self, job: Job, loss: float, *, best: bool) -> None:
         """A job was judged on its held-out examples."""
         known = loss if math.isfinite(loss) else None

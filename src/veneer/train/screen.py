@@ -19,7 +19,8 @@ class Screen:
     def __init__(self, stream: TextIO | None = None, *, quiet: bool = False) -> None:
         self.stream = stream or sys.stdout
         self.quiet = quiet
-        self._live = not quiet and self.stream.isatty()
+        self.live = not quiet and self.stream.isatty()
+        """Whether one line is written over again and again."""
         self._shown = ""
         self._last = 0.0
 
@@ -34,7 +35,7 @@ class Screen:
         """The line that is written over; without a terminal, a plain line now and then."""
         if self.quiet:
             return
-        if self._live:
+        if self.live:
             width = shutil.get_terminal_size().columns - 1
             text = text[:width]
             self.stream.write("\r" + text.ljust(len(self._shown)))

@@ -67,6 +67,10 @@ class Listener(Protocol):
         """A job took a step."""
         ...
 
+    def judging(self, job: Job, done: int, total: int) -> None:
+        """So many of the examples that a job is judged on are done."""
+        ...
+
     def evaluated(self, job: Job, loss: float, *, best: bool) -> None:
         """A job was judged on its held-out examples."""
         ...
@@ -269,7 +273,15 @@ class Trainer:
         """Mean loss of some examples under the job's route."""
         route = self.stepper.routes.get(job.name, job.name)
         runner, bank = self.stepper.runner, self.stepper.bank
-        return example_losses(runner, examples, bank=bank, route=route, tokens_per_pass=self.budget).mean
+        losses = example_losses(
+            runner,
+            examples,
+            bank=bank,
+            route=route,
+            tokens_per_pass=self.budget,
+            progress=lambda done: self.listener.judging(job, done, len(examples)),
+        )
+        return losses.mean
 
     def _fail(self, job: Job, code: str, reason: str, error: Exception | None = None) -> None:
         who = f'job "{job.name}"'
