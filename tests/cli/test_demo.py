@@ -24,7 +24,7 @@ SHOWN = (
     r"The adapter is 19\.\d MB beside \d+ MB of the base",
     r"it changes the logits by at most \S+ in fp32",
     r"The demo took \d+\.\d minutes and \d\.\d\d GB of memory at most",
-    r"Go on\n-+\n  veneer chat ",
+    r"Go on\n-+\n(?:  source \S+\n)?  veneer chat ",
 )
 
 

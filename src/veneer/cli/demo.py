@@ -86,15 +86,7 @@ def run(args: argparse.Namespace) -> int:
         f"The demo took {(time.monotonic() - began) / 60:.1f} minutes and {highest() / 1e9:.2f} GB of memory at most."
     )
     _head("Go on")
-    for line in (
-        f"veneer chat {out}",
-        f'veneer generate {out} --compare "What does os.path.join do?"',
-        f"veneer evaluate {out} --data {files['valid']} --general",
-        f"veneer merge {out} --out {out}-merged",
-        f"veneer inspect {adapter}",
-        f"veneer train {files['train']} --valid {files['valid']} --method dora --out runs/dora",
-    ):
-        print(f"  {line}")
+    _go_on(out, files, adapter)
     return 0
 
 
@@ -272,6 +264,27 @@ def _merged_apart(base: Base, bank: Bank) -> float:
         merged = bank.merged_state_dict(NAME)
         plain = torch.func.functional_call(base.model, merged, (ids,), tie_weights=False).logits
     return float((adapted - plain).abs().max())
+
+
+def _go_on(out: Path, files: dict[str, Path], adapter: Path) -> None:
+    """Commands to type next, behind the one that lets the shell find ``veneer`` where it does not."""
+    import shlex
+    import shutil
+
+    here, train, valid = (shlex.quote(str(path)) for path in (out, files["train"], files["valid"]))
+    activate = Path(sys.prefix) / "bin" / "activate"
+    if shutil.which("veneer") is None and activate.is_file():
+        near = activate.relative_to(Path.cwd()) if activate.is_relative_to(Path.cwd()) else activate
+        print(f"  source {shlex.quote(str(near))}")
+    for line in (
+        f"veneer chat {here}",
+        f'veneer generate {here} --compare "What does os.path.join do?"',
+        f"veneer evaluate {here} --data {valid} --general",
+        f"veneer merge {here} --out {shlex.quote(f'{out}-merged')}",
+        f"veneer inspect {shlex.quote(str(adapter))}",
+        f"veneer train {train} --valid {valid} --method dora --out runs/dora",
+    ):
+        print(f"  {line}")
 
 
 def _head(text: str) -> None:
