@@ -87,7 +87,7 @@ def test_what_does_not_read_back_is_an_error(tmp_path: Path, monkeypatch: pytest
     def flip(tensors: dict[str, torch.Tensor], file: Path, metadata: dict[str, str]) -> None:
         save_file({key: value + 1 for key, value in tensors.items()}, file, metadata)
 
-    monkeypatch.setattr(merged, "save_file", flip)
+    monkeypatch.setattr(merged, "save_tensors", flip)
     writer = ModelWriter(tmp_path, 100)
     writer.put("a", torch.zeros(3))
     with pytest.raises(CheckpointError, match="a does not read back"):
