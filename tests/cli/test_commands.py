@@ -75,6 +75,11 @@ def test_a_run_is_used_by_its_folder(run: Run, monkeypatch: pytest.MonkeyPatch) 
     assert run("merge", "run", "--out", "merged")[0] == 0
     code, merged, _ = run("generate", "merged", "12+12", "--max-tokens", "8", "--dtype", "float32")
     assert code == 0 and merged == answer
+    code, figures, err = run("evaluate", "run", "--data", "valid.jsonl", "--json")
+    rows = [json.loads(line)["messages"][1]["content"] for line in Path("valid.jsonl").read_text().splitlines()]
+    found = json.loads(figures)["sets"]["valid.jsonl"]
+    assert (code, err, found["examples"]) == (0, "", 5)
+    assert found["tokens"] == sum(len(answer) + 1 for answer in rows), "each digit and the end of each turn"
     code, shown, _ = run("data", "show", "train.jsonl", "--base", "base", "-n", "1")
     assert code == 0 and "trained 4 of" in shown
 

@@ -40,6 +40,8 @@ from veneer.models.load import Base
 KEY = "veneer"
 FORMAT = 1
 NUMBERS = 8
+ROUNDED = "beyond rounding its weights are the same"
+"""How a note ends that tells of another dtype and nothing else."""
 _ROWS = 1024
 _TOLERANCE = 1e-3
 
@@ -229,9 +231,7 @@ def _verify_base(recorded: object, adapter: Adapter, bank: Bank, found: Findings
         elif known.get("sha256") != now["sha256"] or known.get("dtype") != now["dtype"]:
             rounded[str(known.get("dtype"))] = now["dtype"]
     for there, here in rounded.items():
-        found.note(
-            f"the base is in {here} here and was in {shown(there, 20)} where the adapter was made; beyond rounding its weights are the same"
-        )
+        found.note(f"the base is in {here} here and was in {shown(there, 20)} where the adapter was made; {ROUNDED}")
     if differs:
         _tell_other_base(differs, adapter, bank, found)
     return not differs

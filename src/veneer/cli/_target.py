@@ -111,6 +111,7 @@ def load_targets(
 
 def _load(model: str, folders: dict[str, Path], dtype: str, purpose: str, force: Sequence[str]) -> Loaded:
     from veneer.checkpoints import attach
+    from veneer.checkpoints.receipt import ROUNDED
     from veneer.models.load import load_base
     from veneer.models.precision import fast_dtype
 
@@ -121,7 +122,8 @@ def _load(model: str, folders: dict[str, Path], dtype: str, purpose: str, force:
     bank = attach(loaded.model)
     for name, folder in folders.items():
         for note in bank.load(folder, name=name, force=tuple(force)).meta.get("notes", ()):
-            print(f"{folder}: {note}", file=sys.stderr)
+            if dtype != "auto" or not note.endswith(ROUNDED):  # the command chose the numbers itself
+                print(f"{folder}: {note}", file=sys.stderr)
         bank[name].requires_grad_(False)
     return Loaded(loaded, bank, list(folders))
 

@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
                 rows[name] |= {"against_base": apart.mean, "low": apart.low, "high": apart.high}
         report["sets"][label] = {
             "examples": len(examples),
-            "tokens": int(results["base"].weights.count_nonzero()),
+            "tokens": sum(example.trained for example in examples),
             "routes": rows,
         }
         if not args.json:
