@@ -2,7 +2,8 @@
 
     python -m bench.demo_beside_peft runs/demo        after `veneer demo --out runs/demo`
 
-Prints seconds per step and held-out loss of both. PEFT is a test dependency.
+Prints PEFT's seconds a step, held-out loss and highest memory; the demo's own stand in its metrics and in its last lines. PEFT is a
+test dependency.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from veneer.data.dataset import load_examples
 from veneer.data.example import Example
 from veneer.data.render import Renderer
 from veneer.models.load import load_base
+from veneer.train.memory import highest
 
 
 def main() -> None:
@@ -51,6 +53,7 @@ def main() -> None:
     seconds = time.perf_counter() - began
     print(f"PEFT: {args.steps} steps in {seconds / 60:.2f} minutes, {seconds / args.steps:.2f} s a step")
     print(f"held-out loss after {judge(model, valid[:]):.4f}")
+    print(f"{highest() / 1e9:.2f} GB of memory at most")
 
 
 def losses(model: torch.nn.Module, rows: list[Example]) -> tuple[torch.Tensor, float]:
