@@ -10,12 +10,14 @@ import torch
 
 from bench.workers.turn import Turn
 from veneer.adapters import METHODS
+from veneer.adapters.chains import fuse
 from veneer.checkpoints import attach
 from veneer.config import TrainOptions
 from veneer.data.batch import Order
 from veneer.data.example import Example
 from veneer.models.flat import FlatRunner
 from veneer.models.load import load_base
+from veneer.train.faster import Faster
 from veneer.train.job import Job
 from veneer.train.recompute import recomputed
 from veneer.train.step import Stepper
@@ -86,13 +88,16 @@ def run(spec: dict[str, Any], turn: Turn) -> None:
     base = load_base(spec["base"], dtype=spec["dtype"])
     turn.loaded(base.model)
     bank = attach(base.model)
+    fuse(base.model)
     job = job_of(spec, bank)
     listener = Listener()
     stepper = Stepper(FlatRunner(base.model), bank)
     trainer = Trainer(stepper, [job], listener, budget=job.options.tokens_per_pass, share=0)
-    with recomputed(base.model) if spec["checkpointing"] else nullcontext():
+    # As a run of more than a few minutes does: compiled from its second step on.
+    with recomputed(base.model) if spec["checkpointing"] else nullcontext(), Faster(True, 0, print) as faster:
         for _ in turn:
             trainer.round()
+            faster.after_round()
             turn.done(listener.loss)
 
 

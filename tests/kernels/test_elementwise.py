@@ -12,7 +12,7 @@ from torch import Tensor
 
 from veneer.kernels import compiled
 from veneer.kernels.compiled import Chain, compile_chains, status
-from veneer.kernels.elementwise import gated, rms_norm, rotary
+from veneer.kernels.elementwise import gated, gated_backward, gated_backward_text, rms_norm, rotary
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE)
@@ -72,8 +72,13 @@ def test_gated(dtype: torch.dtype, activation: str) -> None:
 def test_rotary(dtype: torch.dtype) -> None:
     """The rotation of both halves by angles of their own, as scaled variants have them."""
     cos, sin = draw(7, 8, dtype=dtype, seed=1), draw(7, 8, dtype=dtype, seed=2)
-    x = draw(7, 3, 8, dtype=dtype).requires_grad_()
-    check(lambda x: rotary(x, cos, sin), lambda x: rotary_reference(x, cos, sin), [x], dtype)
+    leaves = [draw(7, heads, 8, dtype=dtype, seed=heads).requires_grad_() for heads in (3, 1)]
+    check(
+        lambda q, k: torch.cat(rotary(q, k, cos, sin), 1),
+        lambda q, k: torch.cat([rotary_reference(x, cos, sin) for x in (q, k)], 1),
+        leaves,
+        dtype,
+    )
 
 
 def test_only_inputs_are_kept() -> None:
@@ -84,7 +89,7 @@ def test_only_inputs_are_kept() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
         rms_norm(x, weight, 1e-5)
         gated(gate, up, "silu")
-        rotary(x.view(6, 1, 8).float(), cos, sin)
+        rotary(x.view(6, 1, 8).float(), x.view(6, 1, 8).float(), cos, sin)
     own = {t.data_ptr() for t in (x, gate, up, weight, cos, sin)}
     assert {t.data_ptr() for t in kept} <= own
 
@@ -167,3 +172,14 @@ def test_without_being_asked_nothing_is_compiled() -> None:
     chain = Chain(unfit, 1)
     chain(draw(4, 8, dtype=torch.float32))
     assert not status().on and chain.graphs == 0
+
+
+@DTYPES
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_what_is_compiled_is_the_plain_function(dtype: torch.dtype, activation: str) -> None:
+    """The text that is written for the compiler gives the same gradients."""
+    d, gate, up = (draw(9, 24, dtype=dtype, seed=seed) for seed in range(3))
+    pairs = zip(gated_backward_text(d, gate, up, activation), gated_backward(d, gate, up, activation), strict=True)
+    for found, known in pairs:
+        assert found.dtype == dtype
+        assert float((found.double() - known.double()).norm()) <= TOLERANCE[dtype] * float(known.double().norm())

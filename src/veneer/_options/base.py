@@ -122,7 +122,9 @@ def describe(
     problems = Problems()
     for keys, texts in expected.items():
         name = ".".join(map(str, keys))
-        place = where(keys) if where else ""
+        # A rule over several options names the one that it begins with.
+        about = keys or tuple(word for word in texts[0].split()[:1] if word in values)
+        place = where(about) if where else ""
         problems.add(": ".join(part for part in (place, name, _joined(texts)) if part))
     return problems
 

@@ -52,7 +52,18 @@ def _name(value: str) -> str:
 
 
 _ONE = frozenset(
-    {"dtype", "threads", "tokens_per_pass", "save_every", "checkpoint_minutes", "halving", "track", "jobs", "sweep"}
+    {
+        "dtype",
+        "threads",
+        "compile",
+        "tokens_per_pass",
+        "save_every",
+        "checkpoint_minutes",
+        "halving",
+        "track",
+        "jobs",
+        "sweep",
+    }
 )
 """Options of the base, the machine or the run, of which there is one."""
 
@@ -83,6 +94,8 @@ class BaseOptions(Options):
     """Numbers of the base's weights; auto takes bfloat16 where the hardware is fast at it."""
     threads: Count | None = None
     """Threads for the arithmetic; none leaves it to torch."""
+    compile: Flag | Literal["auto"] = "auto"
+    """Compile the base's elementwise chains after the first step; auto does so for runs that are long enough to earn it back."""
 
 
 class DataOptions(Options):

@@ -213,9 +213,14 @@ def _turner(original: Callable[..., Any]) -> Callable[..., Any]:
 
     def turn(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
         usual = not args and not kwargs and q.dim() == k.dim() == 4 and cos.dim() == 3 and cos.shape == sin.shape
+        usual = usual and q.shape[::2] == k.shape[::2]
         if not usual or not all(_turns(x, cos) for x in (q, k)) or cos.requires_grad:
             return original(q, k, cos, sin, *args, **kwargs)
-        return _turned(q, cos, sin), _turned(k, cos, sin)
+        batch, _, tokens, width = q.shape
+        heads = [x.transpose(1, 2).reshape(batch * tokens, x.shape[1], width) for x in (q, k)]
+        angles = [t.expand(batch, tokens, width).reshape(batch * tokens, width) for t in (cos, sin)]
+        found = rotary(heads[0], heads[1], angles[0], angles[1])
+        return tuple(x.view(batch, tokens, -1, width).transpose(1, 2) for x in found)
 
     return turn
 
@@ -227,13 +232,6 @@ def _turns(x_BHTD: Tensor, cos: Tensor) -> bool:
         and width % 2 == 0
         and tuple(cos.shape) in ((batch, tokens, width), (1, tokens, width))
     )
-
-
-def _turned(x_BHTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    batch, heads, tokens, width = x_BHTD.shape
-    x_NHD = x_BHTD.transpose(1, 2).reshape(batch * tokens, heads, width)
-    cos, sin = (t.expand(batch, tokens, width).reshape(batch * tokens, width) for t in (cos, sin))
-    return rotary(x_NHD, cos, sin).view(batch, tokens, heads, width).transpose(1, 2)
 
 
 _KINDS: tuple[type[_Fast], ...] = (_Norm, _Gated, _Gelu, _Rotary)

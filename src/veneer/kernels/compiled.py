@@ -63,11 +63,12 @@ def status() -> Status:
 
 class Chain:
     """A function of tensors [T, ...] and constants. Constants, and tensors without a dimension T, come last: ``tokens`` tells how many
-    arguments have one.
+    arguments have one. ``text``: what is compiled, where the plain function is written for its own speed; it computes the same.
     """
 
-    def __init__(self, function: Callable[..., Any], tokens: int) -> None:
+    def __init__(self, function: Callable[..., Any], tokens: int, text: Callable[..., Any] | None = None) -> None:
         self.plain = function
+        self._text = text or function
         self._tokens = tokens
         self._made: dict[tuple[object, ...], Callable[..., Any]] = {}
         _chains.append(self)
@@ -81,6 +82,8 @@ class Chain:
         # A dimension of size 0 or 1 cannot be left open.
         if not compiling() or len(args[0]) < 2:
             return self.plain(*args)
+        # Whoever calls takes the gradient by hand, and a graph would be made for either kind of input.
+        args = tuple(arg.detach() if isinstance(arg, Tensor) else arg for arg in args)
         made = self._made.get(key := _key(args, self._tokens))
         return self._make(key, args) if made is None else made(*args)
 
@@ -89,7 +92,7 @@ class Chain:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of the compiler's own; what matters is checked below
-                made = torch.compile(_twin(self.plain, len(self._made)), fullgraph=True)
+                made = torch.compile(_twin(self._text, len(self._made)), fullgraph=True)
                 for tensor in args[: self._tokens]:
                     torch._dynamo.mark_dynamic(tensor, 0)
                 found = made(*args)

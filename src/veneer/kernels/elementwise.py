@@ -39,10 +39,10 @@ def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     return apply(gate, up, activation)  # type: ignore[no-any-return]
 
 
-def rotary(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
-    """x cos + rotate_half(x) sin, [T, H, D]; the halves of D are the two coordinates that are turned."""
+def rotary(q_THD: Tensor, k_TGD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> tuple[Tensor, Tensor]:
+    """x cos + rotate_half(x) sin of queries and keys; the halves of D are the two coordinates that are turned."""
     apply: Any = _Rotary.apply
-    return apply(x_THD, cos_TD, sin_TD)  # type: ignore[no-any-return]
+    return apply(q_THD, k_TGD, cos_TD, sin_TD)  # type: ignore[no-any-return]
 
 
 def _wide(t: Tensor) -> Tensor:
@@ -81,30 +81,42 @@ def gated_backward(d: Tensor, gate: Tensor, up: Tensor, activation: str) -> tupl
     )
 
 
-def rotate(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
-    """x cos + rotate_half(x) sin."""
+def gated_backward_text(d: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """`gated_backward` for the compiler: with one exponential an element where that is possible, and nothing rounded in between."""
+    if activation != "silu":
+        return gated_backward(d, gate, up, activation)
+    d, g, u = _wide(d), _wide(gate), _wide(up)
+    s = torch.sigmoid(g)
+    act = g * s
+    return (d * u * (s + act * (1 - s))).to(gate.dtype), (d * act).to(up.dtype)
+
+
+def _turn(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor, sign: int) -> Tensor:
+    """The rotation (sign 1) or its transpose (-1), for which the halves of sin change places too."""
     half = x_THD.shape[-1] // 2
     a, b = _wide(x_THD[..., :half]), _wide(x_THD[..., half:])
     cos, sin = _wide(cos_TD[:, None]), _wide(sin_TD[:, None])
-    turned = (a * cos[..., :half] - b * sin[..., :half], b * cos[..., half:] + a * sin[..., half:])
+    first, second = (sin[..., :half], sin[..., half:])[::sign]
+    turned = (a * cos[..., :half] - sign * b * first, b * cos[..., half:] + sign * a * second)
     return torch.cat(turned, -1).to(x_THD.dtype)
 
 
-def rotate_back(g_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
+def rotate(q_THD: Tensor, k_TGD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> tuple[Tensor, Tensor]:
+    """x cos + rotate_half(x) sin, of both."""
+    return _turn(q_THD, cos_TD, sin_TD, 1), _turn(k_TGD, cos_TD, sin_TD, 1)
+
+
+def rotate_back(g_THD: Tensor, h_TGD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> tuple[Tensor, Tensor]:
     """The transpose of `rotate`."""
-    half = g_THD.shape[-1] // 2
-    a, b = _wide(g_THD[..., :half]), _wide(g_THD[..., half:])
-    cos, sin = _wide(cos_TD[:, None]), _wide(sin_TD[:, None])
-    turned = (a * cos[..., :half] + b * sin[..., half:], b * cos[..., half:] - a * sin[..., :half])
-    return torch.cat(turned, -1).to(g_THD.dtype)
+    return _turn(g_THD, cos_TD, sin_TD, -1), _turn(h_TGD, cos_TD, sin_TD, -1)
 
 
 _norm_forward = Chain(norm_forward, 1)
 _norm_backward = Chain(norm_backward, 2)
 _gated_forward = Chain(gated_forward, 2)
-_gated_backward = Chain(gated_backward, 3)
-_rotate = Chain(rotate, 3)
-_rotate_back = Chain(rotate_back, 3)
+_gated_backward = Chain(gated_backward, 3, gated_backward_text)
+_rotate = Chain(rotate, 4)
+_rotate_back = Chain(rotate_back, 4)
 
 
 class _Norm(torch.autograd.Function):
@@ -144,12 +156,12 @@ class _Gated(torch.autograd.Function):
 
 class _Rotary(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
-        return _rotate(x, cos, sin)  # type: ignore[no-any-return]
+        return _rotate(q, k, cos, sin)  # type: ignore[no-any-return]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, g: Tensor, h: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        return _rotate_back(g, cos, sin), None, None
+        return (*_rotate_back(g, h, cos, sin), None, None)

@@ -35,6 +35,10 @@ from .segments import Pattern, Segments
 __all__ = ["plain", "segment_attention", "tiled"]
 
 _TILE = 128  # queries taken together
+_SMALL_TILE, _MANY = (
+    64,
+    12,
+)  # and where the future is hidden and so many matrices are multiplied at once: half the keys are left out
 _KEEP = 256  # up to this length the softmax's output is kept for backward
 _LONGEST = 1024  # beyond, PyTorch's attention is as fast and keeps less
 
@@ -163,9 +167,10 @@ def tiled(
     return out
 
 
-def _tiles(length: int) -> Iterator[range]:
-    """Ranges of queries, all but the last of one size, none much above ``_TILE``."""
-    size = -(-length // max(1, round(length / _TILE)))
+def _tiles(length: int, matrices: int, pattern: Pattern) -> Iterator[range]:
+    """Ranges of queries, all but the last of one size, none much above the size of a tile."""
+    tile = _SMALL_TILE if matrices >= _MANY and pattern.after == 0 else _TILE
+    size = -(-length // max(1, round(length / tile)))
     return (range(start, min(start + size, length)) for start in range(0, length, size))
 
 
@@ -214,7 +219,7 @@ class _Tiled(torch.autograd.Function):
         for length, first, last in segments.groups:
             qs, ks, vs = (_rows(x, length, first, last) for x in (q, k, v))
             rows = out[:, first:last].view(groups, -1, length * repeats, out.shape[-1])
-            for tile in _tiles(length):
+            for tile in _tiles(length, len(qs), pattern):
                 at, seen = slice(tile.start * repeats, tile.stop * repeats), pattern.keys(tile, length)
                 keys = slice(seen.start, seen.stop)
                 p = _weights(qs[:, at], ks[:, keys], segments, pattern, tile, length, scale)
@@ -235,7 +240,7 @@ class _Tiled(torch.autograd.Function):
         used = 0
         for length, first, last in segments.groups:
             blocks = [_rows(x, length, first, last) for x in (q, k, v, d_out)]
-            tiles = list(_tiles(length))
+            tiles = list(_tiles(length, len(blocks[0]), ctx.pattern))
             mine = kept[used : used + len(tiles)] if length <= _KEEP else [None] * len(tiles)
             used += len(tiles) if length <= _KEEP else 0
             for grad, part in zip(grads, _tiled_backward(ctx, blocks, tiles, mine, length), strict=True):

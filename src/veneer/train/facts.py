@@ -32,7 +32,7 @@ _CONTENT = {
     "template": "the chat template",
     "built_on": "the earlier adapters",
 }
-_CHOICES = ("share", "plan", "recompute")
+_CHOICES = ("share", "plan", "recompute", "compile")
 """What was decided from measurements when the run began."""
 
 Facts = dict[str, Any]

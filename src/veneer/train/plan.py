@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from veneer.adapters.chains import fuse
 from veneer.checkpoints import attach
 from veneer.config import TrainOptions
 from veneer.data.example import Example
@@ -106,6 +107,7 @@ def plan(config: TrainOptions | Mapping[str, Any], *, base: Base | None = None) 
     loaded = base or load_base(options.base, dtype=options.dtype, revision=options.revision)
     material = gather_all(jobs, loaded, context_of(loaded))
     bank = attach(loaded.model)
+    fuse(loaded.model)
     try:
         made = [make_job(name, own, loaded, bank, material[name]) for name, own in jobs.items()]
         build_on(made, bank)

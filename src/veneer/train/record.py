@@ -13,6 +13,7 @@ from typing import Any
 
 from veneer.errors import CheckpointError, TrainingError
 from veneer.train.control import Control
+from veneer.train.faster import Faster
 from veneer.train.files import RunFiles, append_line, now
 from veneer.train.halving import Halving
 from veneer.train.job import Job, State
@@ -41,6 +42,7 @@ class Recorder:
         self.watches: dict[str, FirstSteps] = {}
         self.halving: Halving | None = None
         self.track: Track | None = None
+        self.faster: Faster | None = None
         self.rounds = rounds
         self._control = Control(files.out)
         self._urgent = False
@@ -136,6 +138,8 @@ class Recorder:
     def round_over(self) -> bool:
         """Every job stands between two steps; returns whether to go on."""
         self.rounds += 1
+        if self.faster is not None:
+            self.faster.after_round()
         every, minutes = self.jobs[0].options.save_every, self.jobs[0].options.checkpoint_minutes
         due = self._urgent or (every is not None and self.rounds - self._saved_at >= every)
         due |= minutes is not None and time.monotonic() - self._saved_time >= 60 * minutes

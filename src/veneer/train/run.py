@@ -18,6 +18,7 @@ import torch
 
 from veneer import __version__
 from veneer.adapters import Bank
+from veneer.adapters.chains import fuse
 from veneer.checkpoints import attach
 from veneer.checkpoints.commit import replace_text
 from veneer.checkpoints.run import Lock
@@ -29,6 +30,7 @@ from veneer.train.build import Material, context_of, gather_all, make_job, recei
 from veneer.train.earlier import build_on
 from veneer.train.expand import SHARED, expand
 from veneer.train.facts import SHARE, Facts, compare, facts_of
+from veneer.train.faster import Faster, worth_compiling
 from veneer.train.files import CONFIG, FACTS, RunFiles
 from veneer.train.halving import Halving
 from veneer.train.job import Job, State
@@ -114,6 +116,7 @@ def train(
         material = gather_all(jobs, loaded, limit)
         bank = attach(loaded.model)
         stack.callback(bank.detach)
+        fuse(loaded.model)
         made = [make_job(name, own, loaded, bank, material[name]) for name, own in jobs.items()]
         build_on(made, bank)
         halving = Halving(made) if options.halving else None
@@ -214,6 +217,9 @@ class _Run:
                 )
         if found is not None:
             facts |= {"plan": found.figures(), "recompute": found.recompute}
+        if rounds is None:
+            seconds = None if found is None else found.seconds
+            facts["compile"] = worth_compiling(self.options.compile, seconds, next(self.base.model.parameters()).device)
         # A job alone takes its name from the folder; written down, it keeps it when the folder is moved.
         named = {"name": self.jobs[0].name} if self.files.single else {}
         replace_text(self.files.out / CONFIG, to_yaml(self.options.model_copy(update=named)))
@@ -232,7 +238,10 @@ class _Run:
         recorder.event("started", round=recorder.rounds, pid=os.getpid())
         wanted = self.options.activation_checkpointing
         try:
-            with recomputed(self.base.model, bool(facts.get("recompute", False)) if wanted == "auto" else wanted):
+            faster = Faster(bool(facts.get("compile", False)), recorder.rounds, self.screen.line)
+            recompute = bool(facts.get("recompute", False)) if wanted == "auto" else wanted
+            with recomputed(self.base.model, recompute), faster:
+                recorder.faster = faster
                 trainer.run()
         finally:
             restore_signals()
