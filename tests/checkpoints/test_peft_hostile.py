@@ -262,6 +262,8 @@ CASES: list[Case] = [
     ("cut at the end", tensor_bytes(q_tensors())[:-1], None, "the file has 2,047"),
     ("pickle by another name", b"\x80\x02ccollections\nOrderedDict\n" + b"q" * 64, None, "is a pickle"),
     ("zip by another name", b"PK\x03\x04" + b"\x00" * 4 + b"q" * 64, None, "is a zip archive"),
+    ("git lfs pointer", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", None, "git lfs pull"),
+    ("web page", b"<!DOCTYPE html><html>404</html>", None, "is a web page"),
     ("gguf by another name", b"GGUF\x03\x00\x00\x00" + b"q" * 64, None, "is a GGUF file"),
 ]
 

@@ -139,7 +139,7 @@ def test_adapters_that_began_as_a_part_of_the_base_are_converted(
     base = tiny(arch)
     plain = outputs(base)
     bank = veneer.attach(base)
-    with pytest.raises(CheckpointError, match="load it with convert=True"):
+    with pytest.raises(CheckpointError, match=r"veneer export FOLDER --to peft .*convert=True"):
         bank.load(tmp_path / "a")
     adapter = bank.load(tmp_path / "a", convert=True)
     assert {adapter.rank(site) for site in adapter.tensors} == {8}
@@ -164,7 +164,7 @@ def test_what_cannot_be_converted_says_so(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=says):
             bank.load(folder, convert=True)
     (folder / "adapter_config.json").write_text(json.dumps({**settings, "init_lora_weights": "pissa"}))
-    with pytest.raises(CheckpointError, match="load it onto a base with convert=True"):
+    with pytest.raises(CheckpointError, match="veneer export FOLDER --to peft"):
         veneer.checkpoints.read_adapter(folder)
 
 

@@ -11,6 +11,7 @@ from tests.checkpoints.helpers import load_peft, stir
 
 import veneer
 from veneer import DoRA, LoRA
+from veneer.errors import CheckpointError
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(600)]
 METHODS = {
@@ -50,3 +51,63 @@ def test_a_saved_folder_gives_the_same_greedy_tokens(base: Any, name: str, tmp_p
     theirs = load_peft(veneer.load_base("smollm2-135m", dtype="float32").model, tmp_path / "a")
     with torch.no_grad():
         assert (theirs(input_ids=ids).logits - expected).abs().max() <= 1e-4
+
+
+def eight_bits(weight: torch.Tensor) -> torch.Tensor:
+    """Rounded to 255 levels a row."""
+    step = weight.abs().amax(1, keepdim=True) / 127
+    return (weight / step).round() * step
+
+
+def four_bits(weight: torch.Tensor) -> torch.Tensor:
+    """Rounded to 16 levels in groups of 32, as 4-bit files have them."""
+    groups = weight.reshape(-1, 32)
+    step = groups.abs().amax(1, keepdim=True) / 7.5
+    return ((groups / step).round() * step).reshape(weight.shape)
+
+
+def revised(weight: torch.Tensor) -> torch.Tensor:
+    """Moved by a thousandth, as a later revision is."""
+    noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+    return weight + 1e-3 * weight.norm() / weight.numel() ** 0.5 * noise
+
+
+def shuffled(weight: torch.Tensor) -> torch.Tensor:
+    """Other weights of the same shape and size."""
+    return weight.flipud().flip(1)
+
+
+VARIANTS: dict[str, tuple[Any, str]] = {
+    "bfloat16": (lambda weight: weight.bfloat16(), "note"),
+    "float16": (lambda weight: weight.half(), "note"),
+    "8 bits": (eight_bits, "this is a relative of the base"),
+    "4 bits": (four_bits, "this is a relative of the base"),
+    "revision": (revised, "this is a relative of the base"),
+    "other weights": (shuffled, "this is not the base that the adapter was made on"),
+}
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_variants_of_the_base_are_told_or_refused(method: str, tmp_path: Path) -> None:
+    """Another precision is told; quantised copies, a revision and other weights are refused, and load with force="base"."""
+    base = veneer.load_base("smollm2-135m", dtype="float32")
+    first = {name: p.detach().clone() for name, p in base.model.named_parameters()}
+    bank = veneer.attach(base.model)
+    adapter = bank.add("a", METHODS[method])
+    stir(torch.nn.ParameterDict({str(i): p for i, p in enumerate(adapter.parameters())}), "", by=0.01)
+    bank.save("a", tmp_path / "a")
+    bank.detach()
+    base.model.name_or_path = ""  # what is in memory shall count, not the file that it came from
+    for name, (change, says) in VARIANTS.items():
+        for key, parameter in base.model.named_parameters():
+            value = first[key]
+            parameter.data = change(value) if value.dim() == 2 else value.to(change(torch.ones(32, 32)).dtype)
+        bank = veneer.attach(base.model)
+        if says == "note":
+            (note,) = bank.load(tmp_path / "a").meta["notes"]
+            assert name in note and "beyond rounding its weights are the same" in note
+        else:
+            with pytest.raises(CheckpointError, match=says):
+                bank.load(tmp_path / "a")
+            assert any("overridden" in note for note in bank.load(tmp_path / "a", force="base").meta["notes"])
+        bank.detach()

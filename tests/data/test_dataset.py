@@ -217,6 +217,13 @@ def test_the_check_finds_what_is_remarkable(tmp_path: Path) -> None:
     assert report.control_strings == {"<|im_end|>": 1} and report.load.lost > 0 and report.usable
 
 
+def test_rows_beyond_what_is_remembered_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Comparing takes memory for each row, so it ends at some number, and those behind it are counted."""
+    monkeypatch.setattr("veneer.data.check._COMPARED", 2)
+    report = check(tmp_path, *({"text": f"row {i % 4}"} for i in range(6)))
+    assert report.findings["not_compared"].count == 2 and report.findings["duplicate"].count == 2
+
+
 def test_the_check_finds_what_a_template_changes(tmp_path: Path) -> None:
     """Trimmed space, dropped reasoning and changed words are told apart."""
     assert found(check(tmp_path, chat("a", " b "), name="llama3")) == {"space_changed": ["rows.jsonl:1"]}

@@ -113,6 +113,12 @@ class DataOptions(Options):
     """Shape of the rows; auto recognises it by their keys."""
     columns: dict[str, str] = {}
     """Other names of columns in the files: prompt=question,completion=answer."""
+    roles: dict[str, Literal["system", "developer", "user", "assistant", "tool", "function_call"]] = {}
+    """Roles of other tags in sharegpt rows: npc=assistant."""
+    chat_template: Path | None = None
+    """File with a chat template (Jinja) to use in place of the base's; it is kept beside the adapter."""
+    parse_specials: Flag = False
+    """Control strings in plain text rows are control tokens, as in rows that a template rendered before."""
     train_on: Literal["assistant", "last", "all"] = "assistant"
     """Which tokens are learnt: the assistant's, its last turn's, or all."""
     max_length: Count | None = None

@@ -51,7 +51,8 @@ def select(survey: Survey, options: LowRankOptions, kinds: tuple[str, ...]) -> l
     for pattern in as_list(options.exclude_modules):
         excluded = {name for name in chosen if _matches(pattern, name, problems)}
         if not excluded and not _is_broken(pattern):
-            problems.add(f'exclude_modules: "{pattern}" matches none of the sites that target_modules chose')
+            near = _near(pattern, {name: survey.sites[name] for name in chosen})
+            problems.add(f'exclude_modules: "{pattern}" matches none of the sites that target_modules chose{near}')
         chosen -= excluded
     chosen = _only_layers(chosen, survey, options.layers_to_transform, problems)
     if not chosen and not problems:
@@ -59,7 +60,8 @@ def select(survey: Survey, options: LowRankOptions, kinds: tuple[str, ...]) -> l
     for label, table in (("rank_pattern", options.rank_pattern), ("alpha_pattern", options.alpha_pattern)):
         for pattern in table:
             if not any(_matches(pattern, name, problems) for name in chosen) and not _is_broken(pattern):
-                problems.add(f'{label}: "{pattern}" matches none of the adapted sites')
+                near = _near(pattern, {name: survey.sites[name] for name in chosen})
+                problems.add(f'{label}: "{pattern}" matches none of the adapted sites{near}')
     problems.raise_if_any(TargetError, "the adapter's sites cannot be chosen")
     return [name for name in survey.sites if name in chosen]
 

@@ -40,7 +40,7 @@ class PeftFolders:
 
         Raises CheckpointError when it cannot be written or does not read back equal.
         """
-        _check_options("save", options, ("base_name", "task_type", "receipt", "logits"))
+        _check_options("save", options, ("base_name", "task_type", "receipt", "logits", "template"))
         write_adapter_folder(adapter, path, bank, **options)
 
 

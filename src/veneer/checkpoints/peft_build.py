@@ -195,14 +195,12 @@ def check_init(settings: Settings, plan: Plan, bank: Bank | None, convert: bool,
         return
     text = f'init_lora_weights "{shown(init, 40)}" takes a part of the base into the adapter, so its tensors are no change to this base'
     hint = "save it converted, with PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+    ours = "convert it with veneer export FOLDER --to peft --base MODEL --out NEW (from Python: bank.load(..., convert=True))"
     taken = ("linear", "conv1d") if init == "pissa" else ("linear",)
     if init not in CONVERTED:
         found.refuse(f"{text}; {hint}")
     elif not convert or bank is None:
-        more = "" if bank is not None else " onto a base"
-        found.refuse(
-            f"{text}; load it{more} with convert=True (one decomposition of the base's weight per site), or {hint}"
-        )
+        found.refuse(f"{text}; {ours}, or {hint}")
     elif wrong := [site for site, kind in plan.kinds.items() if kind not in taken]:
         found.refuse(f"{text}; {shown(wrong[0])}, a {plan.kinds[wrong[0]]} layer, cannot be converted; {hint}")
     elif max(plan.ranks.values(), default=0) > MAX_RANK // 2:

@@ -26,7 +26,9 @@ from veneer.errors import CheckpointError
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+TEMPLATE = "chat_template.jinja"
 MAX_CONFIG = 2 << 20
+MAX_TEMPLATE = 1 << 20
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
@@ -38,13 +40,14 @@ def read_adapter_folder(
     force: what to override, by names of `findings.OVERRIDES`. convert: turn PiSSA and OLoRA folders into the change that they are.
 
     Raises CheckpointError with everything that is wrong, in one error. ``adapter.meta`` then holds "notes" (what is worth knowing),
-    "receipt" (or None), "path" and "settings" (what adapter_config.json said).
+    "receipt" (or None), "template" (a chat template in the folder, or None), "path" and "settings" (what adapter_config.json said).
     """
     found = Findings(force)
     headline = f"{path} cannot be loaded" + ("" if bank is None else " onto this base")
     with Folder(path) as folder:
         _check_files(folder)
         raw = parse_json(folder.read(CONFIG, MAX_CONFIG), str(path / CONFIG))
+        template = _template(folder)
         settings = read_settings(raw, found)
         with folder.open(WEIGHTS) as (file, size):
             header = read_header(file, size, str(path / WEIGHTS))
@@ -67,7 +70,17 @@ def read_adapter_folder(
         receipts.verify(receipt, adapter, bank, digest, found)
     found.raise_if_any(headline)
     adapter.meta |= {"notes": found.notes, "receipt": receipt, "path": str(path), "settings": raw, "digest": digest}
+    adapter.meta["template"] = template
     return adapter
+
+
+def _template(folder: Folder) -> str | None:
+    if TEMPLATE not in folder:
+        return None
+    try:
+        return folder.read(TEMPLATE, MAX_TEMPLATE).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{folder.path / TEMPLATE} is not UTF-8 text: byte {error.start}") from None
 
 
 def _check_files(folder: Folder) -> None:

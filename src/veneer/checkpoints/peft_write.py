@@ -3,6 +3,7 @@
     adapter_config.json          what PEFT, vLLM and others build the layers from
     adapter_model.safetensors    the tensors in fp32, the receipt in its metadata
     README.md                    a model card
+    chat_template.jinja          the chat template, where it is another than the base's
 
 ``target_modules``, ``rank_pattern`` and ``alpha_pattern`` are chosen so that PEFT gives exactly these layers these ranks and scales.
 The same adapter gives the same bytes.
@@ -28,7 +29,7 @@ from veneer.checkpoints.findings import listed
 from veneer.checkpoints.peft_config import settings_for
 from veneer.checkpoints.peft_keys import MAGNITUDE, key_of
 from veneer.checkpoints.peft_own import own_settings, stored_own
-from veneer.checkpoints.peft_read import CONFIG, MAX_CONFIG, WEIGHTS
+from veneer.checkpoints.peft_read import CONFIG, MAX_CONFIG, TEMPLATE, WEIGHTS
 from veneer.checkpoints.peft_sites import names_for, table_for
 from veneer.checkpoints.tensors import digest, read_header, read_tensors, to_buffers
 from veneer.checkpoints.verify import logits_record
@@ -52,12 +53,14 @@ def write_adapter_folder(
     task_type: str | None = None,
     receipt: Mapping[str, Any] | None = None,
     logits: bool = False,
+    template: str | None = None,
 ) -> None:
     """Write ``adapter`` as the folder ``path``, or over the adapter that is there.
 
     base_name, task_type: what PEFT calls base_model_name_or_path and task_type; by default what the model says of itself, or what the
     adapter's own folder said. receipt: more entries for the receipt (template, tokenizer and data hashes, say). logits: run the model
     once and record eight numbers of the adapter's logits, for ``veneer inspect --verify``; the adapter must be in the bank.
+    template: a chat template that is not the base's own, kept beside the tensors.
 
     Raises CheckpointError when the place cannot be written, or what was written does not read back equal.
     """
@@ -75,6 +78,8 @@ def write_adapter_folder(
         WEIGHTS: to_buffers(tensors, metadata),
         CONFIG: [config],
     }
+    if template is not None:
+        files[TEMPLATE] = [template.encode()]
     write_folder(path, files)
     _read_back(path, config, checksum)
 

@@ -9,7 +9,8 @@ A receipt is JSON in the metadata of ``adapter_model.safetensors``, where other 
 
 A sketch is eight numbers, P (W v): v a fixed vector of signs, P eight sums with fixed signs over all outputs. It moves in proportion
 to the weight, so where the hashes differ it tells the same weights in another precision (differences near the rounding) from
-quantised copies and other revisions (percents) and from other weights (of the size of the sketch). A probe is P ((W' - W) v), in fp32,
+quantised copies and other revisions (percents) and from other weights (of the size of the sketch). Where the receipt's dtype is the
+narrower one, the weights are sketched as that dtype holds them, so that rounding hides no revision. A probe is P ((W' - W) v), in fp32,
 DoRA's gain included; no model runs. Signs come from SHAKE-256 of the site's name, so they are the same everywhere.
 """
 
@@ -42,8 +43,12 @@ FORMAT = 1
 NUMBERS = 8
 ROUNDED = "beyond rounding its weights are the same"
 """How a note ends that tells of another dtype and nothing else."""
+MADE_ANEW = frozenset({"format", "version", "seed", "tensors", "options", "own", "kinds", "base", "probes", "logits"})
+"""Entries that are made whenever a folder is written; the others are the caller's."""
 _ROWS = 1024
 _TOLERANCE = 1e-3
+_SUMS = 1e-5
+_NARROW = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 Receipt = dict[str, Any]
 Record = dict[str, Any]
@@ -122,8 +127,8 @@ def weight_records(bank: Bank, names: Iterable[str]) -> dict[str, Record]:
     hashes = _fingerprints(bank.model, fresh)
     for name, site in fresh.items():
         dtype = str(site.weight_2d.dtype).removeprefix("torch.")
-        sketch = eight(_times(site.weight_2d, signs(site.weight_2d.shape[1], name)), name)
-        _WEIGHTS[site.module] = (_identity(site), {"sha256": hashes[name], "dtype": dtype, "sketch": sketch})
+        record = {"sha256": hashes[name], "dtype": dtype, "sketch": sketch_of(site.weight_2d, name)}
+        _WEIGHTS[site.module] = (_identity(site), record)
     return {name: _WEIGHTS[site.module][1] for name, site in sites.items()}
 
 
@@ -147,6 +152,15 @@ def _fingerprints(model: nn.Module, sites: Mapping[str, Site]) -> dict[str, str]
 
 def probe(adapter: Adapter, name: str, site: Site | None) -> list[float]:
     """Eight numbers of the change at a site. DoRA needs the site, for the base weight."""
+    if site is None:
+        return probe_on(adapter, name)
+    return probe_on(adapter, name, site.weight_2d, site.squared_norms())
+
+
+def probe_on(
+    adapter: Adapter, name: str, weight_OK: Tensor | None = None, squared_O: Tensor | None = None
+) -> list[float]:
+    """Eight numbers of the change at a site whose base weight, and the squared norms of its rows, are given (DoRA needs them)."""
     own: dict[str, Tensor] = {key: value.detach().float().cpu() for key, value in adapter.tensors[name].items()}
     a_RK, b_OR = factors_2d(own, torch.float32)
     v_K = signs(a_RK.shape[1], name)
@@ -154,11 +168,9 @@ def probe(adapter: Adapter, name: str, site: Site | None) -> list[float]:
     change_O = scale * (b_OR @ (a_RK @ v_K))
     if not adapter.method.has_gain:
         return eight(change_O, name)
-    assert site is not None
-    base_O = _times(site.weight_2d, v_K)
-    blocks = zip(
-        site.weight_2d.split(_ROWS), site.squared_norms().float().cpu().split(_ROWS), b_OR.split(_ROWS), strict=True
-    )
+    assert weight_OK is not None and squared_O is not None
+    base_O = _times(weight_OK, v_K)
+    blocks = zip(weight_OK.split(_ROWS), squared_O.float().cpu().split(_ROWS), b_OR.split(_ROWS), strict=True)
     norms = [dora_norm(rows.float().cpu(), squared, a_RK, b_part, scale) for rows, squared, b_part in blocks]
     gain_O = adapter.method.gain(own, torch.cat(norms))
     assert gain_O is not None
@@ -196,17 +208,22 @@ def _own_options(adapter: Adapter) -> dict[str, Any]:
 
 def _probe_agrees(recorded: object, adapter: Adapter, name: str, bank: Bank | None, known: object) -> bool:
     """Whether the change at a site is what its probe recorded. ``known`` is the receipt's record of the base weight there."""
-    if not _is_eight(recorded):
-        return False
-    then = torch.tensor(recorded, dtype=torch.float64)
-    now = torch.tensor(probe(adapter, name, None if bank is None else bank.sites[name]), dtype=torch.float64)
-    floor = 1e-12
+    now = probe(adapter, name, None if bank is None else bank.sites[name])
+    floor = 0.0
     if adapter.method.has_gain and bank is not None:
         # DoRA's change is a small difference of large numbers; its rounding is that of the base's own product.
         record = weight_records(bank, [name])[name]
         dtype = known.get("dtype") if isinstance(known, dict) else None
-        floor += _rounding(dtype, record["dtype"]) * math.hypot(*record["sketch"])
-    return bool((now - then).norm() <= _TOLERANCE * then.norm() + floor)
+        floor = rounding_between(dtype, record["dtype"]) * math.hypot(*record["sketch"])
+    return same_probe(recorded, now, floor)
+
+
+def same_probe(recorded: object, now: list[float], floor: float = 0.0) -> bool:
+    """Whether a probe is the recorded one. floor: what may differ for the rounding of the base's own product, with DoRA."""
+    if not _is_eight(recorded):
+        return False
+    one, other = torch.tensor(recorded, dtype=torch.float64), torch.tensor(now, dtype=torch.float64)
+    return bool((other - one).norm() <= _TOLERANCE * one.norm() + floor + 1e-12)
 
 
 def _is_eight(value: object) -> bool:
@@ -225,8 +242,8 @@ def _verify_base(recorded: object, adapter: Adapter, bank: Bank, found: Findings
         if not isinstance(known, dict) or not _is_eight(known.get("sketch")):
             found.refuse(f"the receipt holds no usable record of the base's weight at {shown(name)}", "receipt")
             return False
-        distance = _distance(known["sketch"], now["sketch"])
-        if distance > _rounding(known.get("dtype"), now["dtype"]):
+        distance = base_distance(known, now["sketch"], bank.sites[name].weight_2d, name)
+        if distance is not None:
             differs[name] = distance
         elif known.get("sha256") != now["sha256"] or known.get("dtype") != now["dtype"]:
             rounded[str(known.get("dtype"))] = now["dtype"]
@@ -253,6 +270,24 @@ def _tell_other_base(differs: dict[str, float], adapter: Adapter, bank: Bank, fo
         found.refuse(f"this is not the base that the adapter was made on: {count}", "base")
 
 
+def base_distance(known: Record, sketch: list[float], weight_OK: Tensor, name: str) -> float | None:
+    """How far a base weight is from the recorded one, as a share of it; None where it is the same but for its dtype's rounding.
+
+    known: the receipt's record of the weight. sketch: that of ``weight_OK`` as it is held here.
+    """
+    there, here = known.get("dtype"), str(weight_OK.dtype).removeprefix("torch.")
+    apart, most = _distance(known["sketch"], sketch), rounding_between(there, here)
+    if apart > _SUMS and there in _NARROW and here in ("float32", "float64"):
+        rounded = torch.cat([rows.to(_NARROW[there]).float() for rows in weight_OK.split(_ROWS)])
+        apart, most = _distance(known["sketch"], sketch_of(rounded, name)), _SUMS
+    return apart if apart > most else None
+
+
+def sketch_of(weight_OK: Tensor, name: str) -> list[float]:
+    """Eight numbers of a base weight, [out, in]: P (W v)."""
+    return eight(_times(weight_OK, signs(weight_OK.shape[1], name)), name)
+
+
 def _distance(known: list[float], now: list[float]) -> float:
     """How far two sketches are apart, as a share of the first."""
     one, other = torch.tensor(known, dtype=torch.float64), torch.tensor(now, dtype=torch.float64)
@@ -260,8 +295,8 @@ def _distance(known: list[float], now: list[float]) -> float:
     return distance if math.isfinite(distance) else math.inf
 
 
-def _rounding(one: object, other: object) -> float:
+def rounding_between(one: object, other: object) -> float:
     """How far sketches of the same weights may be apart when these are held in two dtypes; for the same dtype, the sums' own rounding."""
     steps = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
     known = [steps[dtype] for dtype in (one, other) if isinstance(dtype, str) and dtype in steps]
-    return max(1e-5, *known) if one != other and len(known) == 2 else 1e-5
+    return max(_SUMS, *known) if one != other and len(known) == 2 else _SUMS

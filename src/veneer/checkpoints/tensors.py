@@ -161,6 +161,11 @@ def _raw(tensor: Tensor) -> memoryview:
 
 
 def _refuse_other_formats(first: bytes, where: str) -> None:
+    begin = first.lower()
+    if begin == b"version ":
+        raise CheckpointError(f"{where} is a Git LFS pointer and not the file itself; fetch it: git lfs pull")
+    if begin in (b"<!doctyp", b"<html><h") or begin.startswith(b"<html"):
+        raise CheckpointError(f"{where} is a web page, perhaps an error instead of a download; get the file again")
     kinds = {b"PK\x03\x04": "a zip archive, as torch.save writes it", b"GGUF": "a GGUF file"}
     kinds |= {bytes([0x80, protocol]): "a pickle" for protocol in range(2, 6)}
     kind = next((text for magic, text in kinds.items() if first.startswith(magic)), None)

@@ -6,13 +6,12 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from veneer.errors import ConfigError, DataError
+from veneer.errors import ConfigError
 
 if TYPE_CHECKING:
     from veneer.data.render import Renderer
 
 FORMATS = ("auto", "messages", "sharegpt", "prompt", "alpaca", "text")
-_TEMPLATE_CAP = 1 << 20
 
 
 def add_row_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,14 +50,16 @@ def renderer_of(args: argparse.Namespace) -> Renderer:
     """The renderer that the arguments ask for, with the base's tokenizer."""
     if args.max_length is not None and args.max_length < 2:
         raise ConfigError(f"--max-length: expected at least 2, found {args.max_length}")
-    template = _template(args.chat_template)
     from veneer.data.render import Renderer, RenderOptions
-    from veneer.models.load import load_tokenizer
+    from veneer.data.template import read_template
+    from veneer.models.load import context_length, load_tokenizer
+
+    template = None if args.chat_template is None else read_template(Path(args.chat_template))
 
     tokenizer = load_tokenizer(args.base)
     options = RenderOptions(
         train_on=args.train_on,
-        max_length=args.max_length or _longest(tokenizer),
+        max_length=args.max_length or context_length(args.base) or _longest(tokenizer),
         chat_template=template,
         parse_specials=args.parse_specials,
     )
@@ -68,17 +69,3 @@ def renderer_of(args: argparse.Namespace) -> Renderer:
 def _longest(tokenizer: Any) -> int | None:
     longest = getattr(tokenizer, "model_max_length", None)
     return longest if isinstance(longest, int) and 2 <= longest < 1 << 24 else None  # no bound is told as a huge one
-
-
-def _template(name: str | None) -> str | None:
-    if name is None:
-        return None
-    path = Path(name)
-    if not path.is_file():
-        raise DataError(f"{name}: there is no such file to take a chat template from")
-    if path.stat().st_size > _TEMPLATE_CAP:
-        raise DataError(f"{name}: a chat template has at most {_TEMPLATE_CAP >> 10} KiB")
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{name} is not UTF-8 text: {error.reason} at byte {error.start}") from None

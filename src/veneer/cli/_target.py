@@ -102,7 +102,7 @@ def load_targets(
                 )
             folders[name] = folder
             if base is None:
-                bases.setdefault(_base_of(folder), str(folder))
+                bases.setdefault(base_named_in(folder), str(folder))
     if len(bases) > 1:
         said = "; ".join(f"{model} (from {source})" for model, source in bases.items())
         raise ConfigError(f"the targets name different bases: {said}; give one with --base")
@@ -125,10 +125,44 @@ def _load(model: str, folders: dict[str, Path], dtype: str, purpose: str, force:
             if dtype != "auto" or not note.endswith(ROUNDED):  # the command chose the numbers itself
                 print(f"{folder}: {note}", file=sys.stderr)
         bank[name].requires_grad_(False)
+    take_template(loaded.tokenizer, bank)
     return Loaded(loaded, bank, list(folders))
 
 
-def _base_of(folder: Path) -> str:
+def take_template(tokenizer: Any, bank: Bank) -> None:
+    """Hold the tokenizer and its chat template against those that the adapters were trained with; a template that lies in an adapter's
+    folder, and is the one that its receipt names, takes the place of the base's. What cannot be had is told."""
+    if tokenizer is None or not len(bank):
+        return
+    from veneer.data.hashing import template_hash
+
+    here = template_hash(tokenizer)
+    wanted: dict[str | None, list[str]] = {}
+    for name in bank:
+        meta = bank[name].meta
+        recorded, own = (meta.get("receipt") or {}).get("template_sha256"), meta.get("template")
+        if recorded is None or recorded == here:
+            wanted.setdefault(None, []).append(name)
+        elif own is not None and recorded == template_hash(tokenizer, own):
+            wanted.setdefault(own, []).append(name)
+        else:
+            print(
+                f"{name}: the base's chat template or tokenizer is not the one that this adapter was trained with, so its prompts read "
+                "otherwise than in training; give the base's folder as it was then with --base",
+                file=sys.stderr,
+            )
+    if len(wanted) > 1:
+        names = "; ".join(", ".join(group) for group in wanted.values())
+        print(
+            f"these adapters were trained with different chat templates ({names}); the base's is used", file=sys.stderr
+        )
+    elif (own := next(iter(wanted), None)) is not None:
+        tokenizer.chat_template = own
+        print(f"{', '.join(wanted[own])}: the chat template is the one in the adapter's folder", file=sys.stderr)
+
+
+def base_named_in(folder: Path) -> str:
+    """The base that an adapter's settings name. Raises CheckpointError where they name none."""
     try:
         found = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
     except (ValueError, AttributeError, UnicodeDecodeError) as error:

@@ -94,6 +94,7 @@ def run(args: argparse.Namespace) -> int:
         energy=args.energy,
         form=args.form,
         settings=Settings(args.scale, args.density, args.drop, args.side, args.seed),
+        any_base="base" in args.force,
     )
     losses = judge.losses(composition) if judge else {}
     write_adapter(

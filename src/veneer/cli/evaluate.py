@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from typing import TYPE_CHECKING, Any
 
+from veneer.cli._data import FORMATS, pairs_of
 from veneer.cli._target import add_target_arguments, load_targets
 from veneer.errors import ConfigError
 
 if TYPE_CHECKING:
     from veneer.adapters.route import RouteLike
     from veneer.data.example import Example
+    from veneer.models.load import Base
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N examples")
     parser.add_argument("--max-length", type=int, metavar="N", help="cut longer examples at their end")
+    parser.add_argument("--format", choices=FORMATS, default="auto", help="shape of the rows (default: by columns)")
+    parser.add_argument(
+        "--columns", metavar="OURS=YOURS", default="", help="other column names: prompt=question,completion=answer"
+    )
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
 
 
@@ -49,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     }
     runner = FlatRunner(loaded.base.model)
     report: dict[str, Any] = {"base_model": loaded.base.name, "sets": {}}
-    for label, examples in _sets(args, loaded.base.tokenizer).items():
+    for label, examples in _sets(args, loaded.base).items():
         results = {
             name: example_losses(runner, examples, bank=loaded.bank, route=route) for name, route in routes.items()
         }
@@ -71,26 +78,31 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _sets(args: argparse.Namespace, tokenizer: Any) -> dict[str, list[Example]]:
+def _sets(args: argparse.Namespace, base: Base) -> dict[str, list[Example]]:
     from pathlib import Path
 
     from veneer.evaluate.general import general_text, pieces
 
     sets: dict[str, list[Example]] = {}
     if args.data is not None:
-        sets[args.data] = _examples(args, tokenizer)
+        sets[args.data] = _examples(args, base)
     if args.general or args.general_text:
         text = Path(args.general_text).read_text(encoding="utf-8") if args.general_text else general_text()
-        sets["general text"] = pieces(text, tokenizer)
+        sets["general text"] = pieces(text, base.tokenizer)
     return sets
 
 
-def _examples(args: argparse.Namespace, tokenizer: Any) -> list[Example]:
+def _examples(args: argparse.Namespace, base: Base) -> list[Example]:
     from veneer.data.dataset import load_examples
     from veneer.data.render import Renderer, RenderOptions
+    from veneer.train.build import context_of
 
-    renderer = Renderer(tokenizer, RenderOptions(max_length=args.max_length))
-    examples, _ = load_examples([args.data], renderer, truncate="end")
+    length = min(context_of(base), args.max_length or context_of(base))
+    renderer = Renderer(base.tokenizer, RenderOptions(max_length=length))
+    columns = pairs_of("--columns", args.columns)
+    examples, report = load_examples([args.data], renderer, format=args.format, columns=columns, truncate="end")
+    if report.cut:
+        print(f"{args.data}: {report.cut:,} rows were cut at {length:,} tokens", file=sys.stderr)
     return examples[: args.limit]
 
 

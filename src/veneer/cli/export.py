@@ -1,5 +1,6 @@
-"""``veneer export ADAPTER --to gguf|ollama|card --out PATH``: an adapter for another program, or its card.
+"""``veneer export ADAPTER --to peft|gguf|ollama|card --out PATH``: an adapter for another program, or its card.
 
+peft      a folder that PEFT loads, with a receipt; PiSSA and OLoRA folders become the change that they are
 gguf      one file that llama.cpp loads beside the base's GGUF file (--lora FILE)
 ollama    a folder with that file and a Modelfile
 card      a model card in Markdown
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from veneer.cli._mix import base_of, parse_mix
+from veneer.cli._mix import Entry, base_of, parse_mix
 from veneer.errors import ConfigError, ExportError
 
 if TYPE_CHECKING:
@@ -25,8 +26,10 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.add_argument("adapter", nargs="+", metavar="ADAPTER", help="a folder, or a weighted mix: a:0.7 b:0.3")
-    parser.add_argument("--to", required=True, choices=("gguf", "ollama", "card"), help="what to write")
-    parser.add_argument("--out", required=True, type=Path, metavar="PATH", help="file (gguf, card) or folder (ollama)")
+    parser.add_argument("--to", required=True, choices=("peft", "gguf", "ollama", "card"), help="what to write")
+    parser.add_argument(
+        "--out", required=True, type=Path, metavar="PATH", help="file (gguf, card) or folder (peft, ollama)"
+    )
     parser.add_argument("--base", metavar="MODEL", help="the base (default: the one that the adapter's folder names)")
     parser.add_argument(
         "--dtype",
@@ -55,11 +58,41 @@ def run(args: argparse.Namespace) -> int:
     from veneer.compose.parents import read_parents
 
     entries = parse_mix(args.adapter)
+    if args.to == "peft":
+        return _peft(args, entries)
     parents = read_parents(entries, force=args.force)
     if args.to == "card":
         report = _card(args, parents, entries[0][0])
     else:
         report = _gguf(args, parents)
+    print(json.dumps(report, indent=2, ensure_ascii=False) if args.json else "\n".join(_lines(report)))
+    return 0
+
+
+def _peft(args: argparse.Namespace, entries: Sequence[Entry]) -> int:
+    """Load one adapter onto its base, converted where it must be, and write it as a folder of its own."""
+    from veneer.checkpoints import attach, receipt
+    from veneer.checkpoints.merged import check_free
+    from veneer.cli._target import base_named_in
+    from veneer.models.load import load_base
+
+    folder, name, weight = entries[0]
+    if len(entries) > 1 or weight != 1:
+        raise ConfigError("--to peft takes one adapter as it is; for a weighted mix use veneer compose")
+    check_free(args.out)
+    model = args.base or base_named_in(folder)
+    bank = attach(load_base(model, dtype="float32").model)
+    adapter = bank.load(folder, name=name, force=args.force, convert=True)
+    origin = {key: value for key, value in (adapter.meta["receipt"] or {}).items() if key not in receipt.MADE_ANEW}
+    bank.save(name, args.out, base_name=model, receipt=origin, template=adapter.meta["template"])
+    report = {
+        "to": "peft",
+        "file": str(args.out),
+        "bytes": sum(file.stat().st_size for file in args.out.iterdir()),
+        "error": 0.0,
+        "sites": len(adapter.tensors),
+        "notes": adapter.meta["notes"],
+    }
     print(json.dumps(report, indent=2, ensure_ascii=False) if args.json else "\n".join(_lines(report)))
     return 0
 
@@ -178,4 +211,4 @@ def _lines(report: dict[str, Any]) -> list[str]:
         )
     elif report["to"] == "gguf":
         lines.append(f"llama.cpp loads it beside a GGUF base of the family {report['family']}: --lora {report['file']}")
-    return lines
+    return [*lines, *(f"note: {note}" for note in report.get("notes", ()))]

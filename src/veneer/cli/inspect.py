@@ -172,6 +172,8 @@ def _fingerprint(found: View) -> str:
 
 def _logits(logits: dict[str, Any]) -> list[str]:
     merged = f"merged weights differ by {logits['merged']:.2g}"
+    if logits["dtype"] not in ("float32", "float64"):
+        merged += f", being rounded to {logits['dtype']} (--dtype float32 compares without that)"
     said = [f"logits in {logits['dtype']}: the adapter moves them by up to {logits['moved']:.3g}; {merged}"]
     if logits["recorded"] is not None:
         said.append(f"  from those in the receipt they differ by {logits['recorded']:.2%}")

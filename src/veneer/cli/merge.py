@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     if "base" not in args.force:
         for adapter, _ in mix:
             check_base(adapter, base.weight_2d, name)
-    compare = _comparison(parents, base.folder.path, base.folder.bytes(), args.no_probe)
+    finish = _finish(parents, _comparison(parents, base.folder.path, base.folder.bytes(), args.no_probe))
     report = merge_to_folder(
         mix,
         base,
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
         residual=args.residual,
         allow_rounding=args.allow_rounding,
         write_residual=lambda adapter, folder: _write_residual(adapter, folder, str(args.out)),
-        check=compare,
+        check=finish,
     )
     print(
         json.dumps(report.as_dict(), indent=2, ensure_ascii=False)
@@ -105,6 +105,22 @@ def _dtype(name: str):  # type: ignore[no-untyped-def]
     import torch
 
     return {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+def _finish(parents: Sequence[Parent], compare):  # type: ignore[no-untyped-def]
+    """What looks at the finished folder: gives it the chat template that the adapters were trained with, and compares logits."""
+
+    def finish(folder: Path, report: MergeReport) -> None:
+        kept = {meta["template"] for parent in parents if (meta := parent.adapter.meta).get("receipt")}
+        if len(kept) == 1 and (template := kept.pop()) is not None:
+            (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+            report.notes.append("the chat template is the one in the adapter's folder")
+        elif len(kept) > 1:
+            report.notes.append("the adapters were trained with different chat templates; the base's is kept")
+        if compare is not None:
+            compare(folder, report)
+
+    return finish
 
 
 def _comparison(parents: Sequence[Parent], base: Path, stored_bytes: int, skip: bool):  # type: ignore[no-untyped-def]

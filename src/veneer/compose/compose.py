@@ -92,16 +92,18 @@ def compose(
     energy: float | None = None,
     form: Form = "auto",
     settings: Settings | None = None,
+    any_base: bool = False,
 ) -> Composition:
     """One adapter from several.
 
     operation: a name in `OPERATIONS`. weights: the base's weights, needed where DoRA takes part. rank: at most this at every site;
     energy: the least rank that keeps this share of ||d||^2 there. form: "auto" writes DoRA where gains take part, else LoRA.
+    any_base: put together what was made on different bases.
 
     Raises ComposeError for parents that do not go together, values that are not finite, ranks that make no sense, and an empty result.
     """
     chosen, settings = _operation(operation), settings or Settings()
-    _check(chosen, parents, rank, energy)
+    _check(chosen, parents, rank, energy, any_base)
     gains = any(parent.adapter.method.has_gain for parent in parents)
     if gains and weights is None:
         named = next(parent.adapter.name for parent in parents if parent.adapter.method.has_gain)
@@ -242,7 +244,9 @@ def _operation(name: str) -> Operation:
     return OPERATIONS[name]
 
 
-def _check(operation: Operation, parents: Sequence[Parent], rank: int | None, energy: float | None) -> None:
+def _check(
+    operation: Operation, parents: Sequence[Parent], rank: int | None, energy: float | None, any_base: bool
+) -> None:
     if not parents:
         raise ComposeError("there is nothing to compose: give at least one adapter")
     for parent in parents:
@@ -255,7 +259,8 @@ def _check(operation: Operation, parents: Sequence[Parent], rank: int | None, en
             raise ComposeError(
                 f'the adapter "{adapter.name}" changes nothing: its B is zero at every site (never trained?)'
             )
-    check_one_base([parent.adapter for parent in parents])
+    if not any_base:
+        check_one_base([parent.adapter for parent in parents])
     _check_geometry(parents)
     if energy is not None and not 0 < energy <= 1:
         raise ComposeError(f"energy: expected a share above 0 and up to 1, found {energy:g}")

@@ -110,7 +110,9 @@ def merge_to_folder(
         check_finite(adapter)
     plan = plan_merge(fitted, base)
     parents = [{"name": adapter.name, "weight": weight} for adapter, weight in fitted]
-    report = MergeReport(str(out), _dtype_name(dtype), rounding, parents, untied=[list(group) for group in plan.untied])
+    stored = " and ".join(sorted(base.folder.dtypes()))
+    named = f"as stored, {stored}" if dtype is None else _dtype_name(dtype)
+    report = MergeReport(str(out), named, rounding, parents, untied=[list(group) for group in plan.untied])
     work = _Work(base, plan, dtype, rounding, seed, residual, report)
 
     def finished(folder: Path) -> None:

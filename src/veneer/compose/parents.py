@@ -1,12 +1,13 @@
 """The adapters that something is made from: read, checked against each other and against the base, and named in the result's receipt.
 
 Receipts hold a sketch of each adapted base weight (`checkpoints/receipt.py`): eight numbers that are the same for the same weights and
-move with them. Parents whose sketches of one site are far apart were made on different bases, and their changes must not be added.
-Here a few percent are no difference: the same weights in bf16 and in fp32 are one base.
+move with them. Parents whose sketches of one site are further apart than rounding between their dtypes makes them were made on different
+bases, and their changes must not be added.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,15 +18,14 @@ from torch import Tensor
 
 from veneer.adapters.adapter import Adapter
 from veneer.checkpoints import read_adapter
-from veneer.checkpoints.receipt import eight, signs
+from veneer.checkpoints.findings import listed
+from veneer.checkpoints.receipt import base_distance, probe_on, rounding_between, same_probe, sketch_of
 from veneer.compose.delta import Weights
 from veneer.compose.skeleton import Skeleton
 from veneer.errors import ComposeError
+from veneer.kernels.dora_norm import squared_row_norms
 from veneer.models.fingerprint import weight_fingerprints
 from veneer.models.load import Base
-
-SAME_BASE = 2.0**-7
-"""Relative distance of two sketches up to which they are of one weight in two precisions."""
 
 
 @dataclass(frozen=True)
@@ -78,12 +78,15 @@ def copy_as(adapter: Adapter, name: str) -> Adapter:
 
 def check_one_base(adapters: Sequence[Adapter]) -> None:
     """Raise ComposeError where two adapters' receipts are of different base weights."""
-    first: dict[str, tuple[Adapter, list[float]]] = {}
+    first: dict[str, tuple[Adapter, dict[str, Any]]] = {}
     for adapter in adapters:
-        for site, sketch in sketches(adapter).items():
+        for site, record in _records(adapter).items():
             if site not in first:
-                first[site] = (adapter, sketch)
-            elif (apart := distance(first[site][1], sketch)) > SAME_BASE:
+                first[site] = (adapter, record)
+                continue
+            known = first[site][1]
+            apart = distance(known["sketch"], record["sketch"])
+            if apart > rounding_between(known.get("dtype"), record.get("dtype")):
                 raise ComposeError(
                     f'the adapters "{first[site][0].name}" and "{adapter.name}" were made on different bases: the weight at {site} '
                     f"differs by {apart:.1%} between their receipts; adapters of one base can be put together, others not"
@@ -93,13 +96,27 @@ def check_one_base(adapters: Sequence[Adapter]) -> None:
 def check_base(adapter: Adapter, weights: Weights, where: str) -> None:
     """Hold an adapter's receipt against the base's weights; without a receipt there is nothing to hold against.
 
-    Raises ComposeError that counts the sites which differ.
+    Raises ComposeError that counts the sites which differ, or names those whose change (with DoRA) is not what its probe recorded.
     """
-    known = sketches(adapter)
+    known = _records(adapter)
     apart: dict[str, float] = {}
-    for site, sketch in known.items():
-        apart[site] = distance(sketch, _sketch(site, weights(site)))
-    differ = [site for site, value in apart.items() if value > SAME_BASE]
+    altered: list[str] = []
+    for site, record in known.items():
+        weight_OK = weights(site)
+        rounding = rounding_between(record.get("dtype"), _dtype(weight_OK))
+        distant = base_distance(record, sketch_of(weight_OK, site), weight_OK, site)
+        if distant is not None:
+            apart[site] = distant
+        elif adapter.method.has_gain and not _as_recorded(
+            adapter, site, weight_OK, rounding * math.hypot(*record["sketch"])
+        ):
+            altered.append(site)
+    differ = list(apart)
+    if altered and not differ:
+        raise ComposeError(
+            f'the change of the adapter "{adapter.name}" at {listed(altered)} is not what its receipt recorded: adapter_config.json was '
+            "altered after training (r, lora_alpha, use_rslora or a pattern); bring back the one that was written"
+        )
     if differ:
         raise ComposeError(
             f'the adapter "{adapter.name}" was made on another base than {where}: {len(differ)} of {len(known)} adapted weights '
@@ -107,10 +124,17 @@ def check_base(adapter: Adapter, weights: Weights, where: str) -> None:
         )
 
 
-def sketches(adapter: Adapter) -> dict[str, list[float]]:
-    """What an adapter's receipt says of the base's weights: site -> eight numbers; empty without a receipt."""
-    records = base_records(adapter)
-    return {site: record["sketch"] for site, record in records.items() if _is_sketch(record.get("sketch"))}
+def _records(adapter: Adapter) -> dict[str, dict[str, Any]]:
+    """What an adapter's receipt says of the base's weights, where it holds a sketch; empty without a receipt."""
+    return {site: record for site, record in base_records(adapter).items() if _is_sketch(record.get("sketch"))}
+
+
+def _as_recorded(adapter: Adapter, site: str, weight_OK: Tensor, floor: float) -> bool:
+    """Whether a site's change is what the receipt's probe recorded; True where it recorded none."""
+    probes = (adapter.meta.get("receipt") or {}).get("probes")
+    if not isinstance(probes, Mapping) or site not in probes:
+        return True
+    return same_probe(probes[site], probe_on(adapter, site, weight_OK, squared_row_norms(weight_OK)), floor)
 
 
 def base_records(adapter: Adapter) -> dict[str, dict[str, Any]]:
@@ -134,14 +158,12 @@ def records_of(base: Skeleton, sites: Iterable[str]) -> dict[str, dict[str, Any]
     found = {}
     for site, name in names.items():
         weight_OK = base.weight_2d(site)
-        dtype = str(weight_OK.dtype).removeprefix("torch.")
-        found[site] = {"sha256": hashes[name], "dtype": dtype, "sketch": _sketch(site, weight_OK)}
+        found[site] = {"sha256": hashes[name], "dtype": _dtype(weight_OK), "sketch": sketch_of(weight_OK, site)}
     return found
 
 
-def _sketch(site: str, weight_OK: Tensor) -> list[float]:
-    v_K = signs(weight_OK.shape[1], site)
-    return eight(torch.cat([rows.float() @ v_K for rows in weight_OK.split(1024)]), site)
+def _dtype(weight: Tensor) -> str:
+    return str(weight.dtype).removeprefix("torch.")
 
 
 def base_name(adapters: Iterable[Adapter]) -> str | None:

@@ -21,12 +21,13 @@ from typing import Any
 
 from .dataset import LoadReport, pieces_of
 from .render import Rendered, Renderer
-from .row import Row
+from .row import Bad, Row
 from .shapes import Rows
 
-__all__ = ["CheckReport", "Finding", "check_files"]
+__all__ = ["CheckReport", "Finding", "Remarks", "check_files"]
 
 _PLACES = 10
+_COMPARED = 5_000_000  # rows of which the text is remembered, about 200 bytes each
 _INVISIBLE = re.compile("[\u200b\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff\ufffd\u0080-\u009f]")
 _THINK = re.compile(r"<think>(.*?)</think>", re.DOTALL)
 
@@ -117,19 +118,38 @@ def check_files(
         DataError: a file as a whole cannot be read; what is wrong with rows is in the report instead.
     """
     report = CheckReport(max_length=renderer.options.max_length)
-    look = _Look(report, renderer)
+    remarks = Remarks(report, renderer)
     for held_out, paths in ((False, files), (True, valid)):
         for path in paths:
             rows = Rows(path, format=format, columns=columns, roles=roles)
             for result in renderer.render_many(rows):
-                look.at(result, held_out=held_out)
+                report.load.rows += 1
+                pieces = pieces_of(result, report.load)
+                if pieces and result[0] is not None:
+                    _lengths(report, pieces, result[0])
+                    remarks.see(result[0], pieces, held_out=held_out)
             report.load.stated += [*rows.stated(), *renderer.stated(rows.shape.format)]
     report.load.examples, report.load.tokens = len(report.lengths), sum(report.lengths)
     return report
 
 
-class _Look:
-    """Looks at one row after another and remembers what is needed to compare them."""
+def _lengths(report: CheckReport, pieces: list[Rendered], row: Row) -> None:
+    """Count a row's tokens, and what the maximum length costs it."""
+    load = report.load
+    report.lengths.extend(piece.length for piece in pieces)
+    load.trained += sum(piece.trained for piece in pieces)
+    lost = sum(piece.lost for piece in pieces)
+    if any(piece.length > len(piece.ids) for piece in pieces):
+        load.cut += 1
+        load.lost += lost
+        report.note("truncated", f"{row.source} ({max(piece.length for piece in pieces)} tokens, {lost} trained lost)")
+    if not any(piece.trained for piece in pieces):
+        reason = f"nothing to learn within {report.max_length} tokens: the answer lies behind them"
+        load.refuse(Bad(row.source, row.key, reason))
+
+
+class Remarks:
+    """Looks at one usable row after another, notes what is remarkable, and remembers what is needed to compare them."""
 
     def __init__(self, report: CheckReport, renderer: Renderer) -> None:
         self.report = report
@@ -139,34 +159,11 @@ class _Look:
         self.prompts: set[bytes] = set()
         self.held: set[bytes] = set()
 
-    def at(self, result: tuple[Row | None, Any], *, held_out: bool) -> None:
-        load = self.report.load
-        load.rows += 1
-        pieces = pieces_of(result, load)
-        row = result[0]
-        if not pieces or row is None:
-            return
-        self._lengths(pieces, row)
+    def see(self, row: Row, pieces: list[Rendered], *, held_out: bool = False) -> None:
+        """Take in a row and its pieces. Those that are held out come behind those that are trained."""
         self._same(pieces, row, held_out=held_out)
         self._tokens(pieces, row)
         self._words(pieces, row)
-
-    def _lengths(self, pieces: list[Rendered], row: Row) -> None:
-        report, load = self.report, self.report.load
-        report.lengths.extend(piece.length for piece in pieces)
-        load.trained += sum(piece.trained for piece in pieces)
-        lost = sum(piece.lost for piece in pieces)
-        if any(piece.length > len(piece.ids) for piece in pieces):
-            load.cut += 1
-            load.lost += lost
-            report.note(
-                "truncated", f"{row.source} ({max(piece.length for piece in pieces)} tokens, {lost} trained lost)"
-            )
-        if not any(piece.trained for piece in pieces):
-            from .row import Bad
-
-            reason = f"nothing to learn within {report.max_length} tokens: the answer lies behind them"
-            load.refuse(Bad(row.source, row.key, reason))
 
     def _same(self, pieces: list[Rendered], row: Row, *, held_out: bool) -> None:
         whole = _digest(*(piece.text for piece in pieces))
@@ -174,11 +171,15 @@ class _Look:
         begin = next((first.starts[i] for i, w in enumerate(first.weights) if w > 0.0), len(first.text))
         prompt = _digest(first.text[:begin]) if begin and row.kind != "text" else None
         if not held_out:
-            earlier = self.seen.setdefault(whole, row.source)
-            if earlier != row.source:
+            earlier = self.seen.get(whole)
+            if earlier is not None:
                 self.report.note("duplicate", f"{row.source} (same as {earlier})")
-            if prompt is not None:
-                self.prompts.add(prompt)
+            elif len(self.seen) >= _COMPARED:
+                self.report.note("not_compared", row.source)
+            else:
+                self.seen[whole] = row.source
+                if prompt is not None:
+                    self.prompts.add(prompt)
         elif whole in self.seen:
             self.report.note("overlap", f"{row.source} (same as {self.seen[whole]})")
         elif prompt is not None and prompt in self.prompts:

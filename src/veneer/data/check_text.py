@@ -5,7 +5,7 @@ from __future__ import annotations
 from .check import CheckReport
 from .notes import NOTES
 
-__all__ = ["FINDINGS", "check_lines"]
+__all__ = ["FINDINGS", "check_lines", "remark_lines"]
 
 FINDINGS = {
     "duplicate": "rows that occurred before; the model sees them more often than the others",
@@ -20,10 +20,12 @@ FINDINGS = {
     "words_changed": "rows in which the chat template changes the assistant's words",
     "control": "rows with control strings in their text; these stay text and control nothing",
     "invisible": "rows with invisible or replacement characters",
+    "not_compared": "rows that were not compared with the others, because there are so many",
 }
 """What each finding counts."""
 
 _BAR = 40
+_FEW = 3
 
 
 def check_lines(report: CheckReport) -> list[str]:
@@ -40,6 +42,18 @@ def check_lines(report: CheckReport) -> list[str]:
     lines += _histogram(report)
     lines.append("")
     lines.append("All rows can be trained." if report.usable else f"{_many(load.bad_count, 'row')} cannot be trained.")
+    return lines
+
+
+def remark_lines(report: CheckReport) -> list[str]:
+    """What is remarkable, a line each with the first places, for a run that is about to begin."""
+    lines = []
+    for name, words in FINDINGS.items():
+        finding = report.findings.get(name)
+        if finding is not None:
+            few = finding.places[:_FEW]
+            more = f" and {finding.count - len(few):,} more" if finding.count > len(few) else ""
+            lines.append(f"{words}: {finding.count:,} ({', '.join(few)}{more})")
     return lines
 
 

@@ -14,7 +14,7 @@ import tempfile
 import weakref
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, overload
 
@@ -26,7 +26,7 @@ from .render import Rendered, Renderer
 from .row import Bad, Row
 from .shapes import Rows
 
-__all__ = ["Examples", "LoadReport", "Truncate", "load_examples", "pieces_of"]
+__all__ = ["Examples", "LoadReport", "Selected", "Truncate", "load_examples", "pieces_of"]
 
 Truncate = Literal["error", "drop", "end"]
 
@@ -78,6 +78,32 @@ class Examples(Sequence[Example]):
     def tokens(self) -> int:
         """Tokens of all examples."""
         return int(self._offsets[-1])
+
+
+class Selected(Sequence[Example]):
+    """Some examples of others, by their numbers; nothing is copied."""
+
+    def __init__(self, examples: Examples, numbers: Iterable[int]) -> None:
+        self._examples = examples
+        self._numbers = array("q", numbers)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        if isinstance(index, slice):
+            return [self._examples[number] for number in self._numbers[index]]
+        return self._examples[self._numbers[index]]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each example."""
+        every = self._examples.lengths
+        return [every[number] for number in self._numbers]
 
 
 @dataclass(slots=True)
@@ -148,6 +174,7 @@ def load_examples(
     roles: Mapping[str, str] | None = None,
     truncate: Truncate = "error",
     skip_bad: bool = False,
+    look: Callable[[Row, list[Rendered]], None] | None = None,
 ) -> tuple[Examples, LoadReport]:
     """Read, render and prove all rows of some files, in order.
 
@@ -158,6 +185,7 @@ def load_examples(
         truncate: what becomes of a row longer than ``max_length``: "error", "drop" (left out) or "end" (its end is cut
             off). Both are counted, with the trained tokens lost.
         skip_bad: leave bad rows out and count them, instead of raising.
+        look: is shown every usable row with its pieces (``check.Remarks`` notes what is remarkable).
 
     Raises:
         DataError: a file or row cannot be used (all of them at once), or no example is left.
@@ -171,6 +199,8 @@ def load_examples(
             report.rows += 1
             pieces = pieces_of(result, report)
             if pieces:
+                if look is not None and result[0] is not None:
+                    look(result[0], pieces)
                 _take(pieces, renderer.options.max_length, truncate, examples, report)
         report.stated += [*rows.stated(), *renderer.stated(rows.shape.format)]
     if not skip_bad:

@@ -202,7 +202,7 @@ def near_file(path: Path) -> str:
         names = [file.name for file in path.parent.iterdir()][:10_000]
     except OSError:
         return f", nor a folder {path.parent}"
-    close = [name for name in difflib.get_close_matches(path.name, names, n=2) if name != path.name]
+    close = [name for name in difflib.get_close_matches(path.name, names, n=2, cutoff=0.75) if name != path.name]
     return f"; perhaps {path.with_name(close[0])} is meant" if close else ""
 
 

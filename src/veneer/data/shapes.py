@@ -231,6 +231,11 @@ def _shape(format: str, reason: str, names: list[str], columns: Mapping[str, str
 
 def _remedy(names: list[str], format: str) -> str:
     """A column map that would read the file, where one can be guessed."""
+    if not format and {"chosen", "rejected"} <= set(names):
+        return (
+            " Preferences (chosen and rejected) are not trained; to learn the chosen answers alone, give --columns "
+            + ("completion=chosen" if "prompt" in names else "messages=chosen")
+        )
     for wanted in (_NEEDED[format],) if format else (("prompt", "completion"), ("messages",), ("text",)):
         guess: dict[str, str] = {}
         for ours in wanted:

@@ -13,18 +13,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
 from .encode import Encoder, Guarded
 
-__all__ = ["Conversation", "Template", "TemplateFault", "reserved_fault", "template_source"]
+__all__ = ["Conversation", "Template", "TemplateFault", "read_template", "reserved_fault", "template_source"]
 
 Message = dict[str, Any]
 
 _OPEN, _CLOSE = "\ufdd4", "\ufdd5"
 _MARKS = re.compile(f"[{_OPEN}{_CLOSE}]")
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_TEMPLATE_CAP = 1 << 20
 _SPOKEN = ("content", "reasoning_content", "thinking", "reasoning")  # where an assistant's turn may hold soft controls
 
 
@@ -42,6 +44,18 @@ def template_source(tokenizer: Any, tools: Any = None, template: str | None = No
     if template is None and not getattr(tokenizer, "chat_template", None):
         return None
     return str(tokenizer.get_chat_template(template, tools))
+
+
+def read_template(path: Path) -> str:
+    """The Jinja text in a file. Raises DataError for one that is missing, too large or no text."""
+    if not path.is_file():
+        raise DataError(f"{path}: there is no such file to take a chat template from")
+    if path.stat().st_size > _TEMPLATE_CAP:
+        raise DataError(f"{path}: a chat template has at most {_TEMPLATE_CAP >> 10} KiB")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
 
 
 def reserved_fault(found: str) -> TemplateFault:

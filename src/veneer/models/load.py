@@ -32,7 +32,7 @@ from .cache import build_once
 from .precision import fast_dtype
 from .sources import Source, read_config, resolve
 
-__all__ = ["Base", "load_base", "load_tokenizer"]
+__all__ = ["Base", "context_length", "load_base", "load_tokenizer"]
 
 _log = logging.getLogger(__name__)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -103,6 +103,18 @@ def load_tokenizer(name: str | Path, *, revision: str | None = None) -> Any:
     if tokenizer is None:
         raise BaseModelError(f"The base {str(name)!r} has no tokenizer in {folder}; add its tokenizer.json there.")
     return tokenizer
+
+
+def context_length(name: str | Path, *, revision: str | None = None) -> int | None:
+    """How many tokens a base's positions reach, as its config says; None where it does not."""
+    source = resolve(str(name), revision)
+    config = read_config(_dequantised(source) if source.gguf else source.path)
+    inner = config.get("text_config")
+    for part in (inner if isinstance(inner, dict) else {}, config):
+        for key in ("max_position_embeddings", "n_positions"):
+            if type(part.get(key)) is int and part[key] > 1:
+                return int(part[key])
+    return None
 
 
 def _load_model(folder: Path, dtype: torch.dtype) -> tuple[torch.nn.Module, tuple[str, ...]]:

@@ -7,17 +7,22 @@ than the base's context, targets that match nothing, a base that cannot be run.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from veneer.adapters import METHODS, Bank, Method
 from veneer.config import DataOptions, LowRankOptions, TrainOptions, default_learning_rate
-from veneer.data.dataset import Examples, LoadReport, load_examples
+from veneer.data.check import CheckReport, Remarks
+from veneer.data.check_text import remark_lines
+from veneer.data.dataset import Examples, LoadReport, Selected, load_examples
 from veneer.data.example import Example
 from veneer.data.hashing import data_hash, template_hash
+from veneer.data.readers import splits
 from veneer.data.render import Renderer, RenderOptions
+from veneer.data.template import read_template
 from veneer.errors import BaseModelError, DataError
 from veneer.evaluate.general import general_text, pieces
 from veneer.models.load import Base
@@ -28,12 +33,16 @@ from veneer.train.job import Job
 class Material:
     """The examples of one job, and where they come from."""
 
-    train: Examples | list[Example]
+    train: Examples | Selected
     held_out: list[Example]
     report: LoadReport
     data_hash: str
     template_hash: str
     general: list[Example] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+    """What is remarkable about the rows, a line each."""
+    template: str | None = None
+    """The chat template that was asked for in place of the base's."""
 
 
 def method_of(options: TrainOptions) -> Method:
@@ -52,18 +61,68 @@ def gather(options: TrainOptions, base: Base, limit: int) -> Material:
             f"{base.name} has no tokenizer, so text cannot be turned into tokens; add its files to the folder"
         )
     length = min(limit, options.max_length or limit)
-    renderer = Renderer(base.tokenizer, RenderOptions(train_on=options.train_on, max_length=length))
-    shared: dict[str, Any] = {"format": options.format, "columns": options.columns, "truncate": options.truncate}
-    train, report = load_examples([Path(path) for path in options.data], renderer, **shared)
+    template = read_template(options.chat_template) if options.chat_template is not None else None
+    renderer = Renderer(
+        base.tokenizer,
+        RenderOptions(
+            train_on=options.train_on,
+            max_length=length,
+            chat_template=template,
+            parse_specials=options.parse_specials,
+        ),
+    )
+    shared: dict[str, Any] = {key: getattr(options, key) for key in ("format", "columns", "roles", "truncate")}
+    looked = CheckReport(max_length=length)
+    remarks = Remarks(looked, renderer)
+    files, valid = files_of(options)
+    train, report = load_examples(files, renderer, **shared, look=remarks.see)
     held_out: list[Example] = []
-    learn: Examples | list[Example] = train
-    if options.valid:
-        found, _ = load_examples([Path(path) for path in options.valid], renderer, **shared)
+    learn: Examples | Selected = train
+    if valid:
+        found, more = load_examples(valid, renderer, **shared, look=partial(remarks.see, held_out=True))
         held_out = found[:]
+        report.cut, report.dropped = report.cut + more.cut, report.dropped + more.dropped
+        report.lost += more.lost
     elif options.valid_fraction:
         held_out, learn = _split(train, options.valid_fraction)
     general = pieces(general_text(), base.tokenizer, length=min(256, limit), count=16) if options.watch_general else []
-    return Material(learn, held_out, report, data_hash(learn), template_hash(base.tokenizer), general)
+    return Material(
+        learn,
+        held_out,
+        report,
+        data_hash(learn),
+        template_hash(base.tokenizer, template),
+        general,
+        [*_cut(report, length), *remark_lines(looked)],
+        template,
+    )
+
+
+def files_of(options: DataOptions) -> tuple[list[Path], list[Path]]:
+    """(files to train on, held-out files): a folder stands for its train file, and for its valid file where no other is given.
+
+    Raises DataError for a folder without a train file.
+    """
+    files: list[Path] = []
+    beside: list[Path] = []
+    for path in options.data:
+        found = splits(path)
+        files.append(found["train"])
+        beside += [found["valid"]] if "valid" in found else []
+    if options.valid or options.valid_fraction:
+        beside = [splits(path)["train"] for path in options.valid]
+    return files, beside
+
+
+def _cut(report: LoadReport, length: int) -> list[str]:
+    """What the maximum length cost."""
+    if report.cut:
+        return [f"rows cut at {length:,} tokens: {report.cut:,}, which lost {report.lost:,} trained tokens"]
+    if report.dropped:
+        return [
+            f"rows left out for having more than {length:,} tokens: {report.dropped:,}, with {report.lost:,} trained tokens"
+        ]
+    return []
 
 
 def gather_all(jobs: Mapping[str, TrainOptions], base: Base, limit: int) -> dict[str, Material]:
@@ -78,11 +137,11 @@ def gather_all(jobs: Mapping[str, TrainOptions], base: Base, limit: int) -> dict
     return found
 
 
-def _split(examples: Examples, fraction: float) -> tuple[list[Example], list[Example]]:
+def _split(examples: Examples, fraction: float) -> tuple[list[Example], Selected]:
     """Hold out every k-th example, whatever the seed, so that runs of one file are judged on the same rows."""
     every = max(2, round(1 / fraction))
-    held_out = examples[:][every - 1 :: every]
-    learn = [example for i, example in enumerate(examples[:]) if i % every != every - 1]
+    held_out = examples[every - 1 :: every]
+    learn = Selected(examples, (i for i in range(len(examples)) if i % every != every - 1))
     if not held_out or not learn:
         raise DataError(
             f"{len(examples)} examples are too few to hold out a fraction of {fraction:g}; give a file with valid"
@@ -93,6 +152,7 @@ def _split(examples: Examples, fraction: float) -> tuple[list[Example], list[Exa
 def make_job(name: str, options: TrainOptions, base: Base, bank: Bank, material: Material) -> Job:
     """Add the job's adapter to the bank and set the job up before its first step."""
     bank.add(name, method_of(options), seed=options.seed)
+    check_tokens(options.trainable_token_indices, material.train, base.tokenizer)
     config = getattr(base.model, "config", None)
     text = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
     peak = options.learning_rate or default_learning_rate(
@@ -102,7 +162,24 @@ def make_job(name: str, options: TrainOptions, base: Base, bank: Bank, material:
     steps = options.steps or max(1, math.ceil(per_epoch * (options.epochs or 1)))
     job = Job(name, options, bank, material.train, material.held_out, peak=peak, steps=steps)
     job.general = material.general
+    job.template = material.template
     return job
+
+
+def check_tokens(tokens: Sequence[int], examples: Sequence[Example], tokenizer: Any) -> None:
+    """Raise DataError for trainable tokens that no example holds: their rows would be saved as if they had been learnt."""
+    missing = set(tokens)
+    for example in examples if missing else ():
+        missing.difference_update(example.ids)
+        if not missing:
+            return
+    if missing:
+        shown = ", ".join(f"{token} ({tokenizer.convert_ids_to_tokens(token)!r})" for token in sorted(missing)[:5])
+        raise DataError(
+            f"trainable_token_indices: no example holds the token{'s' if len(missing) > 1 else ''} {shown}"
+            f"{f' and {len(missing) - 5} more' if len(missing) > 5 else ''}, so their rows cannot be learnt; take them out, or look at "
+            "how the rows are read (veneer data show FILE --ids): control tokens that are typed in a conversation stay text"
+        )
 
 
 def context_of(base: Base) -> int:

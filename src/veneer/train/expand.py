@@ -133,7 +133,7 @@ def _check_files(jobs: Mapping[str, TrainOptions], problems: Problems) -> None:
     for name, options in jobs.items():
         for key in ("data", "valid"):
             for path in getattr(options, key):
-                if not path.is_file():
+                if not path.is_file() and not path.is_dir():
                     missing.setdefault(path, f'job "{name}": {key}' if several else key)
     for path, place in missing.items():
         if path.is_dir():

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from veneer.data.dataset import Examples
+from veneer.data.dataset import Examples, Selected
 from veneer.data.example import Example
 from veneer.train.job import Job
 from veneer.train.trainer import Piece, cut, passes
@@ -112,7 +112,9 @@ def _end(example: Example, tokens: int) -> Example:
 
 
 def _lengths(examples: Sequence[Example]) -> list[int]:
-    return examples.lengths if isinstance(examples, Examples) else [len(example) for example in examples]
+    if isinstance(examples, (Examples, Selected)):
+        return examples.lengths
+    return [len(example) for example in examples]
 
 
 def _mean(values: Sequence[int]) -> float:

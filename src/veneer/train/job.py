@@ -90,6 +90,8 @@ class Job:
         """What bends its steps besides its examples."""
         self.built_on: dict[str, Any] = {}
         """The adapters that it builds on, as its receipt names them."""
+        self.template: str | None = None
+        """A chat template that is not the base's own, which is kept beside the adapter."""
         self.parameters: list[nn.Parameter] = bank.parameters(name)
         self.optimizer = make_optimizer(bank, name, options)
         self._reset()

@@ -53,8 +53,8 @@ class Recorder:
 
     def stepping(self, job: Job) -> None:
         """A job's gradient is whole, its step not yet taken."""
-        if job.name in self.watches and job.progress.step == 0:
-            self.watches[job.name].before_step()
+        if job.name in self.watches:
+            self.watches[job.name].before_step(job.progress.step)
 
     def stepped(self, job: Job, figures: dict[str, float]) -> None:
         """A job took a step."""

@@ -154,7 +154,7 @@ class _Run:
     def go(self, resume_from: str | None) -> RunResult:
         """From the last checkpoint, or from the beginning, to the end."""
         vocabulary = getattr(getattr(self.base.model, "config", None), "vocab_size", None)
-        watches = {job.name: FirstSteps(self.bank[job.name], vocabulary) for job in self.jobs}
+        watches = {job.name: FirstSteps(self.bank[job.name], vocabulary, job.steps) for job in self.jobs}
         saver = Saver(self.files, self.bank, self._receipt, base_name=self.options.base)
         rounds = saver.restore(self.jobs, resume_from)
         found = self._plan() if rounds is None and self.options.plan else None
@@ -321,6 +321,7 @@ def plan_lines(
             f"{who}{len(own.train):,} examples ({own.report.trained:,} of {own.report.tokens:,} tokens trained), "
             f"{len(own.held_out):,} held out"
         )
+        lines += [f"{who}note: {line}" for line in own.remarks]
     for job in jobs:
         own = material[job.name]
         count = bank[job.name].num_parameters()

@@ -136,7 +136,7 @@ class Saver:
         """Write a job's adapter as a folder that others can load; returns what went wrong, None where nothing did."""
         path = self.files.best(job.name) if best else self.files.adapter(job.name)
         try:
-            self.bank.save(job.name, path, base_name=self.base_name, receipt=self.receipt(job))
+            self.bank.save(job.name, path, base_name=self.base_name, receipt=self.receipt(job), template=job.template)
         except (OSError, VeneerError) as error:
             if not best:
                 self.unsaved[job.name] = str(error)
