@@ -193,10 +193,11 @@ def eight(y_O: Tensor, name: str) -> list[float]:
     return [float(f"{value:.7g}") for value in sums.tolist()]
 
 
-def _times(weight_OK: Tensor, v_K: Tensor) -> Tensor:
-    """W v in fp32, [O], on the CPU; rows are upcast a block at a time."""
+def _times(weight_OK: Tensor, v_K: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """W v in fp32, [O], on the CPU; rows are upcast (and before that rounded to ``dtype``) a block at a time."""
     v_K = v_K.to(weight_OK.device)
-    return torch.cat([rows.float() @ v_K for rows in weight_OK.split(_ROWS)]).cpu()
+    blocks = weight_OK.split(_ROWS)
+    return torch.cat([(rows if dtype is None else rows.to(dtype)).float() @ v_K for rows in blocks]).cpu()
 
 
 def _own_options(adapter: Adapter) -> dict[str, Any]:
@@ -278,14 +279,13 @@ def base_distance(known: Record, sketch: list[float], weight_OK: Tensor, name: s
     there, here = known.get("dtype"), str(weight_OK.dtype).removeprefix("torch.")
     apart, most = _distance(known["sketch"], sketch), rounding_between(there, here)
     if apart > _SUMS and there in _NARROW and here in ("float32", "float64"):
-        rounded = torch.cat([rows.to(_NARROW[there]).float() for rows in weight_OK.split(_ROWS)])
-        apart, most = _distance(known["sketch"], sketch_of(rounded, name)), _SUMS
+        apart, most = _distance(known["sketch"], sketch_of(weight_OK, name, _NARROW[there])), _SUMS
     return apart if apart > most else None
 
 
-def sketch_of(weight_OK: Tensor, name: str) -> list[float]:
-    """Eight numbers of a base weight, [out, in]: P (W v)."""
-    return eight(_times(weight_OK, signs(weight_OK.shape[1], name)), name)
+def sketch_of(weight_OK: Tensor, name: str, dtype: torch.dtype | None = None) -> list[float]:
+    """Eight numbers of a base weight, [out, in]: P (W v). dtype: as it would be in this dtype."""
+    return eight(_times(weight_OK, signs(weight_OK.shape[1], name), dtype), name)
 
 
 def _distance(known: list[float], now: list[float]) -> float:
