@@ -28,6 +28,10 @@ class Disagreement(SystemExit):
     """Losses that should be equal are not."""
 
 
+class Gone(RuntimeError):
+    """A contestant's process ended."""
+
+
 @dataclass
 class Result:
     """What was seen of one contestant: losses of its first steps, bytes at the peak, seconds of each round, and more of the last step."""
@@ -83,7 +87,7 @@ class Worker:
         line = self.process.stdout.readline()
         if not line:
             tail = self.log.read_text(encoding="utf-8", errors="replace")[-2000:]
-            raise SystemExit(f"a contestant ended; the end of {self.log}:\n{tail}")
+            raise Gone(f"its process ended; the end of {self.log}:\n{tail}")
         return dict(json.loads(line))
 
 
@@ -93,14 +97,20 @@ def compete(case: Case, specs: dict[str, Path], pythons: dict[str, Path], *, rou
     results = {one.name: Result(one) for one in case.contestants}
     try:
         for one in case.contestants:
-            workers[one.name] = Worker(pythons[one.name], specs[one.name], specs[one.name].with_suffix(".log"))
             result = results[one.name]
-            for _ in range(checks):
-                result.losses.append(float(workers[one.name].step()["loss"]))
-            result.memory = workers[one.name].memory()
-            print(f"  {one.name}: losses {', '.join(f'{loss:.4f}' for loss in result.losses)}", flush=True)
-            _compare(results[case.contestants[0].name], result)
-        order = [one.name for one in case.contestants]
+            try:
+                workers[one.name] = Worker(pythons[one.name], specs[one.name], specs[one.name].with_suffix(".log"))
+                for _ in range(checks):
+                    result.losses.append(float(workers[one.name].step()["loss"]))
+                result.memory = workers[one.name].memory()
+            except Gone as error:  # the others are still worth comparing
+                print(f"  {one.name} is left out: {error}", flush=True)
+                del results[one.name]
+                continue
+            if one.engine != "gemms":
+                print(f"  {one.name}: losses {', '.join(f'{loss:.4f}' for loss in result.losses)}", flush=True)
+            _compare(next(iter(results.values())), result)
+        order = list(results)
         for number in range(rounds):
             for name in order[number % len(order) :] + order[: number % len(order)]:
                 time.sleep(_PAUSE)

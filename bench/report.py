@@ -93,12 +93,24 @@ def table(found: dict[str, Any]) -> str:
         lines.append(f"- {claim['claim']}: {f['median']:.2f} ({f['min']:.2f} to {f['max']:.2f}), {met}")
     floor = next((one for one in found["contestants"].values() if "flops" in one), None)
     if floor is not None:
-        rate = floor["flops"] / floor["seconds"]["median"] / 1e9
-        lines.append(
-            f"- products at {rate:.0f} GFLOP/s; FLOPs of an adapter's step by those of full fine-tuning's: "
-            f"{floor['flops'] / floor['flops_full']:.3f}"
-        )
+        rate = floor["products"] / floor["seconds"]["median"] / 1e9
+        lines.append(f"- products at {rate:.0f} GFLOP/s")
+        lines += _beside_full(found, floor["flops"] / floor["flops_full"])
     return "\n".join(lines) + "\n"
+
+
+def _beside_full(found: dict[str, Any], theory: float) -> list[str]:
+    """An adapter's step beside full fine-tuning's, against the ratio of their FLOPs (attention's own counted on both sides)."""
+    who, lines = found["contestants"], []
+    for one, other in (("veneer", "full-same"), ("peft", "full")):
+        if one in who and other in who:
+            each = [a / b for a, b in zip(who[one]["each"], who[other]["each"], strict=True)]
+            s = spread(each)
+            lines.append(
+                f"- {one} / {other}: {s['median']:.3f} ({s['min']:.3f} to {s['max']:.3f}); their FLOPs {theory:.3f}; "
+                f"{s['median'] / theory - 1:+.1%}"
+            )
+    return lines
 
 
 def machine(threads: int, peers: dict[str, str]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from bench.contest import compete, spec_of
 from bench.rows import steps_of
 from bench.workers.veneer import save_first
 
-_CHECKS, _STEPS = 4, 24
+_STEPS = 24
 
 
 def main() -> None:
@@ -57,7 +57,7 @@ def measure(case: Case, args: argparse.Namespace, machine: dict[str, Any]) -> di
     load = case.workload
     print(f"{case.name}:", flush=True)
     base = folder_of(load.base, args.out)
-    steps = steps_of(load, min(_STEPS, args.rounds + _CHECKS), data=args.data, vocabulary=vocabulary_of(load.base))
+    steps = steps_of(load, min(_STEPS, args.rounds + args.checks), data=args.data, vocabulary=vocabulary_of(load.base))
     specs = {}
     for one in case.contestants:
         spec = spec_of(one, base=base, adapter=None, steps=steps, threads=args.threads)
@@ -66,10 +66,10 @@ def measure(case: Case, args: argparse.Namespace, machine: dict[str, Any]) -> di
         specs[one.name] = args.out / f"{case.name}-{one.name}.spec"
         specs[one.name].write_text(json.dumps(spec), encoding="utf-8")
     pythons = {one.name: args.peers if one.peer else args.python for one in case.contestants}
-    results = compete(case, specs, pythons, rounds=args.rounds, checks=_CHECKS)
+    results = compete(case, specs, pythons, rounds=args.rounds, checks=args.checks)
     for path in specs.values():
         path.unlink()
-    return report.facts(case, results, steps=steps, checks=_CHECKS, machine=machine)
+    return report.facts(case, results, steps=steps, checks=args.checks, machine=machine)
 
 
 def _first_adapter(one: Contestant, spec: dict[str, Any], base: str, out: Path) -> Path:
@@ -100,6 +100,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("cases", nargs="*", choices=[[], *CASES], metavar="CASE", help=f"some of: {', '.join(CASES)}")
     parser.add_argument("--who", nargs="+", help="contestants, the first of them the one that others are compared with")
     parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--checks", type=int, default=4, help="steps of each alone before the rounds")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--data", type=Path, help="folder of JSONL files for the ragged rows")
     parser.add_argument("--out", type=Path, default=Path("out/bench"))

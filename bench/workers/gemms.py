@@ -38,13 +38,17 @@ class Shapes:
             elif isinstance(module, transformers.pytorch_utils.Conv1D):
                 self.layers.append((module.nf, module.nx))
         self.head = (int(head.weight.shape[0]), int(head.weight.shape[1]))
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.attention = 2 * config.num_hidden_layers * config.num_attention_heads * width
+        """FLOPs of causal scores and their use, forward, for each token and each token of its segment."""
 
-    def flops(self, tokens: int, supervised: int, r: int, *, full: bool = False) -> float:
-        """4 N + 6 P of a step; 6 N where every weight is trained."""
+    def flops(self, lengths: list[int], supervised: int, r: int) -> float:
+        """4 N + 6 P + 3 A of a step; r = 0: full fine-tuning's 6 N + 3 A."""
         n = sum(out * inner for out, inner in self.layers)
-        p = 0 if full else r * sum(out + inner for out, inner in self.layers)
+        p = r * sum(out + inner for out, inner in self.layers)
         head = self.head[0] * self.head[1]
-        return (6 if full else 4) * (n * tokens + head * supervised) + 6.0 * p * tokens
+        scores = 3.0 * self.attention * sum(length**2 for length in lengths)
+        return (4 if r else 6) * (n * sum(lengths) + head * supervised) + 6.0 * p * sum(lengths) + scores
 
 
 def run(spec: dict[str, Any], turn: Turn) -> None:
@@ -55,7 +59,8 @@ def run(spec: dict[str, Any], turn: Turn) -> None:
     head = torch.randn(*shapes.head).to(dtype)
     turn.loaded(nn.Module())
     for rows in turn:
-        tokens = sum(len(row["ids"]) for row in rows)
+        lengths = [len(row["ids"]) for row in rows]
+        tokens = sum(lengths)
         supervised = sum(sum(1 for w in row["weights"] if w) for row in rows)
         spent: dict[str, list[float]] = {}
         xs = {size: torch.randn(tokens, size).to(dtype) for pair in shapes.layers for size in pair}
@@ -72,8 +77,10 @@ def run(spec: dict[str, Any], turn: Turn) -> None:
         turn.figures = {
             "floor": floor,
             "rates": {name: flops / seconds for name, (seconds, flops) in spent.items()},
-            "flops": shapes.flops(tokens, supervised, spec["r"]),
-            "flops_full": shapes.flops(tokens, supervised, 0, full=True),
+            "flops": shapes.flops(lengths, supervised, spec["r"]),
+            "flops_full": shapes.flops(lengths, supervised, 0),
+            "products": sum(flops for _, flops in spent.values())
+            + 6 * spec["r"] * sum(map(sum, shapes.layers)) * tokens,
         }
         turn.done(0.0)
 

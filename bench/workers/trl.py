@@ -69,6 +69,7 @@ def run(spec: dict[str, Any], turn: Turn) -> None:
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
+        "use_cpu": True,  # without it bf16, the default, is refused on a machine without a GPU
         "learning_rate": LEARNING_RATE,
     }
     if not shipped:
@@ -77,7 +78,6 @@ def run(spec: dict[str, Any], turn: Turn) -> None:
             "bf16": False,
             "lr_scheduler_type": "constant",
             "max_length": None,
-            "use_cpu": True,
             "logging_strategy": "no",
         }
     stops = _Stops(turn)
