@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,8 @@ class Worker:
     def close(self) -> None:
         """End the process."""
         assert self.process.stdin is not None
-        self.process.stdin.close()
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()
         try:
             self.process.wait(20)
         except subprocess.TimeoutExpired:
@@ -78,8 +80,9 @@ class Worker:
 
     def _ask(self, word: str) -> dict[str, Any]:
         assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({"do": word}) + "\n")
-        self.process.stdin.flush()
+        with suppress(BrokenPipeError):  # whoever is gone gives no answer
+            self.process.stdin.write(json.dumps({"do": word}) + "\n")
+            self.process.stdin.flush()
         return self._answer()
 
     def _answer(self) -> dict[str, Any]:
@@ -110,17 +113,29 @@ def compete(case: Case, specs: dict[str, Path], pythons: dict[str, Path], *, rou
             if one.engine != "gemms":
                 print(f"  {one.name}: losses {', '.join(f'{loss:.4f}' for loss in result.losses)}", flush=True)
             _compare(next(iter(results.values())), result)
-        order = list(results)
         for number in range(rounds):
+            order = list(results)
             for name in order[number % len(order) :] + order[: number % len(order)]:
                 time.sleep(_PAUSE)
-                answer = workers[name].step()
+                answer = _step(workers[name], name, results)
+                if answer is None:
+                    continue
                 results[name].seconds.append(float(answer.get("floor", answer["seconds"])))
                 results[name].more = {key: answer[key] for key in answer if key not in ("seconds", "loss")}
     finally:
         for worker in workers.values():
             worker.close()
     return list(results.values())
+
+
+def _step(worker: Worker, name: str, results: dict[str, Result]) -> dict[str, Any] | None:
+    """A step of a round; whoever does not live through it (memory, mostly) is left out from there on."""
+    try:
+        return worker.step()
+    except Gone as error:
+        print(f"  {name} is left out: {error}", flush=True)
+        del results[name]
+        return None
 
 
 def _compare(first: Result, other: Result) -> None:

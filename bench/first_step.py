@@ -34,10 +34,10 @@ def main() -> None:
         pairs = stdlib_pairs()[0][: args.rows]
         rows.write_text("".join(json.dumps({"messages": pair["messages"]}) + "\n" for pair in pairs), encoding="utf-8")
         seen = [_once(rows, Path(folder, f"run{i}"), args.options) for i in range(args.runs)]
-    print(
-        f"first step after {', '.join(f'{s:.2f}' for s in seen)} s; median {statistics.median(seen):.2f}, bound {BOUND:g}"
-    )
-    sys.exit(statistics.median(seen) > BOUND)
+    for what, times in zip(("begins", "is taken"), zip(*seen, strict=True), strict=True):
+        each = ", ".join(f"{seconds:.2f}" for seconds in times)
+        print(f"the first step {what} after {each} s; median {statistics.median(times):.2f}")
+    sys.exit(statistics.median(begins for begins, _ in seen) > BOUND)
 
 
 def _once(rows: Path, out: Path, options: list[str]) -> tuple[float, float]:
