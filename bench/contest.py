@@ -94,8 +94,14 @@ class Worker:
         return dict(json.loads(line))
 
 
-def compete(case: Case, specs: dict[str, Path], pythons: dict[str, Path], *, rounds: int, checks: int) -> list[Result]:
-    """Start everybody, check, and run the rounds. Raises Disagreement before any round is run."""
+def compete(
+    case: Case, specs: dict[str, Path], pythons: dict[str, Path], *, rounds: int, checks: int, seconds: float
+) -> list[Result]:
+    """Start everybody, check, and run the rounds; no round is begun that would not be through after ``seconds`` in all.
+
+    Raises Disagreement before any round is run.
+    """
+    began = time.perf_counter()
     workers: dict[str, Worker] = {}
     results = {one.name: Result(one) for one in case.contestants}
     try:
@@ -114,6 +120,7 @@ def compete(case: Case, specs: dict[str, Path], pythons: dict[str, Path], *, rou
                 print(f"  {one.name}: losses {', '.join(f'{loss:.4f}' for loss in result.losses)}", flush=True)
             _compare(next(iter(results.values())), result)
         for number in range(rounds):
+            before = time.perf_counter()
             order = list(results)
             for name in order[number % len(order) :] + order[: number % len(order)]:
                 time.sleep(_PAUSE)
@@ -122,6 +129,9 @@ def compete(case: Case, specs: dict[str, Path], pythons: dict[str, Path], *, rou
                     continue
                 results[name].seconds.append(float(answer.get("floor", answer["seconds"])))
                 results[name].more = {key: answer[key] for key in answer if key not in ("seconds", "loss")}
+            now = time.perf_counter()
+            if now - began + 1.1 * (now - before) > seconds:
+                break
     finally:
         for worker in workers.values():
             worker.close()

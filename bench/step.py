@@ -66,7 +66,7 @@ def measure(case: Case, args: argparse.Namespace, machine: dict[str, Any]) -> di
         specs[one.name] = args.out / f"{case.name}-{one.name}.spec"
         specs[one.name].write_text(json.dumps(spec), encoding="utf-8")
     pythons = {one.name: args.peers if one.peer else args.python for one in case.contestants}
-    results = compete(case, specs, pythons, rounds=args.rounds, checks=args.checks)
+    results = compete(case, specs, pythons, rounds=args.rounds, checks=args.checks, seconds=args.seconds)
     for path in specs.values():
         path.unlink()
     return report.facts(case, results, steps=steps, checks=args.checks, machine=machine)
@@ -101,6 +101,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--who", nargs="+", help="contestants, the first of them the one that others are compared with")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--checks", type=int, default=4, help="steps of each alone before the rounds")
+    parser.add_argument("--seconds", type=float, default=600, help="begin no round that would end later, case by case")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--data", type=Path, help="folder of JSONL files for the ragged rows")
     parser.add_argument("--out", type=Path, default=Path("out/bench"))
