@@ -72,11 +72,11 @@ class Lock:
                     return handle
             os.close(handle)  # its last holder took the file away meanwhile: the lock is on nothing
 
-    def leave_nothing(self) -> None:
-        """Take away the file and the folders that this lock made: nothing was begun. Folders that hold anything stay."""
+    def leave_nothing(self, *more: Path) -> None:
+        """Take away the file, the folders that this lock made, and ``more``: nothing was begun. Folders that hold anything stay."""
         self._path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
-            for folder in self._made:
+            for folder in (*(folder for folder in more if folder.is_dir()), *self._made):
                 folder.rmdir()
 
     def __exit__(self, *error: object) -> None:

@@ -219,7 +219,7 @@ class Planner:
         steps = max(job.steps for job in self.jobs)
         found = Plan(
             startup=startup,
-            training=_at(seen.training, seen.tokens, seen.squares, seen.start),
+            training=max(_at(seen.training, seen.tokens, seen.squares, seen.start), seen.held),
             evaluation=_at(seen.judging, seen.judged, 0, seen.start),
             saving=seen.start + 2 * self._state_bytes(),
             free=limit,

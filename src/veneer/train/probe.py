@@ -1,8 +1,9 @@
 """Measure before a run what it will need: a few of its own passes, small ones first, after which everything is as if nothing had run.
 
 A pass of T tokens lifts the process to a highest mark that is very nearly  a + b T,  so two small passes tell what a large one takes.
-The ladder goes on from there (an eighth of the run's largest pass, a quarter, a half, the whole) as far as memory is sure to suffice and
-the time that planning may cost allows; what was not run is extrapolated. Then come up to three whole rounds of the run, for the time.
+The ladder goes on from there (an eighth of the run's largest pass, a quarter where time is not short, a half, the whole) as far as
+memory is sure to suffice and the time that planning may cost allows; what was not run is extrapolated. Then come up to three whole
+rounds of the run, for the time.
 
 It is the run's own jobs that are run, with the update and everything else that a step holds in memory. Tensors, gradients, optimizer
 state, dropout streams and counters are put back afterwards, so a run that was planned ends with the bits of one that was not.
@@ -57,7 +58,8 @@ class Measured:
     """What a probe found. Bytes are resident memory of the whole process, less what the probe itself held.
 
     start: before it. training, judging: passes from small to large. rounds: (tokens, seconds) of whole rounds. update: seconds of all
-    jobs' optimizer steps. tokens, squares: of the run's largest pass. judged: tokens of the largest held-out pass.
+    jobs' optimizer steps. tokens, squares: of the run's largest pass. judged: tokens of the largest held-out pass. held: highest mark of
+    the whole rounds, in which what the C library keeps of earlier passes shows; 0 where none was run.
     """
 
     start: int
@@ -68,6 +70,7 @@ class Measured:
     tokens: int
     squares: int
     judged: int
+    held: int = 0
 
 
 class Probe:
@@ -98,6 +101,7 @@ class Probe:
         self._allowed = _LEAST_SECONDS
         self._overhead = 0
         self._start = 0
+        self._held = 0
 
     def measure(self) -> Measured:
         """Run, and put everything back.
@@ -120,16 +124,22 @@ class Probe:
         give_back()
         lengths = [len(slot) for slot in self.largest]
         squares = sum(length**2 for length in lengths)
-        return Measured(
-            self._start, training, judging, rounds, update, sum(lengths), squares, forecast.size(self.judged)
-        )
+        judged = forecast.size(self.judged)
+        return Measured(self._start, training, judging, rounds, update, sum(lengths), squares, judged, self._held)
 
     # The ladder
 
     def _climb(self, whole: Rows, run: Callable[[Rows], Rung]) -> tuple[Rung, ...]:
-        total = sum(len(example) for _, example in whole)
         rungs: list[Rung] = []
-        for tokens in dict.fromkeys((total // 8, total // 4, total // 2, total)):
+        # What is extrapolated lies close to what was run: where time is short, the quarter is passed over.
+        self._climb_on(rungs, whole, run, (8, 4, 2, 1) if self.thorough else (8, 2, 1))
+        if len(rungs) == 1:  # from an eighth, a half was not sure to fit
+            self._climb_on(rungs, whole, run, (4,))
+        return tuple(rungs)
+
+    def _climb_on(self, rungs: list[Rung], whole: Rows, run: Callable[[Rows], Rung], parts: tuple[int, ...]) -> None:
+        total = _tokens(whole)
+        for tokens in dict.fromkeys(total // part for part in parts):
             if tokens < min(_SMALLEST, total) or not total:
                 continue
             rows = forecast.smaller(whole, tokens)
@@ -139,7 +149,6 @@ class Probe:
             if len(rungs) == 1 and run == self._train:
                 pace = rungs[0].seconds / rungs[0].tokens
                 self._allowed = max(_LEAST_SECONDS, _SHARE * pace * forecast.tokens_of_run(self.jobs))
-        return tuple(rungs)
 
     def _may(self, rungs: list[Rung], tokens: int, *, needed: bool) -> bool:
         """Whether a pass of so many tokens is sure to fit, and worth its time."""
@@ -211,11 +220,12 @@ class Probe:
         return tuple(found)
 
     def _round(self, passes: Sequence[Pass]) -> float:
-        before = time.perf_counter()
+        before, marks = time.perf_counter(), []
         for one in passes:
-            self._train(forecast.rows(one))
+            marks.append(self._train(forecast.rows(one)).bytes)
         for job in self.jobs:
             self._update(job)
+        self._held = max([self._held, *marks])
         return time.perf_counter() - before
 
 
