@@ -175,6 +175,8 @@ def _refuse_other_formats(first: bytes, where: str) -> None:
 
 
 def _metadata(value: object, problems: Problems) -> dict[str, str]:
+    if value is None:  # as mlx writes a file without any
+        return {}
     if isinstance(value, dict) and all(isinstance(text, str) for text in value.values()):
         return dict(value)
     problems.add("its metadata is not a table of texts")

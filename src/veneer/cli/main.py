@@ -35,6 +35,7 @@ COMMANDS = {
     "compose": "make one adapter from several",
     "extract": "make an adapter from the difference of two sets of weights",
     "inspect": "show what an adapter's folder holds, and verify it",
+    "import": "make a PEFT folder of an adapter of mlx-lm or LitGPT",
     "export": "write an adapter for another program",
     "data check": "look through a file of examples for what would go wrong",
     "data show": "show examples with the trained tokens marked",

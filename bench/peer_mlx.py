@@ -1,0 +1,41 @@
+"""The mlx-lm side of bench/interop.py; run by an interpreter that has mlx-lm: BASE OUT ARCH KIND."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+from mlx_lm.tuner.utils import linear_to_lora_layers
+from mlx_lm.utils import load_model, save_config
+
+
+def main(base: Path, out: Path, kind: str) -> None:
+    """Put an adapter with random values on the base, save it, say its logits."""
+    mx.set_default_device(mx.cpu)
+    mx.random.seed(1)
+    model, _ = load_model(base, model_config={"n_ctx": 256})  # which newer GPT-2 folders do not say
+    model.set_dtype(mx.float32)
+    ids = mx.array([list(range(3, 40))])
+    logits = {"base": model(ids)}
+    model.freeze()
+    parameters = {"rank": 4, "scale": 6.0, "dropout": 0.0}
+    if kind == "embedding":
+        parameters["keys"] = ["model.embed_tokens", "self_attn.q_proj", "mlp.down_proj"]
+    linear_to_lora_layers(model, len(model.layers), parameters, use_dora=kind == "dora")
+    own = dict(tree_flatten(model.trainable_parameters()))
+    spread = {name: 0.02 * mx.abs(value).max() if name.endswith(".m") else 0.02 for name, value in own.items()}
+    moved = {name: value + spread[name] * mx.random.normal(value.shape) for name, value in own.items()}
+    model.load_weights(list(moved.items()), strict=False)
+    model.eval()
+    logits["adapted"] = model(ids)
+    out.mkdir(parents=True)
+    mx.save_safetensors(str(out / "adapters.safetensors"), dict(tree_flatten(model.trainable_parameters())))
+    settings = {"fine_tune_type": "dora" if kind == "dora" else "lora", "num_layers": len(model.layers)}
+    save_config({**settings, "lora_parameters": parameters, "model": "somebody/base"}, out / "adapter_config.json")
+    mx.save_safetensors(f"{out}.logits.safetensors", {name: value.astype(mx.float32) for name, value in logits.items()})
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[4])
