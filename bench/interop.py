@@ -39,7 +39,7 @@ CASES = {
         ("llama", "dora"),
         ("llama", "embedding"),
         ("phi3", "lora"),
-        ("gpt2", "lora"),
+        ("gpt_neox", "lora"),
         ("olmo2", "lora"),
     ),
     "litgpt": (
@@ -104,9 +104,9 @@ def case(program: str, python: str, arch: str, kind: str, work: Path) -> float:
 def _base(arch: str, folder: Path) -> Path:
     if arch == "real":
         return base_folder("smollm2-135m")
-    more = {"sliding_window": None, "pad_token_id": 0} if arch == "phi3" else {}
+    sizes = {"phi3": {"sliding_window": None, "pad_token_id": 0}, "gpt_neox": {"intermediate_size": 128}}
     with _silent():
-        tiny(arch, **more).save_pretrained(folder)
+        tiny(arch, **sizes.get(arch, {})).save_pretrained(folder)
         tiny_tokenizer().save_pretrained(folder)
     return folder
 

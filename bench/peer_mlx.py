@@ -15,7 +15,9 @@ def main(base: Path, out: Path, kind: str) -> None:
     """Put an adapter with random values on the base, save it, say its logits."""
     mx.set_default_device(mx.cpu)
     mx.random.seed(1)
-    model, _ = load_model(base, model_config={"n_ctx": 256})  # which newer GPT-2 folders do not say
+    model, _ = load_model(
+        base, model_config={"rotary_emb_base": 10000, "rotary_pct": 0.5}
+    )  # not in newer GPT-NeoX folders
     model.set_dtype(mx.float32)
     ids = mx.array([list(range(3, 40))])
     logits = {"base": model(ids)}

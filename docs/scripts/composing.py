@@ -7,7 +7,7 @@ Retention of a task is the share of its adapter's gain that the composition keep
 
     (L_base - L_composed) / (L_base - L_single)
 
-1 is as good as the task's own adapter, 0 as the base, below 0 worse than the base. About ten minutes on two cores.
+1 is as good as the task's own adapter, 0 as the base, below 0 worse than the base. About five minutes on two quiet cores.
 """
 
 from __future__ import annotations

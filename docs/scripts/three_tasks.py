@@ -123,16 +123,15 @@ def _turns(question: str, answer: str) -> list[dict[str, str]]:
 class Judge:
     """Held-out losses of routes on every task and on a general text, in fp32."""
 
-    def __init__(self, files: Mapping[str, Mapping[str, Path]], *, general: bool = True) -> None:
+    def __init__(self, files: Mapping[str, Mapping[str, Path]], *, rows: int = VALID, general: int = 16) -> None:
         self.base: Base = load_base(BASE, dtype="float32")
         self.bank: Bank = attach(self.base.model)
         self.runner = FlatRunner(self.base.model)
         renderer = Renderer(self.base.tokenizer)
         self.sets: dict[str, list[Example]] = {
-            task: load_examples([own["valid"]], renderer)[0][:] for task, own in files.items()
+            task: load_examples([own["valid"]], renderer)[0][:rows] for task, own in files.items()
         }
-        if general:
-            self.sets["general"] = pieces(general_text(), self.base.tokenizer, length=256, count=16)
+        self.sets["general"] = pieces(general_text(), self.base.tokenizer, length=256, count=general)
 
     def losses(self, route: RouteLike) -> dict[str, float]:
         """Mean loss by set."""

@@ -13,7 +13,7 @@ from tests.compose.made import METHODS, saved, trained
 from torch import Tensor
 
 from veneer.adapters import LoRA
-from veneer.checkpoints import attach, read_adapter
+from veneer.checkpoints import attach, read_adapter, write_adapter
 from veneer.cli.main import main
 from veneer.models.load import load_base
 from veneer.models.tiny import tiny_tokenizer
@@ -59,6 +59,7 @@ def test_the_folder_acts_as_the_mix(made: Path, capsys: pytest.CaptureFixture[st
     assert torch.allclose(routed(made, {"sum": 1.0}), wanted, atol=2e-5)
     theirs = peft.PeftModel.from_pretrained(load_base(made / "base", dtype="float32").model, str(made / "sum"))
     with torch.no_grad():
+        assert torch.allclose(theirs(input_ids=IDS)[0], routed(made, {"sum": 1.0}), atol=1e-5)
         assert torch.allclose(theirs(input_ids=IDS)[0], wanted, atol=2e-5)
     receipt = read_adapter(made / "sum").meta["receipt"]
     assert [(p["name"], p["weight"]) for p in receipt["parents"]] == list(mix.items())
@@ -71,8 +72,6 @@ def test_peft_linear_is_what_peft_makes(made: Path, tmp_path: Path) -> None:
     """The factor-wise form equals PEFT's own add_weighted_adapter, for negative weights too."""
     model = tmp_path / "base"
     for seed, name in enumerate(("x", "y")):
-        from veneer.checkpoints import write_adapter
-
         write_adapter(trained(saved(tmp_path / "t"), LoRA(r=4, lora_alpha=6), name=name, seed=seed), tmp_path / name)
     theirs: Any = peft.PeftModel.from_pretrained(load_base(model, dtype="float32").model, str(tmp_path / "x"), "x")
     theirs.load_adapter(str(tmp_path / "y"), "y")
@@ -122,6 +121,12 @@ def test_mistakes_are_one_sentence(made: Path, capsys: pytest.CaptureFixture[str
     bank = attach(saved(made / "other", seed=9))
     bank.insert(trained(saved(made / "other", seed=9), name="foreign"))
     bank.save("foreign", made / "foreign")
+    deep = trained(saved(made / "deeper", num_hidden_layers=3), name="deep")
+    write_adapter(deep, made / "deep")
+    write_adapter(trained(saved(made / "twin"), name="fresh", size=0.0), made / "fresh")
+    broken = trained(saved(made / "twin"), name="broken")
+    next(iter(broken.tensors.values()))["lora_A"][0, 0] = float("nan")
+    write_adapter(broken, made / "broken")
     for words, says, code in (
         (["lora", "--rank", "0"], "--rank: expected 1 or more", 2),
         (["lora", "--rank", "5"], "rank 5 is above what the result can have: 4 at most", 1),
@@ -131,11 +136,15 @@ def test_mistakes_are_one_sentence(made: Path, capsys: pytest.CaptureFixture[str
         (["lora", "--base", f"{made}/other"], "was made on another base", 1),
         (["dora", "--base", f"{made}/lora"], "holds an adapter and no base model", 1),
         (["lora", "nothing"], "no adapter's folder", 1),
+        (["deep", "--base", f"{made}/base"], "model.layers.2.mlp.down_proj: the base has no such layer", 1),
+        (["fresh", "lora"], '"fresh" changes nothing', 1),
+        (["broken", "lora"], "not finite", 1),
     ):
-        words = [str(made / w) if w[:4] in ("lora", "dora", "fore", "noth") else w for w in words]
+        words = [str(made / w) if w[0] in "ldfnb" else w for w in words]
         assert main(["compose", *words, "--out", f"{made}/out"]) == code, says
         captured = capsys.readouterr()
-        assert says in captured.err and "bug in veneer" not in captured.err and captured.err.count("\n") == 1
+        assert says in captured.err and "bug in veneer" not in captured.err, captured.err
+        assert captured.err.count("\n") == 1 or "problems" in captured.err  # a line for each
         assert not (made / "out").exists()
     assert main(["compose", f"{made}/lora", "--out", f"{made}/dora"]) == 1
     assert "holds something already" in capsys.readouterr().err

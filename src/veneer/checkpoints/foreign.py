@@ -27,7 +27,7 @@ from veneer.errors import CheckpointError, Problems
 MLX, LITGPT = "adapters.safetensors", "lit_model.lora.safetensors"
 CONFIG, HYPERPARAMETERS = "adapter_config.json", "hyperparameters.yaml"
 _PEFT, _PICKLED, _OLD_MLX = "adapter_model.safetensors", ".pth.lora", "adapters.npz"
-_MOST_ALPHA = 1e6
+_MOST_ALPHA, _MOST_RANK = 1e6, 4096
 
 
 @dataclass(frozen=True)
@@ -87,9 +87,9 @@ def read_foreign_tensors(path: Path, name: str) -> dict[str, Tensor]:
 
 
 def adapter_of(
-    found: Mapping[str, Factors], sites: Mapping[str, Site], name: str, where: str, *, dropout: float = 0.0
+    found: Mapping[str, Factors], sites: Mapping[str, Site], name: str, where: str, *, dropout: object = 0.0
 ) -> Adapter:
-    """The adapter with these factors, held against the base's layers.
+    """The adapter with these factors, held against the base's layers. dropout: what the settings say; used if it can be one.
 
     Raises CheckpointError that names every site which the base lacks or which has another shape, and where nothing is changed.
     """
@@ -107,11 +107,11 @@ def adapter_of(
     method = (DoRA if gains else LoRA)(
         r=rank,
         lora_alpha=alpha,
-        lora_dropout=dropout,
+        lora_dropout=float(dropout) if isinstance(dropout, int | float) and 0 <= dropout < 1 else 0.0,
         rank_pattern={site: own for site, own in ranks.items() if own != rank},
         alpha_pattern={site: own for site, own in alphas.items() if own != alpha},
         target_modules=tuple(found),
-        # Both programs let a change of the embedding act on the head that is tied to it.
+        # mlx-lm lets a change of the embedding act on the head that is tied to it.
         ensure_weight_tying=any(site.tied_to in found for site in sites.values()),
     )
     tensors = {}
@@ -124,10 +124,21 @@ def adapter_of(
     return Adapter(name, method, tensors, {site: sites[site].kind for site in found}, alphas=alphas)
 
 
+def places(sites: Mapping[str, Site]) -> dict[int | None, dict[str, str]]:
+    """{block: {name inside the block: site}}; block None holds what stands outside of all, by its last name."""
+    found: dict[int | None, dict[str, str]] = {}
+    for name, site in sites.items():
+        tail = name.rpartition(".")[2] if site.block is None else name.split(f".{site.block}.", 1)[-1]
+        found.setdefault(site.block, {})[tail] = name
+    return found
+
+
 def _problems(site: Site | None, factors: Factors) -> list[str]:
     if site is None:
         return ["the base has no such layer"]
     geometry, rank = site.geometry, factors.a_RK.shape[0]
+    if rank > _MOST_RANK:
+        return [f"its rank is {rank}; at most {_MOST_RANK} is read"]
     found = []
     wanted: dict[str, tuple[tuple[int, ...], Tensor]] = {
         "A": ((rank, geometry.in_), factors.a_RK),

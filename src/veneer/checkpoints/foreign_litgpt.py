@@ -28,7 +28,7 @@ from torch import Tensor
 from veneer.adapters.adapter import Adapter
 from veneer.adapters.site import Site
 from veneer.checkpoints.findings import shown
-from veneer.checkpoints.foreign import HYPERPARAMETERS, LITGPT, Factors, adapter_of, read_foreign_tensors
+from veneer.checkpoints.foreign import HYPERPARAMETERS, LITGPT, Factors, adapter_of, places, read_foreign_tensors
 from veneer.config import load_yaml
 from veneer.errors import CheckpointError, Problems
 
@@ -80,10 +80,7 @@ def read_litgpt(
             problems.add(f"{'' if block is None else f'block {block}, '}{part}: {misfit}")
     problems.raise_if_any(CheckpointError, f"{path} cannot be imported", limit=8)
     found = {site: _joined(own, sites[site], _scale(settings, own[0], scale, path)) for site, own in pieces.items()}
-    dropout = settings.get("lora_dropout", 0.0)
-    adapter = adapter_of(
-        found, sites, name, str(path), dropout=dropout if isinstance(dropout, float) and dropout < 1 else 0.0
-    )
+    adapter = adapter_of(found, sites, name, str(path), dropout=settings.get("lora_dropout"))
     named = settings.get("checkpoint_dir")
     return adapter, shown(named) if isinstance(named, str) else None
 
@@ -94,10 +91,7 @@ class _Where:
     def __init__(self, sites: Mapping[str, Site], config: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
         self.config, self.settings = config, settings
         self.sites = sites
-        self.by_block: dict[int | None, dict[str, str]] = {}
-        for name, site in sites.items():
-            tail = name.split(f".{site.block}.", 1)[-1] if site.block is not None else name.rpartition(".")[2]
-            self.by_block.setdefault(site.block, {})[tail] = name
+        self.by_block = places(sites)
 
     def pieces(self, block: int | None, part: str, a_RK: Tensor, b_OR: Tensor) -> Iterator[_Piece]:
         """The base's layers, and their rows, that one pair of factors acts on. Raises _Misfit."""
@@ -120,14 +114,14 @@ class _Where:
             raise _Misfit("the base has no layer that this one stands for")
 
     def _qkv(self, here: Mapping[str, str], a_RK: Tensor, b_OR: Tensor) -> Iterator[_Piece]:
-        places = self._places(here)
+        three = self._places(here)
         r = b_OR.shape[1]
-        chosen = self._chosen([_size(self.sites[site], rows) for site, rows in places], a_RK.shape[0] // r, len(b_OR))
-        sizes = [_size(self.sites[site], rows) for site, rows in (places[i] for i in chosen)]
+        chosen = self._chosen([_size(self.sites[site], rows) for site, rows in three], a_RK.shape[0] // r, len(b_OR))
+        sizes = [_size(self.sites[site], rows) for site, rows in (three[i] for i in chosen)]
         for i in chosen:
-            _check(self.sites[places[i][0]], a_RK, b_OR, sum(sizes))
+            _check(self.sites[three[i][0]], a_RK, b_OR, sum(sizes))
         for i, a, b in zip(chosen, a_RK.split(r), b_OR.split(sizes), strict=True):
-            yield _Piece(*places[i], a, b)
+            yield _Piece(*three[i], a, b)
 
     def _places(self, here: Mapping[str, str]) -> list[tuple[str, Tensor | None]]:
         """(layer, its rows) of q, k and v."""

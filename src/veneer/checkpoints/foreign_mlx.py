@@ -4,13 +4,15 @@
     <layer>.m [out]            m / ||W + scale * lora_b^T lora_a^T||_row times that, bias outside       (DoRA)
 
 Both factors lie the other way round than PEFT's, and ``lora_parameters.scale`` multiplies the product as it is, where PEFT divides
-lora_alpha by the rank: lora_alpha = scale * r. An embedding's lora_a is [vocabulary, r]. Layers are called as in transformers.
+lora_alpha by the rank: lora_alpha = scale * r. An embedding's lora_a is [vocabulary, r]. Inside a block layers are called as in
+transformers.
 
 Boundary: experts (lora_a of three dimensions) and full fine-tunes are refused by name.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -21,11 +23,11 @@ from veneer.adapters.adapter import Adapter
 from veneer.adapters.site import Site
 from veneer.checkpoints.files import Folder, parse_json
 from veneer.checkpoints.findings import shown
-from veneer.checkpoints.foreign import CONFIG, MLX, Factors, adapter_of, read_foreign_tensors
+from veneer.checkpoints.foreign import CONFIG, MLX, Factors, adapter_of, places, read_foreign_tensors
 from veneer.errors import CheckpointError, Problems
 
 _PARTS = ("lora_a", "lora_b", "m")
-_WRAPPER = "language_model."
+_BLOCK = re.compile(r"\.(\d+)\.")
 _MOST_CONFIG = 2 << 20
 
 
@@ -44,17 +46,15 @@ def read_mlx(
             f"{path} is a full fine-tune and no adapter; fuse it with mlx_lm.fuse and use veneer extract"
         )
     chosen = _scale(parameters, path) if scale is None else scale
-    dropout = parameters.get("dropout", 0.0)
     layers = _layers(read_foreign_tensors(path, MLX), path / MLX)
     found: dict[str, Factors] = {}
+    known = places(sites)
     for layer, tensors in layers.items():
-        site = _site(layer, sites)
+        site = _site(layer, sites, known)
         if site in found:
             raise CheckpointError(f"{path / MLX} has factors for {site} under two names")
         found[site] = Factors(tensors["lora_a"].T, tensors["lora_b"].T, chosen, tensors.get("m"))
-    adapter = adapter_of(
-        found, sites, name, str(path), dropout=float(dropout) if _is_number(dropout) and 0 <= dropout < 1 else 0.0
-    )
+    adapter = adapter_of(found, sites, name, str(path), dropout=parameters.get("dropout"))
     model = settings.get("model")
     return adapter, shown(model) if isinstance(model, str) else None
 
@@ -110,9 +110,13 @@ def _layers(tensors: Mapping[str, Tensor], file: Path) -> dict[str, dict[str, Te
     return found
 
 
-def _site(layer: str, sites: Mapping[str, Site]) -> str:
-    """The base's name of a layer; models for text and pictures keep the text's layers below another name."""
-    return next((name for name in (layer, layer.removeprefix(_WRAPPER)) if name in sites), layer)
+def _site(layer: str, sites: Mapping[str, Site], known: Mapping[int | None, Mapping[str, str]]) -> str:
+    """The base's name of a layer. Some models have another name above their blocks there (``model.h.3.`` for ``transformer.h.3.``)."""
+    if layer in sites:
+        return layer
+    match = _BLOCK.search(layer)
+    block, tail = (None, layer.rpartition(".")[2]) if match is None else (int(match[1]), layer[match.end() :])
+    return known.get(block, {}).get(tail, layer)
 
 
 def _is_number(value: object) -> TypeGuard[float]:

@@ -1,0 +1,196 @@
+"""Makes the tables of docs/continual.md: three tasks learnt one after another on the embedded model, and what each way forgets.
+
+    python docs/scripts/continual.py --work runs/continual
+    python docs/scripts/continual.py --work runs/continual --only penalty      one way; what is done is kept in the folder
+
+joint        one adapter, all three tasks' rows together, as many steps as the others have in sum
+sequential   one adapter that goes on from task to task: plain sequential LoRA
+stacked      a new adapter for each task on top of the earlier ones, which act and stay as they are      --on-top-of
+penalty      the same, with the penalty on the overlap of the A factors                                  --orthogonal-to
+projection   the same, with A kept out of what the earlier ones read                                     --orthogonal projection
+
+After each task every task is judged on held-out rows. Forgetting of a task: its loss at the end less its loss when it had just been
+learnt. About ten minutes on two quiet cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from three_tasks import BASE, TASKS, Judge, cached, write_tasks
+
+import veneer
+from veneer.adapters import LoRA
+from veneer.checkpoints import attach
+from veneer.config import TrainOptions
+from veneer.data.dataset import load_examples
+from veneer.data.render import Renderer
+from veneer.models.flat import FlatRunner
+from veneer.models.load import load_base
+from veneer.train.job import Job
+from veneer.train.step import Stepper
+from veneer.train.trainer import Request, Trainer
+
+PAGE = Path(__file__).resolve().parents[1] / "continual.md"
+BEGIN, END = "<!-- table: docs/scripts/continual.py -->", "<!-- end of the table -->"
+WAYS = ("joint", "sequential", "stacked", "penalty", "projection")
+STEPS, RATE = 12, 1e-3
+OPTIONS: dict[str, Any] = {
+    "r": 8,
+    "lora_alpha": 16.0,
+    "batch_size": 8,
+    "learning_rate": RATE,
+    "warmup_steps": 3,
+    "plan": False,
+    "base": BASE,
+}
+Losses = dict[str, float]
+
+
+def main() -> None:
+    """Train every way, judge, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("runs/continual"), help="folder of runs and figures")
+    parser.add_argument("--only", choices=WAYS, help="do this way and stop")
+    args = parser.parse_args()
+    files = write_tasks(args.work / "data")
+    figures = args.work / "figures.json"
+    known = json.loads(figures.read_text(encoding="utf-8")) if figures.is_file() else {}
+    wanted = [way for way in ([args.only] if args.only else WAYS) if way not in known]
+    judge = Judge(files, rows=16, general=4) if wanted or "base" not in known else None
+    if judge is not None:
+        cached(figures, "base", lambda: judge.losses(None))
+        for way in wanted:
+            cached(figures, way, lambda way=way: learn(way, args.work, files, judge))
+    if args.only is None:
+        write_page(json.loads(figures.read_text(encoding="utf-8")))
+
+
+def learn(way: str, work: Path, files: dict[str, dict[str, Path]], judge: Judge) -> list[Losses]:
+    """Losses of every task after each stage."""
+    if way == "sequential":
+        return sequential(work, files, judge)
+    if way == "joint":
+        data = tuple(files[task]["train"] for task in TASKS)
+        run(work / "joint", data, steps=3 * STEPS)
+        return [judged(judge, [work / "joint"])]
+    stages, earlier = [], []
+    for task in TASKS:
+        # The first task is learnt the same by all of them.
+        out = work / ("first" if not earlier else f"{way}-{task}")
+        more: dict[str, Any] = {"on_top_of": tuple(earlier)} if earlier else {}
+        if earlier and way in ("penalty", "projection"):
+            more |= {"orthogonal_to": tuple(earlier), "orthogonal": way}
+        run(out, (files[task]["train"],), steps=STEPS, **more)
+        earlier.append(out)
+        stages.append(judged(judge, earlier))
+        print(way, task, stages[-1], flush=True)
+    return stages
+
+
+def run(out: Path, data: tuple[Path, ...], **more: Any) -> None:
+    """A run that is done already is left as it is."""
+    if not (out / "adapter").is_dir():
+        veneer.train({"data": data, "out": out, **OPTIONS, **more})
+
+
+def judged(judge: Judge, runs: Iterable[Path]) -> Losses:
+    """Losses under the sum of the runs' adapters."""
+    names = [f"stage-{i}" for i, out in enumerate(runs) if judge.bank.load(out / "adapter", name=f"stage-{i}")]
+    found = judge.losses(dict.fromkeys(names, 1.0))
+    for name in names:
+        judge.bank.remove(name)
+    return found
+
+
+def sequential(work: Path, files: dict[str, dict[str, Path]], judge: Judge) -> list[Losses]:
+    """One adapter, task after task; each task has an optimizer of its own."""
+    base = load_base(BASE)
+    bank, stages = attach(base.model), []
+    bank.add("all", LoRA(r=OPTIONS["r"], lora_alpha=OPTIONS["lora_alpha"]), seed=0)
+    stepper = Stepper(FlatRunner(base.model), bank)
+    for task in TASKS:
+        examples, _ = load_examples([files[task]["train"]], Renderer(base.tokenizer))
+        options = TrainOptions(data=(files[task]["train"],), steps=STEPS, **OPTIONS)
+        job = Job("all", options, bank, examples, [], peak=RATE, steps=STEPS)
+        Trainer(stepper, [job], _Quiet(), budget=1024, share=0).run()
+        assert job.progress.step == STEPS, job.reason
+        bank.save("all", out := work / f"sequential-{task}", base_name=BASE)
+        name = judge.bank.load(out, name="all").name
+        stages.append(judge.losses(name))
+        judge.bank.remove(name)
+        print("sequential", task, stages[-1], flush=True)
+    return stages
+
+
+class _Quiet:
+    """A listener that has nothing to say."""
+
+    def stepping(self, job: Job) -> None:
+        """Nothing."""
+
+    def stepped(self, job: Job, figures: dict[str, float]) -> None:
+        """Nothing."""
+
+    def evaluated(self, job: Job, loss: float, *, best: bool) -> None:
+        """Nothing."""
+
+    def changed(self, job: Job) -> None:
+        """Nothing."""
+
+    def ended(self, job: Job) -> None:
+        """Nothing."""
+
+    def requests(self) -> Iterable[Request]:
+        """None."""
+        return ()
+
+    def round_over(self) -> bool:
+        """Go on."""
+        return True
+
+
+def write_page(figures: dict[str, Any]) -> None:
+    """Put the tables where the page has them."""
+    head = ["", *TASKS, "mean", "general text"]
+    base = figures["base"]
+    rows = [["base", *(f"{base[t]:.3f}" for t in TASKS), f"{_mean(base):.3f}", f"{base['general']:.3f}"]]
+    rows.append(
+        [
+            "each when just learnt (sequential)",
+            *(f"{figures['sequential'][i][t]:.3f}" for i, t in enumerate(TASKS)),
+            "",
+            "",
+        ]
+    )
+    lost = []
+    for way in WAYS:
+        end = figures[way][-1]
+        rows.append([way, *(f"{end[t]:.3f}" for t in TASKS), f"{_mean(end):.3f}", f"{end['general']:.3f}"])
+        if way != "joint":
+            apart = [end[t] - figures[way][i][t] for i, t in enumerate(TASKS[:-1])]
+            lost.append([way, *(f"{a:+.3f}" for a in apart), f"{sum(apart) / len(apart):+.3f}"])
+    table = _markdown(["held-out loss at the end", *head[1:]], rows)
+    table += "\n\n" + _markdown(["forgotten since it was learnt", *TASKS[:-1], "mean"], lost)
+    text = PAGE.read_text(encoding="utf-8")
+    made = re.sub(f"{re.escape(BEGIN)}.*?{re.escape(END)}", lambda _: f"{BEGIN}\n\n{table}\n\n{END}", text, flags=re.S)
+    PAGE.write_text(made, encoding="utf-8")
+    print(table)
+
+
+def _mean(losses: Losses) -> float:
+    return sum(losses[task] for task in TASKS) / len(TASKS)
+
+
+def _markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+if __name__ == "__main__":
+    main()
