@@ -41,12 +41,15 @@ def main() -> int:
     """Make what is composed and extracted, run the commands, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("runs/bench-compose"))
+    parser.add_argument("--prepare", action="store_true", help="only make what is composed and extracted, and stop")
     args = parser.parse_args()
     adapters = [args.work / f"adapter-{i}" for i in range(COUNT)]
     for i, folder in enumerate(adapters):
         if not folder.is_dir():
             write_adapter(_adapter(f"adapter-{i}", i), folder)
     _tuned(args.work / "tuned")
+    if args.prepare:
+        return 0
     words = [str(folder) for folder in adapters]
     slow = False
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")

@@ -152,12 +152,11 @@ class _Where:
                     f"{count} x {rows} rows are not those of {' and '.join(_FLAGS[i][5:] for i in told)} in this base"
                 )
             return told
-        if len(fitting) != 1:
+        if not fitting:
+            raise _Misfit(f"{rows} rows of B do not fit the base's q, k and v")
+        if len(fitting) > 1:
             raise _Misfit(
-                "its shapes do not say which of q, k and v it adapts"
-                if fitting
-                else f"{rows} rows of B do not fit the base's q, k and v"
-                + f"; {HYPERPARAMETERS} beside it would ({', '.join(_FLAGS)})"
+                f"its shapes do not say which of q, k and v it adapts; {HYPERPARAMETERS} beside it would ({', '.join(_FLAGS)})"
             )
         return fitting[0]
 
