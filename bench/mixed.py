@@ -1,0 +1,313 @@
+"""What many adapters on one base cost: mixed batches, jobs trained together, memory, and adapters by the thousand.
+
+    python -m bench.mixed [forward] [peft] [jobs] [memory] [bank] [--rounds 15] [--json FILE]
+
+    forward    16 rows on 16 adapters against 16 rows on one, one token a row and 64, on the embedded model in its fast dtype
+    peft       the same batch through PEFT's adapter_names, on a model of many small layers; outputs are compared first
+    jobs       four jobs of 32 tokens a step in shared passes against the same four in turn
+    memory     the highest mark of eight jobs against one job's with passes as large, plus the adapters' own bytes
+    bank       adding the 1,000th adapter against adding the first, and loading and removing it
+
+Every ratio is of two things timed one right after the other, round by round: the machine drifts, their quotient does not. Printed are
+median, minimum and maximum of the quotients. Without names all five run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from veneer.adapters import DoRA, LoRA
+from veneer.checkpoints import attach
+from veneer.config import TrainOptions
+from veneer.data.example import Example
+from veneer.models.flat import FlatRunner
+from veneer.models.load import load_base
+from veneer.models.tiny import tiny
+from veneer.train.job import Job
+from veneer.train.memory import highest
+from veneer.train.step import Stepper
+from veneer.train.trainer import Request, Trainer
+
+ROWS = 16
+BASE = "smollm2-135m"
+Run = Callable[[], object]
+
+
+def main() -> None:
+    """Run the parts that are named, print their figures, and keep them as JSON if asked."""
+    parts: dict[str, Callable[[int], dict[str, Any]]] = {
+        "forward": forward,
+        "peft": peft,
+        "jobs": jobs,
+        "memory": memory,
+        "bank": bank,
+    }
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", nargs="*", help=", ".join(parts))
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--one-of-memory", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one_of_memory:
+        print(json.dumps(highest_of(*map(int, args.one_of_memory.split(",")))))
+        return
+    found: dict[str, Any] = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    print(f"torch {found['torch']}, {found['threads']} threads")
+    for name in args.part or parts:
+        found[name] = parts[name](args.rounds)
+        for key, value in found[name].items():
+            print(f"{name:8} {key:44} {value}", flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+def quotients(one: Run, other: Run, rounds: int) -> dict[str, float]:
+    """Time of ``one`` over that of ``other``, measured in turn; the order changes from round to round."""
+    seconds: dict[Run, list[float]] = {one: [], other: []}
+    for run in (one, other, one, other):
+        run()
+    for number in range(rounds):
+        for run in (one, other) if number % 2 else (other, one):
+            began = time.perf_counter()
+            run()
+            seconds[run].append(time.perf_counter() - began)
+    found = [a / b for a, b in zip(seconds[one], seconds[other], strict=True)]
+    middle = statistics.median
+    return {
+        "median": round(middle(found), 3),
+        "min": round(min(found), 3),
+        "max": round(max(found), 3),
+        "ms": round(1e3 * middle(seconds[one]), 2),
+        "ms_other": round(1e3 * middle(seconds[other]), 2),
+    }
+
+
+# Mixed forward passes
+
+
+def adapters(model: torch.nn.Module, methods: Sequence[LoRA | DoRA]) -> tuple[Any, list[str]]:
+    """A bank with frozen adapters whose B is not zero."""
+    found = attach(model)
+    names = [f"a{i}" for i in range(len(methods))]
+    draw = torch.Generator().manual_seed(0)
+    for name, method in zip(names, methods, strict=True):
+        adapter = found.add(name, method)
+        with torch.no_grad():
+            for own in adapter.tensors.values():
+                own["lora_B"].normal_(0, 0.01, generator=draw)
+        adapter.requires_grad_(False)
+    return found, names
+
+
+MIXTURES: dict[str, list[LoRA | DoRA]] = {
+    "LoRA r=16": [LoRA(r=16)] * ROWS,
+    "LoRA and DoRA, r=4 to 64": [(DoRA if i % 2 else LoRA)(r=(4, 8, 16, 64)[i // 2 % 4]) for i in range(ROWS)],
+}
+
+
+def forward(rounds: int) -> dict[str, Any]:
+    """16 rows on 16 adapters over 16 rows on one of them."""
+    base = load_base(BASE)
+    found: dict[str, Any] = {"dtype": str(base.dtype)}
+    for title, methods in MIXTURES.items():
+        held, names = adapters(base.model, methods)
+        for tokens in (1, 64):
+            ids = torch.randint(3, 40_000, (ROWS, tokens), generator=torch.Generator().manual_seed(1))
+            mixed, alone = _call(base.model, held, names, ids), _call(base.model, held, names[-1], ids)
+            plain = _call(base.model, held, None, ids)
+            found[f"{title}, {tokens} a row: mixed over one"] = quotients(mixed, alone, rounds)
+            found[f"{title}, {tokens} a row: one over the base"] = quotients(alone, plain, rounds)
+        held.detach()
+    return found
+
+
+def _call(model: Any, held: Any, route: Any, ids: torch.Tensor) -> Run:
+    @torch.no_grad()
+    def run() -> Any:
+        with held.use(route):
+            return model(input_ids=ids, logits_to_keep=1, use_cache=False).logits
+
+    return run
+
+
+def peft(rounds: int) -> dict[str, Any]:
+    """PEFT's mixed batch over ours, 16 rows on 16 adapters of 168 small layers."""
+    from peft import LoraConfig, get_peft_model
+
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 24, "num_attention_heads": 4}
+    model: Any = tiny("llama", num_key_value_heads=2, **sizes).eval()
+    plain = copy.deepcopy(model)
+    held, names = adapters(model, [LoRA(r=8, lora_alpha=16)] * ROWS)
+    config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = get_peft_model(plain, config, adapter_name=names[0]).eval()
+        for name in names[1:]:
+            theirs.add_adapter(name, config)
+        for name in names:
+            for site, own in held[name].tensors.items():
+                layer = theirs.base_model.model.get_submodule(site)
+                for key, value in own.items():
+                    getattr(layer, key)[name].weight.data.copy_(value)
+    found = {}
+    for tokens in (1, 64):
+        ids = torch.randint(3, 300, (ROWS, tokens), generator=torch.Generator().manual_seed(1))
+
+        @torch.no_grad()
+        def other(ids: torch.Tensor = ids) -> torch.Tensor:
+            out: torch.Tensor = theirs(input_ids=ids, adapter_names=names, use_cache=False).logits[:, -1:]
+            return out
+
+        ours = _call(model, held, names, ids)
+        found[f"{tokens} a row: largest difference of logits"] = float((ours() - other()).abs().max())  # type: ignore[operator]
+        found[f"{tokens} a row: PEFT over ours"] = quotients(other, ours, rounds)
+    return found
+
+
+# Jobs
+
+
+class Still:
+    """A listener that says nothing."""
+
+    def stepping(self, job: Job) -> None:
+        """Nothing."""
+
+    def stepped(self, job: Job, figures: dict[str, float]) -> None:
+        """Nothing."""
+
+    def evaluated(self, job: Job, loss: float, *, best: bool) -> None:
+        """Nothing."""
+
+    def changed(self, job: Job) -> None:
+        """Nothing."""
+
+    def ended(self, job: Job) -> None:
+        """Nothing."""
+
+    def requests(self) -> list[Request]:
+        """Nothing."""
+        return []
+
+    def round_over(self) -> bool:
+        """Go on."""
+        return True
+
+
+def made_jobs(count: int, tokens: int, batch: int = 1, r: int = 16) -> tuple[Stepper, list[Job]]:
+    """So many LoRA and DoRA jobs on the embedded model, with examples of so many tokens, half of them learnt."""
+    base = load_base(BASE)
+    held = attach(base.model)
+    found = []
+    for i in range(count):
+        draw = torch.Generator().manual_seed(i)
+        rows = [torch.randint(3, 40_000, (tokens,), generator=draw).tolist() for _ in range(8)]
+        weights = (0.0,) * (tokens // 2) + (1.0,) * (tokens - tokens // 2)
+        name = f"job{i}"
+        held.add(name, (DoRA if i % 2 else LoRA)(r=r), seed=i)
+        options = TrainOptions(data=("rows",), batch_size=batch, steps=10_000, learning_rate=1e-5)
+        examples = [Example(tuple(row), weights, f"rows:{k}") for k, row in enumerate(rows)]
+        found.append(Job(name, options, held, examples, [], peak=1e-5, steps=10_000))
+    return Stepper(FlatRunner(base.model), held), found
+
+
+def jobs(rounds: int) -> dict[str, Any]:
+    """Four jobs in turn over the same four together: forward, backward and the optimizers' steps."""
+    found = {}
+    for count, tokens in ((4, 32), (8, 32), (4, 128), (4, 512)):
+        stepper, own = made_jobs(count, tokens)
+        together = Trainer(stepper, own, Still(), budget=1024, share=4096)
+        in_turn = Trainer(stepper, own, Still(), budget=1024, share=0)
+        found[f"{count} jobs of {tokens} tokens: in turn over together"] = quotients(
+            in_turn.round, together.round, max(5, rounds if tokens < 128 else rounds // 3)
+        )
+        stepper.bank.detach()
+    return found
+
+
+def memory(rounds: int) -> dict[str, Any]:
+    """Highest marks of processes of their own: eight jobs, and one job whose passes hold as many tokens."""
+    found = {}
+    for tokens, batch in ((32, 1), (128, 2)):
+        many, one = (_apart(8, tokens, batch), _apart(1, tokens, 8 * batch))
+        own = many["own_bytes"] - one["own_bytes"]
+        title = f"8 jobs of {batch} x {tokens} tokens"
+        found[f"{title}: MB"] = round(many["highest"] / 1e6)
+        found[f"{title}: MB of one job, of what is the others' own"] = [round(one["highest"] / 1e6), round(own / 1e6)]
+        found[f"{title}: over one job's and their own"] = round(many["highest"] / (one["highest"] + own), 3)
+    return found
+
+
+def _apart(*arguments: int) -> dict[str, int]:
+    line = [sys.executable, "-m", "bench.mixed", "--one-of-memory", ",".join(map(str, arguments))]
+    done = subprocess.run(line, check=True, capture_output=True, text=True)
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def highest_of(count: int, tokens: int, batch: int) -> dict[str, int]:
+    """The highest mark of this process after a few rounds, and the bytes of adapters, gradients and optimizers."""
+    stepper, own = made_jobs(count, tokens, batch)
+    trainer = Trainer(stepper, own, Still(), budget=4096, share=4096)
+    for _ in range(4):
+        trainer.round()
+    held = sum(p.numel() * p.element_size() for job in own for p in job.parameters)
+    return {"highest": highest(), "own_bytes": 4 * held}
+
+
+# The bank
+
+
+def bank(rounds: int) -> dict[str, Any]:
+    """Adding, loading and removing adapters while a thousand are there, over the same when none was."""
+    base = load_base(BASE)
+    held = attach(base.model)
+    method = LoRA(r=1)
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / "adapter"
+        held.add("first", method)
+        held.save("first", folder)
+        held.remove("first")
+        seconds: dict[str, list[list[float]]] = {"add": [], "load": [], "remove": []}
+        for size in (0, 999):
+            for number in range(len(held), size):
+                held.add(f"a{number}", method, seed=number)
+            acts: dict[str, Run] = {
+                "add": lambda: held.add("one", method),
+                "load": lambda: held.load(folder, name="two"),
+                "remove": lambda: held.remove("one"),
+            }
+            for key in acts:
+                seconds[key].append([])
+            for _ in range(max(9, rounds)):
+                for key, act in acts.items():
+                    began = time.perf_counter()
+                    act()
+                    seconds[key][-1].append(time.perf_counter() - began)
+                held.remove("two")
+    found: dict[str, Any] = {}
+    for key, (first, last) in seconds.items():
+        a, b = statistics.median(first), statistics.median(last)
+        found[f"{key} beside 999 over the first"] = {
+            "ratio_of_medians": round(b / a, 3),
+            "ms_first": round(1e3 * a, 2),
+            "ms_last": round(1e3 * b, 2),
+            "ms_last_max": round(1e3 * max(last), 2),
+        }
+    return found
+
+
+if __name__ == "__main__":
+    main()
