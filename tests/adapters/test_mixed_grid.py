@@ -100,11 +100,10 @@ def separate(model: Any, bank: Bank, rows: Rows, batch: Tensor) -> tuple[Tensor,
 def furthest(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     """Largest relative distance (L2) of two sets of tensors with the same names.
 
-    A gradient that is zero but for rounding (of q and k, where a token has only itself to look at) is held against a millionth of the
-    largest one.
+    A gradient that is zero but for rounding (of q and k, where a token has only itself to look at) is held against 1e-5 of the largest.
     """
     assert found.keys() == expected.keys()
-    least = 1e-6 * max((float(e.double().norm()) for e in expected.values()), default=0.0)
+    least = 1e-5 * max((float(e.double().norm()) for e in expected.values()), default=0.0)
     return max(
         (
             float((found[k].double() - e.double()).norm()) / max(float(e.double().norm()), least)
@@ -181,14 +180,16 @@ def test_each_row_is_that_of_its_own_peft_model(tokens: int) -> None:
     for i, name in enumerate(rows[:-1]):
         assert name is not None
         theirs = peft_twin(copy.deepcopy(plain), bank[name])
-        expected = theirs(input_ids=batch[i : i + 1]).logits[0]
-        expected.square().mean().backward()
-        assert float((logits[i] - expected.detach()).abs().max()) <= 2e-6 * max(1.0, float(expected.abs().max())), name
+        out = theirs(input_ids=batch[i : i + 1]).logits[0]
+        out.square().mean().backward()
+        expected = out.detach()
+        assert float((logits[i] - expected).abs().max()) <= 2e-6 * max(1.0, float(expected.abs().max())), name
+        largest = max(float(p.grad.norm()) for p in theirs.parameters() if p.grad is not None)
         for site, key, value in bank[name].named_tensors():
             other = peft_tensor(theirs.base_model.model, site, key).grad
             assert other is not None
             mine = grads[f"{name} {site} {key}"]
-            distance = float((mine - other.reshape(value.shape)).norm() / other.norm())
+            distance = float((mine - other.reshape(value.shape)).norm()) / max(float(other.norm()), 1e-5 * largest)
             assert distance <= 1e-5, (name, site, key)
 
 

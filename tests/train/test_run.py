@@ -25,6 +25,7 @@ from veneer.data.render import Renderer
 from veneer.errors import CheckpointError, ConfigError, DataError, TargetError, TrainingError
 from veneer.models.load import Base, load_base
 from veneer.train import train
+from veneer.train.control import ask
 from veneer.train.screen import Screen
 
 
@@ -310,3 +311,30 @@ def test_the_base_is_as_it_was(place: Path, base: Base, tmp_path: Path) -> None:
     train(options(place, tmp_path / "a", jobs=four_jobs(), steps=3), base=base, screen=QUIET)
     assert all(torch.equal(value, before[key]) for key, value in base.model.state_dict().items())
     attach(base.model).detach()
+
+
+def test_requests_in_the_folder_are_done_and_survive_a_dead_process(place: Path, base: Base, tmp_path: Path) -> None:
+    """One job is paused and one cancelled while the run goes on; asked again to resume, the paused one ends with the bits that it had."""
+    jobs = [{"name": "a"}, {"name": "b", "seed": 1}, {"name": "c", "seed": 2}]
+    train(options(place, tmp_path / "never", jobs=jobs, share=0), base=base, screen=QUIET)
+
+    class Asking(Screen):
+        def progress(self, text: str, *, important: bool = False) -> None:
+            if "[a] step 3/" in text:
+                ask(tmp_path / "asked", "b", "pause")
+                ask(tmp_path / "asked", "c", "cancel")
+
+    said = io.StringIO()
+    first = train(options(place, tmp_path / "asked", jobs=jobs, share=0), base=base, screen=Asking(said, quiet=False))
+    assert {name: (job.state, job.steps) for name, job in first.jobs.items()} == {
+        "a": ("finished", 12),
+        "b": ("paused", 3),
+        "c": ("cancelled", 3),
+    }
+    assert not (tmp_path / "asked" / "control.json").exists()
+    ask(tmp_path / "asked", "b", "resume")
+    again = train(options(place, tmp_path / "asked", jobs=jobs, share=0), base=base, screen=QUIET)
+    assert again.jobs["b"].state == "finished" and again.jobs["c"].state == "cancelled"
+    for name in ("a", "b"):
+        one, other = (tmp_path / run / "adapters" / name / "adapter_model.safetensors" for run in ("asked", "never"))
+        assert one.read_bytes() == other.read_bytes()

@@ -148,3 +148,20 @@ def test_the_list_needs_no_torch(tmp_path: Path) -> None:
     code = "import sys; from veneer.cli.main import main; main(['runs', sys.argv[1]]); sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], timeout=60, check=False, capture_output=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_job_is_paused_and_cancelled_from_outside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Requests wait in the run's folder beside each other; what cannot be asked for is one sentence."""
+    run = write_run(tmp_path / "a", {"sql": saved_job("running"), "style": saved_job("finished")})
+    assert main(["runs", str(run), "--pause", "sql"]) == 0
+    assert f"{run}: pause sql, when the run goes on" in capsys.readouterr().out
+    with Lock(run):
+        assert main(["runs", str(run), "--cancel", "*"]) == 0
+    assert "cancel all jobs, after this round" in capsys.readouterr().out
+    assert json.loads((run / "control.json").read_text()) == {"sql": "pause", "*": "cancel"}
+    for wrong, says in (
+        ([str(run), "--pause", "style"], 'has no job "style" that goes on; those that do: sql'),
+        ([str(tmp_path), "--pause", "sql"], "is not a run; name the run's own folder"),
+    ):
+        assert main(["runs", *wrong]) == 1
+        assert says in capsys.readouterr().err

@@ -57,6 +57,7 @@ _ONE = frozenset(
         "threads",
         "compile",
         "tokens_per_pass",
+        "share",
         "save_every",
         "checkpoint_minutes",
         "halving",
@@ -130,8 +131,8 @@ class DataOptions(Options):
 class AdapterOptions(LowRankOptions):
     """The adapter."""
 
-    method: Literal["lora", "dora"] = "lora"
-    """How the weights are adapted."""
+    method: Literal["lora", "dora", "full"] = "lora"
+    """How the weights are adapted; full trains copies of the layers whole, to compare with."""
 
 
 class ContinualOptions(Options):
@@ -158,6 +159,8 @@ class StepOptions(Options):
     """Examples of an optimizer step."""
     tokens_per_pass: Count = 1024
     """Most tokens that go through the base at once; a step takes as many passes as it needs, with the same result."""
+    share: Whole | Literal["auto"] = "auto"
+    """Most tokens of a pass that several jobs fill together; auto measures whether that is quicker, 0 lets them take turns."""
     learning_rate: Positive | None = None
     """Peak learning rate; none takes ten times that of full fine-tuning, by the base's size."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from veneer.adapters.adapter import Adapter, check_name, new_adapter
@@ -140,6 +141,7 @@ class Bank:
         self._slots[adapter.name] = adapter
         self._numbers[adapter.name] = self._next_slot
         self._next_slot += 1
+        self.traffic.charts.clear()
         for site in self.sites_of(adapter.name):
             self.wiring.install(site, adapter.name)
         return adapter
@@ -161,6 +163,7 @@ class Bank:
         for site in sites:
             self.wiring.uninstall(site, name)
         self.lookout.forget(name)
+        self.traffic.charts.clear()
         del self._slots[name], self._numbers[name]
 
     def load(self, path: str | Path, name: str | None = None, **options: Any) -> Adapter:
@@ -214,8 +217,9 @@ class Bank:
         parsed = Route.parse(route, repeat)
         if self._detached and parsed.names:
             raise AdapterError("this bank is detached from its model, so its adapters would do nothing; attach again")
+        devices: dict[str, torch.device] = {}
         for name in parsed.names:
-            self._ready(self[name])
+            self._ready(self[name], devices)
         with self.traffic.hold(parsed, keep, training):
             yield self
 
@@ -238,6 +242,7 @@ class Bank:
             raise RouteError("the bank cannot be detached while a route is active; leave its context first")
         self.wiring.check()
         self.wiring.remove_all()
+        self.traffic.charts.clear()
         self._detached = True
 
     # Inside
@@ -254,28 +259,37 @@ class Bank:
         if name in self._slots:
             raise AdapterError(f'the bank already has an adapter "{name}"; remove it first, or choose another name')
 
-    def _ready(self, adapter: Adapter) -> None:
+    def _ready(self, adapter: Adapter, devices: dict[str, torch.device]) -> None:
         """Move an adapter's tensors to where its layers are, in place, so that optimizers keep hold of them.
 
-        Raises AdapterError where the model has lost a layer that it had, or where a tensor has no values.
+        devices: where layers are, as far as they were looked at. Raises AdapterError where the model has lost a layer that it had, or
+        where a tensor has no values.
         """
-        for name, own in (*adapter.tensors.items(), *adapter.own.items()):
-            site = self.sites.get(name) or self.places[name]
-            if not site.stands():
-                raise AdapterError(
-                    f'{name}: the model has another layer here than when the bank was attached, so adapter "{adapter.name}" would '
-                    "do nothing there; detach and attach again after changing the model"
-                )
-            device = site.weight.device
-            for key, parameter in own.items():
-                if parameter.device == device:
-                    continue
-                if parameter.is_meta:
-                    raise AdapterError(
-                        f'{name}.{key} of adapter "{adapter.name}" has a shape but no values, since it was made on a base without '
-                        "weights; remove it and add it again now that the base has them"
-                    )
-                parameter.data = parameter.data.to(device)
+        for table in (adapter.tensors, adapter.own):
+            for name, own in table.items():
+                device = devices.get(name)
+                if device is None:
+                    device = devices[name] = self._device(name, adapter)
+                for key, parameter in own.items():
+                    if parameter.device != device:
+                        self._move(adapter, f"{name}.{key}", parameter, device)
+
+    def _device(self, name: str, adapter: Adapter) -> torch.device:
+        site = self.sites.get(name) or self.places[name]
+        if not site.stands():
+            raise AdapterError(
+                f'{name}: the model has another layer here than when the bank was attached, so adapter "{adapter.name}" would '
+                "do nothing there; detach and attach again after changing the model"
+            )
+        return site.weight.device
+
+    def _move(self, adapter: Adapter, name: str, parameter: nn.Parameter, device: torch.device) -> None:
+        if parameter.is_meta:
+            raise AdapterError(
+                f'{name} of adapter "{adapter.name}" has a shape but no values, since it was made on a base without '
+                "weights; remove it and add it again now that the base has them"
+            )
+        parameter.data = parameter.data.to(device)
 
     def _one_mix(self, route: RouteLike) -> Mix:
         parsed = Route.parse(route)

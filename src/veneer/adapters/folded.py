@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 from collections import OrderedDict
 from collections.abc import Callable
+from operator import attrgetter
 from typing import TYPE_CHECKING, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from veneer.adapters.adapter import Adapter
     from veneer.adapters.bank import Bank
 
-__all__ = ["forget", "generation", "keep"]
+__all__ = ["forget", "generation", "keep", "states"]
 
 _SETS = 2
 """Banks of so many sets of adapters are kept at a site: those that decode, and those that came just before."""
@@ -35,15 +36,13 @@ T = TypeVar("T")
 class _State:
     """An adapter's tensors as they were seen last, and the number of that state."""
 
-    def __init__(self, tensors: list[Tensor]) -> None:
-        self.seen = [(tensor, tensor._version, tensor.data_ptr()) for tensor in tensors]
+    def __init__(self, tensors: list[Tensor], marks: list[list[int]]) -> None:
+        self.tensors = tensors
+        self.marks = marks
         self.number = next(_count)
 
-    def holds(self, tensors: list[Tensor]) -> bool:
-        return len(tensors) == len(self.seen) and all(
-            tensor is known and tensor._version == version and tensor.data_ptr() == address
-            for tensor, (known, version, address) in zip(tensors, self.seen, strict=True)
-        )
+
+_VERSION, _TRAINED = attrgetter("_version"), attrgetter("requires_grad")
 
 
 _states: WeakKeyDictionary[Adapter, _State] = WeakKeyDictionary()
@@ -58,14 +57,27 @@ def generation(current: Pass, adapter: Adapter) -> int | None:
     known = current.generations.get(adapter.name, -1)
     if known != -1:
         return known
-    tensors: list[Tensor] = list(adapter.parameters())
+    tensors: list[Tensor] = [
+        value for own in (*adapter.tensors.values(), *adapter.own.values()) for value in own.values()
+    ]
     found = None
-    if not any(tensor.requires_grad or tensor.is_inference() for tensor in tensors):
+    if not any(map(_TRAINED, tensors)) and not any(map(Tensor.is_inference, tensors)):
+        # Written as maps over builtins: with sixteen adapters there are thousands of tensors to look at in every step of decoding.
+        marks = [list(map(id, tensors)), list(map(_VERSION, tensors)), list(map(Tensor.data_ptr, tensors))]
         state = _states.get(adapter)
-        if state is None or not state.holds(tensors):
-            state = _states[adapter] = _State(tensors)
+        if state is None or state.marks != marks:
+            state = _states[adapter] = _State(tensors, marks)
         found = state.number
     current.generations[adapter.name] = found
+    return found
+
+
+def states(current: Pass, bank: Bank) -> tuple[int, ...] | None:
+    """The generations of all adapters of a pass; None where one of them is trained."""
+    found = current.states
+    if isinstance(found, bool):
+        numbers = [generation(current, bank[name]) for name in current.route.names]
+        found = current.states = None if None in numbers else tuple(numbers)  # type: ignore[arg-type]
     return found
 
 
@@ -74,14 +86,17 @@ def forget(adapter: Adapter) -> None:
     _states.pop(adapter, None)
 
 
-def keep(bank: Bank, site: str, names: tuple[str, ...], state: tuple[object, ...], make: Callable[[], T]) -> T:
+def keep(
+    bank: Bank, site: str, names: tuple[str, ...], state: tuple[object, ...], make: Callable[[], T], place: int = 0
+) -> T:
     """What ``make`` gives for these adapters at a site, kept while ``state`` stays the same.
 
-    A single adapter's has a place of its own; of sets of adapters the last few are kept.
+    A single adapter's has a place of its own; of sets of adapters the last few are kept at each ``place``: the number of the set among
+    those of its batch.
     """
     single = len(names) == 1
     places = _kept.setdefault(bank, {})
-    entries = places.setdefault((site, names[0] if single else None), OrderedDict())
+    entries = places.setdefault((site, names[0] if single else place), OrderedDict())
     key = (names, state)
     known = entries.get(key)
     if known is not None:

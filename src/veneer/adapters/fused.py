@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from veneer.adapters.bundles import plan, recall, remember
+from veneer.adapters.chart import Part
 from veneer.adapters.folded import generation, keep
 from veneer.adapters.methods import Method
-from veneer.adapters.passes import Part, Pass
+from veneer.adapters.passes import Pass
 from veneer.adapters.replay import Ready
 from veneer.kernels.adapted_linear import Branch, Bundle, Factors, Grid, Layer, Share, adapted_linear, stack
 
@@ -29,9 +31,6 @@ if TYPE_CHECKING:
     from veneer.adapters.forward import HostForward
 
 _PLAIN = (Tensor, nn.Parameter)
-_FEW_CELLS = 64
-"""Adapters with so many cells at most are bundled; above, each one's own products are as fast."""
-Plan = list[tuple[list[Part], "Grid | None"]]
 
 
 def fused(host: HostForward, current: Pass, parts: list[Part], x: Tensor) -> Tensor | None:
@@ -39,28 +38,65 @@ def fused(host: HostForward, current: Pass, parts: list[Part], x: Tensor) -> Ten
     bank = host.bank
     if not bank.fused or not _fits(host, x) or not all(_can(host, current, part) for part in parts):
         return None
-    state = bank.traffic.state
-    ready, state.ready = state.ready, None
-    mark = _mark(x, current)
-    if ready is not None and ready.mark == mark and host.site.name in ready.outputs:
-        state.ready = ready
-        return ready.outputs.pop(host.site.name)
+    found = _taken(host, current, x)
+    if found is not None:
+        return found
     hosts = [host, *_siblings(host, current, parts, x)]
     layers = [_layer(each) for each in hosts]
     branches = [
         branch
-        for group, grid in _plan(host, current, parts)
-        for branch in _branches(hosts, layers, current, group, grid)
+        for number, (group, grid) in enumerate(plan(host, current, parts))
+        for branch in _branches(hosts, layers, current, group, grid, number)
     ]
+    remember(hosts, current, x, branches, _marks(layers))
+    return _run(hosts, layers, branches, current, x)
+
+
+def again(host: HostForward, current: Pass, x: Tensor) -> Tensor | None:
+    """The layer's output as in an earlier call that was the same but for its numbers, or None where there was none.
+
+    Spares a step of decoding the search for what it will compute.
+    """
+    bank, chart = host.bank, current.chart
+    if chart.owned is None:
+        chart.owned = any(bank[name].own for name in current.route.names)
+    if chart.owned or not bank.fused or not _fits(host, x):
+        return None
+    found = _taken(host, current, x)
+    if found is not None:
+        return found
+    call = recall(host, current, x)
+    if call is None or not all(_fits(each, x) for each in call.hosts[1:]):
+        return None
+    layers = [_layer(each) for each in call.hosts]
+    return _run(call.hosts, layers, call.branches, current, x) if _marks(layers) == call.weights else None
+
+
+def _taken(host: HostForward, current: Pass, x: Tensor) -> Tensor | None:
+    """The output, where a layer that reads the same input has computed it along."""
+    state = host.bank.traffic.state
+    ready, state.ready = state.ready, None
+    if ready is None or ready.mark != _mark(x, current) or host.site.name not in ready.outputs:
+        return None
+    state.ready = ready
+    return ready.outputs.pop(host.site.name)
+
+
+def _run(hosts: list[HostForward], layers: list[Layer], branches: list[Branch], current: Pass, x: Tensor) -> Tensor:
     first, *others = adapted_linear(x, layers, branches)
     if others:
         names = [each.site.name for each in hosts[1:]]
-        state.ready = Ready(x, current, mark, dict(zip(names, others, strict=True)))
+        hosts[0].bank.traffic.state.ready = Ready(x, current, _mark(x, current), dict(zip(names, others, strict=True)))
     return first
 
 
+def _marks(layers: list[Layer]) -> tuple[object, ...]:
+    """What changes when a weight does."""
+    return tuple((w.dtype, w.data_ptr(), -1 if w.is_inference() else w._version) for w, _ in layers)
+
+
 def _branches(
-    hosts: list[HostForward], layers: list[Layer], current: Pass, group: list[Part], grid: Grid | None
+    hosts: list[HostForward], layers: list[Layer], current: Pass, group: list[Part], grid: Grid | None, number: int
 ) -> list[Branch]:
     """Parts as branches of a call: one for a bundle, else one each. Of frozen adapters all that can be kept is."""
     bank, site = hosts[0].bank, hosts[0].site.name
@@ -69,8 +105,7 @@ def _branches(
     if not torch.is_grad_enabled() and not any(hosts[0].dropout(current, adapter) for adapter in adapters):
         numbers = [generation(current, adapter) for adapter in adapters]
         if None not in numbers:
-            weights = ((w.dtype, w.data_ptr(), -1 if w.is_inference() else w._version) for w, _ in layers)
-            state = (*numbers, *weights, None if grid is None else grid.few)
+            state = (*numbers, *_marks(layers), None if grid is None else grid.few)
 
     def factors(adapter: Adapter) -> list[Factors | None]:
         own = [_factors(each, current, adapter) for each in hosts]
@@ -83,7 +118,9 @@ def _branches(
     names = tuple(adapter.name for adapter in adapters)
     if grid is not None:
         if state is not None:
-            made = keep(bank, site, names, state, lambda: stack([factors(one) for one in adapters], layers, grid))
+            made = keep(
+                bank, site, names, state, lambda: stack([factors(one) for one in adapters], layers, grid), number
+            )
             return [Bundle(grid, None, made)]
         every = [factors(adapter) for adapter in adapters]
         return [Bundle(grid, every, stack(every, layers, grid))]
@@ -94,36 +131,8 @@ def _branches(
             own = keep(bank, site, (name,), alone, partial(factors, adapter))
         else:
             own = factors(adapter)
-        found.append(Share(None if rows is None else current.spans.get(id(rows), rows), weight, own))
+        found.append(Share(None if rows is None else current.chart.spans.get(id(rows), rows), weight, own))
     return found
-
-
-def _plan(host: HostForward, current: Pass, parts: list[Part]) -> Plan:
-    """Parts by themselves, and in bundles: adapters with few cells each, of like ranks and numbers of cells, that share no cell."""
-    if len(parts) == 1 or not current.apart:
-        return [(parts, None)]
-    adapters = [host.bank[name] for name, _, _ in parts]
-    ranks = tuple(adapter.rank(host.site.name) for adapter in adapters)
-    key = (tuple((name, id(rows)) for name, rows, _ in parts), ranks)
-    known: Plan | None = current.plans.get(key)
-    if known is not None:
-        return known
-    alone: list[Part] = []
-    groups: dict[tuple[object, ...], list[Part]] = {}
-    for part, adapter, rank in zip(parts, adapters, ranks, strict=True):
-        rows = part[1]
-        if rows is None or len(rows) > _FEW_CELLS or adapter.method.lora_dropout:
-            alone.append(part)
-        else:
-            kind = (adapter.method.has_gain, (rank - 1).bit_length(), (len(rows) - 1).bit_length())
-            groups.setdefault(kind, []).append(part)
-    plan: Plan = [(alone, None)] if alone else []
-    for group in groups.values():
-        group.sort(key=lambda part: int(part[1][0]))  # type: ignore[index]
-        cells = [rows for _, rows, _ in group if rows is not None]
-        plan.append((group, Grid(cells, [weight for _, _, weight in group]) if len(group) > 1 else None))
-    current.plans[key] = plan
-    return plan
 
 
 def _mark(x: Tensor, current: Pass) -> tuple[int, ...]:
@@ -160,9 +169,9 @@ def _can(host: HostForward, current: Pass, part: Part) -> bool:
     if host.site.name not in host.bank[name].tensors:
         return False
     key = (name, id(weight))
-    knows = current.plans.get(key)
+    knows = current.chart.plans.get(key)
     if knows is None:
-        knows = current.plans[key] = _knows(host.bank[name].method, current, weight)
+        knows = current.chart.plans[key] = _knows(host.bank[name].method, current, weight)
     # The output is kept for the gradient of a magnitude, so the model must not write over it.
     return knows is True or (knows == "unless overwritten" and not (host.site.overwritten and torch.is_grad_enabled()))
 
@@ -171,7 +180,7 @@ def _knows(method: Method, current: Pass, weight: float | Tensor) -> bool | str:
     if not method.has_gain:
         return True
     simple = (
-        current.apart
+        current.chart.apart
         and isinstance(weight, float)
         and weight == 1.0
         and not getattr(method, "exact_norm_gradient", False)

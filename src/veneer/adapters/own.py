@@ -28,9 +28,10 @@ from veneer.errors import Problems, TargetError
 
 if TYPE_CHECKING:
     from veneer.adapters.adapter import Adapter
+    from veneer.adapters.chart import Part
     from veneer.adapters.forward import HostForward
     from veneer.adapters.methods import Method
-    from veneer.adapters.passes import Part, Pass
+    from veneer.adapters.passes import Pass
 
 WEIGHT, BIAS, ROWS, LORA_BIAS = "weight", "bias", "rows", "lora_bias"
 KINDS = (WEIGHT, BIAS, ROWS, LORA_BIAS)
@@ -51,7 +52,7 @@ def with_own(host: HostForward, current: Pass, parts: Iterable[Part], x: Tensor,
         else:
             base_n = host.base(x_n)
         own_n = _own_output(adapter, site, x_n, base_n)
-        if plain and current.apart and isinstance(weight, float) and weight == 1.0:
+        if plain and current.chart.apart and isinstance(weight, float) and weight == 1.0:
             # No other adapter has a part in these cells: they take the new values themselves, without a sum to round.
             out = own_n if rows is None else out.index_copy(0, rows, own_n.to(out.dtype))
             continue

@@ -93,6 +93,11 @@ class Route:
         """How many rows or tokens the route speaks of, or None where it holds for all."""
         return None if self.index is None else self.index.numel()
 
+    @cached_property
+    def bytes(self) -> bytes:
+        """The index as something that can be compared at once."""
+        return b"" if self.index is None else self.index.numpy().tobytes()
+
     def select(self, keep: Tensor) -> Route:
         """The same route for the cells ``keep`` only (a head that sees some tokens), [K]."""
         return self if self.index is None else Route(self.mixes, self.index[keep.reshape(-1).cpu()], self.unit)

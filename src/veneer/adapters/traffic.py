@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from veneer.adapters.chart import Charts
 from veneer.adapters.passes import Lease, Pass, extents_of, tensors_in
 from veneer.adapters.replay import Memory, Moment, State, backward_moment
 from veneer.adapters.route import Route
@@ -41,6 +42,7 @@ class Traffic:
         self.memory = Memory()
         self.state = State()
         self.recent: deque[Pass] = deque(maxlen=_RECENT)
+        self.charts = Charts()
         self.lease: Lease | None = None
         self._lock = threading.Lock()
 
@@ -152,7 +154,7 @@ class Traffic:
             )
         if not path and not route.uniform:
             self.bank.lookout.find_rows(args, kwargs)
-        begun = Pass(lease, route, extents, path)
+        begun = Pass(lease, self.charts.of(route, extents, None if lease is None else lease.keep), extents, path)
         if lease is not None and state.visited is not None:
             with self._lock:
                 lease.guests += 1
@@ -223,11 +225,12 @@ class Traffic:
         current.linked = True
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_lock": None, "lease": None, "recent": deque(maxlen=_RECENT)}
+        return {**self.__dict__, "_lock": None, "lease": None, "recent": deque(maxlen=_RECENT), "charts": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._lock = threading.Lock()
+        self.charts = Charts()
 
 
 class Watch:

@@ -13,7 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from veneer.adapters import METHODS, Bank, Method
+from veneer.adapters import METHODS, Bank, LoRA, Method
+from veneer.adapters.targets import select
 from veneer.config import DataOptions, LowRankOptions, TrainOptions, default_learning_rate
 from veneer.data.check import CheckReport, Remarks
 from veneer.data.check_text import remark_lines
@@ -27,6 +28,8 @@ from veneer.errors import BaseModelError, DataError
 from veneer.evaluate.general import general_text, pieces
 from veneer.models.load import Base
 from veneer.train.job import Job
+
+FULL = "full"
 
 
 @dataclass(frozen=True)
@@ -45,10 +48,15 @@ class Material:
     """The chat template that was asked for in place of the base's."""
 
 
-def method_of(options: TrainOptions) -> Method:
-    """The adapter's method with its options, from those of the run."""
-    chosen = METHODS[options.method]
-    return chosen(**{name: getattr(options, name) for name in LowRankOptions.model_fields})
+def method_of(options: TrainOptions, bank: Bank) -> Method:
+    """The adapter's method with its options, from those of the run. Full fine-tuning is an adapter that has its layers' weights of its
+    own, so it trains beside the others on the same base."""
+    chosen = METHODS[LoRA.name if options.method == FULL else options.method]
+    method = chosen(**{name: getattr(options, name) for name in LowRankOptions.model_fields})
+    if options.method != FULL:
+        return method
+    whole = select(bank.lookout.survey, method, method.kinds)
+    return method.model_copy(update={"modules_to_save": (*method.modules_to_save, *whole)})
 
 
 def gather(options: TrainOptions, base: Base, limit: int) -> Material:
@@ -151,13 +159,12 @@ def _split(examples: Examples, fraction: float) -> tuple[list[Example], Selected
 
 def make_job(name: str, options: TrainOptions, base: Base, bank: Bank, material: Material) -> Job:
     """Add the job's adapter to the bank and set the job up before its first step."""
-    bank.add(name, method_of(options), seed=options.seed)
+    bank.add(name, method_of(options, bank), seed=options.seed)
     check_tokens(options.trainable_token_indices, material.train, base.tokenizer)
     config = getattr(base.model, "config", None)
     text = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
-    peak = options.learning_rate or default_learning_rate(
-        getattr(text, "hidden_size", 2000), getattr(text, "model_type", "")
-    )
+    usual = default_learning_rate(getattr(text, "hidden_size", 2000), getattr(text, "model_type", ""))
+    peak = options.learning_rate or (usual / 10 if options.method == FULL else usual)
     per_epoch = len(material.train) / options.batch_size
     steps = options.steps or max(1, math.ceil(per_epoch * (options.epochs or 1)))
     job = Job(name, options, bank, material.train, material.held_out, peak=peak, steps=steps)

@@ -25,6 +25,7 @@ from veneer.data.readers import near_file
 from veneer.errors import AdapterError, ConfigError, Problems, VeneerError
 
 MOST_JOBS = 256
+_LOW_RANK = ("r", "lora_alpha", "lora_dropout", "use_rslora", "loraplus_lr_ratio", "init_lora_weights")
 SHARED = (
     "base",
     "revision",
@@ -32,6 +33,7 @@ SHARED = (
     "threads",
     "out",
     "tokens_per_pass",
+    "share",
     "activation_checkpointing",
     "plan",
     "save_every",
@@ -102,7 +104,14 @@ def _combinations(sweep: Mapping[str, Any], problems: Problems) -> list[dict[str
     for key, values in sweep.items():
         if key in SHARED or key == "name" or key not in TrainOptions.model_fields or not values:
             _add_once(problems, f"sweep: {key} cannot be swept; give options of a job, each with a list of values")
-    return [dict(zip(sweep, values, strict=True)) for values in itertools.product(*sweep.values())] or [{}]
+    found: list[dict[str, Any]] = []
+    for values in itertools.product(*sweep.values()):
+        variant = dict(zip(sweep, values, strict=True))
+        if variant.get("method") == "full":  # which has no rank: once is enough
+            variant = {key: value for key, value in variant.items() if key not in _LOW_RANK}
+        if variant not in found:
+            found.append(variant)
+    return found
 
 
 def _taken(name: str, found: Mapping[str, Any]) -> bool:

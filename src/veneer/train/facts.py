@@ -24,15 +24,13 @@ from veneer.train.build import Material
 from veneer.train.files import FACTS, RunFiles
 from veneer.train.job import Job
 
-SHARE = 512
-"""Passes are filled with small pieces of several jobs up to so many tokens: see docs/log.md for the times that it rests on."""
 _CONTENT = {
     "data": "the examples",
     "held_out": "the held-out examples",
     "template": "the chat template",
     "built_on": "the earlier adapters",
 }
-_CHOICES = ("share", "plan", "recompute", "compile")
+_CHOICES = ("share", "sharing", "plan", "recompute", "compile")
 """What was decided from measurements when the run began."""
 
 Facts = dict[str, Any]
@@ -56,7 +54,6 @@ def facts_of(jobs: list[Job], material: Mapping[str, Material], base: Base, bank
         "held_out": {job.name: data_hash(material[job.name].held_out) for job in jobs if material[job.name].held_out},
         "template": {job.name: material[job.name].template_hash for job in jobs},
         "built_on": {job.name: _hashes(job) for job in jobs if job.built_on},
-        "share": SHARE if len(jobs) > 1 else 0,
     }
 
 
@@ -89,6 +86,16 @@ def compare(files: RunFiles, facts: Facts, known: list[str]) -> tuple[Facts, lis
     ]
     chosen = {key: before[key] for key in _CHOICES if key in before}
     return {**facts, **{key: kept[key] for key in _CONTENT}, **chosen}, said
+
+
+def chosen_before(files: RunFiles, facts: Facts) -> Facts:
+    """The choices of a start of this run that did not come to a checkpoint; nothing where there was none, or on another machine."""
+    try:
+        before: Facts = json.loads((files.out / FACTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    alike = isinstance(before, dict) and all(before.get(key) == value for key, value in facts.items())
+    return {key: before[key] for key in _CHOICES if key in before} if alike else {}
 
 
 def _weights(base: Base, bank: Bank) -> str:

@@ -29,11 +29,11 @@ from veneer.train import forecast, memory
 from veneer.train.build import context_of, gather_all, make_job
 from veneer.train.earlier import build_on
 from veneer.train.expand import expand
-from veneer.train.facts import SHARE
 from veneer.train.job import Job
 from veneer.train.probe import Measured, Probe, Rung, adapter_bytes
 from veneer.train.recompute import layers_of, recomputed
 from veneer.train.screen import duration
+from veneer.train.sharing import choose
 from veneer.train.step import Stepper
 
 _LOOKS = 10
@@ -112,7 +112,7 @@ def plan(config: TrainOptions | Mapping[str, Any], *, base: Base | None = None) 
         made = [make_job(name, own, loaded, bank, material[name]) for name, own in jobs.items()]
         build_on(made, bank)
         stepper = Stepper(FlatRunner(loaded.model), bank, {job.name: job.route for job in made if job.route})
-        share = SHARE if len(made) > 1 else 0
+        share = choose(options, stepper, made).share
         planner = Planner(options, stepper, made, base=loaded, share=share, thorough=True)
         found = planner.make()
         return found, [] if found.fits else planner.remedies(found)

@@ -26,10 +26,10 @@ from veneer.config import TrainOptions, plain, resolve, to_yaml
 from veneer.errors import CheckpointError, ConfigError, TrainingError
 from veneer.models.flat import FlatRunner
 from veneer.models.load import Base, load_base
-from veneer.train.build import Material, context_of, gather_all, make_job, receipt_of
+from veneer.train.build import FULL, Material, context_of, gather_all, make_job, receipt_of
 from veneer.train.earlier import build_on
 from veneer.train.expand import SHARED, expand
-from veneer.train.facts import SHARE, Facts, compare, facts_of
+from veneer.train.facts import Facts, chosen_before, compare, facts_of
 from veneer.train.faster import Faster, worth_compiling
 from veneer.train.files import CONFIG, FACTS, RunFiles
 from veneer.train.halving import Halving
@@ -39,6 +39,7 @@ from veneer.train.recompute import recomputed
 from veneer.train.record import Recorder
 from veneer.train.save import Saver
 from veneer.train.screen import Screen, duration
+from veneer.train.sharing import Sharing, choose
 from veneer.train.step import Stepper
 from veneer.train.track import Track
 from veneer.train.trainer import Trainer
@@ -157,8 +158,7 @@ class _Run:
         watches = {job.name: FirstSteps(self.bank[job.name], vocabulary, job.steps) for job in self.jobs}
         saver = Saver(self.files, self.bank, self._receipt, base_name=self.options.base)
         rounds = saver.restore(self.jobs, resume_from)
-        found = self._plan() if rounds is None and self.options.plan else None
-        facts = self._facts(rounds, found)
+        facts = self._facts(rounds)
         recorder = Recorder(self.files, self.jobs, saver, self.screen, rounds=rounds or 0)
         recorder.watches = {
             job.name: watches[job.name] for job in self.jobs if watches[job.name].wants(job.progress.step)
@@ -192,11 +192,21 @@ class _Run:
             self.screen.line(f"rows are padded: {runner.reason}")
         return Stepper(runner, self.bank, {job.name: job.route for job in self.jobs if job.route})
 
-    def _plan(self) -> Plan | None:
+    def _choices(self, facts: Facts) -> Facts:
+        """What is decided from measurements before the first step; what an earlier start decided holds."""
+        before = chosen_before(self.files, facts)
+        if before:
+            return before
+        sharing = choose(self.options, self.stepper, self.jobs)
+        found = self._plan(sharing.share) if self.options.plan else None
+        planned = {} if found is None else {"plan": found.figures(), "recompute": found.recompute}
+        seconds = None if found is None else found.seconds
+        compiled = worth_compiling(self.options.compile, seconds, next(self.base.model.parameters()).device)
+        return {**sharing.facts(), **planned, "compile": compiled}
+
+    def _plan(self, share: int) -> Plan | None:
         """What the run will need, measured before anything of it is written. Raises MemoryPlanError where that is not there."""
-        planner = Planner(
-            self.options, self.stepper, self.jobs, base=self.base, share=SHARE if len(self.jobs) > 1 else 0
-        )
+        planner = Planner(self.options, self.stepper, self.jobs, base=self.base, share=share)
         try:
             found = planner.make()
         except Exception as error:  # the run itself tells what is wrong with it, and of which job
@@ -205,7 +215,7 @@ class _Run:
         planner.require(found)
         return found
 
-    def _facts(self, rounds: int | None, found: Plan | None) -> Facts:
+    def _facts(self, rounds: int | None) -> Facts:
         """What the run depends on: written down before the first step, held against that later."""
         facts = facts_of(self.jobs, self.material, self.base, self.bank)
         known = [job.name for job in self.jobs if rounds is not None and (job.progress.step or job.over)]
@@ -215,11 +225,8 @@ class _Run:
                 self.screen.line(
                     f"changed since the run began: {', '.join(said)}; from here on its numbers may differ in the last bits"
                 )
-        if found is not None:
-            facts |= {"plan": found.figures(), "recompute": found.recompute}
-        if rounds is None:
-            seconds = None if found is None else found.seconds
-            facts["compile"] = worth_compiling(self.options.compile, seconds, next(self.base.model.parameters()).device)
+        else:
+            facts |= self._choices(facts)
         # A job alone takes its name from the folder; written down, it keeps it when the folder is moved.
         named = {"name": self.jobs[0].name} if self.files.single else {}
         replace_text(self.files.out / CONFIG, to_yaml(self.options.model_copy(update=named)))
@@ -326,15 +333,18 @@ def plan_lines(
         own = material[job.name]
         count = bank[job.name].num_parameters()
         tokens = round(job.steps * job.options.batch_size * own.report.tokens / max(1, own.report.examples))
+        what = f"{job.options.method} r={job.options.r} at {len(bank[job.name].tensors)} sites"
+        if job.options.method == FULL:
+            what = f"{len(bank[job.name].own)} layers trained whole"
         lines.append(
-            f"{job.name}: {job.options.method} r={job.options.r} at {len(bank[job.name].tensors)} sites, {count:,} trainable parameters "
+            f"{job.name}: {what}, {count:,} trainable parameters "
             f"({100 * count / total:.2f} % of the base), learning rate {job.peak:.2e}; {job.steps:,} steps of "
             f"{job.options.batch_size}, about {tokens:,} tokens"
         )
         if restored:
             lines.append(f"{job.name}: going on at step {job.progress.step} of {job.steps} ({job.state.value})")
-    if facts["share"]:
-        lines.append(f"rows of several jobs share passes of up to {facts['share']} tokens; longer pieces take turns")
+    if len(jobs) > 1:
+        lines.append(Sharing.recorded(facts).line())
     return lines
 
 

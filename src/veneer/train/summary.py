@@ -1,6 +1,7 @@
 """What came of several jobs, side by side: a table, and a picture of the final held-out loss against rank and learning rate.
 
-A job begins at the base exactly, so the loss of its first look is the base's.
+A job begins at the base exactly, so the loss of its first look is the base's: a dashed line. Full fine-tuning (``method: [lora, full]``)
+has no rank; the best of it is a dotted line.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from veneer.checkpoints.commit import replace_text
 if TYPE_CHECKING:
     from veneer.train.run import JobResult, RunResult
 
+FULL = "full"
 TABLE, PICTURE = "summary.json", "summary.svg"
 
 
@@ -46,7 +48,7 @@ def rows(result: RunResult) -> tuple[list[str], list[list[str]]]:
     found = []
     for job in jobs:
         best = min((loss for _, loss in job.losses if math.isfinite(loss)), default=math.inf)
-        values = [_shown(job.changes[key]) for key in keys]
+        values = ["-" if job.method == FULL and key == "r" else _shown(job.changes[key]) for key in keys]
         found.append([job.name, *values, job.state, str(job.steps), _loss(final_loss(job)), _loss(best)])
     base = base_loss(jobs)
     if base is not None:
@@ -83,7 +85,8 @@ def write(result: RunResult) -> list[Path]:
 
 def draw(result: RunResult, path: Path) -> bool:
     """Draw final held-out losses; returns whether there was anything to draw. Raises ImportError where matplotlib is not installed."""
-    jobs = [job for job in result.jobs.values() if math.isfinite(final_loss(job))]
+    every = [job for job in result.jobs.values() if math.isfinite(final_loss(job))]
+    jobs = [job for job in every if job.method != FULL]
     if not jobs:
         return False
     import matplotlib
@@ -107,7 +110,10 @@ def draw(result: RunResult, path: Path) -> bool:
             stopped = [(a, b) for a, b, job in zip(x, y, own, strict=True) if job.state != "finished"]
             for a, b in stopped:
                 axes.plot([a], [b], marker="o", markerfacecolor="white", color=line.get_color())
-    base = base_loss(jobs)
+    whole = min((final_loss(job) for job in every if job.method == FULL), default=None)
+    if whole is not None:
+        axes.axhline(whole, linestyle=":", color="black", label="full fine-tuning")
+    base = base_loss(every)
     if base is not None:
         axes.axhline(base, linestyle="--", color="grey", label="base")
     if across == "r":
