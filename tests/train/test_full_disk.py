@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from tests.train.killing import litter
 from tests.train.made import digest, options
 
 from veneer.checkpoints import run as state_files
-from veneer.checkpoints.commit import candidates, verified
+from veneer.checkpoints.commit import candidates, newest, verified
 from veneer.errors import VeneerError
 from veneer.models.load import Base
 from veneer.train import train
@@ -55,8 +56,13 @@ def attempt(wanted: dict[str, Any], base: Base, when: int) -> tuple[str, int, st
 
 
 def lasting(out: Path) -> dict[str, str]:
-    """Adapters and state; a line of figures that found no room is told, and missing."""
-    return {key: value for key, value in digest(out).items() if not key.startswith("metrics/")}
+    """Adapters, tensors and numbers; a line of figures that found no room is told, and missing, and that an adapter had to be written
+    again is remembered in the state."""
+    found = {key: value for key, value in digest(out).items() if key != "state" and not key.startswith("metrics/")}
+    last = newest(out / "checkpoints")
+    assert last is not None
+    jobs = json.loads((last / "state.json").read_text())["jobs"]
+    return {**found, **{name: json.dumps({**job, "saved": True}, sort_keys=True) for name, job in jobs.items()}}
 
 
 def full_at(place: Path, base: Base, folder: Path, every: int, first: int = 1) -> int:

@@ -30,7 +30,9 @@ def timed(monkeypatch: pytest.MonkeyPatch, seconds: dict[int, float]) -> None:
 
 def world_of(count: int, **others: Any) -> tuple[World, list[Any]]:
     world = World()
-    return world, [world.job(f"j{i}", rows=examples(9, seed=i), seed=i, steps=100, **others) for i in range(count)]
+    plain = {"steps": 100, **others}
+    rows = plain.pop("rows", None)
+    return world, [world.job(f"j{i}", rows=rows or examples(9, seed=i), seed=i, **plain) for i in range(count)]
 
 
 @pytest.mark.parametrize(
@@ -72,9 +74,7 @@ def test_what_is_asked_for_is_not_measured() -> None:
     assert choose(jobs[0].options, world.stepper, jobs[:1]).share == 0
     jobs[0].steps = jobs[1].steps = 5
     assert choose(jobs[0].options, world.stepper, jobs).reason == "not measured"
-    world, jobs = world_of(2, batch_size=1)
-    for job in jobs:
-        job.examples = examples(3, shortest=700, longest=700)
+    world, jobs = world_of(2, batch_size=1, rows=examples(3, shortest=700, longest=700))
     found = choose(jobs[0].options, world.stepper, jobs)
     assert found.share == 0 and "no two of their pieces" in found.reason
 

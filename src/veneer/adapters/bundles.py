@@ -111,6 +111,8 @@ def remember(
     if numbers is None:
         return
     drops = any(bank[name].method.lora_dropout for name in current.route.names)
+    if drops and _training(hosts[0], current):
+        return
     lead = None if current.route.uniform else tuple(x.shape[:-1])
     current.chart.calls[hosts[0].site.name] = Call(hosts, branches, numbers, weights, lead, x.dtype, drops)
 
@@ -122,6 +124,11 @@ def recall(host: HostForward, current: Pass, x: Tensor) -> Call | None:
         return None
     if call.lead is not None and call.lead != x.shape[:-1]:
         return None
-    if call.drops and (host.site.module.training if current.training is None else current.training):
+    if call.drops and _training(host, current):
         return None
     return call if states(current, host.bank) == call.states else None
+
+
+def _training(host: HostForward, current: Pass) -> bool:
+    """Whether adapters drop out here."""
+    return host.site.module.training if current.training is None else current.training

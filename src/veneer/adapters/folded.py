@@ -57,17 +57,19 @@ def generation(current: Pass, adapter: Adapter) -> int | None:
     known = current.generations.get(adapter.name, -1)
     if known != -1:
         return known
-    tensors: list[Tensor] = [
-        value for own in (*adapter.tensors.values(), *adapter.own.values()) for value in own.values()
-    ]
+    # Written as maps over builtins: with sixteen adapters there are thousands of tensors to look at in every step of decoding.
+    tables = (*adapter.tensors.values(), *adapter.own.values()) if adapter.own else adapter.tensors.values()
+    tensors: list[Tensor] = [value for own in tables for value in own.values()]
     found = None
-    if not any(map(_TRAINED, tensors)) and not any(map(Tensor.is_inference, tensors)):
-        # Written as maps over builtins: with sixteen adapters there are thousands of tensors to look at in every step of decoding.
-        marks = [list(map(id, tensors)), list(map(_VERSION, tensors)), list(map(Tensor.data_ptr, tensors))]
+    if not any(map(_TRAINED, tensors)):
+        try:
+            marks = [list(map(id, tensors)), list(map(_VERSION, tensors)), list(map(Tensor.data_ptr, tensors))]
+        except RuntimeError:  # made in inference mode, a tensor does not tell of changes
+            marks = []
         state = _states.get(adapter)
-        if state is None or state.marks != marks:
+        if marks and (state is None or state.marks != marks):
             state = _states[adapter] = _State(tensors, marks)
-        found = state.number
+        found = state.number if marks and state is not None else None
     current.generations[adapter.name] = found
     return found
 

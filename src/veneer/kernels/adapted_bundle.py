@@ -26,7 +26,7 @@ from veneer.kernels.adapted_parts import Backward, Factors, Gradients, Layer, Re
 __all__ = ["Bundle", "Grid", "Stack", "stack"]
 
 _FEW = 4
-"""Up to so many cells an adapter, x A^T is taken in the masters' own width: products of few rows are slow in narrow types."""
+"""Up to so many cells an adapter, products are taken in the masters' own width: those of few rows are slow in narrow types."""
 
 
 class Grid:
@@ -60,7 +60,7 @@ class Grid:
 
     @property
     def few(self) -> bool:
-        """Whether products with A are taken in the masters' own width."""
+        """Whether products are taken in the masters' own width."""
         return self.shape[1] <= _FEW
 
     def _weights(self, sizes: list[int], weights: Sequence[float | Tensor]) -> Tensor:
@@ -107,6 +107,7 @@ def stack(factors: Sequence[Sequence[Factors | None]], layers: Sequence[Layer], 
     if not grid.few:
         a_JRK = a_JRK.to(dtype)
     gains = [_stack_gain(column) for column in columns]
+    dtype = a_JRK.dtype
     bs = [_stack_b(c, layer, gain, dtype) for c, layer, gain in zip(columns, layers, gains, strict=True)]
     return Stack(present, a_JRK.transpose(1, 2).contiguous(), bs, gains)
 
@@ -194,10 +195,12 @@ class Bundle:
         """Add the low-rank products to the outputs. Keeps the banks and x A^T (times w)."""
         x_JnK = self.grid.take(x_NK)
         a_JKR = self.stacked.a_JKR
-        xa_JnR = self.grid.weighted(torch.bmm(x_JnK.to(a_JKR.dtype), a_JKR).to(x_NK.dtype))
+        xa_JnR = self.grid.weighted(torch.bmm(x_JnK.to(a_JKR.dtype), a_JKR))
         for h, b, xa in zip(self._present, self.stacked.b_JRO, self._columns(xa_JnR), strict=True):
-            self.grid.put_(y_NO[h], self.grid.take(y_NO[h]).baddbmm_(xa, b))
-        return [a_JKR, xa_JnR, *self.stacked.b_JRO]
+            y_JnO = self.grid.take(y_NO[h])
+            low = y_JnO.baddbmm_(xa, b) if y_JnO.dtype == b.dtype else y_JnO.add_(torch.bmm(xa, b))
+            self.grid.put_(y_NO[h], low)
+        return [a_JKR, xa_JnR.to(x_NK.dtype), *self.stacked.b_JRO]
 
     def _columns(self, t_JnR: Tensor) -> Sequence[Tensor]:
         return (t_JnR,) if len(self._ranks) == 1 else t_JnR.split(self._ranks, dim=2)
@@ -210,7 +213,10 @@ class Bundle:
         slopes = []
         for g, b, rank in zip(g_JnO, kept[2:], self._ranks, strict=True):
             assert b is not None
-            slopes.append(xa_JnR.new_zeros(*self.grid.shape, rank) if g is None else torch.bmm(g, b.transpose(1, 2)))
+            if g is None:
+                slopes.append(xa_JnR.new_zeros(*self.grid.shape, rank))
+            else:
+                slopes.append(torch.bmm(g.to(b.dtype), b.transpose(1, 2)).to(g.dtype))
         gb_JnR = self.grid.weighted(slopes[0] if len(slopes) == 1 else torch.cat(slopes, dim=2))
         if back.dx_NK is not None:
             self.grid.put_(

@@ -109,8 +109,9 @@ def _combinations(sweep: Mapping[str, Any], problems: Problems) -> list[dict[str
         variant = dict(zip(sweep, values, strict=True))
         if variant.get("method") == "full":  # which has no rank: once is enough
             variant = {key: value for key, value in variant.items() if key not in _LOW_RANK}
-        if variant not in found:
-            found.append(variant)
+            if variant in found:
+                continue
+        found.append(variant)
     return found
 
 

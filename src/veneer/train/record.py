@@ -147,6 +147,11 @@ class Recorder:
             self.checkpoint()
         return not self.stopped
 
+    def settle(self) -> None:
+        """No job runs any more: save what was asked for of jobs that stand still."""
+        if self._urgent:
+            self.checkpoint()
+
     # Saving
 
     def checkpoint(self) -> bool:

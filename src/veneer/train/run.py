@@ -171,7 +171,7 @@ class _Run:
             self.screen.line(line)
         for line in Plan.recorded(facts):
             self.screen.line(line)
-        if any(job.running for job in self.jobs):
+        if any(not job.over for job in self.jobs):  # paused ones too: somebody may have asked for a change of them
             self._train(recorder, facts)
         missing = recorder.finish()
         result = _result(self.files, self.jobs)
@@ -250,6 +250,7 @@ class _Run:
             with recomputed(self.base.model, recompute), faster:
                 recorder.faster = faster
                 trainer.run()
+            recorder.settle()
         finally:
             restore_signals()
             self.screen.clear()
