@@ -14,7 +14,7 @@ import pytest
 from tests.train.killing import litter
 from tests.train.made import digest, options
 
-from veneer.checkpoints import run as state_files
+from veneer.checkpoints import tensors as tensor_files
 from veneer.checkpoints.commit import candidates, newest, verified
 from veneer.errors import VeneerError
 from veneer.models.load import Base
@@ -30,7 +30,7 @@ class Disk:
         patch.setattr(Path, "open", self._wrapped(Path.open, lambda args: args[1:] and set(args[1]) & set("wa+x")))
         for owner, name in ((os, "fsync"), (Path, "mkdir"), (Path, "replace"), (Path, "rename")):
             patch.setattr(owner, name, self._wrapped(getattr(owner, name), lambda args: True))
-        patch.setattr(state_files, "save_file", self._wrapped(state_files.save_file, lambda args: True))
+        patch.setattr(tensor_files, "save_file", self._wrapped(tensor_files.save_file, lambda args: True))
 
     def _wrapped(self, real: Callable[..., Any], writes: Callable[[Any], Any]) -> Callable[..., Any]:
         def effect(*args: Any, **options: Any) -> Any:
