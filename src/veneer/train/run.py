@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -107,7 +107,7 @@ def train(
     with ExitStack() as stack:
         lock = stack.enter_context(Lock(out))
         begun = (out / CONFIG).is_file()
-        stack.callback(lambda: None if begun or (out / CONFIG).exists() else _leave_nothing(lock, out))
+        stack.callback(lambda: None if begun or (out / CONFIG).exists() else lock.leave_nothing(out / "metrics"))
         if begun and not fresh:
             jobs = _jobs_there(out, jobs)
         if options.threads is not None:
@@ -276,13 +276,6 @@ def _options(config: TrainOptions | Mapping[str, Any] | str | Path, overrides: M
     if isinstance(config, (str, Path)):
         return resolve(TrainOptions, config, flags=dict(overrides))[0]
     return TrainOptions(**{**config, **overrides})
-
-
-def _leave_nothing(lock: Lock, out: Path) -> None:
-    """A run that did not begin leaves no folder behind."""
-    with suppress(OSError):
-        (out / "metrics").rmdir()
-    lock.leave_nothing()
 
 
 def _jobs_there(out: Path, jobs: dict[str, TrainOptions]) -> dict[str, TrainOptions]:
