@@ -57,8 +57,7 @@ def main() -> None:
         cached(figures, "search", lambda: search(judge))
     for name in OPERATIONS if args.only is None else [args.only] if args.only in OPERATIONS else []:
         cached(figures, name, lambda name=name: operation(name, adapters, judge, figures))
-    if args.only is None:
-        write_page(json.loads(figures.read_text(encoding="utf-8")))
+    write_page(json.loads(figures.read_text(encoding="utf-8")))
 
 
 def train(work: Path, files: dict[str, dict[str, Path]], only: str | None) -> None:
@@ -143,54 +142,30 @@ def search(judge: Judge, budget: int = 24) -> dict[str, Any]:
 
 
 def write_page(figures: dict[str, Any]) -> None:
-    """Put the table where the page has it."""
-    base, single = figures["base"], {task: figures[task] for task in TASKS}
-    head = ["", *TASKS, "mean", "general text", "rank", "error"]
-    rows = [["base", *(f"{base[t]:.3f}" for t in TASKS), "", f"{base['general']:.3f}", "", ""]]
-    rows += [
-        [
-            f"its own adapter: {t}",
-            *(f"{single[t][u]:.3f}" for u in TASKS),
-            "",
-            f"{single[t]['general']:.3f}",
-            f"{RANK}",
-            "",
-        ]
-        for t in TASKS
-    ]
-    losses = _markdown(["held-out loss", *head[1:6]], [row[:6] for row in rows])
-    kept = []
-    for name, (title, _) in OPERATIONS.items():
-        own = figures[name]
-        shares = [(base[t] - own["losses"][t]) / (base[t] - single[t][t]) for t in TASKS]
-        kept.append(
-            [
-                title,
-                *(f"{s:.2f}" for s in shares),
-                f"{sum(shares) / 3:.2f}",
-                f"{own['losses']['general']:.3f}",
-                str(own["rank"]),
-                f"{own['error']:.1%}",
-            ]
-        )
-    own = figures["search"]
-    shares = [(own["base"][t] - own["losses"][t]) / (own["base"][t] - own["single"][t]) for t in TASKS]
-    weights = ", ".join(f"{w:g}" for w in own["weights"])
-    kept.append(
-        [
-            f"sum, weights searched ({weights})",
-            *(f"{s:.2f}" for s in shares),
-            f"{sum(shares) / 3:.2f}",
-            f"{own['losses']['general']:.3f}",
-            str(3 * RANK),
-            "0.0%",
-        ]
-    )
-    table = f"{losses}\n\n{_markdown(['retention', *head[1:]], kept)}"
+    """Put the tables where the page has them: of what has been judged so far."""
+    base, single = figures["base"], {task: figures[task][task] for task in TASKS}
+    rows = [[name, *(f"{figures[name][key]:.3f}" for key in (*TASKS, "general"))] for name in ("base", *TASKS)]
+    table = _markdown(["held-out loss of", *TASKS, "general text"], rows)
+    ends = {task: (base[task], single[task]) for task in TASKS}
+    kept = [_kept(OPERATIONS[name][0], ends, figures[name]) for name in OPERATIONS if name in figures]
+    if (own := figures.get("search")) is not None:
+        weights = ", ".join(f"{weight:g}" for weight in own["weights"])
+        seen = {task: (own["base"][task], own["single"][task]) for task in TASKS}
+        kept.append(_kept(f"sum, weights searched ({weights})", seen, {**own, "rank": 3 * RANK, "error": 0.0}))
+    if kept:
+        table += "\n\n" + _markdown(["retention", *TASKS, "mean", "general text", "rank", "error"], kept)
     text = PAGE.read_text(encoding="utf-8")
     made = re.sub(f"{re.escape(BEGIN)}.*?{re.escape(END)}", lambda _: f"{BEGIN}\n\n{table}\n\n{END}", text, flags=re.S)
     PAGE.write_text(made, encoding="utf-8")
     print(table)
+
+
+def _kept(title: str, ends: dict[str, tuple[float, float]], own: dict[str, Any]) -> list[str]:
+    """A row of the table of retention; ends: loss of the base and of the task's own adapter."""
+    shares = [(base - own["losses"][task]) / (base - single) for task, (base, single) in ends.items()]
+    mean = sum(shares) / len(shares)
+    numbers = [f"{own['losses']['general']:.3f}", str(own["rank"]), f"{own['error']:.1%}"]
+    return [title, *(f"{share:.2f}" for share in shares), f"{mean:.2f}", *numbers]
 
 
 def _markdown(header: list[str], rows: list[list[str]]) -> str:
