@@ -89,7 +89,7 @@ def test_a_run_is_used_by_its_folder(run: Run, monkeypatch: pytest.MonkeyPatch) 
     [
         ("train", 2, "data names no file of examples: veneer train ROWS.jsonl"),
         ("train none.jsonl --base base --out x", 2, "there is no file none.jsonl"),
-        ("train holds --base base --out x", 2, "holds is a folder; name the files in it"),
+        ("train holds --base base --out x", 1, "holds: expected a file train.jsonl"),
         ("train broken.jsonl --base base --out x", 1, "broken.jsonl:2: not valid JSON"),
         ("train unasked.jsonl --base base --out x", 1, "unasked.jsonl:1: messages: nothing to learn"),
         ("train nothing.jsonl --base base --out x", 1, "nothing.jsonl:1: completion: expected text"),

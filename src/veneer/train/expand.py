@@ -146,7 +146,4 @@ def _check_files(jobs: Mapping[str, TrainOptions], problems: Problems) -> None:
                 if not path.is_file() and not path.is_dir():
                     missing.setdefault(path, f'job "{name}": {key}' if several else key)
     for path, place in missing.items():
-        if path.is_dir():
-            problems.add(f"{place}: {path} is a folder; name the files in it")
-        else:
-            problems.add(f"{place}: there is no file {path}{near_file(path)}")
+        problems.add(f"{place}: there is no file {path}{near_file(path)}")
