@@ -137,6 +137,9 @@ class _Quiet:
     def stepped(self, job: Job, figures: dict[str, float]) -> None:
         """Nothing."""
 
+    def judging(self, job: Job, done: int, total: int) -> None:
+        """Nothing."""
+
     def evaluated(self, job: Job, loss: float, *, best: bool) -> None:
         """Nothing."""
 
