@@ -79,13 +79,23 @@ def test_jobs_that_cannot_be_are_told(change: dict[str, Any], says: str) -> None
 def test_a_job_without_data_is_told_with_its_name(tmp_path: Path) -> None:
     """A job that names no file, and one whose file is not there, are told before a base is loaded; all at once."""
     (tmp_path / "a.jsonl").write_text("{}\n")
-    with pytest.raises(ConfigError, match="data names no file"):
+    with pytest.raises(ConfigError, match=r"jobs\[1\]: data names no file"):
         expand(TrainOptions(jobs=[{"name": "a", "data": [str(tmp_path / "a.jsonl")]}, {"name": "b"}]))
     jobs = [{"name": "a", "data": ["none.jsonl"]}, {"name": "b", "data": ["nor.jsonl"]}]
     with pytest.raises(
         ConfigError, match=r'(?s)job "a": data: there is no file none.jsonl.*job "b": data: there is no'
     ):
         expand(TrainOptions(jobs=jobs))
+
+
+def test_all_that_is_wrong_with_jobs_is_told_at_once() -> None:
+    """A bad name, a twin and a job without examples are three lines of one error."""
+    jobs = [{"name": "../x", "data": ["a"]}, {"name": "a", "data": ["a"]}, {"name": "A", "data": ["a"]}, {"name": "c"}]
+    with pytest.raises(ConfigError) as caught:
+        expand(TrainOptions(jobs=jobs), files=False)
+    said = str(caught.value)
+    for part in ("jobs[0]: name", 'jobs[2]: the name "A" is taken', "jobs[3]: data names no file"):
+        assert part in said
 
 
 def test_bad_jobs_leave_nothing_behind(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -234,7 +234,7 @@ class TrainOptions(RunOptions, StepOptions, ContinualOptions, AdapterOptions, Da
             raise ValueError("steps and epochs are both given; give the one that is meant")
         if self.valid and self.valid_fraction:
             raise ValueError("valid and valid_fraction are both given; give the one that is meant")
-        if not self.data and not (self.jobs and all(job.get("data") for job in self.jobs)):
+        if not self.data and not self.jobs:  # each job's own is looked at when the jobs are made
             raise ValueError(
                 "data names no file of examples: veneer train ROWS.jsonl, or a line data: ROWS.jsonl in a file of options"
             )

@@ -112,11 +112,10 @@ def _several(configs: list[Path], sets: list[str], flags: dict[str, Any]) -> tup
         problems.add("several files make one run; name its folder with --out")
     problems.raise_if_any(ConfigError, "the files do not go together")
     common = {key: getattr(found[first], key) for key in SHARED}
-    jobs = [
-        {
-            **{key: value for key, value in plain(options).items() if key not in SHARED},
-            "name": options.name or path.stem,
-        }
-        for path, options in found.items()
-    ]
+    usual = {key: field.default for key, field in TrainOptions.model_fields.items()}
+    jobs = []
+    for path, options in found.items():
+        own = plain(options)
+        said = {key: own[key] for key in own if key not in SHARED and getattr(options, key) != usual[key]}
+        jobs.append({**said, "name": options.name or path.stem})
     return TrainOptions(**{**common, "jobs": jobs}), {"jobs": ", ".join(map(str, configs))}

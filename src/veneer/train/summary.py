@@ -48,7 +48,7 @@ def rows(result: RunResult) -> tuple[list[str], list[list[str]]]:
     found = []
     for job in jobs:
         best = min((loss for _, loss in job.losses if math.isfinite(loss)), default=math.inf)
-        values = ["-" if job.method == FULL and key == "r" else _shown(job.changes[key]) for key in keys]
+        values = [_cell(job, key) for key in keys]
         found.append([job.name, *values, job.state, str(job.steps), _loss(final_loss(job)), _loss(best)])
     base = base_loss(jobs)
     if base is not None:
@@ -129,8 +129,16 @@ def draw(result: RunResult, path: Path) -> bool:
     return True
 
 
+def _cell(job: JobResult, key: str) -> str:
+    """An option of a job in the table: the rate that was found where none was given, and no rank where there is none."""
+    if key == "r" and job.method == FULL:
+        return "-"
+    value = job.learning_rate if key == "learning_rate" else job.changes[key]
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else _shown(value)
+
+
 def _shown(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else ("-" if value is None else str(value))
+    return f"{value:.3g}" if isinstance(value, float) else ("-" if value is None else str(value))
 
 
 def _loss(value: float) -> str:
