@@ -41,6 +41,9 @@ class Listener:
     def evaluated(self, job: Job, loss: float, *, best: bool) -> None:
         """Nothing is judged."""
 
+    def judging(self, job: Job, done: int, total: int) -> None:
+        """Nobody watches."""
+
     def changed(self, job: Job) -> None:
         """Nothing changes."""
 
