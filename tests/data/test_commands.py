@@ -53,6 +53,15 @@ def test_check_ends_with_one_for_an_unusable_row(run: Run) -> None:
     assert code == 1 and json.loads(out)["bad_rows"]["count"] == 1
 
 
+def test_check_judges_lengths_by_the_base(run: Run) -> None:
+    """Without a length of its own the check takes the base's context, as training does, and counts what is behind it."""
+    Path("rows.jsonl").write_text(GOOD + GOOD.replace("answer", "answer " * 400), encoding="utf-8")
+    code, out, _ = run("check", "rows.jsonl", "--json")
+    report = json.loads(out)
+    assert (code, report["max_length"], report["truncated_rows"]) == (0, 256, 1)
+    assert report["lost_trained_tokens"] > 100
+
+
 def test_check_compares_with_held_out_rows(run: Run, tmp_path: Path) -> None:
     """Held-out rows come from a flag or from a folder's valid file."""
     for name in ("train", "valid"):

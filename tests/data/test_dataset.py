@@ -15,7 +15,7 @@ from tests.data.families import tokenizer_of
 from veneer.data import dataset
 from veneer.data.check import CheckReport, check_files
 from veneer.data.check_text import FINDINGS, check_lines
-from veneer.data.dataset import Examples, load_examples
+from veneer.data.dataset import Examples, Selected, load_examples
 from veneer.data.example import Example
 from veneer.data.hashing import data_hash, file_hash, template_hash
 from veneer.data.notes import NOTES
@@ -136,6 +136,16 @@ def test_examples_larger_than_memory_go_to_a_file(monkeypatch: pytest.MonkeyPatc
 
 
 # --- hashes -----------------------------------------------------------------------------------------------------------
+
+
+def test_selected_examples_are_those_of_the_whole(tmp_path: Path) -> None:
+    """A part of the examples by their numbers: the same examples and lengths, one by one and in slices."""
+    examples = Examples([Example((1,) * n, (1.0,) * n, f"a:{n}") for n in range(1, 7)])
+    part = Selected(examples, (4, 0, 5))
+    assert [len(part), part.lengths] == [3, [5, 1, 6]]
+    assert part[1] == examples[0] and part[-1] == examples[5] and part[1:] == [examples[0], examples[5]]
+    with pytest.raises(IndexError):
+        part[3]
 
 
 def test_the_data_s_hash_is_of_what_is_learnt(tmp_path: Path) -> None:

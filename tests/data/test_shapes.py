@@ -134,6 +134,11 @@ def test_the_shape_is_stated_with_its_reason(tmp_path: Path) -> None:
         ({"mr": "a", "ref": "b"}, {}, "--columns prompt=mr,completion=ref"),
         ({"x": "a", "y": "b"}, {}, "If x asks and y answers"),
         ({"body": "a"}, {}, "--columns text=body"),
+        (
+            {"prompt": "a", "chosen": "b", "rejected": "c"},
+            {},
+            "to learn the chosen answers alone, give --columns completion=chosen",
+        ),
         ({"message": []}, {}, "--columns messages=message"),
         ({"x": "a"}, {"columns": {"text": "y"}}, "no column 'y'"),
         ({"question": "a"}, {"columns": {"text": "qestion"}}, "did you mean text=question"),

@@ -15,7 +15,6 @@ Boundary: rows are checked already (``shapes.py``), batches are made elsewhere (
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from itertools import islice
 from typing import Any
 
 from ..errors import DataError
@@ -26,6 +25,8 @@ from .template import Conversation, Template, reserved_fault, template_source
 from .turns import Draft, Turns
 
 __all__ = ["RenderOptions", "Rendered", "Renderer"]
+
+_LETTERS = 1 << 18  # of rows that are rendered together
 
 
 class Renderer:
@@ -70,8 +71,7 @@ class Renderer:
 
         What was bad before passes through, with None for its row.
         """
-        waiting = iter(rows)
-        while block := list(islice(waiting, chunk)):
+        for block in _blocks(rows, chunk):
             yield from self._render_block(block)
 
     def _render_block(self, rows: list[Row | Bad]) -> list[tuple[Row, list[Rendered]] | tuple[Row | None, Bad]]:
@@ -222,6 +222,22 @@ class Renderer:
             [*[0] * n, *starts, *[len(text)] * len(behind)],
             [*[0] * n, *ends, *[len(text)] * len(behind)],
         )
+
+
+def _blocks(rows: Iterable[Row | Bad], most: int) -> Iterator[list[Row | Bad]]:
+    """Rows in their order, at most so many together, and fewer of long ones: a token takes a hundred bytes while it is worked on."""
+    block: list[Row | Bad] = []
+    letters = 0
+    for row in rows:
+        block.append(row)
+        if isinstance(row, Row):
+            spoken = sum(len(str(message.get("content") or "")) for message in row.messages)
+            letters += len(row.text) + len(row.prompt) + len(row.completion) + spoken
+        if len(block) >= most or letters >= _LETTERS:
+            yield block
+            block, letters = [], 0
+    if block:
+        yield block
 
 
 def _frame(tokenizer: Any, encoder: Encoder) -> tuple[list[int], int | None]:

@@ -318,8 +318,9 @@ def plan_lines(
         own = material[names[0]]
         who = "" if len(shared) == 1 else f"{', '.join(names)}: "
         lines += [f"{who}{line}" for line in own.report.stated]
+        many = "" if len(own.train) == 1 else "s"
         lines.append(
-            f"{who}{len(own.train):,} examples ({own.report.trained:,} of {own.report.tokens:,} tokens trained), "
+            f"{who}{len(own.train):,} example{many} ({own.report.trained:,} of {own.report.tokens:,} tokens trained), "
             f"{len(own.held_out):,} held out"
         )
         lines += [f"{who}note: {line}" for line in own.remarks]
