@@ -140,7 +140,7 @@ def test_examples_larger_than_memory_go_to_a_file(monkeypatch: pytest.MonkeyPatc
 
 def test_selected_examples_are_those_of_the_whole(tmp_path: Path) -> None:
     """A part of the examples by their numbers: the same examples and lengths, one by one and in slices."""
-    examples = Examples([Example((1,) * n, (1.0,) * n, f"a:{n}") for n in range(1, 7)])
+    examples = Examples([Example((1,) * n, (0.0, *(1.0,) * (n - 1)), f"a:{n}") for n in range(1, 7)])
     part = Selected(examples, (4, 0, 5))
     assert [len(part), part.lengths] == [3, [5, 1, 6]]
     assert part[1] == examples[0] and part[-1] == examples[5] and part[1:] == [examples[0], examples[5]]
