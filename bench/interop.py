@@ -39,7 +39,6 @@ CASES = {
         ("llama", "dora"),
         ("llama", "embedding"),
         ("phi3", "lora"),
-        ("gpt_neox", "lora"),
         ("olmo2", "lora"),
     ),
     "litgpt": (
