@@ -24,8 +24,8 @@ def main(base: Path, out: Path, arch: str, kind: str) -> None:
     torch.manual_seed(1)
     lora: dict[str, Any] = {"lora_r": 4, "lora_alpha": 12, "lora_dropout": 0.05}
     lora |= {f"lora_{part}": part in WHICH[kind] for part in WHICH["all"]}
-    if arch == "real":
-        lora["lora_head"] = False  # tied to the embedding, which LitGPT trains apart
+    if arch in ("real", "gpt_neox"):
+        lora["lora_head"] = False  # tied to the embedding, which LitGPT trains apart; named otherwise in GPT-NeoX files
     given = json.loads((base / "config.json").read_text())
     model = GPT(Config(**settings(given, arch), **lora)).eval()
     model.load_state_dict(weights(base, model.config, arch), strict=False)

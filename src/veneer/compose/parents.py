@@ -153,6 +153,8 @@ def base_records(adapter: Adapter) -> dict[str, dict[str, Any]]:
 def records_of(base: Skeleton, sites: Iterable[str]) -> dict[str, dict[str, Any]]:
     """What a receipt says of base weights, from the files alone: fingerprint, dtype and sketch by site."""
     names = {site: f"{site}.weight" for site in sites}
+    for site in names:
+        base.key(site)  # a name that the files do not have is told before a hash is asked of a weight that is nowhere
     files = Base(base.model, None, str(base.folder.path), base.folder.path, torch.float32)
     hashes = weight_fingerprints(files, names.values())
     found = {}

@@ -52,7 +52,7 @@ class Skeleton:
         if found is None:
             raise ComposeError(
                 f"{self.folder.path} has no tensor for {site} (looked for {site}.weight): its files name the weights otherwise "
-                "than the model does; save the base once with save_pretrained and use that folder"
+                "than the model does; leave this layer out of the adapter, or use a base whose files have the model's names"
             )
         return found
 
