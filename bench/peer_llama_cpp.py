@@ -1,4 +1,4 @@
-"""llama.cpp's side of bench/llama_cpp.py; run by an interpreter that has llama-cpp-python: BASE.gguf ADAPTER.gguf IDS.json OUT.npy."""
+"""llama.cpp's side of beside_llama_cpp.py; run by an interpreter that has llama-cpp-python: BASE.gguf ADAPTER.gguf IDS.json OUT.npy."""
 
 from __future__ import annotations
 

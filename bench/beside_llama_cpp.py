@@ -1,6 +1,6 @@
 """Exported GGUF adapters in llama.cpp beside our own forward: the most likely token at every position of a text.
 
-    python -m bench.llama_cpp --python PYTHON [--work runs/llama-cpp]
+    python -m bench.beside_llama_cpp --python PYTHON [--work runs/llama-cpp]
 
 PYTHON is the interpreter of an environment with llama-cpp-python (``pip install llama-cpp-python``; it builds with cmake and a compiler).
 The base is the embedded model, dequantised into an fp32 GGUF file so that both sides have the same numbers; adapters are LoRA, rsLoRA,
