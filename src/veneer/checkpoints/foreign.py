@@ -45,6 +45,11 @@ def program_of(path: Path) -> str:
 
     Raises CheckpointError for anything else, with what to do about it.
     """
+    if not path.is_dir():
+        what = "is not a folder" if path.exists() else "does not exist"
+        raise CheckpointError(
+            f"{path} {what}; expected the folder of an adapter by mlx-lm ({MLX}) or LitGPT ({LITGPT})"
+        )
     with Folder(path) as folder:
         names = folder.names
     if MLX in names:
