@@ -1,0 +1,84 @@
+// Vectors of 16 floats, written with the compiler's own vector types: one source for AVX-512, AVX2 and NEON.
+//
+// Numbers are computed with in fp32 and stored as fp32 or bf16. Where the processor multiplies pairs of bf16 (AVX512-BF16), kernels
+// have a second form, under VENEER_PAIRS.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+#define VENEER_PAIRS 1
+#endif
+
+struct bf16 {
+    uint16_t bits;
+};
+
+typedef float vf __attribute__((vector_size(64)));
+typedef uint32_t vu __attribute__((vector_size(64)));
+typedef uint16_t vh __attribute__((vector_size(32)));
+constexpr long LANES = 16;
+
+static inline vf zero() { return vf{}; }
+static inline vf all(float x) { return x - vf{}; }
+
+static inline vf load(const float* p) {
+    vf v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+static inline void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
+
+static inline vf load(const bf16* p) {
+    vh h;
+    std::memcpy(&h, p, sizeof h);
+    return (vf)(__builtin_convertvector(h, vu) << 16);
+}
+static inline void store(bf16* p, vf v) {
+#if defined(VENEER_PAIRS)
+    __m256bh h = _mm512_cvtneps_pbh((__m512)v);
+    std::memcpy(p, &h, sizeof h);
+#else
+    vu u = (vu)v;  // to the nearest, halves to even; NaN stays NaN
+    vu rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+    vu nan = (vu)(v != v);
+    vh h = __builtin_convertvector((rounded & ~nan) | (((u >> 16) | 0x40u) & nan), vh);
+    std::memcpy(p, &h, sizeof h);
+#endif
+}
+
+static inline float to_float(float x) { return x; }
+static inline float to_float(bf16 x) {
+    uint32_t u = (uint32_t)x.bits << 16;
+    float f;
+    std::memcpy(&f, &u, 4);
+    return f;
+}
+static inline void set(float* p, float x) { *p = x; }
+static inline void set(bf16* p, float x) {
+    uint32_t u;
+    std::memcpy(&u, &x, 4);
+    p->bits = x != x ? (uint16_t)((u >> 16) | 0x40u) : (uint16_t)((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
+}
+
+// Lane i of the result is the sum of v[i]'s lanes.
+static inline vf sums(const vf* v) {
+    vf a[8], b[4], c[2];
+    for (int i = 0; i < 8; i++) {
+        vf x = v[i], y = v[i + 8];
+        a[i] = __builtin_shufflevector(x, y, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+               __builtin_shufflevector(x, y, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    }
+    for (int i = 0; i < 4; i++)
+        b[i] = __builtin_shufflevector(a[i], a[i + 4], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
+               __builtin_shufflevector(a[i], a[i + 4], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+    for (int i = 0; i < 2; i++)
+        c[i] = __builtin_shufflevector(b[i], b[i + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+               __builtin_shufflevector(b[i], b[i + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+    return __builtin_shufflevector(c[0], c[1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
+           __builtin_shufflevector(c[0], c[1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+}
