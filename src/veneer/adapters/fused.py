@@ -24,7 +24,19 @@ from veneer.adapters.folded import generation, keep
 from veneer.adapters.methods import Method
 from veneer.adapters.passes import Pass
 from veneer.adapters.replay import Ready
-from veneer.kernels.adapted_linear import Branch, Bundle, Factors, Grid, Layer, Share, adapted_linear, stack
+from veneer.kernels.adapted_linear import (
+    Branch,
+    Bundle,
+    Factors,
+    Grid,
+    Layer,
+    Native,
+    Run,
+    Share,
+    adapted_linear,
+    fits,
+    stack,
+)
 
 if TYPE_CHECKING:
     from veneer.adapters.adapter import Adapter
@@ -43,9 +55,10 @@ def fused(host: HostForward, current: Pass, parts: list[Part], x: Tensor) -> Ten
         return found
     hosts = [host, *_siblings(host, current, parts, x)]
     layers = [_layer(each) for each in hosts]
-    branches = [
+    branches, left = _native(hosts, layers, current, parts)
+    branches += [
         branch
-        for number, (group, grid) in enumerate(plan(host, current, parts))
+        for number, (group, grid) in enumerate(plan(host, current, left) if left else ())
         for branch in _branches(hosts, layers, current, group, grid, number)
     ]
     remember(hosts, current, x, branches, _marks(layers))
@@ -93,6 +106,30 @@ def _run(hosts: list[HostForward], layers: list[Layer], branches: list[Branch], 
 def _marks(layers: list[Layer]) -> tuple[object, ...]:
     """What changes when a weight does."""
     return tuple((w.dtype, w.data_ptr(), -1 if w.is_inference() else w._version) for w, _ in layers)
+
+
+def _native(
+    hosts: list[HostForward], layers: list[Layer], current: Pass, parts: list[Part]
+) -> tuple[list[Branch], list[Part]]:
+    """Adapters that kernels in C++ can take, as one branch where they share no cell, and the parts that are left."""
+    if not fits(layers):
+        return [], parts
+    bank, spans = hosts[0].bank, current.chart.spans
+    runs: list[Run] = []
+    left: list[Part] = []
+    for part in parts:
+        name, rows, weight = part
+        adapter = bank[name]
+        where = None if rows is None else spans.get(id(rows))
+        if (rows is None) == (where is None) and (torch.is_grad_enabled() or generation(current, adapter) is None):
+            factors = [_factors(each, current, adapter) for each in hosts]
+            if fits(layers, factors):
+                runs.append((where, weight, factors))
+                continue
+        left.append(part)
+    if not runs:
+        return [], left
+    return [Native(runs)] if current.chart.apart else [Native([run]) for run in runs], left
 
 
 def _branches(

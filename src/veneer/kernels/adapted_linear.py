@@ -7,10 +7,10 @@ act on some of the cells (rows, tokens) with weight w_tj:
     backward    dx  = sum_h (C g_h) W_h + sum_j G_j [A_1j; A_2j; ...],       G_j = w_j [g_1 (s S B)_1j | g_2 (s S B)_2j | ...]
 
 with S = m / norm for DoRA and 1 for LoRA, C = S on the cells of a DoRA adapter and 1 elsewhere; gradients of A, B and m stand where they
-are taken (`adapted_share`, `adapted_bundle`). What autograd would do in many passes over [cells, out] happens inside the matrix
-products: the low-rank branch is added into the base product in place, the gradients of x from all layers land in one buffer, and the
-products with A are taken for all layers at once. Kept for backward: x, once; x A^T, which costs less to keep ([cells, rank]) than to
-compute again; and for DoRA the output. Without its bias that is z S, so that m's gradient needs no second base product. The base
+are taken (`adapted_share`, `adapted_bundle`, `adapted_native`). What autograd would do in many passes over [cells, out] happens inside
+the matrix products: the low-rank branch is added into the base product in place, the gradients of x from all layers land in one buffer,
+and the products with A are taken for all layers at once. Kept for backward: x, once; x A^T, which costs less to keep ([cells, rank])
+than to compute again; and for DoRA the output. Without its bias that is z S, so that m's gradient needs no second base product. The base
 product takes the bias along and C acts as y + (C - 1) (y - b), so that C = 1 changes no bit. Where W has fewer columns than there
 are cells, S multiplies W's rows (a temporary) and not the outputs.
 
@@ -30,11 +30,26 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from veneer.kernels.adapted_bundle import Bundle, Grid, Stack, stack
+from veneer.kernels.adapted_native import Native, Run, fits
 from veneer.kernels.adapted_parts import Backward, Branch, Factors, Folded, Layer
 from veneer.kernels.adapted_share import Share
 from veneer.kernels.gain import scale_rows
 
-__all__ = ["Branch", "Bundle", "Factors", "Folded", "Grid", "Layer", "Share", "Stack", "adapted_linear", "stack"]
+__all__ = [
+    "Branch",
+    "Bundle",
+    "Factors",
+    "Folded",
+    "Grid",
+    "Layer",
+    "Native",
+    "Run",
+    "Share",
+    "Stack",
+    "adapted_linear",
+    "fits",
+    "stack",
+]
 
 
 def adapted_linear(x: Tensor, layers: Sequence[Layer], branches: Sequence[Branch]) -> tuple[Tensor, ...]:

@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from veneer.kernels.gain import column_dots
+from veneer.kernels.gain import column_dots, regain
 
 Rows = Tensor | slice | None
 Layer = tuple[Tensor, Tensor | None]
@@ -125,8 +125,18 @@ def put_(t_N: Tensor, rows: Rows, part: Tensor) -> None:
         t_N.index_copy_(0, rows, part)
 
 
+def regain_cells_(t_NO: Tensor, rows: Rows, gain_O: Tensor, bias_O: Tensor | None) -> None:
+    """S (t - b) + b on an adapter's cells, in place."""
+    part = take(t_NO, rows)
+    if bias_O is None:
+        regain(part, gain_O, out=part)
+    else:
+        part.addcmul_(part - bias_O, (gain_O - 1).to(part.dtype))
+    put_(t_NO, rows, part)
+
+
 class Reduction(NamedTuple):
-    """What one magnitude's gradient is made from: its layer, factors and S, and g, y, x, x A^T on its adapter's cells."""
+    """What one magnitude's gradient is made from: its layer, factors and S, and g, y, x, x A^T (None: not kept) on its adapter's cells."""
 
     layer: Layer
     factors: Factors
@@ -134,7 +144,7 @@ class Reduction(NamedTuple):
     g_nO: Tensor
     y_nO: Tensor
     x_nK: Tensor
-    xa_nR: Tensor
+    xa_nR: Tensor | None
 
 
 def magnitude_gradients(parts: Sequence[Reduction]) -> list[Tensor]:
@@ -160,6 +170,8 @@ def _weak_gradients(part: Reduction, weak: Tensor) -> Tensor:
     """Where m is zero it took z with it: these few outputs are computed again."""
     f, weight = part.factors, part.layer[0]
     assert f.norm is not None
-    z = part.x_nK @ weight[weak].T + part.xa_nR @ (f.b.detach()[weak] * f.scale).to(part.x_nK.dtype).T
+    x = part.x_nK
+    xa = x @ f.a.detach().to(x.dtype).T if part.xa_nR is None else part.xa_nR
+    z = x @ weight[weak].T + xa @ (f.b.detach()[weak] * f.scale).to(x.dtype).T
     norm = f.norm[weak].clamp_min(torch.finfo(f.norm.dtype).tiny)
     return column_dots([(part.g_nO[:, weak], z, None)])[0].to(norm.dtype) / norm

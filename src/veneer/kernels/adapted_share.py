@@ -15,9 +15,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from veneer.kernels.adapted_parts import Backward, Factors, Gradients, Reduction, Rows, magnitude_gradients, put_, take
+from veneer.kernels.adapted_parts import (
+    Backward,
+    Factors,
+    Gradients,
+    Reduction,
+    Rows,
+    magnitude_gradients,
+    put_,
+    regain_cells_,
+    take,
+)
 from veneer.kernels.dropout import dropped, zero_
-from veneer.kernels.gain import regain
 
 __all__ = ["Share"]
 
@@ -48,15 +57,8 @@ class Share:
 
     def regain_(self, h: int, t_NO: Tensor, bias_O: Tensor | None) -> None:
         """S (t - b) + b on the adapter's cells, in place."""
-        gain = self._gains.get(h)
-        if gain is None:
-            return
-        part = take(t_NO, self.rows)
-        if bias_O is None:
-            regain(part, gain, out=part)
-        else:
-            part.addcmul_(part - bias_O, (gain - 1).to(part.dtype))
-        put_(t_NO, self.rows, part)
+        if (gain := self._gains.get(h)) is not None:
+            regain_cells_(t_NO, self.rows, gain, bias_O)
 
     def run_(self, x_NK: Tensor, y_NO: Sequence[Tensor]) -> list[Tensor | None]:
         """Add the low-rank products to the outputs. Keeps A of all layers, x A^T (times w), and per layer s S B and the dropped places."""

@@ -1,8 +1,9 @@
-// Products with the few rows of adapters' factors; low_rank.py has the formulas.
+// Low-rank branches of several adapters at the layers that read one input; low_rank.py has the formulas.
 //
-// A call takes layers h that read the same x [N, K]. Ranks are padded with zeros to multiples of 8 and stand behind each other: R columns in
-// all, of which layer h has those from at[h] on. Tokens are cut into chunks, the same whatever the number of threads, and
-// sums over tokens are taken chunk by chunk and then over chunks in their order: results do not depend on the threads.
+// A part is one adapter on a run of tokens. It takes layers h that read the same x [N, K]. Ranks are padded with zeros to multiples of 8
+// and stand behind each other: R columns in all, of which layer h has those from at[h] on. In backward a part's tokens are cut into
+// chunks, the same whatever the number of threads, and sums over tokens are taken chunk by chunk and then over chunks in their order: no
+// result depends on the threads, or on the other parts.
 #include <algorithm>
 #include <memory>
 
@@ -10,10 +11,10 @@
 
 namespace {
 
-constexpr long UNIT = 8;    // ranks are padded to it
-constexpr long ROWS = 64;   // tokens taken together: their inputs and gradients fit the second-level cache
-constexpr long CHUNK = 256; // tokens of a chunk
-constexpr long CHUNKS = 32; // chunks, at most
+constexpr long UNIT = 8;     // ranks are padded to it
+constexpr long ROWS = 64;    // tokens taken together: their inputs and gradients fit the second-level cache
+constexpr long CHUNK = 256;  // tokens of a chunk in a long part
+constexpr long CHUNKS = 32;  // chunks, at most
 
 struct Layer {
     long width;         // O
@@ -22,7 +23,23 @@ struct Layer {
     const float* a;     // [rank, K]
     const float* b;     // [O, rank]
     const float* gain;  // [O] or null
+    void* y;            // forward: the outputs [N, O]; backward: their gradients, or null
+    float* da;          // [rank, K] or null
+    float* db;          // [O, rank] or null
     float scale;
+};
+
+struct Part {
+    long rows;             // N
+    long columns;          // R
+    long layers;           // how many
+    Layer* layer;
+    const void* x;         // [N, K], or null where no factor is trained
+    void* memory;          // the packed factors, 2 R (K + O) numbers in all
+    void* u;               // [N, R]
+    void* dx;              // [N, K] or null
+    const float* weights;  // [N] or null
+    float weight;
 };
 
 // ---- fp32, and bf16 on processors that do not multiply it: rows [R, X], computed with in fp32 ----------------------------------
@@ -187,42 +204,35 @@ template <> struct Packed<bf16> : Rows<bf16> {
 #endif
 
 long padded(long rank) { return (rank + UNIT - 1) / UNIT * UNIT; }
+
 long chunks_of(long N) {
+    if (N <= ROWS) return 1;
     long chunks = (N + CHUNK - 1) / CHUNK;
-    return chunks < 1 ? 1 : chunks > CHUNKS ? CHUNKS : chunks;
+    return std::min(chunks + chunks % 2, CHUNKS);  // even, for two threads
 }
 
-// Where the packed factors of a call stand: A of all layers, then B of each.
+// Where the packed factors of a part stand: A of all layers as one [R, K], then B of each.
 template <class T> struct Bank {
     T* a;
     std::vector<T*> b;
-    long R = 0;
-    Bank(T* memory, const Layer* layers, int H, long K) : a(memory) {
-        for (int h = 0; h < H; h++) R += padded(layers[h].rank);
-        T* p = memory + 2 * R * K;
-        for (int h = 0; h < H; h++) {
+    Bank(const Part& part, long K) : a((T*)part.memory) {
+        T* p = a + 2 * part.columns * K;
+        for (long h = 0; h < part.layers; h++) {
             b.push_back(p);
-            p += 2 * padded(layers[h].rank) * layers[h].width;
+            p += 2 * padded(part.layer[h].rank) * part.layer[h].width;
         }
     }
 };
 
-template <class T> void fold(T* memory, const Layer* layers, int H, long K, int threads) {
-    Bank<T> bank(memory, layers, H, K);
-    // A stands as one [R, K]; pairs of rows never cross two layers.
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int i = 0; i < 2 * H; i++) {
-        const Layer& l = layers[i / 2];
-        long P = padded(l.rank);
-        if (i % 2) {
-            Packed<T>::pack(bank.b[i / 2], l.b, 1, l.rank, l.rank, P, l.width, l.gain, l.scale);
-        } else {
-            std::vector<T> own(2 * P * K);
-            Packed<T>::pack(own.data(), l.a, K, 1, l.rank, P, K, nullptr, 1.0f);
-            std::memcpy(bank.a + l.at * K, own.data(), P * K * sizeof(T));
-            std::memcpy(bank.a + (bank.R + l.at) * K, own.data() + P * K, P * K * sizeof(T));
-        }
-    }
+template <class T> void fold(const Part& part, long K, long h, bool is_a) {
+    Bank<T> bank(part, K);
+    const Layer& l = part.layer[h];
+    long P = padded(l.rank);
+    if (!is_a) return Packed<T>::pack(bank.b[h], l.b, 1, l.rank, l.rank, P, l.width, l.gain, l.scale);
+    std::vector<T> own(2 * P * K);  // pairs of rows never cross two layers
+    Packed<T>::pack(own.data(), l.a, K, 1, l.rank, P, K, nullptr, 1.0f);
+    std::memcpy(bank.a + l.at * K, own.data(), P * K * sizeof(T));
+    std::memcpy(bank.a + (part.columns + l.at) * K, own.data() + P * K, P * K * sizeof(T));
 }
 
 template <class T> void round_rows(const float* from, T* to, long rows, long R, const float* weights, float weight) {
@@ -241,101 +251,134 @@ template <class T> void outer(float* acc, const T* u, long ldu, long R, const T*
     for (long r = 0; r < R; r += UNIT) Packed<T>::outer(acc + r * X, u + r, ldu, x, X, rows, X);
 }
 
-template <class T>
-void forward(const T* x, long N, long K, const Layer* layers, int H, T* memory, const float* weights, float weight, T* const* y, T* xa, int threads) {
-    fold(memory, layers, H, K, threads);
-    Bank<T> bank(memory, layers, H, K);
-    long R = bank.R, blocks = (N + ROWS - 1) / ROWS;
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (long i = 0; i < blocks; i++) {
-        long n = i * ROWS, rows = N - n < ROWS ? N - n : ROWS;
-        std::vector<float> wide(rows * R);
-        dots(x + n * K, K, rows, bank.a, R, wide.data(), R);
-        round_rows(wide.data(), xa + n * R, rows, R, weights ? weights + n : nullptr, weight);
-        for (int h = 0; h < H; h++)
-            add(y[h] + n * layers[h].width, layers[h].width, rows, xa + n * R + layers[h].at, R, bank.b[h], padded(layers[h].rank));
+template <class T> void forward_rows(const Part& part, long K, long n, long rows) {
+    Bank<T> bank(part, K);
+    long R = part.columns;
+    T* u = (T*)part.u + n * R;
+    std::vector<float> wide(rows * R);
+    dots((const T*)part.x + n * K, K, rows, bank.a, R, wide.data(), R);
+    round_rows(wide.data(), u, rows, R, part.weights ? part.weights + n : nullptr, part.weight);
+    for (long h = 0; h < part.layers; h++) {
+        const Layer& l = part.layer[h];
+        add((T*)l.y + n * l.width, l.width, rows, u + l.at, R, bank.b[h], padded(l.rank));
     }
 }
 
-// g[h], da[h], db[h] are null where there is none; dx may be null, and x where no factor is trained.
-template <class T>
-void backward(const T* x, long N, long K, const Layer* layers, int H, T* memory, const float* weights, float weight, const T* const* g, const T* xa, T* dx,
-              float* const* da, float* const* db, int threads) {
-    Bank<T> bank(memory, layers, H, K);
-    long R = bank.R, chunks = chunks_of(N), O = 0;
-    std::vector<long> from;
-    for (int h = 0; h < H; h++) {
-        from.push_back(O);
-        O += padded(layers[h].rank) * layers[h].width;
-    }
-    long size = x ? R * K + O : 0;
-    std::unique_ptr<float[]> room(new float[chunks * size + 1]);
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (long c = 0; c < chunks; c++) {
-        float* own = room.get() + c * size;
-        std::fill(own, own + size, 0.0f);
-        std::vector<float> wide(ROWS * R);
-        std::vector<T> gb(ROWS * R);
-        long end = N * (c + 1) / chunks;
-        for (long n = N * c / chunks; n < end; n += ROWS) {
-            long rows = end - n < ROWS ? end - n : ROWS;
-            for (int h = 0; h < H; h++) {
-                const Layer& l = layers[h];
-                long P = padded(l.rank);
-                if (!g[h]) {
-                    for (long m = 0; m < rows; m++) std::memset(&wide[m * R + l.at], 0, P * sizeof(float));
-                    continue;
-                }
-                const T* gh = g[h] + n * l.width;
-                dots(gh, l.width, rows, bank.b[h], P, &wide[l.at], R);
-                if (x) outer(own + R * K + from[h], xa + n * R + l.at, R, P, gh, rows, l.width);
+// The chunk's part of dx, and its sums: dA [R, K], then dB [P, O] of each layer.
+template <class T> void backward_rows(const Part& part, long K, long n, long end, float* sums) {
+    Bank<T> bank(part, K);
+    long R = part.columns;
+    const T* x = (const T*)part.x;
+    std::vector<float> wide(ROWS * R);
+    std::vector<T> gu(ROWS * R);
+    for (; n < end; n += ROWS) {
+        long rows = std::min(ROWS, end - n);
+        float* own = sums + R * K;
+        for (long h = 0; h < part.layers; h++) {
+            const Layer& l = part.layer[h];
+            long P = padded(l.rank);
+            if (l.y) {
+                const T* g = (const T*)l.y + n * l.width;
+                dots(g, l.width, rows, bank.b[h], P, &wide[l.at], R);
+                if (x) outer(own, (const T*)part.u + n * R + l.at, R, P, g, rows, l.width);
+            } else {
+                for (long m = 0; m < rows; m++) std::fill_n(&wide[m * R + l.at], P, 0.0f);
             }
-            round_rows(wide.data(), gb.data(), rows, R, weights ? weights + n : nullptr, weight);
-            if (dx) add(dx + n * K, K, rows, gb.data(), R, bank.a, R);
-            if (x) outer(own, gb.data(), R, R, x + n * K, rows, K);
+            own += P * l.width;
+        }
+        round_rows(wide.data(), gu.data(), rows, R, part.weights ? part.weights + n : nullptr, part.weight);
+        if (part.dx) add((T*)part.dx + n * K, K, rows, gu.data(), R, bank.a, R);
+        if (x) outer(sums, gu.data(), R, R, x + n * K, rows, K);
+    }
+}
+
+// Sums over chunks, in the places and the size of the masters' gradients.
+template <class T> void gather(const Part& part, long K, long h, bool is_a, const float* sums, long size, long chunks) {
+    const Layer& l = part.layer[h];
+    long X = is_a ? K : l.width, at = l.at * K;
+    if (!is_a) {
+        at = part.columns * K;
+        for (long i = 0; i < h; i++) at += padded(part.layer[i].rank) * part.layer[i].width;
+    }
+    if (is_a ? !l.da : !l.db) return;
+    std::vector<float> sum(X);
+    for (long r = 0; r < l.rank; r++) {
+        std::fill(sum.begin(), sum.end(), 0.0f);
+        for (long c = 0; c < chunks; c++)
+            for (long k = 0; k < X; k++) sum[k] += sums[c * size + at + r * X + k];
+        for (long k = 0; k < X; k++) {
+            float found = sum[Packed<T>::place(k)];
+            if (is_a)
+                l.da[r * K + k] = found;
+            else
+                l.db[k * l.rank + r] = found * l.scale * (l.gain ? l.gain[k] : 1.0f);
         }
     }
-    if (!x) return;
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int i = 0; i < 2 * H; i++) {
-        int h = i / 2;
-        const Layer& l = layers[h];
-        bool is_a = i % 2 == 0;
-        long X = is_a ? K : l.width;
-        const float* first = room.get() + (is_a ? l.at * K : R * K + from[h]);
-        if (is_a ? !da[h] : !db[h]) continue;
-        std::vector<float> sum(X);
-        for (long r = 0; r < l.rank; r++) {
-            std::fill(sum.begin(), sum.end(), 0.0f);
-            for (long c = 0; c < chunks; c++)
-                for (long k = 0; k < X; k++) sum[k] += first[c * size + r * X + k];
-            for (long k = 0; k < X; k++) {
-                float found = sum[Packed<T>::place(k)];
-                if (is_a)
-                    da[h][r * K + k] = found;
-                else
-                    db[h][k * l.rank + r] = found * l.scale * (l.gain ? l.gain[k] : 1.0f);
+}
+
+struct Task {
+    long part, first, end, room;
+};
+
+template <class T> void forward(long K, const Part* parts, long count, int threads) {
+    std::vector<Task> folds, blocks;
+    for (long i = 0; i < count; i++) {
+        for (long h = 0; h < 2 * parts[i].layers; h++) folds.push_back({i, h, 0, 0});
+        long step = parts[i].rows > 4 * ROWS ? ROWS : ROWS / 4;
+        for (long n = 0; n < parts[i].rows; n += step) blocks.push_back({i, n, std::min(n + step, parts[i].rows), 0});
+    }
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(static, 1)
+        for (size_t i = 0; i < folds.size(); i++) fold<T>(parts[folds[i].part], K, folds[i].first / 2, folds[i].first % 2 == 0);
+#pragma omp for schedule(static)
+        for (size_t i = 0; i < blocks.size(); i++)
+            forward_rows<T>(parts[blocks[i].part], K, blocks[i].first, blocks[i].end - blocks[i].first);
+    }
+}
+
+template <class T> void backward(long K, const Part* parts, long count, int threads) {
+    std::vector<Task> pieces, sums;
+    std::vector<long> sizes;
+    long room = 0;
+    for (long i = 0; i < count; i++) {
+        const Part& part = parts[i];
+        long chunks = chunks_of(part.rows), size = 0;
+        if (part.x) {
+            size = part.columns * K;
+            for (long h = 0; h < part.layers; h++) {
+                size += padded(part.layer[h].rank) * part.layer[h].width;
+                sums.push_back({i, 2 * h, chunks, room});
+                sums.push_back({i, 2 * h + 1, chunks, room});
             }
+        }
+        sizes.push_back(size);
+        for (long c = 0; c < chunks; c++, room += size) pieces.push_back({i, part.rows * c / chunks, part.rows * (c + 1) / chunks, room});
+    }
+    std::unique_ptr<float[]> memory(new float[room + 1]);
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(static)
+        for (size_t i = 0; i < pieces.size(); i++) {
+            const Task& t = pieces[i];
+            std::fill_n(memory.get() + t.room, sizes[t.part], 0.0f);
+            backward_rows<T>(parts[t.part], K, t.first, t.end, memory.get() + t.room);
+        }
+#pragma omp for schedule(static, 1)
+        for (size_t i = 0; i < sums.size(); i++) {
+            const Task& t = sums[i];
+            gather<T>(parts[t.part], K, t.first / 2, t.first % 2 == 0, memory.get() + t.room, sizes[t.part], t.end);
         }
     }
 }
 
 }  // namespace
 
-// kind: 0 for fp32, 1 for bf16.
-extern "C" void veneer_low_rank_forward(int kind, const void* x, long N, long K, const Layer* layers, int H, void* memory, const float* weights,
-                                        float weight, void* const* y, void* xa, int threads) {
-    if (kind)
-        forward((const bf16*)x, N, K, layers, H, (bf16*)memory, weights, weight, (bf16* const*)y, (bf16*)xa, threads);
-    else
-        forward((const float*)x, N, K, layers, H, (float*)memory, weights, weight, (float* const*)y, (float*)xa, threads);
+// kind: 0 for fp32, 1 for bf16. K: width of the input. Parts of one call share no token.
+extern "C" void veneer_low_rank_forward(int kind, long K, const Part* parts, long count, int threads) {
+    kind ? forward<bf16>(K, parts, count, threads) : forward<float>(K, parts, count, threads);
 }
 
-extern "C" void veneer_low_rank_backward(int kind, const void* x, long N, long K, const Layer* layers, int H, void* memory, const float* weights,
-                                         float weight, const void* const* g, const void* xa, void* dx, float* const* da, float* const* db,
-                                         int threads) {
-    if (kind)
-        backward((const bf16*)x, N, K, layers, H, (bf16*)memory, weights, weight, (const bf16* const*)g, (const bf16*)xa, (bf16*)dx, da, db, threads);
-    else
-        backward((const float*)x, N, K, layers, H, (float*)memory, weights, weight, (const float* const*)g, (const float*)xa, (float*)dx, da, db, threads);
+extern "C" void veneer_low_rank_backward(int kind, long K, const Part* parts, long count, int threads) {
+    kind ? backward<bf16>(K, parts, count, threads) : backward<float>(K, parts, count, threads);
 }

@@ -1,0 +1,246 @@
+"""All adapters' part in a fused adapted linear call, in C++ (``cpp/low_rank.cpp``): each adapter on a run of tokens of its own.
+
+    forward     u = w x A^T,          y_h += u_h (s S B)_h^T
+    backward    G = w [g_1 (s S B)_1 | g_2 (s S B)_2 | ...],      dx += G A,      dA = G^T x,      dB_h = s S u_h^T g_h
+
+The formulas are those of `adapted_share`, which is the reference. Each of these products alone moves far more than it multiplies, and
+is slow in matrix libraries for that; here a block of tokens is read once for all of them, one call does for all adapters and layers,
+and gradients come out in the masters' fp32 with nothing rounded between. Rounded to the compute dtype are A, s S B, u and G.
+
+Not for dropout, scattered tokens, high ranks (where matrix libraries are as quick), or factors that are kept folded. Shapes: N tokens,
+n an adapter's, K in, O out, R rank, padded to a multiple of 8 inside.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from veneer.kernels.adapted_parts import (
+    Backward,
+    Factors,
+    Gradients,
+    Layer,
+    Reduction,
+    magnitude_gradients,
+    regain_cells_,
+    take,
+)
+from veneer.kernels.adapted_share import Share
+from veneer.kernels.native import library
+
+__all__ = ["Native", "Run", "agrees", "fits"]
+
+_KINDS = {torch.float32: 0, torch.bfloat16: 1}
+_UNIT, _STEP = 8, 32
+"""Ranks are padded to the first; widths are multiples of the second."""
+_HIGHEST = {torch.float32: 16, torch.bfloat16: 32}
+"""Ranks above which matrix libraries are as quick (docs/log.md)."""
+
+Run = tuple["slice | None", "float | Tensor", "Sequence[Factors | None]"]
+"""An adapter's tokens (None: all), its weight w (a float or [n]), and its factors at each layer, None where it leaves one alone."""
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        ("width", ctypes.c_long),
+        ("rank", ctypes.c_long),
+        ("at", ctypes.c_long),
+        ("a", ctypes.c_void_p),
+        ("b", ctypes.c_void_p),
+        ("gain", ctypes.c_void_p),
+        ("y", ctypes.c_void_p),
+        ("da", ctypes.c_void_p),
+        ("db", ctypes.c_void_p),
+        ("scale", ctypes.c_float),
+    ]
+
+
+class _Part(ctypes.Structure):
+    _fields_ = [
+        ("rows", ctypes.c_long),
+        ("columns", ctypes.c_long),
+        ("layers", ctypes.c_long),
+        ("layer", ctypes.POINTER(_Layer)),
+        ("x", ctypes.c_void_p),
+        ("memory", ctypes.c_void_p),
+        ("u", ctypes.c_void_p),
+        ("dx", ctypes.c_void_p),
+        ("weights", ctypes.c_void_p),
+        ("weight", ctypes.c_float),
+    ]
+
+
+def fits(layers: Sequence[Layer], factors: Sequence[Factors | None] = ()) -> bool:
+    """Whether an adapter's part at these layers can be computed in C++ here and now; without factors, whether any could."""
+    weight = layers[0][0]
+    if library() is None or weight.dtype not in _KINDS or weight.device.type != "cpu" or weight.shape[1] % _STEP:
+        return False
+    return all(_knows(f, _HIGHEST[weight.dtype]) for f in factors if f is not None)
+
+
+def _knows(f: Factors, highest: int) -> bool:
+    gain = f.gain()
+    wide = f.a.dtype == f.b.dtype == torch.float32 and (gain is None or gain.dtype == torch.float32)
+    laid = f.a.is_contiguous() and f.b.is_contiguous() and len(f.b) % _STEP == 0
+    return wide and laid and f.dropout is None and f.folded is None and len(f.a) <= highest
+
+
+def agrees() -> bool:
+    """Whether the kernels, as built here, compute what the plain form does, on random numbers."""
+    draw = torch.Generator().manual_seed(0)
+    for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+        shapes = ((64, 3), (32, 9))
+        factors = [
+            Factors(torch.randn(r, 32, generator=draw), torch.randn(o, r, generator=draw), 0.5) for o, r in shapes
+        ]
+        x = torch.randn(70, 32, generator=draw).to(dtype)
+        layers: tuple[Layer, ...] = tuple((torch.zeros(o, 32, dtype=dtype), None) for o, _ in shapes)
+        g: list[Tensor | None] = [torch.randn(70, o, generator=draw).to(dtype) for o, _ in shapes]
+        found = []
+        for branch in (Native([(None, 0.7, factors)]), Share(None, 0.7, factors)):
+            y, dx = [torch.zeros(70, o, dtype=dtype) for o, _ in shapes], torch.zeros(70, 32, dtype=dtype)
+            kept = branch.run_(x, y)
+            slopes = branch.gradients_(Backward(layers, x, [None, None], g, dx), kept)
+            found.append([t.double() for t in (*y, dx, *slopes) if t is not None])
+        if not all((a - b).norm() <= bound * b.norm() for a, b in zip(*found, strict=True)):
+            return False
+    return True
+
+
+class _Own:
+    """One adapter in the call: where its tokens stand, its layers, its columns of u, and their addresses."""
+
+    def __init__(self, run: Run, columns_in: int) -> None:
+        self.rows, self.weight, factors = run
+        self.parts = [(h, f) for h, f in enumerate(factors) if f is not None]
+        self.gains = {h: gain.contiguous() for h, f in self.parts if (gain := f.gain()) is not None}
+        self.layers = (_Layer * len(self.parts))()
+        self.columns = self.size = 0
+        for own, (h, f) in zip(self.layers, self.parts, strict=True):
+            (rank, _), width = f.a.shape, len(f.b)
+            gain = self.gains.get(h)
+            own.width, own.rank, own.at, own.scale = width, rank, self.columns, f.scale
+            own.a, own.b, own.gain = f.a.data_ptr(), f.b.data_ptr(), None if gain is None else gain.data_ptr()
+            padded = -(-rank // _UNIT) * _UNIT
+            self.columns += padded
+            self.size += 2 * padded * (columns_in + width)
+
+    def span(self, cells: int) -> tuple[int, int]:
+        """(first token, how many) of a call with so many."""
+        first, last, _ = (slice(None) if self.rows is None else self.rows).indices(cells)
+        return first, max(0, last - first)
+
+
+class Native:
+    """Adapters that share no token, as one branch."""
+
+    def __init__(self, runs: Sequence[Run]) -> None:
+        columns = next(f.a.shape[1] for _, _, factors in runs for f in factors if f is not None)
+        self._owns = [_Own(run, columns) for run in runs]
+        self._keep: list[Tensor] = []
+        self.masters: list[Tensor | None] = [m for own in self._owns for _, f in own.parts for m in f.masters]
+
+    def gained(self, h: int) -> bool:
+        """Whether a gain acts at layer h."""
+        return any(h in own.gains for own in self._owns)
+
+    def whole_gain(self, h: int) -> Tensor | None:
+        """S [O] at layer h, if it acts on every cell."""
+        first = self._owns[0]
+        return first.gains.get(h) if len(self._owns) == 1 and first.rows is None else None
+
+    def regain_(self, h: int, t_NO: Tensor, bias_O: Tensor | None) -> None:
+        """S (t - b) + b on each adapter's cells, in place."""
+        for own in self._owns:
+            if (gain := own.gains.get(h)) is not None:
+                regain_cells_(t_NO, own.rows, gain, bias_O)
+
+    def run_(self, x_NK: Tensor, y_NO: Sequence[Tensor]) -> list[Tensor | None]:
+        """Add the low-rank products to the outputs. Keeps the factors as they were computed with, and u."""
+        x = x_NK.contiguous()
+        spans = [own.span(len(x)) for own in self._owns]
+        memory = x.new_empty(sum(own.size for own in self._owns))
+        u = x.new_empty(sum(own.columns * n for own, (_, n) in zip(self._owns, spans, strict=True)))
+        for own, (first, _) in zip(self._owns, spans, strict=True):
+            for layer, (h, _) in zip(own.layers, own.parts, strict=True):
+                layer.y = _at(y_NO[h], first)
+        self._call("veneer_low_rank_forward", x, spans, memory, u, None)
+        return [memory, u]
+
+    def gradients_(self, back: Backward, kept: Sequence[Tensor | None]) -> Gradients:
+        """Gradients of the masters, three a layer; dx is added to in place."""
+        memory, u = kept
+        assert memory is not None and u is not None
+        g_NO = [None if g is None else g.contiguous() for g in back.g_NO]
+        cells = next((len(g) for g in g_NO if g is not None), 0)
+        x = None if back.x_NK is None else back.x_NK.contiguous()
+        spans = [own.span(cells) for own in self._owns]
+        make = torch.empty_like if cells else torch.zeros_like
+        found: Gradients = []
+        for own, (first, _) in zip(self._owns, spans, strict=True):
+            for layer, (h, f) in zip(own.layers, own.parts, strict=True):
+                g = g_NO[h]
+                da = None if x is None else make(f.a)
+                db = None if x is None or g is None else make(f.b)
+                layer.y = None if g is None else _at(g, first)
+                layer.da, layer.db = (None if d is None else d.data_ptr() for d in (da, db))
+                found += [da, db, None]
+        if cells:
+            self._call("veneer_low_rank_backward", x, spans, memory, u, back.dx_NK)
+        if x is not None:
+            self._magnitudes_(found, back, g_NO, x)
+        return found
+
+    def _call(
+        self,
+        name: str,
+        x: Tensor | None,
+        spans: list[tuple[int, int]],
+        memory: Tensor,
+        u: Tensor,
+        dx: Tensor | None,
+    ) -> None:
+        parts = (_Part * len(spans))()
+        size, alive = memory.element_size(), []
+        packed, low = memory.data_ptr(), u.data_ptr()
+        for part, own, (first, count) in zip(parts, self._owns, spans, strict=True):
+            part.rows, part.columns, part.layers, part.layer = count, own.columns, len(own.layers), own.layers
+            part.x, part.dx = (None if t is None else _at(t, first) for t in (x, dx))
+            part.memory, part.u = packed, low
+            packed += own.size * size
+            low += own.columns * count * size
+            if isinstance(own.weight, Tensor):
+                alive.append(own.weight.to(torch.float32).contiguous())
+                part.weights = alive[-1].data_ptr()
+            else:
+                part.weight = own.weight
+        function: Any = getattr(library(), name)
+        columns = self._owns[0].parts[0][1].a.shape[1]
+        function(
+            _KINDS[memory.dtype], ctypes.c_long(columns), parts, ctypes.c_long(len(parts)), torch.get_num_threads()
+        )
+
+    def _magnitudes_(self, found: Gradients, back: Backward, g_NO: Sequence[Tensor | None], x: Tensor) -> None:
+        """Put dm where a gain acts."""
+        at = 0
+        for own in self._owns:
+            reductions, places = [], []
+            for h, f in own.parts:
+                g, y, gain = g_NO[h], back.y_NO[h], own.gains.get(h)
+                if gain is not None and g is not None and y is not None:
+                    g_nO, y_nO, x_nK = (take(t, own.rows) for t in (g, y, x))
+                    reductions.append(Reduction(back.layers[h], f, gain, g_nO, y_nO, x_nK, None))
+                    places.append(at + 2)
+                at += 3
+            for place, dm in zip(places, magnitude_gradients(reductions), strict=True):
+                found[place] = dm
+
+
+def _at(t_NX: Tensor, first: int) -> int:
+    """The address of a row."""
+    return t_NX.data_ptr() + first * t_NX.shape[1] * t_NX.element_size()

@@ -1,0 +1,173 @@
+"""Kernels in C++: they compute what the plain forms do, and where they cannot be had the plain forms go on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.kernels.test_adapted_linear import Case, check
+
+from veneer.kernels import native
+from veneer.kernels.adapted_linear import Native, adapted_linear, fits
+from veneer.kernels.adapted_native import agrees
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The kernels, built for this machine."""
+    if native.key() is None:
+        pytest.skip("no C++ compiler")
+    folder = tmp_path_factory.mktemp("native")
+    native.build(folder)
+    return folder
+
+
+@pytest.fixture
+def used(built: Path) -> Iterator[None]:
+    """Kernels in C++ inside the test, plain forms after it."""
+    native.use(built)
+    assert native.reason() == ""
+    yield
+    native.use(None)
+
+
+class NativeCase(Case):
+    """All adapters of the case as one branch."""
+
+    def fused(self) -> tuple[torch.Tensor, ...]:
+        runs: list[Any] = []
+        for share in self.shares:
+            parts = dict(share.parts)
+            factors = [parts.get(h) for h in range(len(self.layers))]
+            assert fits(self.layers, factors)
+            runs.append((share.rows, share.weight, factors))
+        return adapted_linear(self.x, self.layers, [Native(runs)])
+
+
+@pytest.mark.usefixtures("used")
+@DTYPES
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("lead", [(1,), (5,), (1, 70), (2, 3, 4), (700,)], ids=str)
+def test_one_adapter_on_everything(dtype: torch.dtype, dora: bool, bias: bool, lead: tuple[int, ...]) -> None:
+    """Few tokens and many (several chunks), odd numbers of them, ranks below and above a unit, wide and narrow outputs."""
+    case = NativeCase(dtype, lead, 64, [32, 96, 64], bias)
+    case.add(None, 1.0, [7, 1, 16], dora=dora)
+    check(case)
+
+
+@pytest.mark.usefixtures("used")
+@DTYPES
+def test_adapters_on_their_own_tokens(dtype: torch.dtype) -> None:
+    """Several adapters with ranks, layers, methods and weights of their own, base tokens between them."""
+    case = NativeCase(dtype, (1, 400), 32, [96, 32], True)
+    case.add(slice(3, 20), 1.0, [4, 2], dora=True)
+    case.add(slice(20, 21), 0.3, [None, 5])
+    case.add(slice(21, 321), torch.linspace(-1, 2, 300), [16, None])
+    case.add(slice(390, 400), 1.0, [8, 9])
+    check(case)
+
+
+@pytest.mark.usefixtures("used")
+def test_no_tokens() -> None:
+    """An empty batch gives empty outputs and zero gradients."""
+    case = NativeCase(torch.float32, (0,), 32, [32], False)
+    case.add(None, 1.0, [4])
+    y = case.fused()[0]
+    y.sum().backward()
+    assert y.shape == (0, 32)
+    assert all(leaf.grad is not None and not leaf.grad.any() for leaf in case.leaves()[1:])
+
+
+@pytest.mark.usefixtures("used")
+@DTYPES
+def test_a_nan_stays_with_its_adapter(dtype: torch.dtype) -> None:
+    """Tokens and gradients of the neighbours, and base tokens, keep their bits."""
+    outcomes = []
+    for poison in (1.0, float("nan")):
+        case = NativeCase(dtype, (200,), 32, [96, 32], False)
+        case.add(slice(0, 61), 1.0, [4, 4])
+        case.add(slice(61, 130), 1.0, [3, 3])
+        with torch.no_grad():
+            case.shares[1].parts[0][1].a.mul_(poison)
+        ys = case.fused()
+        sum(y.float().square().sum() for y in ys).backward()  # type: ignore[union-attr]
+        healthy = [m.grad for m in case.shares[0].masters if m is not None]
+        outcomes.append((torch.cat([*ys, case.x.grad], 1).detach(), healthy))  # type: ignore[list-item]
+    (rows, own), (ill, still) = outcomes
+    others = torch.cat((torch.arange(61), torch.arange(130, 200)))
+    assert torch.equal(rows[others], ill[others]) and ill[61:130].isnan().any(1).all()
+    assert all(torch.equal(a, b) for a, b in zip(own, still, strict=True))
+
+
+@pytest.mark.usefixtures("used")
+@DTYPES
+def test_bits_depend_neither_on_threads_nor_on_neighbours(dtype: torch.dtype) -> None:
+    """One thread or three, alone or in a batch with others: the same outputs and gradients to the bit."""
+    before = torch.get_num_threads()
+    outcomes: list[Sequence[torch.Tensor]] = []
+    try:
+        for threads, others in ((1, False), (3, False), (3, True)):
+            torch.set_num_threads(threads)
+            case = NativeCase(dtype, (900,), 32, [96], False)
+            case.add(slice(0, 600), 1.0, [8])
+            if others:
+                case.add(slice(600, 700), 1.0, [16])
+            y = case.fused()[0]
+            y.float().square().sum().backward()
+            assert case.x.grad is not None
+            grads = [m.grad for m in case.shares[0].masters if m is not None and m.grad is not None]
+            # The base's own products may differ with the threads; what is compared is the branch's part.
+            outcomes.append([y.detach() - adapted_linear(case.x, case.layers, [])[0].detach(), *grads][1:])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in outcomes[1:] for a, b in zip(outcomes[0], other, strict=True))
+
+
+@pytest.mark.usefixtures("used")
+def test_what_it_does_not_know_is_left_to_the_plain_forms() -> None:
+    """Other dtypes and widths, high ranks, dropout: `fits` says no."""
+    for dtype, k, out, r, p in (
+        (torch.float64, 32, 32, 4, 0.0),
+        (torch.float32, 48, 32, 4, 0.0),
+        (torch.float32, 32, 40, 4, 0.0),
+        (torch.float32, 32, 32, 17, 0.0),
+        (torch.bfloat16, 32, 32, 33, 0.0),
+        (torch.float32, 32, 32, 4, 0.1),
+    ):
+        case = Case(dtype, (5,), k, [out], False)
+        case.add(None, 1.0, [r], p=p)
+        assert not fits(case.layers, [f for _, f in case.shares[0].parts])
+
+
+@pytest.mark.usefixtures("used")
+def test_the_check_at_the_start_tells_right_from_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It passes here, and would not if one gradient were a tenth too large."""
+    assert agrees()
+    inner = Native.gradients_
+
+    def wrong(self: Native, back: Any, kept: Any) -> Any:
+        first, *others = inner(self, back, kept)
+        return [first * 1.1, *others]
+
+    monkeypatch.setattr(Native, "gradients_", wrong)
+    assert not agrees()
+
+
+def test_without_a_compiler_there_is_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No compiler, one that fails, and a file that cannot be loaded each leave the plain forms and say why."""
+    monkeypatch.setenv("CXX", "no-such-compiler-here")
+    assert native.key() is None
+    with pytest.raises(RuntimeError, match="no C\\+\\+ compiler"):
+        native.build(tmp_path)
+    monkeypatch.setenv("CXX", "false")
+    with pytest.raises(RuntimeError, match="false failed"):
+        native.build(tmp_path)
+    (tmp_path / "kernels.so").write_bytes(b"not a library")
+    native.use(tmp_path)
+    assert native.library() is None and "cannot be loaded" in native.reason()
