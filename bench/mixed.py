@@ -30,12 +30,14 @@ from typing import Any
 import torch
 
 from veneer.adapters import DoRA, LoRA
+from veneer.adapters.chains import fuse
 from veneer.checkpoints import attach
 from veneer.config import TrainOptions
 from veneer.data.example import Example
 from veneer.models.flat import FlatRunner
 from veneer.models.load import load_base
 from veneer.models.tiny import tiny
+from veneer.train.faster import Faster
 from veneer.train.job import Job
 from veneer.train.memory import highest
 from veneer.train.step import Stepper
@@ -230,6 +232,12 @@ def rows_of(name: str, tokens: int) -> list[Example]:
 def jobs(rounds: int) -> Iterator[tuple[str, Any]]:
     """Four jobs in turn over the same four together: forward, backward and the optimizers' steps."""
     stepper, own = made_jobs(8, 256)
+    fuse(stepper.runner.model)
+    with Faster(True, 1, print):  # as a run of more than a few minutes does from its second round on
+        yield from _shared(stepper, own, rounds)
+
+
+def _shared(stepper: Stepper, own: list[Job], rounds: int) -> Iterator[tuple[str, Any]]:
     for count, tokens in ((4, 32), (8, 32), (4, 128), (4, 256)):
         for job in own:
             job.examples = rows_of(job.name, tokens)
