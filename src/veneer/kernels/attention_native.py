@@ -35,7 +35,7 @@ def takes(q_HTD: Tensor, k_GTD: Tensor, v_GTE: Tensor) -> bool:
     """Whether there is a form in C++ and it takes these tensors."""
     if library() is None or q_HTD.dtype not in _KINDS or not q_HTD.dtype == k_GTD.dtype == v_GTE.dtype:
         return False
-    if not q_HTD.shape[-1] == k_GTD.shape[-1] or k_GTD.shape[0] == 0 or q_HTD.shape[0] % k_GTD.shape[0]:
+    if q_HTD.shape[-1] != k_GTD.shape[-1] or k_GTD.shape[0] == 0 or q_HTD.shape[0] % k_GTD.shape[0]:
         return False
     sizes = (q_HTD.shape[-1], v_GTE.shape[-1])
     fit = all(size % _STEP == 0 and 0 < size <= _WIDEST for size in sizes)
@@ -75,9 +75,7 @@ class _Native(torch.autograd.Function):
         return (*grads, None, None, None)
 
 
-def _run(
-    tensors: Sequence[Tensor], segments: Segments, pattern: Pattern, scale: float, sums_HT: Tensor | None
-) -> None:
+def _run(tensors: Sequence[Tensor], segments: Segments, pattern: Pattern, scale: float, sums_HT: Tensor | None) -> None:
     """tensors: q, k, v, out, and for backward d_out, dq, dk, dv, all [heads, T, size]; those that are written are the last ones."""
     made = library()
     assert made is not None

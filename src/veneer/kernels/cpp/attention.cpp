@@ -20,9 +20,9 @@ constexpr int KEYS = 8;   // and where the rows are keys
 constexpr int TILE = 4;
 constexpr int KEYS = 4;
 #endif
-constexpr long PANEL = 32;                              // columns of a product
-constexpr long FORWARD = 24, BACKWARD = 96;             // rows taken together; multiples of TILE
-constexpr long RUN = 256;                               // positions of an item, at most
+constexpr long PANEL = 32;                   // columns of a product
+constexpr long FORWARD = 24, BACKWARD = 96;  // rows taken together; multiples of TILE
+constexpr long RUN = 256, RUNS = 8;         // positions of an item, and items of a segment's key head: at most, the latter first
 constexpr float LOG2E = 1.4426950408889634f;
 
 template <class T> struct Words {
@@ -161,7 +161,7 @@ struct Shape {
     std::vector<Item> items() const {
         std::vector<Item> found;
         for (long s = 0; s < segments; s++) {
-            long start = bounds[s], length = bounds[s + 1] - start, runs = (length + RUN - 1) / RUN;
+            long start = bounds[s], length = bounds[s + 1] - start, runs = std::min(RUNS, (length + RUN - 1) / RUN);
             for (long g = 0; g < groups; g++)
                 for (long i = 0; i < runs; i++) {
                     long from = length * i / runs, to = length * (i + 1) / runs;
