@@ -6,16 +6,16 @@ with cap(s) = softcap * tanh(s / softcap) where a model asks for it. A causal la
 of W tokens has ``before`` W - 1, and None means no limit. A sink is one more logit per head in the softmax whose
 value is zero.
 
-There are two forms, each fed with segments of equal length together, so nothing is padded and a NaN stays in its
-segment. ``plain`` calls PyTorch's attention; it is the reference. ``tiled`` is for training in bf16 on a CPU, where
-the backward of PyTorch's attention is several times slower than its forward: explicit matrix products, the heads of
-a group stacked as rows over one K and V instead of repeating them, and tiles of queries that leave out the keys
-that none of them sees. With P the softmax's output of a tile:
+There are two forms here, each fed with segments of equal length together, so nothing is padded and a NaN stays in its
+segment; the fastest, in C++, is `attention_native`. ``plain`` calls PyTorch's attention; it is the reference.
+``tiled`` is for training in bf16 on a CPU without a compiler, where the backward of PyTorch's attention is several
+times slower than its forward: explicit matrix products, the heads of a group stacked as rows over one K and V instead
+of repeating them, and tiles of queries that leave out the keys that none of them sees. With P the softmax's output of a tile:
 
     dV += P^T dO,   dS = P * (dO V^T - rowsum(P * dO V^T)),   dQ = scale dS K,   dK += scale dS^T Q
 
 P is kept for short segments and computed again for longer ones. ``segment_attention`` chooses between the forms, by
-the rule in ``_prefers_tiled``.
+the rules in ``_prefers_native`` and ``_prefers_tiled``.
 
 Shapes: H query heads, G key/value heads, R = H / G query heads to a key head, T tokens of all segments, N segments
 of one length, L tokens of a segment, D head size, E head size of the values. Boundary: nothing here knows of
@@ -30,6 +30,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from .attention_native import native, takes
 from .segments import Pattern, Segments
 
 __all__ = ["plain", "segment_attention", "tiled"]
@@ -41,6 +42,7 @@ _SMALL_TILE, _MANY = (
 )  # and where the future is hidden and so many matrices are multiplied at once: half the keys are left out
 _KEEP = 256  # up to this length the softmax's output is kept for backward
 _LONGEST = 1024  # beyond, PyTorch's attention is as fast and keeps less
+_LONGEST_NATIVE = 4096  # beyond, the sums over parts of a segment are no longer small
 
 
 def segment_attention(
@@ -56,9 +58,16 @@ def segment_attention(
 ) -> torch.Tensor:
     """Attention per segment, by whichever form is faster here; arguments and result [T, H, E] as in ``plain``."""
     simple = pattern.softcap is None and sinks_H is None and dropout == 0.0
+    if simple and _prefers_native(q_HTD, k_GTD, v_GTE, segments):
+        return native(q_HTD, k_GTD, v_GTE, segments, pattern, scale=scale)
     if simple and _prefers_tiled(q_HTD, k_GTD, v_GTE, segments):
         return tiled(q_HTD, k_GTD, v_GTE, segments, pattern, scale=scale)
     return plain(q_HTD, k_GTD, v_GTE, segments, pattern, scale=scale, sinks_H=sinks_H, dropout=dropout)
+
+
+def _prefers_native(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments) -> bool:
+    """The form in C++ is the fastest wherever there is one, with gradients or without."""
+    return bool(segments.starts) and takes(q, k, v) and max(segments.starts) <= _LONGEST_NATIVE
 
 
 def _prefers_tiled(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments) -> bool:

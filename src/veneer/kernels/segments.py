@@ -10,6 +10,7 @@ Boundary: numbers only; nothing is computed with activations here.
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -39,6 +40,11 @@ class Segments:
     def tokens(self) -> int:
         """T, the number of tokens in all segments."""
         return self.bounds[-1]
+
+    @cached_property
+    def offsets(self) -> ctypes.Array[ctypes.c_long]:
+        """The bounds for a kernel in C++."""
+        return (ctypes.c_long * len(self.bounds))(*self.bounds)
 
     @cached_property
     def starts(self) -> dict[int, list[int]]:
