@@ -13,6 +13,7 @@ from tests.kernels.test_adapted_linear import Case, check
 from veneer.kernels import native
 from veneer.kernels.adapted_linear import Native, adapted_linear, fits
 from veneer.kernels.adapted_native import agrees
+from veneer.kernels.dora_norm import dora_norm_plain, dora_norms, squared_row_norms
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
@@ -46,7 +47,7 @@ class NativeCase(Case):
             factors = [parts.get(h) for h in range(len(self.layers))]
             assert fits(self.layers, factors)
             runs.append((share.rows, share.weight, factors))
-        return adapted_linear(self.x, self.layers, [Native(runs)])
+        return adapted_linear(self.x, self.layers, [Native(self.layers, runs)])
 
 
 @pytest.mark.usefixtures("used")
@@ -70,6 +71,18 @@ def test_adapters_on_their_own_tokens(dtype: torch.dtype) -> None:
     case.add(slice(20, 21), 0.3, [None, 5])
     case.add(slice(21, 321), torch.linspace(-1, 2, 300), [16, None])
     case.add(slice(390, 400), 1.0, [8, 9])
+    check(case)
+
+
+@pytest.mark.usefixtures("used")
+def test_a_magnitude_of_zero_has_its_gradient() -> None:
+    """Its output is zero, so what m multiplies is computed again."""
+    case = NativeCase(torch.float32, (30,), 32, [32], True)
+    case.add(None, 1.0, [4], dora=True)
+    magnitude = case.shares[0].parts[0][1].magnitude
+    assert magnitude is not None
+    with torch.no_grad():
+        magnitude[5] = 0.0
     check(case)
 
 
@@ -127,6 +140,26 @@ def test_bits_depend_neither_on_threads_nor_on_neighbours(dtype: torch.dtype) ->
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for other in outcomes[1:] for a, b in zip(outcomes[0], other, strict=True))
+
+
+@pytest.mark.usefixtures("used")
+@DTYPES
+@pytest.mark.parametrize("shape", [(33, 32), (96, 80)], ids=str)
+def test_norms_of_several_adapters_in_one_pass(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    """As by the definition in fp64; with B = 0 the root of ||W||^2 to the bit; a NaN stays in its adapter."""
+    draw = torch.Generator().manual_seed(3)
+    out, k = shape
+    weight = torch.randn(out, k, generator=draw).to(dtype)
+    adapters = [
+        (torch.randn(r, k, generator=draw), torch.randn(out, r, generator=draw), s) for r, s in ((1, 2.0), (9, 0.3))
+    ]
+    adapters += [(adapters[0][0], torch.zeros(out, 1), 1.0), (adapters[0][0] * float("nan"), adapters[0][1], 1.0)]
+    squared = squared_row_norms(weight)
+    found = dora_norms(weight, squared, adapters)
+    for norm, (a, b, scale) in zip(found[:2], adapters, strict=False):
+        expected = dora_norm_plain(weight.double(), a.double(), b.double(), scale)
+        assert float((norm - expected).norm() / expected.norm()) < 1e-6
+    assert torch.equal(found[2], squared.sqrt()) and found[3].isnan().all()
 
 
 @pytest.mark.usefixtures("used")

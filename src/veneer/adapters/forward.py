@@ -15,6 +15,7 @@ from torch import Tensor
 from veneer.adapters.adapter import Adapter, stream_seed
 from veneer.adapters.fused import again, fused
 from veneer.adapters.host import HOSTS, Host
+from veneer.adapters.methods import DoRA
 from veneer.adapters.own import with_own
 from veneer.adapters.passes import Pass
 from veneer.adapters.site import Site
@@ -134,13 +135,22 @@ class HostForward:
             return None
         key = (adapter.name, self.site.name)
         norm = current.norms.get(key)
+        if norm is None and current.lasting and method.norm_is_constant:
+            self._constant_norms(current)
+            norm = current.norms[key]
         if norm is None:
             tensors: dict[str, Tensor] = dict(adapter.tensors[self.site.name])
-            scale = adapter.scale(self.site.name)
-            norm = method.norm(tensors, self.site.weight_2d, self.site.squared_norms(), scale)
-            if norm is not None and current.lasting and method.norm_is_constant:
-                current.norms[key] = norm
+            norm = method.norm(tensors, self.site.weight_2d, self.site.squared_norms(), adapter.scale(self.site.name))
         return norm
+
+    def _constant_norms(self, current: Pass) -> None:
+        """The norms of all adapters of the pass at this site, in one go over its weight."""
+        name, bank = self.site.name, self.bank
+        here = [bank[one] for one in current.route.names if one in self.users and name in bank[one].tensors]
+        here = [one for one in here if one.method.has_gain and one.method.norm_is_constant]
+        each = [(dict(one.tensors[name]), one.scale(name)) for one in here]
+        norms = DoRA.constant_norms(self.site.weight_2d, self.site.squared_norms(), each)
+        current.norms.update({(one.name, name): norm for one, norm in zip(here, norms, strict=True)})
 
     def dropout(self, current: Pass, adapter: Adapter) -> tuple[float, int] | None:
         """(p, seed) of an adapter's dropout at this site in this pass, or None where nothing is dropped.

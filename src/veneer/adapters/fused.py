@@ -129,7 +129,7 @@ def _native(
         left.append(part)
     if not runs:
         return [], left
-    return [Native(runs)] if current.chart.apart else [Native([run]) for run in runs], left
+    return [Native(layers, runs)] if current.chart.apart else [Native(layers, [run]) for run in runs], left
 
 
 def _branches(

@@ -165,6 +165,8 @@ class Bundle:
     stacked: these, as `stack` makes them.
     """
 
+    scales = False
+
     def __init__(self, grid: Grid, factors: Sequence[Sequence[Factors | None]] | None, stacked: Stack) -> None:
         self.grid = grid
         self.factors = factors or ()

@@ -79,10 +79,10 @@ class _Call:
             return None
         return self.branches[0].whole_gain(h)
 
-    def regain_(self, h: int, t_NO: Tensor, bias_O: Tensor | None = None) -> None:
-        """C (t - b) + b, in place."""
+    def regain_(self, h: int, t_NO: Tensor) -> None:
+        """C t, in place."""
         for branch in self.branches:
-            branch.regain_(h, t_NO, bias_O)
+            branch.regain_(h, t_NO, None)
 
 
 class _Fused(torch.autograd.Function):
@@ -125,13 +125,15 @@ class _Fused(torch.autograd.Function):
 def _base(call: _Call, h: int, x: Tensor, cells: int) -> Tensor:
     """C (x W^T) + b, [..., O]."""
     weight, bias = call.layers[h]
-    if not call.gained[h]:
+    if not any(branch.gained(h) for branch in call.branches if not branch.scales):
         return F.linear(x, weight, bias)
     gain = call.folds(h, cells)
     if gain is not None:
         return F.linear(x, scale_rows(weight, gain), bias)
     y = F.linear(x, weight, bias)
-    call.regain_(h, y.view(-1, y.shape[-1]), bias)
+    for branch in call.branches:
+        if not branch.scales:
+            branch.regain_(h, y.view(-1, y.shape[-1]), bias)
     return y
 
 

@@ -1,11 +1,12 @@
 """All adapters' part in a fused adapted linear call, in C++ (``cpp/low_rank.cpp``): each adapter on a run of tokens of its own.
 
-    forward     u = w x A^T,          y_h += u_h (s S B)_h^T
+    forward     u = w x A^T,          y_h = S (W_h x) + b_h + u_h (s S B)_h^T
     backward    G = w [g_1 (s S B)_1 | g_2 (s S B)_2 | ...],      dx += G A,      dA = G^T x,      dB_h = s S u_h^T g_h
 
-The formulas are those of `adapted_share`, which is the reference. Each of these products alone moves far more than it multiplies, and
-is slow in matrix libraries for that; here a block of tokens is read once for all of them, one call does for all adapters and layers,
-and gradients come out in the masters' fp32 with nothing rounded between. Rounded to the compute dtype are A, s S B, u and G.
+and sum_t g_h (y_h - b_h), from which m's gradient is made. The formulas are those of `adapted_share`, which is the reference. Each of
+these products alone moves far more than it multiplies, and is slow in matrix libraries for that; here a block of tokens is read once
+for all of them, one call does for all adapters and layers, and gradients come out in the masters' fp32 with nothing rounded between.
+Rounded to the compute dtype are A, s S B, u and G.
 
 Not for dropout, scattered tokens, high ranks (where matrix libraries are as quick), or factors that are kept folded. Shapes: N tokens,
 n an adapter's, K in, O out, R rank, padded to a multiple of 8 inside.
@@ -26,7 +27,7 @@ from veneer.kernels.adapted_parts import (
     Gradients,
     Layer,
     Reduction,
-    magnitude_gradients,
+    by_magnitude,
     regain_cells_,
     take,
 )
@@ -53,9 +54,12 @@ class _Layer(ctypes.Structure):
         ("a", ctypes.c_void_p),
         ("b", ctypes.c_void_p),
         ("gain", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
         ("y", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
         ("da", ctypes.c_void_p),
         ("db", ctypes.c_void_p),
+        ("dots", ctypes.c_void_p),
         ("scale", ctypes.c_float),
     ]
 
@@ -102,7 +106,7 @@ def agrees() -> bool:
         layers: tuple[Layer, ...] = tuple((torch.zeros(o, 32, dtype=dtype), None) for o, _ in shapes)
         g: list[Tensor | None] = [torch.randn(70, o, generator=draw).to(dtype) for o, _ in shapes]
         found = []
-        for branch in (Native([(None, 0.7, factors)]), Share(None, 0.7, factors)):
+        for branch in (Native(layers, [(None, 0.7, factors)]), Share(None, 0.7, factors)):
             y, dx = [torch.zeros(70, o, dtype=dtype) for o, _ in shapes], torch.zeros(70, 32, dtype=dtype)
             kept = branch.run_(x, y)
             slopes = branch.gradients_(Backward(layers, x, [None, None], g, dx), kept)
@@ -115,7 +119,7 @@ def agrees() -> bool:
 class _Own:
     """One adapter in the call: where its tokens stand, its layers, its columns of u, and their addresses."""
 
-    def __init__(self, run: Run, columns_in: int) -> None:
+    def __init__(self, layers: Sequence[Layer], run: Run) -> None:
         self.rows, self.weight, factors = run
         self.parts = [(h, f) for h, f in enumerate(factors) if f is not None]
         self.gains = {h: gain.contiguous() for h, f in self.parts if (gain := f.gain()) is not None}
@@ -123,12 +127,14 @@ class _Own:
         self.columns = self.size = 0
         for own, (h, f) in zip(self.layers, self.parts, strict=True):
             (rank, _), width = f.a.shape, len(f.b)
-            gain = self.gains.get(h)
+            gain, (weight, bias) = self.gains.get(h), layers[h]
+            if gain is not None and bias is not None:
+                own.bias = bias.data_ptr()
             own.width, own.rank, own.at, own.scale = width, rank, self.columns, f.scale
             own.a, own.b, own.gain = f.a.data_ptr(), f.b.data_ptr(), None if gain is None else gain.data_ptr()
             padded = -(-rank // _UNIT) * _UNIT
             self.columns += padded
-            self.size += 2 * padded * (columns_in + width)
+            self.size += 2 * padded * (weight.shape[1] + width)
 
     def span(self, cells: int) -> tuple[int, int]:
         """(first token, how many) of a call with so many."""
@@ -139,10 +145,11 @@ class _Own:
 class Native:
     """Adapters that share no token, as one branch."""
 
-    def __init__(self, runs: Sequence[Run]) -> None:
-        columns = next(f.a.shape[1] for _, _, factors in runs for f in factors if f is not None)
-        self._owns = [_Own(run, columns) for run in runs]
-        self._keep: list[Tensor] = []
+    scales = True
+
+    def __init__(self, layers: Sequence[Layer], runs: Sequence[Run]) -> None:
+        self._owns = [_Own(layers, run) for run in runs]
+        self._columns = layers[0][0].shape[1]
         self.masters: list[Tensor | None] = [m for own in self._owns for _, f in own.parts for m in f.masters]
 
     def gained(self, h: int) -> bool:
@@ -161,7 +168,7 @@ class Native:
                 regain_cells_(t_NO, own.rows, gain, bias_O)
 
     def run_(self, x_NK: Tensor, y_NO: Sequence[Tensor]) -> list[Tensor | None]:
-        """Add the low-rank products to the outputs. Keeps the factors as they were computed with, and u."""
+        """Multiply the outputs by S, and add the low-rank products. Keeps the factors as they were computed with, and u."""
         x = x_NK.contiguous()
         spans = [own.span(len(x)) for own in self._owns]
         memory = x.new_empty(sum(own.size for own in self._owns))
@@ -182,18 +189,27 @@ class Native:
         spans = [own.span(cells) for own in self._owns]
         make = torch.empty_like if cells else torch.zeros_like
         found: Gradients = []
+        dots: list[tuple[int, int, Factors, _Own, Tensor]] = []
         for own, (first, _) in zip(self._owns, spans, strict=True):
             for layer, (h, f) in zip(own.layers, own.parts, strict=True):
-                g = g_NO[h]
+                g, y, gain = g_NO[h], back.y_NO[h], own.gains.get(h)
                 da = None if x is None else make(f.a)
                 db = None if x is None or g is None else make(f.b)
                 layer.y = None if g is None else _at(g, first)
                 layer.da, layer.db = (None if d is None else d.data_ptr() for d in (da, db))
+                layer.out = layer.dots = None
+                if x is not None and g is not None and y is not None and gain is not None:
+                    dots.append((len(found) + 2, h, f, own, make(gain)))
+                    layer.out, layer.dots = _at(y, first), dots[-1][-1].data_ptr()
                 found += [da, db, None]
         if cells:
             self._call("veneer_low_rank_backward", x, spans, memory, u, back.dx_NK)
-        if x is not None:
-            self._magnitudes_(found, back, g_NO, x)
+        for place, h, f, own, dots_O in dots:
+            g, y = g_NO[h], back.y_NO[h]
+            assert x is not None and g is not None and y is not None
+            g_nO, y_nO, x_nK = (take(t, own.rows) for t in (g, y, x))
+            reduction = Reduction(back.layers[h], f, own.gains[h], g_nO, y_nO, x_nK, None)
+            found[place] = by_magnitude(reduction, dots_O)
         return found
 
     def _call(
@@ -224,21 +240,6 @@ class Native:
         function(
             _KINDS[memory.dtype], ctypes.c_long(columns), parts, ctypes.c_long(len(parts)), torch.get_num_threads()
         )
-
-    def _magnitudes_(self, found: Gradients, back: Backward, g_NO: Sequence[Tensor | None], x: Tensor) -> None:
-        """Put dm where a gain acts."""
-        at = 0
-        for own in self._owns:
-            reductions, places = [], []
-            for h, f in own.parts:
-                g, y, gain = g_NO[h], back.y_NO[h], own.gains.get(h)
-                if gain is not None and g is not None and y is not None:
-                    g_nO, y_nO, x_nK = (take(t, own.rows) for t in (g, y, x))
-                    reductions.append(Reduction(back.layers[h], f, gain, g_nO, y_nO, x_nK, None))
-                    places.append(at + 2)
-                at += 3
-            for place, dm in zip(places, magnitude_gradients(reductions), strict=True):
-                found[place] = dm
 
 
 def _at(t_NX: Tensor, first: int) -> int:

@@ -75,6 +75,8 @@ class Branch(Protocol):
     """One part of a call beside its base products."""
 
     masters: list[Tensor | None]
+    scales: bool
+    """Whether `run_` multiplies by the gain itself, so that `regain_` is for backward only."""
 
     def gained(self, h: int) -> bool:
         """Whether a gain acts at layer h."""
@@ -152,10 +154,11 @@ def magnitude_gradients(parts: Sequence[Reduction]) -> list[Tensor]:
     if not parts:
         return []
     dots = column_dots([(part.g_nO, part.y_nO, part.layer[1]) for part in parts])
-    return [_by_magnitude(part, dot) for part, dot in zip(parts, dots, strict=True)]
+    return [by_magnitude(part, dot) for part, dot in zip(parts, dots, strict=True)]
 
 
-def _by_magnitude(part: Reduction, dots_O: Tensor) -> Tensor:
+def by_magnitude(part: Reduction, dots_O: Tensor) -> Tensor:
+    """dm from sum_t g (y - b), [O]."""
     m = part.factors.magnitude
     assert m is not None
     dm = dots_O.to(part.gain_O.dtype) / m.detach().to(part.gain_O.dtype)

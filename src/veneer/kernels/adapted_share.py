@@ -38,6 +38,8 @@ class Share:
     factors: one for each layer, None where the adapter leaves that layer alone (not all of them).
     """
 
+    scales = False
+
     def __init__(self, rows: Rows, weight: float | Tensor, factors: Sequence[Factors | None]) -> None:
         self.rows = rows
         self.weight = weight

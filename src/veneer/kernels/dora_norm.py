@@ -5,13 +5,18 @@
 ||W||^2 is computed once per base weight and cached by the caller. Cost: one product of W with the r rows of A, and nothing of
 size out x in is ever allocated. At B = 0 the result is sqrt(||W||^2) to the bit, except in a row of zeros, so a magnitude that
 starts there gives a gain of exactly one. (DoRA, arXiv 2402.09353, eq. 5; the identity is plain algebra.)
-Shapes: O out, K in, R rank.
+Norms of several adapters at one weight take one pass over it where kernels in C++ are in use (`dora_norms`). Shapes: O out, K in, R rank.
 """
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from veneer.kernels.native import library
 
 _ROWS_AT_ONCE = 1024
 
@@ -37,6 +42,53 @@ def dora_norm(weight_OK: Tensor, squared_O: Tensor, a_RK: Tensor, b_OR: Tensor, 
     square_O = (squared_O + 2 * scale * cross_O + scale * scale * own_O).clamp_min(torch.finfo(wide).tiny)
     norm_O: Tensor = square_O.sqrt()
     return norm_O
+
+
+Adapter = tuple[Tensor, Tensor, float]
+"""A [R, K], B [O, R], s."""
+
+
+class _Norm(ctypes.Structure):
+    _fields_ = [
+        ("a", ctypes.c_void_p),
+        ("b", ctypes.c_void_p),
+        ("square", ctypes.c_void_p),
+        ("rank", ctypes.c_long),
+        ("scale", ctypes.c_float),
+    ]
+
+
+_KINDS = {torch.float32: 0, torch.bfloat16: 1}
+_HIGHEST = 64
+
+
+def dora_norms(weight_OK: Tensor, squared_O: Tensor, adapters: Sequence[Adapter]) -> list[Tensor]:
+    """`dora_norm` of each adapter, without gradients. In C++ products with A are taken in fp32, and W is read once for all."""
+    made = library()
+    if made is None or not all(_fits(weight_OK, squared_O, a, b) for a, b, _ in adapters):
+        with torch.no_grad():
+            return [dora_norm(weight_OK, squared_O, *adapter) for adapter in adapters]
+    found = [torch.empty_like(squared_O) for _ in adapters]
+    each = (_Norm * len(adapters))()
+    for one, (a, b, scale), square in zip(each, adapters, found, strict=True):
+        one.a, one.b, one.square, one.rank, one.scale = a.data_ptr(), b.data_ptr(), square.data_ptr(), len(a), scale
+    made.veneer_squared_row_norms(
+        _KINDS[weight_OK.dtype],
+        ctypes.c_void_p(weight_OK.data_ptr()),
+        *map(ctypes.c_long, weight_OK.shape),
+        ctypes.c_void_p(squared_O.data_ptr()),
+        each,
+        ctypes.c_long(len(adapters)),
+        torch.get_num_threads(),
+    )
+    return [square.sqrt_() for square in found]  # torch's root, to the bit that a magnitude starts from
+
+
+def _fits(weight_OK: Tensor, squared_O: Tensor, a_RK: Tensor, b_OR: Tensor) -> bool:
+    tensors = (weight_OK, squared_O, a_RK, b_OR)
+    laid = all(t.device.type == "cpu" and t.is_contiguous() for t in tensors)
+    wide = a_RK.dtype == b_OR.dtype == squared_O.dtype == torch.float32
+    return laid and wide and weight_OK.dtype in _KINDS and weight_OK.shape[1] % 16 == 0 and len(a_RK) <= _HIGHEST
 
 
 def dora_norm_plain(weight_OK: Tensor, a_RK: Tensor, b_OR: Tensor, scale: float) -> Tensor:

@@ -8,7 +8,8 @@ steps below 0.004.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import ClassVar, Literal, final
 
 import torch
@@ -18,7 +19,7 @@ from veneer.adapters.host import Geometry
 from veneer.adapters.methods.initialisers import initial_factors
 from veneer.adapters.methods.lora import SquaredNorms, factors_2d
 from veneer.adapters.methods.options import LowRankOptions
-from veneer.kernels.dora_norm import dora_norm
+from veneer.kernels.dora_norm import dora_norm, dora_norms
 
 MAGNITUDE = "lora_magnitude_vector"
 
@@ -56,13 +57,16 @@ class DoRA(LowRankOptions):
 
     def norm(self, tensors: dict[str, Tensor], weight_2d: Tensor, squared: Tensor, scale: float) -> Tensor | None:
         """||W + s B A||_row, [out]: a constant in backward unless ``exact_norm_gradient``."""
-        a = tensors["lora_embedding_A"] if "lora_embedding_A" in tensors else tensors["lora_A"].flatten(1)
-        b = tensors["lora_embedding_B"] if "lora_embedding_B" in tensors else tensors["lora_B"].flatten(1)
-        grad = torch.set_grad_enabled(self.exact_norm_gradient and torch.is_grad_enabled())
-        # Under autocast the products would be rounded to bf16, and the norm is where a small change of a large row must show.
-        wide = nullcontext() if weight_2d.is_meta else torch.autocast(weight_2d.device.type, enabled=False)
-        with grad, wide:
-            return dora_norm(weight_2d, squared, a, b, scale)
+        with torch.set_grad_enabled(self.exact_norm_gradient and torch.is_grad_enabled()), _wide(weight_2d):
+            return dora_norm(weight_2d, squared, *_factors(tensors), scale)
+
+    @staticmethod
+    def constant_norms(
+        weight_2d: Tensor, squared: Tensor, adapters: Sequence[tuple[Mapping[str, Tensor], float]]
+    ) -> list[Tensor]:
+        """||W + s B A||_row of several adapters at one site, (tensors, s) each, as constants."""
+        with torch.no_grad(), _wide(weight_2d):
+            return dora_norms(weight_2d, squared, [(*_factors(tensors), scale) for tensors, scale in adapters])
 
     def gain(self, tensors: dict[str, Tensor], norm: Tensor) -> Tensor:
         """S = m / ||W + s B A||_row, [out]."""
@@ -75,3 +79,15 @@ class DoRA(LowRankOptions):
         norm = moved.norm(dim=1).clamp_min(torch.finfo(moved.dtype).tiny)
         gain: Tensor = tensors[MAGNITUDE].detach().to(moved) / norm
         return moved * gain.unsqueeze(1)
+
+
+def _factors(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """A [R, K] and B [O, R]."""
+    if "lora_embedding_A" in tensors:
+        return tensors["lora_embedding_A"], tensors["lora_embedding_B"]
+    return tensors["lora_A"].flatten(1), tensors["lora_B"].flatten(1)
+
+
+def _wide(weight_2d: Tensor) -> AbstractContextManager[object]:
+    """Under autocast the products would be rounded to bf16, and the norm is where a small change of a large row must show."""
+    return nullcontext() if weight_2d.is_meta else torch.autocast(weight_2d.device.type, enabled=False)

@@ -22,10 +22,13 @@ struct Layer {
     long at;            // first of its columns
     const float* a;     // [rank, K]
     const float* b;     // [O, rank]
-    const float* gain;  // [O] or null
+    const float* gain;  // S [O] or null
+    const void* bias;   // the layer's [O], where there is a gain, or null
     void* y;            // forward: the outputs [N, O]; backward: their gradients, or null
+    const void* out;    // backward: the outputs, where S is trained, or null
     float* da;          // [rank, K] or null
     float* db;          // [O, rank] or null
+    float* dots;        // [O]: sum_t g (out - bias), or null
     float scale;
 };
 
@@ -65,11 +68,14 @@ template <class T> struct Rows {
         std::memcpy(out, s, 8 * sizeof(float));
         if (rows > 1) std::memcpy(out + ldo, s + 8, 8 * sizeof(float));
     }
-    // y[m] += sum_r u[m][r] w[r], for up to four rows of y and R rows of w
-    static void add(T* y, long ldy, int rows, const T* u, long ldu, const T* w, long R, long X) {
+    // y[m] = y[m] + (S - 1) (y[m] - bias) + sum_r u[m][r] w[r], for up to four rows of y and R rows of w; S may be null
+    static void add(T* y, long ldy, int rows, const T* u, long ldu, const T* w, long R, long X, const float* gain, const T* bias) {
         for (long k = 0; k < X; k += LANES) {
             vf acc[4];
-            for (int m = 0; m < rows; m++) acc[m] = load(y + m * ldy + k);
+            for (int m = 0; m < rows; m++) {
+                acc[m] = load(y + m * ldy + k);
+                if (gain) acc[m] = regained(acc[m], gain + k, bias ? bias + k : nullptr);
+            }
             for (long r = 0; r < R; r++) {
                 vf v = load(w + r * X + k);
                 for (int m = 0; m < rows; m++) acc[m] += all(to_float(u[m * ldu + r])) * v;
@@ -77,6 +83,7 @@ template <class T> struct Rows {
             for (int m = 0; m < rows; m++) store(y + m * ldy + k, acc[m]);
         }
     }
+    static vf regained(vf y, const float* gain, const T* bias) { return y + (load(gain) - 1.0f) * (bias ? y - load(bias) : y); }
     // acc[r] += sum_n u[n][r] x[n], for eight columns of u
     static void outer(float* acc, const T* u, long ldu, const T* x, long ldx, long rows, long X) {
         for (long k = 0; k < X; k += LANES) {
@@ -123,7 +130,8 @@ template <> struct Packed<bf16> : Rows<bf16> {
         }
         write((const vf*)acc, rows, out, ldo);
     }
-    template <int M> static void add_rows(bf16* y, long ldy, const bf16* u, long ldu, const bf16* w, long R, long X) {
+    template <int M>
+    static void add_rows(bf16* y, long ldy, const bf16* u, long ldu, const bf16* w, long R, long X, const float* gain, const bf16* bias) {
         const bf16* by_two = w + R * X;
         for (long k = 0; k < X; k += 2 * LANES) {
             __m512 lo[M], hi[M];
@@ -131,6 +139,10 @@ template <> struct Packed<bf16> : Rows<bf16> {
             for (int m = 0; m < M; m++) {
                 lo[m] = (__m512)load(y + m * ldy + k);
                 hi[m] = (__m512)load(y + m * ldy + k + LANES);
+                if (gain) {
+                    lo[m] = (__m512)regained((vf)lo[m], gain + k, bias ? bias + k : nullptr);
+                    hi[m] = (__m512)regained((vf)hi[m], gain + k + LANES, bias ? bias + k + LANES : nullptr);
+                }
             }
             for (long r = 0; r < R; r += 2) {
                 __m512bh v = pairs(by_two + r * X + 2 * k), w2 = pairs(by_two + r * X + 2 * k + 2 * LANES);
@@ -146,9 +158,9 @@ template <> struct Packed<bf16> : Rows<bf16> {
                 _mm512_storeu_si512(y + m * ldy + k, (__m512i)_mm512_cvtne2ps_pbh(hi[m], lo[m]));
         }
     }
-    static void add(bf16* y, long ldy, int rows, const bf16* u, long ldu, const bf16* w, long R, long X) {
-        if (rows == 4) return add_rows<4>(y, ldy, u, ldu, w, R, X);
-        for (int m = 0; m < rows; m++) add_rows<1>(y + m * ldy, ldy, u + m * ldu, ldu, w, R, X);
+    static void add(bf16* y, long ldy, int rows, const bf16* u, long ldu, const bf16* w, long R, long X, const float* gain, const bf16* bias) {
+        if (rows == 4) return add_rows<4>(y, ldy, u, ldu, w, R, X, gain, bias);
+        for (int m = 0; m < rows; m++) add_rows<1>(y + m * ldy, ldy, u + m * ldu, ldu, w, R, X, gain, bias);
     }
     // Neighbouring tokens are taken in pairs, as unpacking lays them: see place().
     static void outer(float* acc, const bf16* u, long ldu, const bf16* x, long ldx, long rows, long X) {
@@ -244,8 +256,18 @@ template <class T> void dots(const T* x, long X, long rows, const T* w, long R, 
     for (long n = 0; n < rows; n += 2)
         for (long r = 0; r < R; r += UNIT) Packed<T>::dots(x + n * X, X, rows - n > 1 ? 2 : 1, w + r * X, X, out + n * ldo + r, ldo);
 }
-template <class T> void add(T* y, long X, long rows, const T* u, long ldu, const T* w, long R) {
-    for (long n = 0; n < rows; n += 4) Packed<T>::add(y + n * X, X, rows - n > 4 ? 4 : (int)(rows - n), u + n * ldu, ldu, w, R, X);
+template <class T>
+void add(T* y, long X, long rows, const T* u, long ldu, const T* w, long R, const float* gain = nullptr, const T* bias = nullptr) {
+    for (long n = 0; n < rows; n += 4)
+        Packed<T>::add(y + n * X, X, rows - n > 4 ? 4 : (int)(rows - n), u + n * ldu, ldu, w, R, X, gain, bias);
+}
+// acc += sum_n a[n] (b[n] - bias)
+template <class T> void column_dots(float* acc, const T* a, const T* b, const T* bias, long rows, long X) {
+    for (long k = 0; k < X; k += LANES) {
+        vf sum = load(acc + k), shift = bias ? load(bias + k) : zero();
+        for (long n = 0; n < rows; n++) sum += load(a + n * X + k) * (load(b + n * X + k) - shift);
+        store(acc + k, sum);
+    }
 }
 template <class T> void outer(float* acc, const T* u, long ldu, long R, const T* x, long rows, long X) {
     for (long r = 0; r < R; r += UNIT) Packed<T>::outer(acc + r * X, u + r, ldu, x, X, rows, X);
@@ -260,11 +282,14 @@ template <class T> void forward_rows(const Part& part, long K, long n, long rows
     round_rows(wide.data(), u, rows, R, part.weights ? part.weights + n : nullptr, part.weight);
     for (long h = 0; h < part.layers; h++) {
         const Layer& l = part.layer[h];
-        add((T*)l.y + n * l.width, l.width, rows, u + l.at, R, bank.b[h], padded(l.rank));
+        add((T*)l.y + n * l.width, l.width, rows, u + l.at, R, bank.b[h], padded(l.rank), l.gain, (const T*)l.bias);
     }
 }
 
-// The chunk's part of dx, and its sums: dA [R, K], then dB [P, O] of each layer.
+// Numbers of a layer among a chunk's sums: dB [P, O], and the dots [O].
+long sums_of(const Layer& l) { return (padded(l.rank) + (l.dots ? 1 : 0)) * l.width; }
+
+// The chunk's part of dx, and its sums: dA [R, K], then those of each layer.
 template <class T> void backward_rows(const Part& part, long K, long n, long end, float* sums) {
     Bank<T> bank(part, K);
     long R = part.columns;
@@ -281,10 +306,12 @@ template <class T> void backward_rows(const Part& part, long K, long n, long end
                 const T* g = (const T*)l.y + n * l.width;
                 dots(g, l.width, rows, bank.b[h], P, &wide[l.at], R);
                 if (x) outer(own, (const T*)part.u + n * R + l.at, R, P, g, rows, l.width);
+                if (x && l.dots)
+                    column_dots(own + P * l.width, g, (const T*)l.out + n * l.width, (const T*)l.bias, rows, l.width);
             } else {
                 for (long m = 0; m < rows; m++) std::fill_n(&wide[m * R + l.at], P, 0.0f);
             }
-            own += P * l.width;
+            own += sums_of(l);
         }
         round_rows(wide.data(), gu.data(), rows, R, part.weights ? part.weights + n : nullptr, part.weight);
         if (part.dx) add((T*)part.dx + n * K, K, rows, gu.data(), R, bank.a, R);
@@ -298,8 +325,14 @@ template <class T> void gather(const Part& part, long K, long h, bool is_a, cons
     long X = is_a ? K : l.width, at = l.at * K;
     if (!is_a) {
         at = part.columns * K;
-        for (long i = 0; i < h; i++) at += padded(part.layer[i].rank) * part.layer[i].width;
+        for (long i = 0; i < h; i++) at += sums_of(part.layer[i]);
     }
+    if (!is_a && l.dots)
+        for (long k = 0; k < X; k++) {
+            float sum = 0.0f;
+            for (long c = 0; c < chunks; c++) sum += sums[c * size + at + padded(l.rank) * X + k];
+            l.dots[k] = sum;
+        }
     if (is_a ? !l.da : !l.db) return;
     std::vector<float> sum(X);
     for (long r = 0; r < l.rank; r++) {
@@ -347,7 +380,7 @@ template <class T> void backward(long K, const Part* parts, long count, int thre
         if (part.x) {
             size = part.columns * K;
             for (long h = 0; h < part.layers; h++) {
-                size += padded(part.layer[h].rank) * part.layer[h].width;
+                size += sums_of(part.layer[h]);
                 sums.push_back({i, 2 * h, chunks, room});
                 sums.push_back({i, 2 * h + 1, chunks, room});
             }
@@ -372,7 +405,65 @@ template <class T> void backward(long K, const Part* parts, long count, int thre
     }
 }
 
+// ||W_o + s B_o A||^2 = ||W_o||^2 + 2 s <(W A^T)_o, B_o> + s^2 B_o (A A^T) B_o^T, for one row of W and one adapter, in fp32.
+struct Norm {
+    const float* a;  // [rank, K]
+    const float* b;  // [O, rank]
+    float* square;   // [O]
+    long rank;
+    float scale;
+};
+
+template <class T> void squared_norms(const T* w, long O, long K, const float* squared, const Norm* adapters, long count, int threads) {
+    std::vector<std::vector<float>> rows(count), gram(count);  // A padded; A A^T
+    for (long j = 0; j < count; j++) {
+        const Norm& n = adapters[j];
+        rows[j].assign(padded(n.rank) * K, 0.0f);
+        std::memcpy(rows[j].data(), n.a, n.rank * K * sizeof(float));
+        gram[j].resize(n.rank * n.rank);
+        for (long r = 0; r < n.rank; r++)
+            for (long q = 0; q <= r; q++) {
+                vf sum = zero();
+                for (long k = 0; k < K; k += LANES) sum += load(n.a + r * K + k) * load(n.a + q * K + k);
+                float total = 0.0f;
+                for (long i = 0; i < LANES; i++) total += sum[i];
+                gram[j][r * n.rank + q] = gram[j][q * n.rank + r] = total;
+            }
+    }
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long o = 0; o < O; o += 2) {
+        int two = O - o > 1 ? 2 : 1;
+        std::vector<float> wide(2 * K);  // two rows of W, read once for all adapters
+        for (int i = 0; i < two; i++)
+            for (long k = 0; k < K; k += LANES) store(&wide[i * K + k], load(w + (o + i) * K + k));
+        for (long j = 0; j < count; j++) {
+            const Norm& n = adapters[j];
+            long P = padded(n.rank);
+            std::vector<float> wa(2 * P);
+            for (long r = 0; r < P; r += UNIT) Rows<float>::dots(wide.data(), K, two, rows[j].data() + r * K, K, &wa[r], P);
+            for (int i = 0; i < two; i++) {
+                const float* b = n.b + (o + i) * n.rank;
+                float cross = 0.0f, own = 0.0f;
+                for (long r = 0; r < n.rank; r++) {
+                    float sum = 0.0f;
+                    for (long q = 0; q < n.rank; q++) sum += gram[j][r * n.rank + q] * b[q];
+                    cross += wa[i * P + r] * b[r];
+                    own += sum * b[r];
+                }
+                float square = squared[o + i] + 2 * n.scale * cross + n.scale * n.scale * own;
+                n.square[o + i] = square < 1.17549435e-38f ? 1.17549435e-38f : square;  // NaN goes through
+            }
+        }
+    }
+}
+
 }  // namespace
+
+// kind: 0 for fp32, 1 for bf16, of the weight [O, K]; squared: ||W_o||^2 [O].
+extern "C" void veneer_squared_row_norms(int kind, const void* w, long O, long K, const float* squared, const Norm* adapters, long count,
+                                         int threads) {
+    kind ? squared_norms((const bf16*)w, O, K, squared, adapters, count, threads) : squared_norms((const float*)w, O, K, squared, adapters, count, threads);
+}
 
 // kind: 0 for fp32, 1 for bf16. K: width of the input. Parts of one call share no token.
 extern "C" void veneer_low_rank_forward(int kind, long K, const Part* parts, long count, int threads) {
