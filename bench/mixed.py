@@ -37,7 +37,7 @@ from veneer.data.example import Example
 from veneer.models.flat import FlatRunner
 from veneer.models.load import load_base
 from veneer.models.tiny import tiny
-from veneer.train.faster import Faster
+from veneer.train.faster import use_native
 from veneer.train.job import Job
 from veneer.train.memory import highest
 from veneer.train.step import Stepper
@@ -233,8 +233,8 @@ def jobs(rounds: int) -> Iterator[tuple[str, Any]]:
     """Four jobs in turn over the same four together: forward, backward and the optimizers' steps."""
     stepper, own = made_jobs(8, 256)
     fuse(stepper.runner.model)
-    with Faster(True, 1, print):  # as a run of more than a few minutes does from its second round on
-        yield from _shared(stepper, own, rounds)
+    use_native()  # as a run does
+    yield from _shared(stepper, own, rounds)
 
 
 def _shared(stepper: Stepper, own: list[Job], rounds: int) -> Iterator[tuple[str, Any]]:

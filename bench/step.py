@@ -54,6 +54,8 @@ def measure(case: Case, args: argparse.Namespace, machine: dict[str, Any]) -> di
     """One case from its rows to its figures."""
     if args.who:
         known = {one.name: one for one in (*case.contestants, *case.extra)}
+        if not any(name in known for name in args.who):
+            raise SystemExit(f"--who {' '.join(args.who)}: {case.name} has none of them, but {', '.join(known)}")
         case = replace(case, contestants=tuple(known[name] for name in args.who if name in known))
     load = case.workload
     print(f"{case.name}:", flush=True)

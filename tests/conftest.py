@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", DO_NOT_TRACK="1", MPLBACKEND="Agg", NO_COLOR="1")
@@ -26,3 +28,26 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
         connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", local_only)
+
+
+@pytest.fixture(scope="session")
+def built_kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The kernels in C++, built for this machine."""
+    from veneer.kernels import native
+
+    if native.key() is None:
+        pytest.skip("no C++ compiler")
+    folder = tmp_path_factory.mktemp("native")
+    native.build(folder)
+    return folder
+
+
+@pytest.fixture
+def native_kernels(built_kernels: Path) -> Iterator[None]:
+    """Kernels in C++ inside the test, plain forms after it."""
+    from veneer.kernels import native
+
+    native.use(built_kernels)
+    assert native.reason() == ""
+    yield
+    native.use(None)

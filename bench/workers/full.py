@@ -10,11 +10,13 @@ from typing import Any
 import torch
 
 from bench.workers.turn import Turn
+from veneer.adapters.chains import fuse
 from veneer.data.batch import make_batch
 from veneer.data.example import Example
 from veneer.kernels.cross_entropy import linear_cross_entropy
 from veneer.models.flat import FlatRunner
 from veneer.models.load import load_base
+from veneer.train.faster import use_native
 from veneer.train.trainer import cut
 
 LEARNING_RATE = 5e-5
@@ -24,6 +26,8 @@ _BUDGET = 1024
 def run(spec: dict[str, Any], turn: Turn) -> None:
     """Steps until the pipe is closed."""
     base = load_base(spec["base"], dtype=spec["dtype"])
+    use_native()
+    fuse(base.model)  # norms are trained here and keep their own forward
     turn.loaded(base.model)
     runner = FlatRunner(base.model)
     parameters = [p.requires_grad_() for p in base.model.parameters()]

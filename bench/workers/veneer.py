@@ -17,7 +17,7 @@ from veneer.data.batch import Order
 from veneer.data.example import Example
 from veneer.models.flat import FlatRunner
 from veneer.models.load import load_base
-from veneer.train.faster import Faster
+from veneer.train.faster import use_native
 from veneer.train.job import Job
 from veneer.train.recompute import recomputed
 from veneer.train.step import Stepper
@@ -89,6 +89,7 @@ def job_of(spec: dict[str, Any], bank: Any, *, steps: int = 1_000_000) -> Job:
 def run(spec: dict[str, Any], turn: Turn) -> None:
     """Steps until the pipe is closed."""
     base = load_base(spec["base"], dtype=spec["dtype"])
+    use_native()  # as a run does
     turn.loaded(base.model)
     bank = attach(base.model)
     fuse(base.model)
@@ -96,11 +97,9 @@ def run(spec: dict[str, Any], turn: Turn) -> None:
     listener = Listener()
     stepper = Stepper(FlatRunner(base.model), bank)
     trainer = Trainer(stepper, [job], listener, budget=job.options.tokens_per_pass, share=0)
-    # As a run of more than a few minutes does: compiled from its second step on.
-    with recomputed(base.model) if spec["checkpointing"] else nullcontext(), Faster(True, 0, print) as faster:
+    with recomputed(base.model) if spec["checkpointing"] else nullcontext():
         for _ in turn:
             trainer.round()
-            faster.after_round()
             turn.done(listener.loss)
 
 

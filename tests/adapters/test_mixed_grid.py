@@ -48,6 +48,13 @@ def popularity(kind: str) -> list[str | None]:
     return [None if draw.random() < 0.4 else draw.choice(names) for _ in range(ROWS)]
 
 
+@pytest.fixture(params=["python", "C++"])
+def kernels(request: pytest.FixtureRequest) -> None:
+    """The test runs twice: with the plain forms, and with kernels in C++."""
+    if request.param == "C++":
+        request.getfixturevalue("native_kernels")
+
+
 KINDS = ("distinct", "identical", "uniform", "zipf", "skewed", "some base")
 
 
@@ -124,6 +131,7 @@ def close(found: dict[str, Tensor], expected: dict[str, Tensor], bound: float, t
     return furthest(*whole) <= bound
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])
 @pytest.mark.parametrize("tokens", [1, 7])
 @pytest.mark.parametrize("kind", KINDS)
@@ -154,6 +162,7 @@ def test_mixed_is_separate_in_fp64(kind: str, tokens: int) -> None:
     assert close(grads, alone, 1e-12, tokens)
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("kind", KINDS)
 def test_mixed_rounds_as_separate_in_bf16(kind: str) -> None:
     """In bf16 a mixed batch is as far from the exact numbers as separate ones are, outputs and gradients alike."""
@@ -179,6 +188,7 @@ def test_mixed_rounds_as_separate_in_bf16(kind: str) -> None:
     assert mixed_error <= 1.5 * alone_error <= 0.3
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("tokens", [1, 7])
 def test_each_row_is_that_of_its_own_peft_model(tokens: int) -> None:
     """Fifteen adapters of three methods (DoRA too) and five ranks and a base row in one batch, each as PEFT alone computes it."""
@@ -203,6 +213,7 @@ def test_each_row_is_that_of_its_own_peft_model(tokens: int) -> None:
         assert close({key: grads[key] for key in slopes}, slopes, 1e-5, tokens), name
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])
 @pytest.mark.parametrize("seed", range(4))
 def test_weighted_mixes_are_dense_weights(seed: int, fused: bool) -> None:
@@ -222,6 +233,7 @@ def test_weighted_mixes_are_dense_weights(seed: int, fused: bool) -> None:
         assert float((logits[i] - expected).norm() / expected.norm()) <= 1e-11
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
 def test_mixes_beside_single_adapters_train_alike(dtype: torch.dtype) -> None:
     """Rows with weighted mixes beside rows with one adapter and the base: gradients are the sums of those of each row alone."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +18,6 @@ from veneer.kernels.dora_norm import dora_norm_plain, dora_norms, squared_row_no
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The kernels, built for this machine."""
-    if native.key() is None:
-        pytest.skip("no C++ compiler")
-    folder = tmp_path_factory.mktemp("native")
-    native.build(folder)
-    return folder
-
-
-@pytest.fixture
-def used(built: Path) -> Iterator[None]:
-    """Kernels in C++ inside the test, plain forms after it."""
-    native.use(built)
-    assert native.reason() == ""
-    yield
-    native.use(None)
-
-
 class NativeCase(Case):
     """All adapters of the case as one branch."""
 
@@ -50,7 +31,7 @@ class NativeCase(Case):
         return adapted_linear(self.x, self.layers, [Native(self.layers, runs)])
 
 
-@pytest.mark.usefixtures("used")
+@pytest.mark.usefixtures("native_kernels")
 @DTYPES
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
@@ -62,7 +43,7 @@ def test_one_adapter_on_everything(dtype: torch.dtype, dora: bool, bias: bool, l
     check(case)
 
 
-@pytest.mark.usefixtures("used")
+@pytest.mark.usefixtures("native_kernels")
 @DTYPES
 def test_adapters_on_their_own_tokens(dtype: torch.dtype) -> None:
     """Several adapters with ranks, layers, methods and weights of their own, base tokens between them."""
@@ -74,7 +55,7 @@ def test_adapters_on_their_own_tokens(dtype: torch.dtype) -> None:
     check(case)
 
 
-@pytest.mark.usefixtures("used")
+@pytest.mark.usefixtures("native_kernels")
 def test_a_magnitude_of_zero_has_its_gradient() -> None:
     """Its output is zero, so what m multiplies is computed again."""
     case = NativeCase(torch.float32, (30,), 32, [32], True)
@@ -86,7 +67,7 @@ def test_a_magnitude_of_zero_has_its_gradient() -> None:
     check(case)
 
 
-@pytest.mark.usefixtures("used")
+@pytest.mark.usefixtures("native_kernels")
 def test_no_tokens() -> None:
     """An empty batch gives empty outputs and zero gradients."""
     case = NativeCase(torch.float32, (0,), 32, [32], False)
@@ -97,7 +78,7 @@ def test_no_tokens() -> None:
     assert all(leaf.grad is not None and not leaf.grad.any() for leaf in case.leaves()[1:])
 
 
-@pytest.mark.usefixtures("used")
+@pytest.mark.usefixtures("native_kernels")
 @DTYPES
 def test_a_nan_stays_with_its_adapter(dtype: torch.dtype) -> None:
     """Tokens and gradients of the neighbours, and base tokens, keep their bits."""
@@ -118,7 +99,7 @@ def test_a_nan_stays_with_its_adapter(dtype: torch.dtype) -> None:
     assert all(torch.equal(a, b) for a, b in zip(own, still, strict=True))
 
 
-@pytest.mark.usefixtures("used")
+@pytest.mark.usefixtures("native_kernels")
 @DTYPES
 def test_bits_depend_neither_on_threads_nor_on_neighbours(dtype: torch.dtype) -> None:
     """One thread or three, alone or in a batch with others: the same outputs and gradients to the bit."""
@@ -142,7 +123,7 @@ def test_bits_depend_neither_on_threads_nor_on_neighbours(dtype: torch.dtype) ->
     assert all(torch.equal(a, b) for other in outcomes[1:] for a, b in zip(outcomes[0], other, strict=True))
 
 
-@pytest.mark.usefixtures("used")
+@pytest.mark.usefixtures("native_kernels")
 @DTYPES
 @pytest.mark.parametrize("shape", [(33, 32), (96, 80)], ids=str)
 def test_norms_of_several_adapters_in_one_pass(dtype: torch.dtype, shape: tuple[int, int]) -> None:
@@ -162,7 +143,7 @@ def test_norms_of_several_adapters_in_one_pass(dtype: torch.dtype, shape: tuple[
     assert torch.equal(found[2], squared.sqrt()) and found[3].isnan().all()
 
 
-@pytest.mark.usefixtures("used")
+@pytest.mark.usefixtures("native_kernels")
 def test_what_it_does_not_know_is_left_to_the_plain_forms() -> None:
     """Other dtypes and widths, high ranks, dropout: `fits` says no."""
     for dtype, k, out, r, p in (
@@ -178,7 +159,7 @@ def test_what_it_does_not_know_is_left_to_the_plain_forms() -> None:
         assert not fits(case.layers, [f for _, f in case.shares[0].parts])
 
 
-@pytest.mark.usefixtures("used")
+@pytest.mark.usefixtures("native_kernels")
 def test_the_check_at_the_start_tells_right_from_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     """It passes here, and would not if one gradient were a tenth too large."""
     assert agrees()

@@ -96,7 +96,8 @@ class BaseOptions(Options):
     threads: Count | None = None
     """Threads for the arithmetic; none leaves it to torch."""
     compile: Flag | Literal["auto"] = "auto"
-    """Compile the base's elementwise chains after the first step; auto does so for runs that are long enough to earn it back."""
+    """Take kernels in C++ on a CPU, built once for the processor, and let torch compile elementwise chains after the first step; auto
+    does the second only where there are no such kernels and the run is long enough to earn it back."""
 
 
 class DataOptions(Options):

@@ -21,7 +21,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-__all__ = ["build", "compiler", "key", "library", "reason", "use"]
+__all__ = ["build", "compiler", "folder", "key", "library", "reason", "use"]
 
 _SOURCES = Path(__file__).parent / "cpp"
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
@@ -30,6 +30,7 @@ _SECONDS = 300
 
 
 class _State:
+    folder: Path | None = None
     library: ctypes.CDLL | None = None
     loaded: dict[Path, ctypes.CDLL] = {}
     reason = "not asked for"
@@ -43,14 +44,19 @@ def library() -> ctypes.CDLL | None:
     return _state.library
 
 
+def folder() -> Path | None:
+    """Where the kernels that are in use lie, or None."""
+    return _state.folder if _state.library is not None else None
+
+
 def reason() -> str:
     """Why the plain forms run; empty if they do not."""
     return "" if _state.library is not None else _state.reason
 
 
-def use(folder: Path | None, *, why: str = "not asked for") -> None:
+def use(folder: Path | None, why: str = "not asked for") -> None:
     """Take the kernels that `build` put into ``folder`` from now on, in the whole process; None: the plain forms, and ``why``."""
-    _state.library, _state.reason = None, why
+    _state.folder, _state.library, _state.reason = folder, None, why
     if folder is None:
         return
     try:

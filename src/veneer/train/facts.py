@@ -18,6 +18,7 @@ from veneer import __version__
 from veneer.adapters import Bank
 from veneer.data.hashing import data_hash
 from veneer.errors import CheckpointError
+from veneer.kernels import native
 from veneer.models.fingerprint import weight_fingerprints
 from veneer.models.load import Base
 from veneer.train.build import Material
@@ -47,6 +48,7 @@ def facts_of(jobs: list[Job], material: Mapping[str, Material], base: Base, bank
         "python": platform.python_version(),
         "machine": platform.machine(),
         "processor": _processor(),
+        "kernels": "python" if (kernels := native.folder()) is None else f"C++ {kernels.name}",
         "threads": torch.get_num_threads(),
         "dtype": str(base.dtype).removeprefix("torch."),
         "base": _weights(base, bank),

@@ -1,10 +1,11 @@
 """Faster forms of what a step does besides matrix products, for the length of a run.
 
-From the first step on a run takes the forms of ``adapters/chains`` for norms, gated activations and rotary embeddings. Compiled they
-are faster still, and on a CPU so are low-rank products in C++ (`kernels/native`). But compiling takes some ten seconds once, which a
-short run does not earn back. So ``compile: auto`` asks the plan how long the run will take.
+From the first step on a run takes the forms of ``adapters/chains`` for norms, gated activations and rotary embeddings, and on a CPU the
+kernels in C++ (`kernels/native`), for these and for low-rank products, attention and norms of weights. They are built once for a
+processor, which takes seconds, and kept in the cache. Where there is no such kernel, elementwise chains can be compiled by torch, which
+takes some ten seconds in every run, and a short one does not earn that back. So ``compile: auto`` asks the plan how long the run will take.
 
-What is decided is written down before the first step, since a compiled chain rounds differently in the last place: a run that is
+What is decided is written down before the first step, since faster forms round differently in the last place: a run that is
 resumed compiles at the same round as the run that was never stopped, the second.
 
 Boundary: whether something can be compiled, and computes the same then, is the matter of ``kernels/``; it goes on plain otherwise, and
@@ -13,7 +14,8 @@ that is told here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -29,10 +31,49 @@ _PAYS = 240.0
 
 
 def worth_compiling(wanted: bool | str, seconds: float | None, device: torch.device) -> bool:
-    """Whether a run compiles its chains. wanted: the option. seconds: of the whole run, by its plan, None where there is none."""
+    """Whether torch compiles a run's chains. wanted: the option. seconds: of the whole run, by its plan, None where there is none."""
     if wanted != "auto":
         return bool(wanted)
-    return seconds is not None and seconds >= _PAYS and _has_compiler(device)
+    return seconds is not None and seconds >= _PAYS and native.library() is None and _has_compiler(device)
+
+
+@contextmanager
+def natively(wanted: bool | str, device: torch.device, say: Callable[[str], None]) -> Iterator[None]:
+    """Kernels in C++ inside this context, if the option asks for what is compiled, the base is on a CPU and they can be had.
+
+    say: where it is told that they are built, or why they are not there.
+    """
+    before = native.folder()
+    if wanted is not False and device.type == "cpu":
+        use_native(say)
+        if wanted is True and native.library() is None:
+            say(f"no kernels in C++: {native.reason()}; the plain forms go on")
+    try:
+        yield
+    finally:
+        native.use(before)
+
+
+def use_native(say: Callable[[str], None] = lambda line: None) -> None:
+    """Take the kernels in C++ from now on, built where that was not yet done; where they cannot be had, `native.reason` tells why."""
+    native.use(*_built(say))
+    if native.library() is not None and not agrees():
+        native.use(None, why="what was built computes something else than the plain forms")
+
+
+def _built(say: Callable[[str], None]) -> tuple[Path | None, str]:
+    name = native.key()
+    if name is None:
+        return None, "there is no C++ compiler"
+
+    def build(folder: Path) -> None:
+        say("building kernels for this processor, once")
+        native.build(folder)
+
+    try:
+        return build_once(f"native/{name}", build), ""
+    except (RuntimeError, VeneerError) as error:
+        return None, str(error)
 
 
 class Faster:
@@ -66,30 +107,10 @@ class Faster:
     def _switch_on(self) -> None:
         if self.wanted:
             compile_chains(True)
-            use_native()
 
     def __exit__(self, *error: object) -> None:
         if self.wanted:
             compile_chains(False)
-            native.use(None)
-
-
-def use_native() -> None:
-    """Take the kernels in C++ from now on, built where that was not yet done; where they cannot be had, `native.reason` tells why."""
-    folder, why = _built()
-    native.use(folder, why=why)
-    if native.library() is not None and not agrees():
-        native.use(None, why="what was built computes something else than the plain forms")
-
-
-def _built() -> tuple[Path | None, str]:
-    name = native.key()
-    if name is None:
-        return None, "there is no C++ compiler"
-    try:
-        return build_once(f"native/{name}", native.build), ""
-    except (RuntimeError, VeneerError) as error:
-        return None, str(error)
 
 
 def _has_compiler(device: torch.device) -> bool:

@@ -29,6 +29,7 @@ from veneer.train import forecast, memory
 from veneer.train.build import context_of, gather_all, make_job
 from veneer.train.earlier import build_on
 from veneer.train.expand import expand
+from veneer.train.faster import natively
 from veneer.train.job import Job
 from veneer.train.probe import Measured, Probe, Rung, adapter_bytes
 from veneer.train.recompute import layers_of, recomputed
@@ -105,6 +106,11 @@ def plan(config: TrainOptions | Mapping[str, Any], *, base: Base | None = None) 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     loaded = base or load_base(options.base, dtype=options.dtype, revision=options.revision)
+    with natively(options.compile, next(loaded.model.parameters()).device, lambda line: None):
+        return _plan(options, jobs, loaded)
+
+
+def _plan(options: TrainOptions, jobs: Mapping[str, TrainOptions], loaded: Base) -> tuple[Plan, list[str]]:
     material = gather_all(jobs, loaded, context_of(loaded))
     bank = attach(loaded.model)
     fuse(loaded.model)

@@ -30,7 +30,7 @@ from veneer.train.build import FULL, Material, context_of, gather_all, make_job,
 from veneer.train.earlier import build_on
 from veneer.train.expand import SHARED, expand
 from veneer.train.facts import Facts, chosen_before, compare, facts_of
-from veneer.train.faster import Faster, worth_compiling
+from veneer.train.faster import Faster, natively, worth_compiling
 from veneer.train.files import CONFIG, FACTS, RunFiles
 from veneer.train.halving import Halving
 from veneer.train.job import Job, State
@@ -113,6 +113,7 @@ def train(
         if options.threads is not None:
             torch.set_num_threads(options.threads)
         loaded = base or load_base(options.base, dtype=options.dtype, revision=options.revision)
+        stack.enter_context(natively(options.compile, next(loaded.model.parameters()).device, screen.line))
         limit = context_of(loaded)
         material = gather_all(jobs, loaded, limit)
         bank = attach(loaded.model)
