@@ -155,10 +155,13 @@ def _embedded() -> Fact:
 
 
 def _compiler() -> Fact:
-    name = os.environ.get("CXX") or next((name for name in ("g++", "clang++", "c++") if shutil.which(name)), None)
-    if name is None:
-        return Fact("C++ compiler", "none", "note", "training is slower without one (torch.compile needs it)")
-    return Fact("C++ compiler", shutil.which(name) or name)
+    from veneer.kernels import native
+
+    command = native.compiler()
+    if command is None:
+        remedy = "training on a processor is slower without one: install g++ or clang++, or name one with CXX"
+        return Fact("C++ compiler", "none", "note", remedy)
+    return Fact("C++ compiler", shutil.which(command[0]) or command[0])
 
 
 def _gigabytes(count: float) -> str:
