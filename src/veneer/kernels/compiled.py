@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from veneer.kernels.native import library
+
 __all__ = ["Chain", "Status", "compile_chains", "compiling", "status"]
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 1e-2}
@@ -64,10 +66,19 @@ def status() -> Status:
 class Chain:
     """A function of tensors [T, ...] and constants. Constants, and tensors without a dimension T, come last: ``tokens`` tells how many
     arguments have one. ``text``: what is compiled, where the plain function is written for its own speed; it computes the same.
+    ``native``: its form in C++, of the library and the arguments, which gives None for inputs that it does not take; where it takes them
+    it goes before everything else.
     """
 
-    def __init__(self, function: Callable[..., Any], tokens: int, text: Callable[..., Any] | None = None) -> None:
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        tokens: int,
+        text: Callable[..., Any] | None = None,
+        native: Callable[..., Any] | None = None,
+    ) -> None:
         self.plain = function
+        self._native = native
         self._text = text or function
         self._tokens = tokens
         self._made: dict[tuple[object, ...], Callable[..., Any]] = {}
@@ -79,6 +90,10 @@ class Chain:
         return len(self._made)
 
     def __call__(self, *args: Any) -> Any:
+        if self._native is not None and (kernels := library()) is not None:
+            found = self._native(kernels, *args)
+            if found is not None:
+                return found
         # A dimension of size 0 or 1 cannot be left open.
         if not compiling() or len(args[0]) < 2:
             return self.plain(*args)

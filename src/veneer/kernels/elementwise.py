@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from veneer.kernels import elementwise_native
 from veneer.kernels.compiled import Chain
 
 __all__ = ["ACTIVATIONS", "gated", "rms_norm", "rotary"]
@@ -111,12 +112,12 @@ def rotate_back(g_THD: Tensor, h_TGD: Tensor, cos_TD: Tensor, sin_TD: Tensor) ->
     return _turn(g_THD, cos_TD, sin_TD, -1), _turn(h_TGD, cos_TD, sin_TD, -1)
 
 
-_norm_forward = Chain(norm_forward, 1)
-_norm_backward = Chain(norm_backward, 2)
-_gated_forward = Chain(gated_forward, 2)
-_gated_backward = Chain(gated_backward, 3, gated_backward_text)
-_rotate = Chain(rotate, 4)
-_rotate_back = Chain(rotate_back, 4)
+_norm_forward = Chain(norm_forward, 1, native=elementwise_native.norm_forward)
+_norm_backward = Chain(norm_backward, 2, native=elementwise_native.norm_backward)
+_gated_forward = Chain(gated_forward, 2, native=elementwise_native.gated_forward)
+_gated_backward = Chain(gated_backward, 3, gated_backward_text, elementwise_native.gated_backward)
+_rotate = Chain(rotate, 4, native=elementwise_native.rotate)
+_rotate_back = Chain(rotate_back, 4, native=elementwise_native.rotate_back)
 
 
 class _Norm(torch.autograd.Function):

@@ -31,11 +31,7 @@ template <class T> struct Words {
     static vf both(word w) { return all(w); }
     static vf vec(const word* p) { return load(p); }
     static vf madd(vf acc, vf a, vf b) { return acc + a * b; }
-    static vf rounded(vf x) {
-        T own[LANES];
-        store(own, x);
-        return load(own);
-    }
+    static vf rounded(vf x) { return ::rounded<T>(x); }
     static void put(word* to, vf x, vf y) {
         store(to, x);
         store(to + LANES, y);
@@ -45,7 +41,6 @@ template <class T> struct Words {
     static void copy(word* to, const T* x) { store(to, load(x)); }
     static void interleave(word* to, const T* const* x) { store(to, load(x[0])); }
 };
-template <> inline vf Words<float>::rounded(vf x) { return x; }
 
 #if defined(VENEER_PAIRS)
 template <> struct Words<bf16> {

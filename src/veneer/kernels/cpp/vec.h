@@ -34,9 +34,13 @@ static inline vf load(const float* p) {
 static inline void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
 
 static inline vf load(const bf16* p) {
+#if defined(__AVX512F__)  // in one instruction, which compilers do not find
+    return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#else
     vh h;
     std::memcpy(&h, p, sizeof h);
     return (vf)(__builtin_convertvector(h, vu) << 16);
+#endif
 }
 static inline void store(bf16* p, vf v) {
 #if defined(VENEER_PAIRS)
@@ -50,6 +54,19 @@ static inline void store(bf16* p, vf v) {
     std::memcpy(p, &h, sizeof h);
 #endif
 }
+
+// As a number of type T keeps it.
+template <class T> static inline vf rounded(vf x) {
+    T own[LANES];
+    store(own, x);
+    return load(own);
+}
+template <> inline vf rounded<float>(vf x) { return x; }
+#if defined(VENEER_PAIRS)
+template <> inline vf rounded<bf16>(vf x) {
+    return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)x)), 16);
+}
+#endif
 
 static inline float to_float(float x) { return x; }
 static inline float to_float(bf16 x) {
@@ -65,20 +82,43 @@ static inline void set(bf16* p, float x) {
     p->bits = x != x ? (uint16_t)((u >> 16) | 0x40u) : (uint16_t)((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
 }
 
-static inline vf at_least(vf x, float low) { return x < low ? all(low) : x; }  // NaN stays NaN, here and below
-static inline vf at_most(vf x, float high) { return x > high ? all(high) : x; }
+static inline vf within(vf x, float low, float high) {  // NaN stays NaN, here and below
+#if defined(__AVX512F__)
+    return (vf)_mm512_min_ps(_mm512_set1_ps(high), _mm512_max_ps(_mm512_set1_ps(low), (__m512)x));
+#else
+    x = x < low ? all(low) : x;
+    return x > high ? all(high) : x;
+#endif
+}
 
-// 2^x for x below 128, to a unit in the last place or two; 0 below -126, and NaN of NaN.
-static inline vf two_to(vf x) {
+// 1 / x for x between 2^-126 and 2^126, to a unit in the last place or two.
+static inline vf inverse(vf x) {
+#if defined(__AVX512F__)
+    vf r = (vf)_mm512_rcp14_ps((__m512)x);
+    return r + r * (1.0f - x * r);
+#else
+    return 1.0f / x;
+#endif
+}
+
+// 2^x = p * power, with p near 1, for x between -126 and 127; p is true to a unit in the last place or two.
+static inline vf split_power(vf x, vf& power) {
     const vf whole = x + 12582912.0f;  // 1.5 * 2^23: the number nearest to x stands in the last bits
     const vf f = x - (whole - 12582912.0f);
+    power = (vf)(((vu)whole << 23) + 0x3f800000u);
     vf p = f * 0.001327647129073739f + 0.009675541892647743f;
     p = p * f + 0.05550713092088699f;
     p = p * f + 0.24022120237350464f;
     p = p * f + 0.6931469440460205f;
-    p = p * f + 1.0000001192092896f;
-    const vf power = (vf)(((vu)whole << 23) + 0x3f800000u);
+    return p * f + 1.0000001192092896f;
+}
+static inline vf two_to(vf x) {  // the same, and 0 below -126
+    vf power, p = split_power(x, power);
+#if defined(__AVX512F__)
+    return (vf)_mm512_maskz_mul_ps(_mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ), (__m512)p, (__m512)power);
+#else
     return (vf)((vu)(p * power) & ~(vu)(x < -126.0f));
+#endif
 }
 
 // Blocks of N neighbouring lanes change places: the odd ones of x with the even ones of y.
@@ -117,6 +157,14 @@ static inline vf sums(const vf* v) {
 }
 static inline vf highest(const vf* v) {
     return across(v, [](vf x, vf y) { return x > y ? x : y; });
+}
+
+// The sum of the lanes of one.
+static inline float total(vf x) {
+    x += __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+    x += __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+    x += __builtin_shufflevector(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+    return x[0] + x[1];
 }
 
 // Rows become columns: 16 vectors of 16 lanes.
