@@ -176,6 +176,10 @@ class Bundle:
         self._gains = dict(zip(stacked.present, stacked.gain_J1O, strict=True))
         self._ranks = [b.shape[1] for b in stacked.b_JRO]
 
+    def whole(self, cells: int) -> bool:
+        """Never."""
+        return False
+
     def gained(self, h: int) -> bool:
         """Whether a gain acts at layer h."""
         return self._gains.get(h) is not None

@@ -72,6 +72,8 @@ class _Call:
         self.trains = trains
         self.gained = [any(branch.gained(h) for branch in branches) for h in range(len(layers))]
         self.sizes: list[int] = []
+        self.whole = False
+        """Whether the only branch takes the base products too."""
 
     def folds(self, h: int, cells: int) -> Tensor | None:
         """S, if it is cheaper to multiply W's rows by it: one DoRA adapter has all the cells, and they outnumber W's columns."""
@@ -90,6 +92,7 @@ class _Fused(torch.autograd.Function):
     def forward(ctx: Any, call: _Call, x: Tensor, *masters: Tensor | None) -> tuple[Tensor, ...]:
         x_NK = x.reshape(-1, x.shape[-1])
         # Outputs are no views, so that a model may go on in place; where that spoils what backward needs, autograd says so.
+        call.whole = len(call.branches) == 1 and call.branches[0].whole(len(x_NK))
         outputs = [_base(call, h, x, len(x_NK)) for h in range(len(call.layers))]
         y_NO = [y.view(-1, y.shape[-1]) for y in outputs]
         kept: list[Tensor | None] = []
@@ -125,6 +128,8 @@ class _Fused(torch.autograd.Function):
 def _base(call: _Call, h: int, x: Tensor, cells: int) -> Tensor:
     """C (x W^T) + b, [..., O]."""
     weight, bias = call.layers[h]
+    if call.whole:
+        return x.new_empty(*x.shape[:-1], len(weight))
     if not any(branch.gained(h) for branch in call.branches if not branch.scales):
         return F.linear(x, weight, bias)
     gain = call.folds(h, cells)
@@ -139,6 +144,8 @@ def _base(call: _Call, h: int, x: Tensor, cells: int) -> Tensor:
 
 def _base_gradient(call: _Call, g_NO: list[Tensor | None], cells: int) -> Tensor:
     """sum_h (C g_h) W_h, [N, K], all in one buffer."""
+    if call.whole:
+        return call.layers[0][0].new_empty(cells, call.layers[0][0].shape[1])
     dx: Tensor | None = None
     for h, g in enumerate(g_NO):
         if g is None:

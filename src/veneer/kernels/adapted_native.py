@@ -8,6 +8,9 @@ these products alone moves far more than it multiplies, and is slow in matrix li
 for all of them, one call does for all adapters and layers, and gradients come out in the masters' fp32 with nothing rounded between.
 Rounded to the compute dtype are A, s S B, u and G.
 
+In bf16, where the processor multiplies pairs of it and every token has an adapter, the products with the frozen weights are taken here
+too (``cpp/products.h``), one for each layer and one for the gradient of the input, with S and the low-rank products inside.
+
 Not for dropout, scattered tokens, high ranks (where matrix libraries are as quick), or factors that are kept folded. Shapes: N tokens,
 n an adapter's, K in, O out, R rank, padded to a multiple of 8 inside.
 """
@@ -16,6 +19,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -54,6 +58,7 @@ class _Layer(ctypes.Structure):
         ("a", ctypes.c_void_p),
         ("b", ctypes.c_void_p),
         ("gain", ctypes.c_void_p),
+        ("w", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
         ("y", ctypes.c_void_p),
         ("out", ctypes.c_void_p),
@@ -103,11 +108,15 @@ def agrees() -> bool:
             Factors(torch.randn(r, 32, generator=draw), torch.randn(o, r, generator=draw), 0.5) for o, r in shapes
         ]
         x = torch.randn(70, 32, generator=draw).to(dtype)
-        layers: tuple[Layer, ...] = tuple((torch.zeros(o, 32, dtype=dtype), None) for o, _ in shapes)
+        layers: tuple[Layer, ...] = tuple((torch.randn(o, 32, generator=draw).to(dtype), None) for o, _ in shapes)
         g: list[Tensor | None] = [torch.randn(70, o, generator=draw).to(dtype) for o, _ in shapes]
         found = []
         for branch in (Native(layers, [(None, 0.7, factors)]), Share(None, 0.7, factors)):
-            y, dx = [torch.zeros(70, o, dtype=dtype) for o, _ in shapes], torch.zeros(70, 32, dtype=dtype)
+            branch.whole(len(x))  # the products with the weights are in it then, and written over what stands here
+            y = [x @ weight.T for weight, _ in layers]
+            dx = sum(
+                (slope @ w for slope, (w, _) in zip(g, layers, strict=True) if slope is not None), torch.zeros_like(x)
+            )
             kept = branch.run_(x, y)
             slopes = branch.gradients_(Backward(layers, x, [None, None], g, dx), kept)
             found.append([t.double() for t in (*y, dx, *slopes) if t is not None])
@@ -128,8 +137,7 @@ class _Own:
         for own, (h, f) in zip(self.layers, self.parts, strict=True):
             (rank, _), width = f.a.shape, len(f.b)
             gain, (weight, bias) = self.gains.get(h), layers[h]
-            if gain is not None and bias is not None:
-                own.bias = bias.data_ptr()
+            own.bias = None if bias is None else bias.data_ptr()
             own.width, own.rank, own.at, own.scale = width, rank, self.columns, f.scale
             own.a, own.b, own.gain = f.a.data_ptr(), f.b.data_ptr(), None if gain is None else gain.data_ptr()
             padded = -(-rank // _UNIT) * _UNIT
@@ -149,8 +157,19 @@ class Native:
 
     def __init__(self, layers: Sequence[Layer], runs: Sequence[Run]) -> None:
         self._owns = [_Own(layers, run) for run in runs]
+        self._layers = layers
         self._columns = layers[0][0].shape[1]
+        self._whole = False
         self.masters: list[Tensor | None] = [m for own in self._owns for _, f in own.parts for m in f.masters]
+
+    def whole(self, cells: int) -> bool:
+        """Whether `run_` and `gradients_` take the products with the layers' weights too: every token is an adapter's, at every layer."""
+        weights = [weight for weight, _ in self._layers]
+        most = _products() if weights[0].dtype == torch.bfloat16 else 0
+        fits = max(self._columns, sum(map(len, weights))) <= most and all(w.is_contiguous() for w in weights)
+        everywhere = all(len(own.parts) == len(weights) for own in self._owns)
+        self._whole = fits and everywhere and cells == sum(own.span(cells)[1] for own in self._owns)
+        return self._whole
 
     def gained(self, h: int) -> bool:
         """Whether a gain acts at layer h."""
@@ -176,6 +195,7 @@ class Native:
         for own, (first, _) in zip(self._owns, spans, strict=True):
             for layer, (h, _) in zip(own.layers, own.parts, strict=True):
                 layer.y = _at(y_NO[h], first)
+                layer.w = self._layers[h][0].data_ptr() if self._whole else None
         self._call("veneer_low_rank_forward", x, spans, memory, u, None)
         return [memory, u]
 
@@ -240,6 +260,19 @@ class Native:
         function(
             _KINDS[memory.dtype], ctypes.c_long(columns), parts, ctypes.c_long(len(parts)), torch.get_num_threads()
         )
+
+
+@lru_cache
+def _limit(made: ctypes.CDLL) -> int:
+    """Up to so many numbers along the inner dimension products of whole layers are taken; 0: none."""
+    function = made.veneer_products
+    function.restype = ctypes.c_long
+    return int(function())
+
+
+def _products() -> int:
+    made = library()
+    return 0 if made is None else _limit(made)
 
 
 def _at(t_NX: Tensor, first: int) -> int:

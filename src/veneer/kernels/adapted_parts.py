@@ -78,6 +78,10 @@ class Branch(Protocol):
     scales: bool
     """Whether `run_` multiplies by the gain itself, so that `regain_` is for backward only."""
 
+    def whole(self, cells: int) -> bool:
+        """Whether, with so many cells, `run_` and `gradients_` take the layers' own products too, and write over what stands there."""
+        ...
+
     def gained(self, h: int) -> bool:
         """Whether a gain acts at layer h."""
         ...

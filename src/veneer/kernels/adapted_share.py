@@ -49,6 +49,10 @@ class Share:
         self._ranks = [f.a.shape[0] for _, f in self.parts]
         self._drops = any(f.dropout is not None for _, f in self.parts)
 
+    def whole(self, cells: int) -> bool:
+        """Never."""
+        return False
+
     def gained(self, h: int) -> bool:
         """Whether a gain acts at layer h."""
         return h in self._gains

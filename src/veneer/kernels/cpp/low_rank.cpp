@@ -6,7 +6,9 @@
 // result depends on the threads, or on the other parts.
 #include <algorithm>
 #include <memory>
+#include <type_traits>
 
+#include "products.h"
 #include "vec.h"
 
 namespace {
@@ -23,7 +25,8 @@ struct Layer {
     const float* a;     // [rank, K]
     const float* b;     // [O, rank]
     const float* gain;  // S [O] or null
-    const void* bias;   // the layer's [O], where there is a gain, or null
+    const void* w;      // the layer's weight [O, K], where its product is taken here too, or null
+    const void* bias;   // the layer's [O], where there is a gain or w, or null
     void* y;            // forward: the outputs [N, O]; backward: their gradients, or null
     const void* out;    // backward: the outputs, where S is trained, or null
     float* da;          // [rank, K] or null
@@ -273,6 +276,7 @@ template <class T> void outer(float* acc, const T* u, long ldu, long R, const T*
     for (long r = 0; r < R; r += UNIT) Packed<T>::outer(acc + r * X, u + r, ldu, x, X, rows, X);
 }
 
+// u, and where the layers' products are there already, what the part adds to them.
 template <class T> void forward_rows(const Part& part, long K, long n, long rows) {
     Bank<T> bank(part, K);
     long R = part.columns;
@@ -282,7 +286,7 @@ template <class T> void forward_rows(const Part& part, long K, long n, long rows
     round_rows(wide.data(), u, rows, R, part.weights ? part.weights + n : nullptr, part.weight);
     for (long h = 0; h < part.layers; h++) {
         const Layer& l = part.layer[h];
-        add((T*)l.y + n * l.width, l.width, rows, u + l.at, R, bank.b[h], padded(l.rank), l.gain, (const T*)l.bias);
+        if (!l.w) add((T*)l.y + n * l.width, l.width, rows, u + l.at, R, bank.b[h], padded(l.rank), l.gain, (const T*)l.bias);
     }
 }
 
@@ -290,12 +294,11 @@ template <class T> void forward_rows(const Part& part, long K, long n, long rows
 long sums_of(const Layer& l) { return (padded(l.rank) + (l.dots ? 1 : 0)) * l.width; }
 
 // The chunk's part of dx, and its sums: dA [R, K], then those of each layer.
-template <class T> void backward_rows(const Part& part, long K, long n, long end, float* sums) {
+template <class T> void backward_rows(const Part& part, long K, long n, long end, float* sums, T* slopes) {
     Bank<T> bank(part, K);
     long R = part.columns;
     const T* x = (const T*)part.x;
     std::vector<float> wide(ROWS * R);
-    std::vector<T> gu(ROWS * R);
     for (; n < end; n += ROWS) {
         long rows = std::min(ROWS, end - n);
         float* own = sums + R * K;
@@ -313,9 +316,10 @@ template <class T> void backward_rows(const Part& part, long K, long n, long end
             }
             own += sums_of(l);
         }
-        round_rows(wide.data(), gu.data(), rows, R, part.weights ? part.weights + n : nullptr, part.weight);
-        if (part.dx) add((T*)part.dx + n * K, K, rows, gu.data(), R, bank.a, R);
-        if (x) outer(sums, gu.data(), R, R, x + n * K, rows, K);
+        T* G = slopes + n * R;
+        round_rows(wide.data(), G, rows, R, part.weights ? part.weights + n : nullptr, part.weight);
+        if (part.dx && !part.layer[0].w) add((T*)part.dx + n * K, K, rows, G, R, bank.a, R);
+        if (x) outer(sums, G, R, R, x + n * K, rows, K);
     }
 }
 
@@ -353,6 +357,78 @@ struct Task {
     long part, first, end, room;
 };
 
+#if defined(VENEER_PRODUCTS)
+// Products of whole layers: for every panel of `columns` outputs, the rows of all parts, in pieces that go evenly into the threads.
+struct Piece {
+    long column, part, first, end;
+};
+
+std::vector<Piece> pieces_of(const Part* parts, long count, long columns, int threads) {
+    std::vector<Piece> pieces;
+    long panels = (columns + PANEL - 1) / PANEL, cuts = panels % threads ? threads : 1;
+    for (long p = 0; p < panels; p++)
+        for (long i = 0; i < count; i++) {
+            long step = (parts[i].rows + cuts - 1) / cuts;
+            step = std::max<long>(6, (step + 5) / 6 * 6);
+            for (long n = 0; n < parts[i].rows; n += step) pieces.push_back({p * PANEL, i, n, std::min(n + step, parts[i].rows)});
+        }
+    return pieces;
+}
+
+struct Room {  // for one thread's panel
+    std::unique_ptr<uint32_t[]> words;
+    long column = -1, part = -1;
+    uint32_t* of(long size) {
+        if (!words) words.reset(new uint32_t[size]);
+        return words.get();
+    }
+};
+
+void layer_forward(long K, const Part* parts, long h, const Piece& t, Room& room) {
+    const Part& part = parts[t.part];
+    const Layer& l = part.layer[h];
+    Bank<bf16> bank(part, K);
+    long P = padded(l.rank), width = std::min(PANEL, l.width - t.column);
+    uint32_t* panel = room.of(K / 2 * PANEL);
+    if (room.column != t.column) pack_rows((const bf16*)l.w, K, t.column, width, panel);
+    room.column = t.column;
+    const uint32_t* factor = (const uint32_t*)(bank.b[h] + P * l.width) + t.column;
+    Segment segments[2] = {{(const bf16*)part.x + t.first * K, K, panel, PANEL, K / 2},
+                           {(const bf16*)part.u + t.first * part.columns + l.at, part.columns, factor, l.width, P / 2}};
+    const bf16* bias = (const bf16*)l.bias;
+    panel_product(segments, 2, t.end - t.first, (bf16*)l.y + t.first * l.width + t.column, l.width, width, l.gain ? l.gain + t.column : nullptr,
+                  bias ? bias + t.column : nullptr);
+}
+
+// dx = sum_h (S g_h) W_h + G A.
+void input_gradient(long K, const Part* parts, const Piece& t, const bf16* slopes, Room& room) {
+    const Part& part = parts[t.part];
+    Bank<bf16> bank(part, K);
+    long R = part.columns, words = 0, width = std::min(PANEL, K - t.column);
+    bool gained = false;
+    for (long h = 0; h < part.layers; h++) {
+        words += part.layer[h].width / 2;
+        gained = gained || part.layer[h].gain;
+    }
+    uint32_t* panel = room.of(words * PANEL);
+    bool packed = room.column == t.column && (room.part == t.part || !gained);
+    std::vector<Segment> segments;
+    for (long h = 0; h < part.layers; h++) {
+        const Layer& l = part.layer[h];
+        if (!l.y) continue;
+        if (!packed) pack_columns((const bf16*)l.w, l.width, K, t.column, width, l.gain, panel);
+        segments.push_back({(const bf16*)l.y + t.first * l.width, l.width, panel, PANEL, l.width / 2});
+        panel += l.width / 2 * PANEL;
+    }
+    room.column = t.column;
+    room.part = t.part;
+    const uint32_t* factor = (const uint32_t*)(bank.a + R * K) + t.column;
+    segments.push_back({slopes + t.first * R, R, factor, K, R / 2});
+    panel_product(segments.data(), (int)segments.size(), t.end - t.first, (bf16*)part.dx + t.first * K + t.column, K, width, nullptr, nullptr);
+}
+#endif
+
+// Every token of a call belongs to a part, and all parts take all layers, where w is there.
 template <class T> void forward(long K, const Part* parts, long count, int threads) {
     std::vector<Task> folds, blocks;
     for (long i = 0; i < count; i++) {
@@ -367,41 +443,62 @@ template <class T> void forward(long K, const Part* parts, long count, int threa
 #pragma omp for schedule(static)
         for (size_t i = 0; i < blocks.size(); i++)
             forward_rows<T>(parts[blocks[i].part], K, blocks[i].first, blocks[i].end - blocks[i].first);
+#if defined(VENEER_PRODUCTS)
+        if (std::is_same<T, bf16>::value && parts[0].layer[0].w)
+            for (long h = 0; h < parts[0].layers; h++) {
+                std::vector<Piece> pieces = pieces_of(parts, count, parts[0].layer[h].width, threads);
+                Room room;
+#pragma omp for schedule(static) nowait
+                for (size_t i = 0; i < pieces.size(); i++) layer_forward(K, parts, h, pieces[i], room);
+            }
+#endif
     }
 }
 
 template <class T> void backward(long K, const Part* parts, long count, int threads) {
-    std::vector<Task> pieces, sums;
-    std::vector<long> sizes;
-    long room = 0;
+    std::vector<Task> chunks, sums;
+    std::vector<long> sizes, firsts;
+    long room = 0, cells = 0;
     for (long i = 0; i < count; i++) {
         const Part& part = parts[i];
-        long chunks = chunks_of(part.rows), size = 0;
+        long number = chunks_of(part.rows), size = 0;
         if (part.x) {
             size = part.columns * K;
             for (long h = 0; h < part.layers; h++) {
                 size += sums_of(part.layer[h]);
-                sums.push_back({i, 2 * h, chunks, room});
-                sums.push_back({i, 2 * h + 1, chunks, room});
+                sums.push_back({i, 2 * h, number, room});
+                sums.push_back({i, 2 * h + 1, number, room});
             }
         }
         sizes.push_back(size);
-        for (long c = 0; c < chunks; c++, room += size) pieces.push_back({i, part.rows * c / chunks, part.rows * (c + 1) / chunks, room});
+        firsts.push_back(cells);
+        cells += part.rows * part.columns;
+        for (long c = 0; c < number; c++, room += size) chunks.push_back({i, part.rows * c / number, part.rows * (c + 1) / number, room});
     }
     std::unique_ptr<float[]> memory(new float[room + 1]);
+    std::unique_ptr<T[]> slopes(new T[cells + 1]);  // G of every part, [n, R]
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for schedule(static)
-        for (size_t i = 0; i < pieces.size(); i++) {
-            const Task& t = pieces[i];
+        for (size_t i = 0; i < chunks.size(); i++) {
+            const Task& t = chunks[i];
             std::fill_n(memory.get() + t.room, sizes[t.part], 0.0f);
-            backward_rows<T>(parts[t.part], K, t.first, t.end, memory.get() + t.room);
+            backward_rows<T>(parts[t.part], K, t.first, t.end, memory.get() + t.room, slopes.get() + firsts[t.part]);
         }
-#pragma omp for schedule(static, 1)
+#pragma omp for schedule(static, 1) nowait
         for (size_t i = 0; i < sums.size(); i++) {
             const Task& t = sums[i];
             gather<T>(parts[t.part], K, t.first / 2, t.first % 2 == 0, memory.get() + t.room, sizes[t.part], t.end);
         }
+#if defined(VENEER_PRODUCTS)
+        if (std::is_same<T, bf16>::value && parts[0].layer[0].w && parts[0].dx) {
+            std::vector<Piece> pieces = pieces_of(parts, count, K, threads);
+            Room own;
+#pragma omp for schedule(static)
+            for (size_t i = 0; i < pieces.size(); i++)
+                input_gradient(K, parts, pieces[i], (const bf16*)slopes.get() + firsts[pieces[i].part], own);
+        }
+#endif
     }
 }
 
@@ -463,6 +560,15 @@ template <class T> void squared_norms(const T* w, long O, long K, const float* s
 extern "C" void veneer_squared_row_norms(int kind, const void* w, long O, long K, const float* squared, const Norm* adapters, long count,
                                          int threads) {
     kind ? squared_norms((const bf16*)w, O, K, squared, adapters, count, threads) : squared_norms((const float*)w, O, K, squared, adapters, count, threads);
+}
+
+// Whether products of whole layers are taken here, up to so many numbers along the inner dimension; 0 if not at all.
+extern "C" long veneer_products() {
+#if defined(VENEER_PRODUCTS)
+    return 2 * WORDS / PANEL;
+#else
+    return 0;
+#endif
 }
 
 // kind: 0 for fp32, 1 for bf16. K: width of the input. Parts of one call share no token.
