@@ -9,8 +9,8 @@ known its gradient is known too,
     d total / d h_k = weight_k * (softmax(h_k W^T + b) - onehot(target_k)) W
 
 so it is formed in forward, multiplied in backward with whatever arrives for ``total``, and no tensor of size [tokens, vocabulary]
-ever exists. On a CPU the softmax walks over a chunk in blocks of rows that fit the cache. The gradient of the head's weight, where the
-head is trained, is summed over chunks the same way.
+ever exists. On a CPU the softmax walks over a chunk in blocks of rows that fit the cache, or row by row in C++
+(``cpp/cross_entropy.cpp``). The gradient of the head's weight, where the head is trained, is summed over chunks the same way.
 
 Tokens of weight zero are left out altogether: their target may be anything, and a NaN in their hidden state stays with them. Logits are
 rounded to the dtype of the hidden states, as the model's own head rounds them; the softmax is taken in fp32 (fp64 for fp64).
@@ -21,6 +21,7 @@ are not for this kernel.
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import torch
@@ -28,12 +29,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from veneer.kernels.native import library
+
 __all__ = ["linear_cross_entropy", "plain"]
 
 _CHUNK_BYTES = 48 * 2**20
 """Logits of one chunk, at most (but 64 tokens at least, below which the product with the head is no longer efficient)."""
 _BLOCK_BYTES = 2**21
 """Rows that the softmax takes at once on a CPU: about one core's second-level cache."""
+
+_KINDS = {torch.float32: 0, torch.bfloat16: 1}
+"""Dtypes that the form in C++ takes."""
 
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -127,6 +133,8 @@ def _accumulate_(sums: Grads, part: slice, slopes: Tensor, hidden_KD: Tensor, we
 def _softmax_gradient_(logits: Tensor, targets_k: Tensor, weights_k: Tensor, wanted: bool) -> Tensor:
     """Losses of a chunk [k]. Where gradients are wanted, ``logits`` are overwritten by weight * (softmax - onehot)."""
     losses = torch.empty_like(weights_k)
+    if _in_cpp(logits, targets_k, weights_k, losses, wanted):
+        return losses
     for part in _blocks(logits):
         block = logits[part]
         # Nobody needs the logits again, so that wide ones are worked on in place.
@@ -141,6 +149,25 @@ def _softmax_gradient_(logits: Tensor, targets_k: Tensor, weights_k: Tensor, wan
             if wide is not block:
                 block.copy_(wide)
     return losses
+
+
+def _in_cpp(logits: Tensor, targets_k: Tensor, weights_k: Tensor, losses_k: Tensor, wanted: bool) -> bool:
+    """`_softmax_gradient_` in one reading of the logits, where there is a form in C++ and it takes them."""
+    made, kind = library(), _KINDS.get(logits.dtype)
+    if made is None or kind is None or logits.device.type != "cpu" or targets_k.dtype != torch.long:
+        return False
+    if not (logits.is_contiguous() and targets_k.is_contiguous() and weights_k.is_contiguous()):
+        return False
+    wrong: int = made.veneer_cross_entropy(
+        kind,
+        *(ctypes.c_void_p(logits.data_ptr()), *map(ctypes.c_long, logits.shape)),
+        *(ctypes.c_void_p(t.data_ptr()) for t in (targets_k, weights_k, losses_k)),
+        wanted,
+        torch.get_num_threads(),
+    )
+    if wrong:
+        raise IndexError(f"{wrong} of {len(targets_k)} targets are no token ids: the vocabulary has {logits.shape[1]}")
+    return True
 
 
 def _blocks(logits: Tensor) -> list[slice]:
