@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from veneer.kernels.native import library
 from veneer.kernels.segments import Pattern, Segments
 
-__all__ = ["native", "takes"]
+__all__ = ["native", "pays", "takes"]
 
 _KINDS = {torch.float32: 0, torch.bfloat16: 1}
 _STEP, _WIDEST = 16, 256
@@ -40,6 +40,12 @@ def takes(q_HTD: Tensor, k_GTD: Tensor, v_GTE: Tensor) -> bool:
     sizes = (q_HTD.shape[-1], v_GTE.shape[-1])
     fit = all(size % _STEP == 0 and 0 < size <= _WIDEST for size in sizes)
     return fit and all(x.device.type == "cpu" and x.stride(-1) == 1 for x in (q_HTD, k_GTD, v_GTE))
+
+
+def pays() -> bool:
+    """Whether it is faster than the forms in torch on this processor: with registers of 16 floats; with smaller ones all are level."""
+    made = library()
+    return made is not None and bool(made.veneer_attention_pays())
 
 
 def native(

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .attention_native import native, takes
+from .attention_native import native, pays, takes
 from .segments import Pattern, Segments
 
 __all__ = ["plain", "segment_attention", "tiled"]
@@ -66,8 +66,8 @@ def segment_attention(
 
 
 def _prefers_native(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments) -> bool:
-    """The form in C++ is the fastest wherever there is one, with gradients or without."""
-    return bool(segments.starts) and takes(q, k, v) and max(segments.starts) <= _LONGEST_NATIVE
+    """Where the form in C++ pays at all it is the fastest for all lengths, with gradients or without."""
+    return bool(segments.starts) and takes(q, k, v) and pays() and max(segments.starts) <= _LONGEST_NATIVE
 
 
 def _prefers_tiled(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments) -> bool:

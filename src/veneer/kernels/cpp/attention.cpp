@@ -17,8 +17,8 @@ namespace {
 constexpr int TILE = 12;  // rows of a product: with two vectors each they fill the registers
 constexpr int KEYS = 8;   // and where the rows are keys
 #else
-constexpr int TILE = 4;
-constexpr int KEYS = 4;
+constexpr int TILE = 2;
+constexpr int KEYS = 2;
 #endif
 constexpr long PANEL = 32;                   // columns of a product
 constexpr long FORWARD = 24, BACKWARD = 96;  // rows taken together; multiples of TILE
@@ -28,9 +28,9 @@ constexpr float LOG2E = 1.4426950408889634f;
 template <class T> struct Words {
     typedef float word;
     static constexpr long PER = 1;  // numbers in a word
-    static vf both(word w) { return all(w); }
-    static vf vec(const word* p) { return load(p); }
-    static vf madd(vf acc, vf a, vf b) { return acc + a * b; }
+    typedef register_f part;
+    static part both(word w) { return w - part{}; }
+    static part madd(part acc, part a, part b) { return acc + a * b; }
     static vf rounded(vf x) { return ::rounded<T>(x); }
     static void put(word* to, vf x, vf y) {
         store(to, x);
@@ -46,8 +46,8 @@ template <class T> struct Words {
 template <> struct Words<bf16> {
     typedef uint32_t word;
     static constexpr long PER = 2;
+    typedef vf part;
     static vf both(word w) { return (vf)_mm512_set1_epi32((int)w); }
-    static vf vec(const word* p) { return (vf)_mm512_loadu_si512(p); }
     static vf madd(vf acc, vf a, vf b) { return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b); }
     static vf rounded(vf x) { return x; }  // put() rounds
     static void put(word* to, vf x, vf y) { _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh((__m512)y, (__m512)x)); }
@@ -71,26 +71,33 @@ template <> struct Words<bf16> {
 // c[m][0..32] (+)= sum over k of K words a * b[k][0..32]. COLUMNS: a's rows stand behind each other, word (m, k) at k lda + m.
 template <class W, int M, bool COLUMNS = false>
 inline void product(const typename W::word* a, long lda, const typename W::word* b, long ldb, long K, float* c, long ldc, bool add = false) {
-    vf x[M], y[M];
+    typedef typename W::part part;
+    constexpr int PARTS = PANEL * sizeof(float) / sizeof(part), SIZE = PANEL / PARTS;
+    auto read = [](const void* p) {
+        part v;
+        std::memcpy(&v, p, sizeof v);
+        return v;
+    };
+    part x[M][PARTS];
 #pragma GCC unroll 12
-    for (int m = 0; m < M; m++) {
-        x[m] = add ? load(c + m * ldc) : zero();
-        y[m] = add ? load(c + m * ldc + LANES) : zero();
-    }
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 8
+        for (int i = 0; i < PARTS; i++) x[m][i] = add ? read(c + m * ldc + i * SIZE) : part{};
     for (long k = 0; k < K; k++) {
-        vf p = W::vec(b + k * ldb), q = W::vec(b + k * ldb + LANES);
+        part y[PARTS];
+#pragma GCC unroll 8
+        for (int i = 0; i < PARTS; i++) y[i] = read(b + k * ldb + i * SIZE);
 #pragma GCC unroll 12
         for (int m = 0; m < M; m++) {
-            vf s = W::both(COLUMNS ? a[k * lda + m] : a[m * lda + k]);
-            x[m] = W::madd(x[m], s, p);
-            y[m] = W::madd(y[m], s, q);
+            part s = W::both(COLUMNS ? a[k * lda + m] : a[m * lda + k]);
+#pragma GCC unroll 8
+            for (int i = 0; i < PARTS; i++) x[m][i] = W::madd(x[m][i], s, y[i]);
         }
     }
 #pragma GCC unroll 12
-    for (int m = 0; m < M; m++) {
-        store(c + m * ldc, x[m]);
-        store(c + m * ldc + LANES, y[m]);
-    }
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 8
+        for (int i = 0; i < PARTS; i++) std::memcpy(c + m * ldc + i * SIZE, &x[m][i], sizeof(part));
 }
 
 long up(long n, long unit) { return (n + unit - 1) / unit * unit; }
@@ -514,6 +521,9 @@ void run(const long* sizes, const long* bounds, void* const* at, float scale, fl
 }
 
 }  // namespace
+
+// Whether this is faster here than matrix products of a library: with registers of 16 floats.
+extern "C" int veneer_attention_pays() { return sizeof(register_f) == sizeof(vf); }
 
 // kind: 0 for fp32, 1 for bf16. sizes: segments, H, G, D, E, before, after, then the strides of q, k, v, out, d_out, dq, dk, dv along tokens
 // and heads; at: where these lie. Forward where there is no d_out.

@@ -23,6 +23,15 @@ typedef uint32_t vu __attribute__((vector_size(64)));
 typedef uint16_t vh __attribute__((vector_size(32)));
 constexpr long LANES = 16;
 
+// As many as one register holds: sums that live across a loop stay in registers only as these.
+#if defined(__AVX512F__)
+typedef vf register_f;
+#elif defined(__AVX__)
+typedef float register_f __attribute__((vector_size(32)));
+#else
+typedef float register_f __attribute__((vector_size(16)));
+#endif
+
 static inline vf zero() { return vf{}; }
 static inline vf all(float x) { return x - vf{}; }
 
