@@ -11,7 +11,7 @@ import torch
 
 from bench.workers.turn import Rows, Turn
 
-LEARNING_RATE = 5e-4
+LEARNING_RATE = 1e-4
 
 
 def load(spec: dict[str, Any]) -> Any:

@@ -182,6 +182,6 @@ def test_without_a_compiler_there_is_a_reason(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setenv("CXX", "false")
     with pytest.raises(RuntimeError, match="false failed"):
         native.build(tmp_path)
-    (tmp_path / "kernels.so").write_bytes(b"not a library")
+    (tmp_path / "veneer_kernels.so").write_bytes(b"not a library")
     native.use(tmp_path)
     assert native.library() is None and "cannot be loaded" in native.reason()

@@ -11,6 +11,7 @@ from veneer.adapters import Bank, DoRA, LoRA, attach
 from veneer.adapters.chains import fuse
 from veneer.data.batch import make_batch
 from veneer.data.example import Example
+from veneer.kernels import native
 from veneer.models.flat import FlatRunner
 from veneer.models.tiny import tiny
 from veneer.train.step import Stepper
@@ -63,13 +64,24 @@ def plain(bank: Bank, optimizer: torch.optim.Optimizer, rows: list[Example]) -> 
     return losses
 
 
+@pytest.mark.parametrize("kernels", ["python", "C++"])
 @pytest.mark.parametrize(("optimizer", "dtype"), LIMITS, ids=str)
 @pytest.mark.parametrize("method", [LoRA(r=4), DoRA(r=4)], ids=["lora", "dora"])
 @pytest.mark.parametrize("arch", ["llama", "qwen3", "gemma3", "gpt2", "bert"])
-def test_twenty_steps_end_alike(arch: str, method: LoRA | DoRA, optimizer: str, dtype: torch.dtype) -> None:
+def test_twenty_steps_end_alike(
+    arch: str,
+    method: LoRA | DoRA,
+    optimizer: str,
+    dtype: torch.dtype,
+    kernels: str,
+    request: pytest.FixtureRequest,
+) -> None:
     """Losses agree at every step, relative to their size, and they fall."""
+    if kernels == "C++":
+        request.getfixturevalue("native_kernels")
     rows = examples(ROWS, seed=3)
     ours = fast(*prepared(arch, dtype, method, optimizer), rows)
+    native.use(None)
     theirs = plain(*prepared(arch, dtype, method, optimizer), rows)
     assert theirs[-1] < 0.98 * theirs[0], theirs
     apart = max(abs(a - b) / b for a, b in zip(ours, theirs, strict=True))

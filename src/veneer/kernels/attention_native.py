@@ -45,7 +45,7 @@ def takes(q_HTD: Tensor, k_GTD: Tensor, v_GTE: Tensor) -> bool:
 def pays() -> bool:
     """Whether it is faster than the forms in torch on this processor: with registers of 16 floats; with smaller ones all are level."""
     made = library()
-    return made is not None and bool(made.veneer_attention_pays())
+    return made is not None and bool(made.veneer_pays())
 
 
 def native(

@@ -21,11 +21,11 @@ import shutil
 import subprocess
 from pathlib import Path
 
-__all__ = ["build", "compiler", "folder", "key", "library", "reason", "use"]
+__all__ = ["build", "compiler", "folder", "key", "library", "pays", "reason", "use"]
 
 _SOURCES = Path(__file__).parent / "cpp"
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
-_NAME = "kernels.so"
+_NAME = "veneer_kernels.so"
 _SECONDS = 300
 
 
@@ -52,6 +52,11 @@ def folder() -> Path | None:
 def reason() -> str:
     """Why the plain forms run; empty if they do not."""
     return "" if _state.library is not None else _state.reason
+
+
+def pays() -> bool:
+    """Whether the kernels in use are faster than the plain forms on this processor: with smaller registers they are not."""
+    return _state.library is not None and bool(_state.library.veneer_pays())
 
 
 def use(folder: Path | None, why: str = "not asked for") -> None:

@@ -57,7 +57,11 @@ def natively(wanted: bool | str, device: torch.device, say: Callable[[str], None
 def use_native(say: Callable[[str], None] = lambda line: None) -> None:
     """Take the kernels in C++ from now on, built where that was not yet done; where they cannot be had, `native.reason` tells why."""
     native.use(*_built(say))
-    if native.library() is not None and not agrees():
+    if native.library() is None:
+        return
+    if not native.pays():
+        native.use(None, why="on this processor they are no faster (they are made for registers of 16 floats, AVX-512)")
+    elif not agrees():
         native.use(None, why="what was built computes something else than the plain forms")
 
 

@@ -523,7 +523,7 @@ void run(const long* sizes, const long* bounds, void* const* at, float scale, fl
 }  // namespace
 
 // Whether this is faster here than matrix products of a library: with registers of 16 floats.
-extern "C" int veneer_attention_pays() { return sizeof(register_f) == sizeof(vf); }
+extern "C" int veneer_pays() { return sizeof(register_f) == sizeof(vf); }
 
 // kind: 0 for fp32, 1 for bf16. sizes: segments, H, G, D, E, before, after, then the strides of q, k, v, out, d_out, dq, dk, dv along tokens
 // and heads; at: where these lie. Forward where there is no d_out.
