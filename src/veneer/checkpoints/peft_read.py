@@ -1,8 +1,9 @@
 """A PEFT folder becomes an adapter, strictly: every tensor lands at a layer of the base, or the folder is refused.
 
-Order of work, so that a bad file costs nothing: settings and header (a few kilobytes), then names, shapes and ranks against the base's
-own layers, then the data, then what only the data shows (numbers that are not finite, a change of zero), then the receipt. Which
-layers are adapted and with which ranks is read from the tensors; the settings give the scale, and must agree.
+Order of work, so that a bad file costs nothing: settings and header (a few kilobytes), then names, shapes and ranks against the
+base's own layers, then a look through the numbers (some that are not finite, a change out of proportion), then the base against the
+receipt, and only then are numbers kept, and held against the receipt too. Which layers are adapted and with which ranks is read from
+the tensors; the settings give the scale, and must agree.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from veneer.checkpoints import receipt as receipts
 from veneer.checkpoints.files import Folder, parse_json
 from veneer.checkpoints.findings import Findings, shown
 from veneer.checkpoints.peft_agree import check_agreement
-from veneer.checkpoints.peft_build import build, check_init, check_values
+from veneer.checkpoints.peft_build import build, check_init
 from veneer.checkpoints.peft_config import read_settings
 from veneer.checkpoints.peft_plan import check_shapes, plan_tensors
+from veneer.checkpoints.peft_values import check_stored, check_values
 from veneer.checkpoints.peft_whole import plan_whole, take_copies
 from veneer.checkpoints.tensors import Header, read_header, read_tensors
 from veneer.errors import CheckpointError
@@ -57,17 +59,22 @@ def read_adapter_folder(
                 check_init(settings, plan, bank, convert, found)
                 check_agreement(plan.ranks, settings, bank, found)
                 whole = plan_whole(plan.whole, plan.sites, settings, bank, found)
+            receipt = _receipt(header, found)
             found.raise_if_any(headline)
             assert settings is not None
+            early = Findings(found.force)  # what it notes is noted below, of what is kept
+            check_stored(file, header, plan, whole, settings, str(path / WEIGHTS), early)
+            early.raise_if_any(headline)
+            known = receipt is not None and bank is not None and receipts.verify_base(receipt, plan.sites, bank, found)
+            found.raise_if_any(headline)
             stored, digest = read_tensors(file, header, str(path / WEIGHTS))
     take_copies(whole, stored, bank, found)
-    receipt = _receipt(header, found)
     adapter = build(name, plan, whole, settings, stored, receipt, bank, found)
     check_values(adapter, found)
     if receipt is None:
         found.note("no receipt: whether this is the base that the adapter was trained on is not known")
     elif not found.problems:
-        receipts.verify(receipt, adapter, bank, digest, found)
+        receipts.verify(receipt, adapter, digest, bank, known, found)
     found.raise_if_any(headline)
     adapter.meta |= {"notes": found.notes, "receipt": receipt, "path": str(path), "settings": raw, "digest": digest}
     adapter.meta["template"] = template
