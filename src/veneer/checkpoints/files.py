@@ -243,6 +243,8 @@ def _kind(mode: int) -> str:
 def _unreadable(path: Path, error: OSError | ValueError, expected: str) -> CheckpointError:
     if isinstance(error, ValueError):  # a NUL in the path
         return CheckpointError(f"{shown(path)} cannot be a path; expected {expected}")
+    if error.errno == errno.ENAMETOOLONG:
+        return CheckpointError(f"{shown(path)}, a path of {len(str(path)):,} letters, is too long; expected {expected}")
     if error.errno == errno.ENOENT:
         return CheckpointError(f"{path} does not exist; expected {expected}")
     if error.errno == errno.ELOOP:

@@ -91,6 +91,7 @@ def _template(folder: Folder) -> str | None:
 
 
 def _check_files(folder: Folder) -> None:
+    _check_case(folder)
     if WEIGHTS not in folder:
         pickled = [name for name in folder.names if name.startswith("adapter_model.") and name.endswith(_PICKLES)]
         if pickled:
@@ -103,6 +104,20 @@ def _check_files(folder: Folder) -> None:
         raise CheckpointError(f"{folder.path} holds no {WEIGHTS}; expected a folder with {CONFIG} and {WEIGHTS}")
     if CONFIG not in folder:
         raise CheckpointError(f"{folder.path} holds no {CONFIG}, which says how the tensors of {WEIGHTS} are scaled")
+
+
+def _check_case(folder: Folder) -> None:
+    """Refuse names that are one where case does not count: the same folder would be another adapter on another file system."""
+    for wanted in (WEIGHTS, CONFIG, TEMPLATE):
+        twins = [name for name in folder.names if name != wanted and name.casefold() == wanted]
+        if twins and wanted in folder:
+            raise CheckpointError(
+                f"{folder.path} holds {wanted} and {shown(twins[0])}, whose names differ in case alone; remove the one that is not meant"
+            )
+        if twins and wanted != TEMPLATE:
+            raise CheckpointError(
+                f"{folder.path} holds no {wanted}, for which {shown(twins[0])} is another name; expected {wanted}: rename it"
+            )
 
 
 def _receipt(header: Header, found: Findings) -> dict[str, Any] | None:
