@@ -62,7 +62,10 @@ def test_full_fine_tuning_is_one_job_whatever_the_ranks() -> None:
         ({"jobs": [{"name": ".."}]}, "name"),
         ({"jobs": [{"name": "a/b"}]}, "name"),
         ({"jobs": [{"name": "a"}, {"name": "a"}]}, r'jobs\[1\]: the name "a" is taken by an earlier job'),
-        ({"jobs": [{"name": "sql"}, {"name": "SQL"}]}, 'the name "SQL" is taken'),
+        (
+            {"jobs": [{"name": "sql"}, {"name": "SQL"}]},
+            r'the name "SQL" is taken by an earlier job \("sql" is the same folder',
+        ),
         ({"jobs": [{"name": "a"}, {"name": "b", "out": "elsewhere"}]}, "out belongs to the whole run"),
         ({"seed": [*range(100)], "warmup_steps": [*range(100)]}, "asks for 10,000 jobs; at most 256"),
         ({"jobs": [{"name": "a", "lern_rate": 1}]}, "no option 'lern_rate'; did you mean"),
