@@ -2,10 +2,11 @@
 
     python -m bench.beside_solo [--tiny] [--optimizer adamw sgd] [--json FILE]
 
-LoRA and DoRA, ranks 4 to 32, own learning rates, two with dropout, different lengths of run, in fp32, on the embedded model or on a tiny
-one. At every step of the shared run each job's gradient is held against the one that it gets alone from the same state (1e-5, relative,
-L2 over the adapter). With SGD final adapters are within 1e-5 of the solo runs'; AdamW divides by gradients that may be tiny, so there
-the losses of all steps are held, to 1e-4. Ends with 1 where a bound is broken.
+LoRA and DoRA, ranks 4 to 32, own learning rates, two with dropout, different lengths of run, in fp32, on the embedded model and
+stretches of Python's documentation, or on a tiny model and random tokens. At every step of the shared run each job's gradient is held
+against the one that it gets alone from the same state (1e-5, relative, L2 over the adapter). With SGD final adapters are within 1e-5
+of the solo runs'; AdamW divides by gradients that may be tiny, so there the losses of all steps are held, to 1e-4. Ends with 1 where
+a bound is broken.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from veneer.checkpoints import attach
 from veneer.config import TrainOptions
 from veneer.data.batch import make_batch
 from veneer.data.example import Example
+from veneer.evaluate.general import general_text
 from veneer.models.flat import FlatRunner
 from veneer.models.load import load_base
 from veneer.models.tiny import tiny
@@ -84,18 +86,25 @@ def _apart(one: torch.Tensor, other: torch.Tensor) -> float:
     return float((one - other).norm() / other.norm())
 
 
-def examples(name: str, vocabulary: int) -> list[Example]:
-    """Random rows of 12 to 40 tokens, whose second half is learnt; few of them, so that there is something to learn."""
+def examples(name: str, vocabulary: int, text: Sequence[int] = ()) -> list[Example]:
+    """Four rows of 12 to 40 tokens, whose second half is learnt: stretches of ``text``, or random tokens where there is none."""
     draw = torch.Generator().manual_seed(len(name) * 1000 + ord(name[0]) + int("".join(c for c in name if c.isdigit())))
+
+    def some(low: int, high: int, *size: int) -> torch.Tensor:
+        return torch.randint(low, high, size, generator=draw)
+
     found = []
     for i in range(4):
-        count = int(torch.randint(12, 41, (), generator=draw))
-        row = torch.randint(3, vocabulary, (count,), generator=draw).tolist()
+        count = int(some(12, 41))
+        at = int(some(0, max(1, len(text) - count)))
+        row = text[at : at + count] if text else some(3, vocabulary, count).tolist()
         found.append(Example(tuple(row), (0.0,) * (count // 2) + (1.0,) * (count - count // 2), f"{name}:{i}"))
     return found
 
 
-def trained(model: Any, names: Sequence[str], optimizer: str) -> tuple[Losses, dict[str, torch.Tensor]]:
+def trained(
+    model: Any, text: Sequence[int], names: Sequence[str], optimizer: str
+) -> tuple[Losses, dict[str, torch.Tensor]]:
     """What was heard of some of the eight on one base, and their adapters as one vector each."""
     bank = attach(model)
     jobs, rates = [], {"adamw": 1.0, "sgd": 100.0}
@@ -113,7 +122,7 @@ def trained(model: Any, names: Sequence[str], optimizer: str) -> tuple[Losses, d
             seed=number,
             **{"batch_size": 1, **own},
         )
-        rows = examples(name, model.config.vocab_size)
+        rows = examples(name, model.config.vocab_size, text)
         jobs.append(Job(name, options, bank, rows, [], peak=peak, steps=options.steps or 1))
     ear = Losses(check=len(names) > 1)
     ear.trainer = Trainer(Stepper(FlatRunner(model), bank), jobs, ear, budget=1024, share=512)
@@ -123,12 +132,12 @@ def trained(model: Any, names: Sequence[str], optimizer: str) -> tuple[Losses, d
     return ear, ends
 
 
-def compared(model: Any, optimizer: str) -> dict[str, dict[str, Any]]:
+def compared(model: Any, text: Sequence[int], optimizer: str) -> dict[str, dict[str, Any]]:
     """Train both ways; print the curves of each job and return its distances."""
-    together, ends = trained(model, [*EIGHT], optimizer)
+    together, ends = trained(model, text, [*EIGHT], optimizer)
     found: dict[str, dict[str, Any]] = {}
     for name in EIGHT:
-        alone, end = trained(model, [name], optimizer)
+        alone, end = trained(model, text, [name], optimizer)
         pairs = list(zip(together.of[name], alone.of[name], strict=True))
         gradients = together.gradients[name]
         found[name] = {
@@ -151,8 +160,10 @@ def main() -> int:
     parser.add_argument("--optimizer", nargs="+", choices=("adamw", "sgd"), default=["adamw", "sgd"])
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    model: Any = tiny("llama") if args.tiny else load_base(BASE, dtype="float32").model
-    found = {optimizer: compared(model, optimizer) for optimizer in args.optimizer}
+    base = None if args.tiny else load_base(BASE, dtype="float32")
+    model: Any = tiny("llama") if base is None else base.model
+    text: list[int] = [] if base is None else base.tokenizer(general_text()[:200_000], verbose=False)["input_ids"]
+    found = {optimizer: compared(model, text, optimizer) for optimizer in args.optimizer}
     broken = 0
     print(f"\n{len(EIGHT)} jobs, {torch.get_num_threads()} threads; the largest of each, and what is held:")
     for optimizer, jobs in found.items():
