@@ -59,12 +59,12 @@ def read_adapter_folder(
                 check_init(settings, plan, bank, convert, found)
                 check_agreement(plan.ranks, settings, bank, found)
                 whole = plan_whole(plan.whole, plan.sites, settings, bank, found)
-            receipt = _receipt(header, found)
             found.raise_if_any(headline)
             assert settings is not None
             early = Findings(found.force)  # what it notes is noted below, of what is kept
             check_stored(file, header, plan, whole, settings, str(path / WEIGHTS), early)
             early.raise_if_any(headline)
+            receipt = _receipt(header, found)
             known = receipt is not None and bank is not None and receipts.verify_base(receipt, plan.sites, bank, found)
             found.raise_if_any(headline)
             stored, digest = read_tensors(file, header, str(path / WEIGHTS))
