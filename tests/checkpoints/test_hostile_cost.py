@@ -1,4 +1,5 @@
-"""What refusing large hostile files costs, by the process's own memory: nothing is read before the header is known to fit."""
+"""What refusing large hostile files costs, by the process's own memory and time: the header costs nothing, whatever the file's size, and
+what only the numbers show costs one pass over them, of which nothing is kept."""
 
 from __future__ import annotations
 
@@ -75,13 +76,31 @@ AT_ONCE = {
     "64 MB of a part of the base": lambda name: put(name, tensor_bytes(tensors()), init_lora_weights="pissa"),
     "64 MB with a stray tensor": lambda name: put(name, tensor_bytes({**tensors(), **STRAY})),
 }
-AFTER_READING = {
+IN_ONE_PASS = {
     "a last number that is NaN": lambda name: put(name, last(float("nan"))),
     "the same in bf16": lambda name: put(name, last(float("nan"), torch.bfloat16)),
     "a change without proportion": lambda name: put(name, last(1e30)),
+    "the receipt of another base": lambda name: elsewhere(name),
 }
+
+
+def model():
+    return tiny("llama", hidden_size=WIDE, num_attention_heads=8, num_key_value_heads=8, intermediate_size=64)
+
+
+def elsewhere(name):
+    other = model()
+    for parameter in other.parameters():
+        parameter.data.mul_(1.3)
+    theirs = veneer.attach(other)
+    theirs.add("a", veneer.LoRA(r=WIDE, target_modules=NAMES))
+    for parameter in theirs.parameters("a"):
+        parameter.data.fill_(1e-3)
+    theirs.save("a", place / name)
+
+
 if making:
-    for name, make in (AT_ONCE | AFTER_READING).items():
+    for name, make in (AT_ONCE | IN_ONE_PASS).items():
         make(name)
     raise SystemExit
 
@@ -97,42 +116,60 @@ def bits():
     return total.hexdigest()
 
 
-base = tiny("llama", hidden_size=WIDE, num_attention_heads=8, num_key_value_heads=8, intermediate_size=64)
-bank = veneer.attach(base)
-before = bits()
-put("warm", tensor_bytes({Q0: torch.ones(1, 1)}))
-try:
-    bank.load(place / "warm")
-except CheckpointError:
-    pass
-found = {}
-for name in (AT_ONCE | AFTER_READING):
-    size = (place / name / "adapter_model.safetensors").stat().st_size
-    open("/proc/self/clear_refs", "w").write("5")
-    held, start = status("VmRSS"), time.process_time()
+def refused(name):
+    start = time.process_time()
     try:
         bank.load(place / name, name="x")
         said = ""
     except CheckpointError as error:
         said = str(error)
-    seconds = time.process_time() - start
-    found[name] = [name in AT_ONCE, size, status("VmHWM") - held, seconds, said[-300:]]
+    return time.process_time() - start, said
+
+
+def plainly(path):
+    # Reads a file through a small buffer and asks for the largest number; says how much of the processor that took.
+    start = time.process_time()
+    buffer = bytearray(1 << 20)
+    numbers = torch.frombuffer(buffer, dtype=torch.bfloat16 if "bf16" in str(path) else torch.float32)
+    with path.open("rb", buffering=0) as file:
+        while file.readinto(buffer):
+            numbers.amax()
+    return time.process_time() - start
+
+
+base = model()
+bank = veneer.attach(base)
+before = bits()
+put("warm", tensor_bytes({Q0: torch.ones(1, 1)}))
+refused("warm")
+found = {}
+for name in (AT_ONCE | IN_ONE_PASS):
+    path = place / name / "adapter_model.safetensors"
+    open("/proc/self/clear_refs", "w").write("5")
+    held = status("VmRSS")
+    seconds, said = refused(name)
+    memory = status("VmHWM") - held
+    plain = None
+    if name in IN_ONE_PASS:  # in turn, so that both see the same machine
+        times = [(refused(name)[0], plainly(path)) for _ in range(7)]
+        seconds, plain = (min(column) for column in zip(*times))
+    found[name] = [path.stat().st_size, memory, seconds, plain, said[-300:]]
 assert bits() == before and bank.names == []
 print(json.dumps(found))
 """
 
 
 def test_large_hostile_files_cost_little(tmp_path: Path) -> None:
-    """Refused on the header: under 50 ms and 10 MB, whatever the file's size. Refused on its numbers: below twice the file."""
+    """Every refusal takes under 50 ms and 16 MB, whatever the file's size; for its numbers little more than reading them once."""
     for mode in ("make", "measure"):  # in two processes, so that what making them took cannot be used again
         command = [sys.executable, "-c", WORK, str(tmp_path), mode]
         done = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
         assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    for name, (at_once, size, memory, seconds, said) in found.items():
-        print(f"{name}: {size / 1e6:,.0f} MB, {memory / 1e6:.1f} MB more, {1000 * seconds:.1f} ms: {said[:80]}")
+    for name, (size, memory, seconds, plain, said) in found.items():
+        beside = "" if plain is None else f", read plainly {1000 * plain:.1f} ms"
+        print(f"{name}: {size / 1e6:,.0f} MB, {memory / 1e6:.1f} MB more, {1000 * seconds:.1f} ms{beside}: {said[:80]}")
         assert said, name
-        if at_once:
-            assert seconds < 0.05 and memory < 10 << 20, name
-        else:
-            assert memory < 2 * size, name
+        assert memory < 16 << 20, name
+        # A second pass over the numbers is beyond the allowance, and fresh memory to keep them in far beyond it.
+        assert seconds < (0.05 if plain is None else (2.5 * plain + 0.001)), name

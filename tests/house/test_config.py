@@ -91,6 +91,12 @@ def test_what_differs_from_the_defaults_is_told(tmp_path: Path) -> None:
     ]
 
 
+def test_a_long_value_is_told_by_its_beginning() -> None:
+    """A sweep of a thousand values does not bury what is said after it."""
+    line = differences(TrainOptions(data=("a.jsonl",), sweep={"seed": [*range(1000)]}))[-1]
+    assert str(line).startswith("sweep = seed=0,1,2,3") and "... (" in str(line) and len(str(line)) < 300
+
+
 def test_every_mistake_is_told_at_once(tmp_path: Path) -> None:
     """One error lists the mistakes of all sources with their place, key, expectation, finding and near miss."""
     file = write(tmp_path, "data: a\nlearning_rat: 1e-4\nr: true\nlora_alpha: '1'\nmethod: dorra\nbetas: [0.9]\n")

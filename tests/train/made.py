@@ -113,6 +113,12 @@ def digest(out: Path) -> dict[str, str]:
     return found
 
 
+def contents(out: Path) -> dict[str, str]:
+    """SHA-256 of every file of a folder but the lock, which names the process."""
+    files = (path for path in sorted(out.rglob("*")) if path.is_file() and path.name != ".lock")
+    return {str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
 def examples(count: int, *, seed: int = 0, shortest: int = 4, longest: int = 12) -> list[Example]:
     """Random examples; the second half of each is learnt."""
     rng = random.Random(seed)

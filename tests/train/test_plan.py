@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.train.made import QUIET, digest, options
+from tests.train.made import QUIET, contents, digest, options
 
 from veneer.errors import MemoryPlanError
 from veneer.models.load import Base, load_base
@@ -97,6 +97,24 @@ def test_what_cannot_fit_is_refused_and_nothing_is_left(
     train(wide(place, tmp_path / "run", tokens_per_pass=tokens, steps=1), base=base, screen=QUIET)
     forecast_of(MB_A_TOKEN, monkeypatch, free=2 * GB)
     train(wide(place, tmp_path / "two", activation_checkpointing=True, steps=1), base=base, screen=QUIET)
+
+
+def test_a_fresh_run_that_cannot_fit_leaves_the_earlier_one(
+    place: Path, base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--fresh forgets the run in the folder only once the new one has been planned: refused, every file is as it was, and goes on."""
+    out = tmp_path / "run"
+    train(wide(place, out, plan=False, steps=2), base=base, screen=QUIET)
+    before = contents(out)
+    forecast_of(MB_A_TOKEN, monkeypatch, free=2 * GB)
+    with pytest.raises(MemoryPlanError):
+        train(wide(place, out, r=3), base=base, screen=QUIET, fresh=True)
+    assert contents(out) == before
+    train(wide(place, out, plan=False, steps=2), base=base, screen=QUIET)
+    forecast_of(MB_A_TOKEN, monkeypatch, free=200 * GB)
+    train(wide(place, out, r=3, steps=1), base=base, screen=QUIET, fresh=True)
+    assert {path.name for path in (out / "checkpoints").iterdir()} >= {"step-00000001"}
+    assert not (out / "checkpoints" / "step-00000002").exists()
 
 
 def test_no_remedy_is_named_where_none_suffices(

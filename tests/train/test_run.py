@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.train.made import QUIET, digest, figures, four_jobs, options, write_place, write_rows
+from tests.train.made import QUIET, contents, digest, figures, four_jobs, options, write_place, write_rows
 from torch import nn
 
 from veneer.adapters import LoRA
@@ -22,7 +23,7 @@ from veneer.checkpoints.run import Lock
 from veneer.data.batch import Order
 from veneer.data.dataset import load_examples
 from veneer.data.render import Renderer
-from veneer.errors import CheckpointError, ConfigError, DataError, TargetError, TrainingError
+from veneer.errors import CheckpointError, ConfigError, DataError, TargetError, TrainingError, VeneerError
 from veneer.models.load import Base, load_base
 from veneer.train import train
 from veneer.train.control import ask
@@ -150,6 +151,40 @@ def test_other_options_are_refused(place: Path, base: Base, tmp_path: Path, chan
     assert digest(out) == before
     result = train(options(place, out, steps=2, **change), base=base, screen=QUIET, fresh=True)
     assert {job.state for job in result.jobs.values()} == {"finished"} and digest(out) != before
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"target_modules": ("nowhere",)}, "nowhere"),
+        ({"data": (Path("nowhere.jsonl"),)}, "nowhere.jsonl"),
+        ({"base": "/no/such/base"}, "/no/such/base"),
+        ({"on_top_of": (Path("/no/such/run"),)}, "/no/such/run"),
+        ({"track": "wandb"}, "pip install wandb"),
+        ({"learning_rate": -1.0}, "learning_rate"),
+    ],
+)
+def test_a_fresh_run_that_is_refused_forgets_nothing(
+    place: Path, base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], says: str
+) -> None:
+    """--fresh with a mistake leaves the run that is there, byte by byte."""
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    out = tmp_path / "a"
+    train(options(place, out, steps=2), base=base, screen=QUIET)
+    before = contents(out)
+    with pytest.raises(VeneerError, match=re.escape(says)):
+        train(options(place, out, **change), base=None if "base" in change else base, screen=QUIET, fresh=True)
+    assert contents(out) == before
+
+
+def test_fresh_from_a_checkpoint_is_refused(place: Path, base: Base, tmp_path: Path) -> None:
+    """--fresh forgets the very checkpoint that --resume-from names: one sentence, and it is still there."""
+    out = tmp_path / "a"
+    train(options(place, out, steps=2), base=base, screen=QUIET)
+    before = contents(out)
+    with pytest.raises(ConfigError, match="choose one of the two"):
+        train(options(place, out), base=base, screen=QUIET, fresh=True, resume_from="step-00000002")
+    assert contents(out) == before
 
 
 def test_what_changes_no_number_may_change(place: Path, base: Base, tmp_path: Path) -> None:

@@ -62,7 +62,10 @@ def test_full_fine_tuning_is_one_job_whatever_the_ranks() -> None:
         ({"jobs": [{"name": ".."}]}, "name"),
         ({"jobs": [{"name": "a/b"}]}, "name"),
         ({"jobs": [{"name": "a"}, {"name": "a"}]}, r'jobs\[1\]: the name "a" is taken by an earlier job'),
-        ({"jobs": [{"name": "sql"}, {"name": "SQL"}]}, 'the name "SQL" is taken'),
+        (
+            {"jobs": [{"name": "sql"}, {"name": "SQL"}]},
+            r'the name "SQL" is taken by an earlier job \("sql" is the same folder',
+        ),
         ({"jobs": [{"name": "a"}, {"name": "b", "out": "elsewhere"}]}, "out belongs to the whole run"),
         ({"seed": [*range(100)], "warmup_steps": [*range(100)]}, "asks for 10,000 jobs; at most 256"),
         ({"jobs": [{"name": "a", "lern_rate": 1}]}, "no option 'lern_rate'; did you mean"),
@@ -187,16 +190,18 @@ def test_a_sweep_goes_on_to_the_same_bits(place: Path, base: Base, tmp_path: Pat
 class Tracker(types.ModuleType):
     """A stand-in for a tracker's package, with the three calls that Trackio and Weights & Biases have."""
 
-    def __init__(self, name: str, *, fails: bool = False) -> None:
+    def __init__(self, name: str, *, fails: str = "") -> None:
         super().__init__(name)
         self.calls: list[tuple[str, Any]] = []
         self.fails = fails
 
     def init(self, **settings: Any) -> None:
+        if self.fails == "init":
+            raise ConnectionError("no network")
         self.calls.append(("init", settings))
 
     def log(self, figures: dict[str, float]) -> None:
-        if self.fails:
+        if self.fails == "log":
             raise ConnectionError("no network")
         self.calls.append(("log", figures))
 
@@ -241,9 +246,12 @@ def test_figures_go_to_tensorboard(place: Path, base: Base, tmp_path: Path, monk
     assert {step for key, _, step in written["a"] if key == "loss"} == {1, 2} and written["b"][-1][0] == "closed"
 
 
-def test_a_tracker_that_fails_is_left(place: Path, base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("call", ["init", "log"])
+def test_a_tracker_that_fails_is_left(
+    place: Path, base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
     """A tracker's error is told once and the run goes on; a package that is missing is an error that says how to get it."""
-    monkeypatch.setitem(sys.modules, "trackio", Tracker("trackio", fails=True))
+    monkeypatch.setitem(sys.modules, "trackio", Tracker("trackio", fails=call))
     said = io.StringIO()
     result = train(options(place, tmp_path / "a", steps=3, track="trackio"), base=base, screen=Screen(said))
     assert result.jobs["a"].state == "finished"

@@ -19,6 +19,7 @@ from veneer._options.text import locate, read
 from veneer.errors import ConfigError, Problems
 
 OptionsT = TypeVar("OptionsT", bound=Options)
+_SHOWN = 200
 
 Provenance = dict[str, str]
 """Dotted key -> where its value was written: 'run.yaml, line 3', '--set r=8', '--r'. Defaults are not in it."""
@@ -34,7 +35,10 @@ class Difference:
     source: str
 
     def __str__(self) -> str:
-        return f"{self.key} = {show(self.value)} (default {show(self.default)}; {self.source})"
+        text = show(self.value)
+        if len(text) > _SHOWN:  # a sweep of many values; the saved configuration has them all
+            text = f"{text[:_SHOWN]}... ({len(text):,} letters)"
+        return f"{self.key} = {text} (default {show(self.default)}; {self.source})"
 
 
 def resolve(

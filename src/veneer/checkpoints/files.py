@@ -113,15 +113,23 @@ class Folder:
 def read_exactly(file: BinaryIO, count: int, where: str) -> bytearray:
     """``count`` bytes from where the file stands. Raises CheckpointError when it ends before."""
     data = bytearray(count)
-    view, done = memoryview(data), 0
+    fill(file, memoryview(data), where)
+    return data
+
+
+def fill(file: BinaryIO, view: memoryview, where: str) -> None:
+    """Read from where the file stands until ``view`` is full. Raises CheckpointError when the file ends before or cannot be read."""
+    count, done = len(view), 0
     while done < count:
-        got = file.readinto(view[done : done + (64 << 20)])  # type: ignore[attr-defined]
+        try:
+            got = file.readinto(view[done : done + (64 << 20)])  # type: ignore[attr-defined]
+        except OSError as error:
+            raise CheckpointError(f"{where} cannot be read: {error.strerror or error}") from error
         if not got:
             raise CheckpointError(
                 f"{where} ended after {done:,} of {count:,} bytes: it is cut off, or changes while it is read"
             )
         done += got
-    return data
 
 
 def parse_json(data: bytes | bytearray, where: str) -> Any:
@@ -235,6 +243,8 @@ def _kind(mode: int) -> str:
 def _unreadable(path: Path, error: OSError | ValueError, expected: str) -> CheckpointError:
     if isinstance(error, ValueError):  # a NUL in the path
         return CheckpointError(f"{shown(path)} cannot be a path; expected {expected}")
+    if error.errno == errno.ENAMETOOLONG:
+        return CheckpointError(f"{shown(path)}, a path of {len(str(path)):,} letters, is too long; expected {expected}")
     if error.errno == errno.ENOENT:
         return CheckpointError(f"{path} does not exist; expected {expected}")
     if error.errno == errno.ELOOP:

@@ -1,4 +1,4 @@
-"""From tensors that were read to an adapter, and what only the data shows.
+"""From tensors that were read to an adapter.
 
 PiSSA and OLoRA folders hold factors that began as a part of the base, W_0 = W - s B_0 A_0 being what was frozen. (B_0, A_0) follow
 from W, so with ``convert`` they are computed again and the change is stored as what it is to W, at twice the rank:
@@ -27,8 +27,6 @@ from veneer.checkpoints.peft_sites import Table, names_for, table_for
 from veneer.checkpoints.peft_whole import Whole, inside, own_values
 from veneer.errors import ConfigError
 
-MAX_SCALE = 1e4
-MAX_CHANGE = 1e6
 CONVERTED = ("pissa", "olora")
 _OWN = ("loraplus_lr_ratio", "dropout_form", "exact_norm_gradient")
 
@@ -144,43 +142,6 @@ def _declared(settings: Settings, bank: Bank | None) -> tuple[str, ...]:
     if bank is None:
         return tuple(names)
     return tuple(name for name in names if any(inside(path, name) for path in (*bank.sites, *bank.places)))
-
-
-def check_values(adapter: Adapter, found: Findings) -> None:
-    """What only the data shows: numbers that are not finite, changes out of all proportion, or of nothing."""
-    still = 0
-    broken: set[str] = set()
-    for site, key, value in adapter.named_tensors():
-        bad = value.numel() - int(torch.isfinite(value).sum())
-        if bad:
-            broken.add(site)
-            found.refuse(f"{shown(site)}.{key}: {bad:,} of {value.numel():,} numbers are not finite")
-    for site, own in adapter.tensors.items():
-        if site in broken:
-            continue
-        a, b = (value for key, value in own.items() if key != MAGNITUDE)
-        scale, size_a, size_b = adapter.scale(site), float(a.detach().norm()), float(b.detach().norm())
-        if abs(scale) > MAX_SCALE:
-            found.refuse(
-                f"{shown(site)}: the change is scaled by {scale:.3g}; at most {MAX_SCALE:.0e} is taken", "scale"
-            )
-        elif not math.isfinite(size_a * size_b) or scale * size_a * size_b > MAX_CHANGE:
-            found.refuse(f"{shown(site)}: the change has a norm of up to {scale * size_a * size_b:.3g}", "scale")
-        still += size_a == 0 or size_b == 0
-        magnitude = own.get(MAGNITUDE)
-        if magnitude is not None and bool((magnitude <= 0).any()):
-            found.note(
-                f"{shown(site)}: {int((magnitude <= 0).sum()):,} magnitudes are zero or negative, which training rarely yields"
-            )
-    if still == len(adapter.tensors):
-        what = (
-            "directions are those of the base at every site"
-            if adapter.method.has_gain
-            else "change is zero at every site"
-        )
-        found.note(f"the {what}: an adapter that was never trained?")
-    elif still:
-        found.note(f"the change is zero at {still} of {len(adapter.tensors)} sites")
 
 
 def check_init(settings: Settings, plan: Plan, bank: Bank | None, convert: bool, found: Findings) -> None:

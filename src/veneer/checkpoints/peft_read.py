@@ -1,8 +1,9 @@
 """A PEFT folder becomes an adapter, strictly: every tensor lands at a layer of the base, or the folder is refused.
 
-Order of work, so that a bad file costs nothing: settings and header (a few kilobytes), then names, shapes and ranks against the base's
-own layers, then the data, then what only the data shows (numbers that are not finite, a change of zero), then the receipt. Which
-layers are adapted and with which ranks is read from the tensors; the settings give the scale, and must agree.
+Order of work, so that a bad file costs nothing: settings and header (a few kilobytes), then names, shapes and ranks against the
+base's own layers, then a look through the numbers (some that are not finite, a change out of proportion), then the base against the
+receipt, and only then are numbers kept, and held against the receipt too. Which layers are adapted and with which ranks is read from
+the tensors; the settings give the scale, and must agree.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from veneer.checkpoints import receipt as receipts
 from veneer.checkpoints.files import Folder, parse_json
 from veneer.checkpoints.findings import Findings, shown
 from veneer.checkpoints.peft_agree import check_agreement
-from veneer.checkpoints.peft_build import build, check_init, check_values
+from veneer.checkpoints.peft_build import build, check_init
 from veneer.checkpoints.peft_config import read_settings
 from veneer.checkpoints.peft_plan import check_shapes, plan_tensors
+from veneer.checkpoints.peft_values import check_stored, check_values
 from veneer.checkpoints.peft_whole import plan_whole, take_copies
 from veneer.checkpoints.tensors import Header, read_header, read_tensors
 from veneer.errors import CheckpointError
@@ -59,15 +61,20 @@ def read_adapter_folder(
                 whole = plan_whole(plan.whole, plan.sites, settings, bank, found)
             found.raise_if_any(headline)
             assert settings is not None
+            early = Findings(found.force)  # what it notes is noted below, of what is kept
+            check_stored(file, header, plan, whole, settings, str(path / WEIGHTS), early)
+            early.raise_if_any(headline)
+            receipt = _receipt(header, found)
+            known = receipt is not None and bank is not None and receipts.verify_base(receipt, plan.sites, bank, found)
+            found.raise_if_any(headline)
             stored, digest = read_tensors(file, header, str(path / WEIGHTS))
     take_copies(whole, stored, bank, found)
-    receipt = _receipt(header, found)
     adapter = build(name, plan, whole, settings, stored, receipt, bank, found)
     check_values(adapter, found)
     if receipt is None:
         found.note("no receipt: whether this is the base that the adapter was trained on is not known")
     elif not found.problems:
-        receipts.verify(receipt, adapter, bank, digest, found)
+        receipts.verify(receipt, adapter, digest, bank, known, found)
     found.raise_if_any(headline)
     adapter.meta |= {"notes": found.notes, "receipt": receipt, "path": str(path), "settings": raw, "digest": digest}
     adapter.meta["template"] = template
@@ -84,6 +91,7 @@ def _template(folder: Folder) -> str | None:
 
 
 def _check_files(folder: Folder) -> None:
+    _check_case(folder)
     if WEIGHTS not in folder:
         pickled = [name for name in folder.names if name.startswith("adapter_model.") and name.endswith(_PICKLES)]
         if pickled:
@@ -96,6 +104,20 @@ def _check_files(folder: Folder) -> None:
         raise CheckpointError(f"{folder.path} holds no {WEIGHTS}; expected a folder with {CONFIG} and {WEIGHTS}")
     if CONFIG not in folder:
         raise CheckpointError(f"{folder.path} holds no {CONFIG}, which says how the tensors of {WEIGHTS} are scaled")
+
+
+def _check_case(folder: Folder) -> None:
+    """Refuse names that are one where case does not count: the same folder would be another adapter on another file system."""
+    for wanted in (WEIGHTS, CONFIG, TEMPLATE):
+        twins = [name for name in folder.names if name != wanted and name.casefold() == wanted]
+        if twins and wanted in folder:
+            raise CheckpointError(
+                f"{folder.path} holds {wanted} and {shown(twins[0])}, whose names differ in case alone; remove the one that is not meant"
+            )
+        if twins and wanted != TEMPLATE:
+            raise CheckpointError(
+                f"{folder.path} holds no {wanted}, for which {shown(twins[0])} is another name; expected {wanted}: rename it"
+            )
 
 
 def _receipt(header: Header, found: Findings) -> dict[str, Any] | None:

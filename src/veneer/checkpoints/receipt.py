@@ -76,8 +76,10 @@ def make_receipt(adapter: Adapter, bank: Bank | None, digest: str, extra: Mappin
     return receipt
 
 
-def verify(receipt: Receipt, adapter: Adapter, bank: Bank | None, digest: str, found: Findings) -> None:
-    """Hold an adapter that was just read, and the base that it is for, against its receipt."""
+def verify(
+    receipt: Receipt, adapter: Adapter, digest: str, bank: Bank | None, base_agrees: bool, found: Findings
+) -> None:
+    """Hold an adapter that was just read against its receipt. base_agrees: what `verify_base` said."""
     if receipt.get("tensors") != digest:
         found.refuse(
             "the tensors are not those that were written: their checksum differs from the receipt's (a damaged or edited file)",
@@ -91,15 +93,18 @@ def verify(receipt: Receipt, adapter: Adapter, bank: Bank | None, digest: str, f
             "receipt",
         )
         return
-    base_agrees = bank is not None and _verify_base(receipt.get("base"), adapter, bank, found)
+    base = receipt.get("base")
+    records = base if isinstance(base, dict) else {}
+    bare = [name for name in adapter.tensors if not _is_record(records.get(name))]
+    if bare and bank is not None and isinstance(base, dict):
+        found.refuse(f"the receipt holds no usable record of the base's weight at {listed(bare)}", "receipt")
+        base_agrees = False
     probes = receipt.get("probes")
     if not isinstance(probes, dict) or (adapter.method.has_gain and not base_agrees):
         return
     if set(probes) != set(adapter.tensors):
         found.refuse("the receipt's probes are of other sites than the tensors", "receipt")
         return
-    base = receipt.get("base")
-    records = base if isinstance(base, dict) else {}
     wrong = [
         name for name in adapter.tensors if not _probe_agrees(probes[name], adapter, name, bank, records.get(name))
     ]
@@ -231,18 +236,17 @@ def _is_eight(value: object) -> bool:
     return isinstance(value, list) and len(value) == NUMBERS and all(type(x) in (int, float) for x in value)
 
 
-def _verify_base(recorded: object, adapter: Adapter, bank: Bank, found: Findings) -> bool:
-    """Whether the base's weights are those of the receipt, in any precision."""
+def verify_base(receipt: Receipt, sites: Iterable[str], bank: Bank, found: Findings) -> bool:
+    """Whether the base's weights at ``sites`` are those of the receipt, in any precision; needs none of the adapter's tensors."""
+    recorded = receipt.get("base")
     if not isinstance(recorded, dict):
         found.note("the receipt says nothing of the base's weights, so whether this is the right base is not known")
         return True
+    names = [name for name in sites if _is_record(recorded.get(name))]
     differs: dict[str, float] = {}
     rounded: dict[str, str] = {}
-    for name, now in weight_records(bank, adapter.tensors).items():
-        known = recorded.get(name)
-        if not isinstance(known, dict) or not _is_eight(known.get("sketch")):
-            found.refuse(f"the receipt holds no usable record of the base's weight at {shown(name)}", "receipt")
-            return False
+    for name, now in weight_records(bank, names).items():
+        known = recorded[name]
         distance = base_distance(known, now["sketch"], bank.sites[name].weight_2d, name)
         if distance is not None:
             differs[name] = distance
@@ -251,13 +255,18 @@ def _verify_base(recorded: object, adapter: Adapter, bank: Bank, found: Findings
     for there, here in rounded.items():
         found.note(f"the base is in {here} here and was in {shown(there, 20)} where the adapter was made; {ROUNDED}")
     if differs:
-        _tell_other_base(differs, adapter, bank, found)
+        _tell_other_base(differs, len(names), bank, found)
     return not differs
 
 
-def _tell_other_base(differs: dict[str, float], adapter: Adapter, bank: Bank, found: Findings) -> None:
+def _is_record(value: object) -> bool:
+    """Whether a receipt's record of a base weight can be held against one."""
+    return isinstance(value, dict) and _is_eight(value.get("sketch"))
+
+
+def _tell_other_base(differs: dict[str, float], sites: int, bank: Bank, found: Findings) -> None:
     mean = math.sqrt(sum(min(distance, 10.0) ** 2 for distance in differs.values()) / len(differs))
-    count = f"{len(differs)} of {len(adapter.tensors)} adapted weights differ, by {mean:.1%} on average"
+    count = f"{len(differs)} of {sites} adapted weights differ, by {mean:.1%} on average"
     quantised = getattr(getattr(bank.model, "config", None), "quantization_config", None) is not None
     if mean < 0.25 and quantised:
         found.note(f"the base is quantised and is not what the adapter was made on: {count}")

@@ -67,8 +67,10 @@ def expand(options: TrainOptions, *, files: bool = True) -> dict[str, TrainOptio
             values = {**common, **job, **variant}
             name = _name(options, job, variant, number)
             place = f"jobs[{number}]: " if options.jobs else ""
-            if _taken(name, found):
-                problems.add(f'{place}the name "{name}" is taken by an earlier job; give each job its own')
+            twin = _twin(name, found)
+            if twin is not None:
+                why = "" if twin == name else f' ("{twin}" is the same folder where case does not count)'
+                problems.add(f'{place}the name "{name}" is taken by an earlier job{why}; give each job its own')
                 continue
             try:
                 check_name(name)
@@ -115,9 +117,9 @@ def _combinations(sweep: Mapping[str, Any], problems: Problems) -> list[dict[str
     return found
 
 
-def _taken(name: str, found: Mapping[str, Any]) -> bool:
-    """Whether two jobs would write to one folder; some file systems take a and A for the same."""
-    return name.casefold() in {other.casefold() for other in found}
+def _twin(name: str, found: Mapping[str, Any]) -> str | None:
+    """The job that would write to the same folder; some file systems take a and A for the same."""
+    return next((other for other in found if other.casefold() == name.casefold()), None)
 
 
 def _name(options: TrainOptions, job: Mapping[str, Any], variant: Mapping[str, Any], number: int) -> str:

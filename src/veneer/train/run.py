@@ -41,7 +41,7 @@ from veneer.train.save import Saver
 from veneer.train.screen import Screen, duration
 from veneer.train.sharing import Sharing, choose
 from veneer.train.step import Stepper
-from veneer.train.track import Track
+from veneer.train.track import Track, require
 from veneer.train.trainer import Trainer
 from veneer.train.watch import FirstSteps
 
@@ -94,13 +94,19 @@ def train(
     """Train what ``config`` says (options, a mapping of them, or a YAML file), or go on with it.
 
     base: a base in memory, taken instead of loading the one that the options name. screen: where the course is told. fresh: forget
-    what is in the run's folder. resume_from: a checkpoint's name instead of the newest; newer ones are removed. overrides: options
-    that win over ``config``.
+    what is in the run's folder, once nothing can refuse the new run before its first step. resume_from: a checkpoint's name instead of
+    the newest; newer ones are removed. overrides: options that win over ``config``.
 
     Raises ConfigError, DataError, TargetError, BaseModelError before anything is written; CheckpointError where the folder is in
     use, cannot be written or holds another run; TrainingError where the only job fails; KeyboardInterrupt where it was stopped.
     """
     options = _options(config, overrides)
+    if fresh and resume_from is not None:
+        raise ConfigError(
+            f"fresh forgets every checkpoint, and resume_from asks for {resume_from}; choose one of the two"
+        )
+    if options.track is not None:
+        require(options.track)
     screen = screen or Screen()
     out = Path(options.out or Path("runs") / (options.name or "adapter"))
     jobs = expand(options)
@@ -123,11 +129,9 @@ def train(
         build_on(made, bank)
         halving = Halving(made) if options.halving else None
         files = RunFiles(out, single=len(jobs) == 1)
-        if fresh:
-            files.forget()
         files.prepare()
         run = _Run(options, files, made, material, loaded, bank, screen, halving)
-        return run.go(resume_from)
+        return run.begin() if fresh else run.go(resume_from)
 
 
 class _Run:
@@ -152,13 +156,19 @@ class _Run:
         self.bank = bank
         self.screen = screen
         self.halving = halving
+        self.fresh = False
+
+    def begin(self) -> RunResult:
+        """From the beginning to the end. An earlier run in the folder is forgotten once nothing can refuse this one any more."""
+        self.fresh = True
+        return self.go(None)
 
     def go(self, resume_from: str | None) -> RunResult:
         """From the last checkpoint, or from the beginning, to the end."""
         vocabulary = getattr(getattr(self.base.model, "config", None), "vocab_size", None)
         watches = {job.name: FirstSteps(self.bank[job.name], vocabulary, job.steps) for job in self.jobs}
         saver = Saver(self.files, self.bank, self._receipt, base_name=self.options.base)
-        rounds = saver.restore(self.jobs, resume_from)
+        rounds = None if self.fresh else saver.restore(self.jobs, resume_from)
         facts = self._facts(rounds)
         recorder = Recorder(self.files, self.jobs, saver, self.screen, rounds=rounds or 0)
         recorder.watches = {
@@ -195,7 +205,7 @@ class _Run:
 
     def _choices(self, facts: Facts) -> Facts:
         """What is decided from measurements before the first step; what an earlier start decided holds."""
-        before = chosen_before(self.files, facts)
+        before = {} if self.fresh else chosen_before(self.files, facts)
         if before:
             return before
         sharing = choose(self.options, self.stepper, self.jobs)
@@ -228,6 +238,8 @@ class _Run:
                 )
         else:
             facts |= self._choices(facts)
+        if self.fresh:
+            self.files.forget()
         # A job alone takes its name from the folder; written down, it keeps it when the folder is moved.
         named = {"name": self.jobs[0].name} if self.files.single else {}
         replace_text(self.files.out / CONFIG, to_yaml(self.options.model_copy(update=named)))

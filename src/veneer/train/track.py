@@ -9,11 +9,15 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from veneer.errors import ConfigError
 
-NAMES = ("tensorboard", "trackio", "wandb")
+_PACKAGES = {"tensorboard": "torch.utils.tensorboard", "trackio": "trackio", "wandb": "wandb"}
+NAMES = tuple(_PACKAGES)
+
+
+_T = TypeVar("_T")
 
 
 class _Sink(Protocol):
@@ -24,22 +28,16 @@ class _Sink(Protocol):
 class Track:
     """A tracker of one run."""
 
-    def __init__(self, sink: _Sink, tell: Callable[[str], None]) -> None:
-        self._sink: _Sink | None = sink
+    def __init__(self, sink: _Sink | None, tell: Callable[[str], None]) -> None:
+        self._sink = sink
         self._tell = tell
 
     @classmethod
     def start(cls, name: str, out: Path, config: Mapping[str, Any], tell: Callable[[str], None]) -> Track:
-        """Begin to track a run.
-
-        Raises ConfigError where the tracker's package is not installed.
-        """
-        try:
-            return cls(_SINKS[name](out, config), tell)
-        except ImportError as error:
-            raise ConfigError(
-                f"track asks for {name}, and its package is not here ({error}); install it (pip install {name}), or leave track out"
-            ) from None
+        """Begin to track a run. A tracker that cannot begin is told of and left, as one that fails later."""
+        found = cls(None, tell)
+        found._sink = found._try(lambda: _SINKS[name](out, config))
+        return found
 
     def log(self, job: str, line: Mapping[str, Any]) -> None:
         """Hand on the numbers of one line of figures."""
@@ -51,13 +49,27 @@ class Track:
         self._do(lambda sink: sink.end())
 
     def _do(self, call: Callable[[_Sink], None]) -> None:
-        if self._sink is None:
-            return
+        if self._sink is not None:
+            sink = self._sink
+            self._try(lambda: call(sink))
+
+    def _try(self, call: Callable[[], _T]) -> _T | None:
         try:
-            call(self._sink)
+            return call()
         except Exception as error:  # whatever a tracker may raise, it must not end a run
             self._sink = None
             self._tell(f"the tracker failed and is left: {type(error).__name__}: {error}")
+            return None
+
+
+def require(name: str) -> None:
+    """Raise ConfigError where the tracker's package is not installed."""
+    try:
+        importlib.import_module(_PACKAGES[name])
+    except ImportError as error:
+        raise ConfigError(
+            f"track asks for {name}, and its package is not here ({error}); install it (pip install {name}), or leave track out"
+        ) from None
 
 
 def _number(value: Any) -> bool:
@@ -66,7 +78,7 @@ def _number(value: Any) -> bool:
 
 class _TensorBoard:
     def __init__(self, out: Path, config: Mapping[str, Any]) -> None:
-        self._writer: Any = importlib.import_module("torch.utils.tensorboard").SummaryWriter
+        self._writer: Any = importlib.import_module(_PACKAGES["tensorboard"]).SummaryWriter
         self._writers: dict[str, Any] = {}
         self._folder = out / "tensorboard"
 
