@@ -19,7 +19,7 @@ from veneer.models.load import load_base
 from veneer.train.faster import use_native
 from veneer.train.trainer import cut
 
-LEARNING_RATE = 1e-5
+LEARNING_RATE = 2e-6
 _BUDGET = 1024
 
 

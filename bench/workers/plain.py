@@ -11,7 +11,7 @@ import torch
 
 from bench.workers.turn import Rows, Turn
 
-LEARNING_RATE = 1e-4
+LEARNING_RATE = 2e-5
 
 
 def load(spec: dict[str, Any]) -> Any:

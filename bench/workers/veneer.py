@@ -23,7 +23,7 @@ from veneer.train.recompute import recomputed
 from veneer.train.step import Stepper
 from veneer.train.trainer import Request, Trainer
 
-LEARNING_RATE = 1e-4
+LEARNING_RATE = 2e-5
 
 
 class Listener:

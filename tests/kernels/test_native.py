@@ -14,6 +14,7 @@ from veneer.kernels import native
 from veneer.kernels.adapted_linear import Native, adapted_linear, fits
 from veneer.kernels.adapted_native import agrees
 from veneer.kernels.dora_norm import dora_norm_plain, dora_norms, squared_row_norms
+from veneer.kernels.product import linear
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
@@ -53,6 +54,19 @@ def test_adapters_on_their_own_tokens(dtype: torch.dtype) -> None:
     case.add(slice(21, 321), torch.linspace(-1, 2, 300), [16, None])
     case.add(slice(390, 400), 1.0, [8, 9])
     check(case)
+
+
+@pytest.mark.usefixtures("native_kernels")
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("sizes", [(1, 32, 32), (13, 64, 96), (70, 96, 320), (5, 48, 32)], ids=str)
+def test_products_of_pairs(sizes: tuple[int, int, int], bias: bool) -> None:
+    """x W^T + b in bf16, rounded once: as near to fp64 as bf16 is; sizes that it does not take go to torch."""
+    n, k, out = sizes
+    draw = torch.Generator().manual_seed(n)
+    x, w, b = (torch.randn(*s, generator=draw).bfloat16() for s in ((n, k), (out, k), (out,)))
+    found = linear(x, w, b if bias else None).double()
+    expected = x.double() @ w.double().T + (b.double() if bias else 0)
+    assert float((found - expected).norm() / expected.norm()) < 3e-3
 
 
 @pytest.mark.usefixtures("native_kernels")

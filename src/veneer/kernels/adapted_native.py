@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -37,6 +36,7 @@ from veneer.kernels.adapted_parts import (
 )
 from veneer.kernels.adapted_share import Share
 from veneer.kernels.native import library
+from veneer.kernels.product import longest_product
 
 __all__ = ["Native", "Run", "agrees", "fits"]
 
@@ -165,7 +165,7 @@ class Native:
     def whole(self, cells: int) -> bool:
         """Whether `run_` and `gradients_` take the products with the layers' weights too: every token is an adapter's, at every layer."""
         weights = [weight for weight, _ in self._layers]
-        most = _products() if weights[0].dtype == torch.bfloat16 else 0
+        most = longest_product() if weights[0].dtype == torch.bfloat16 else 0
         fits = max(self._columns, sum(map(len, weights))) <= most and all(w.is_contiguous() for w in weights)
         everywhere = all(len(own.parts) == len(weights) for own in self._owns)
         self._whole = fits and everywhere and cells == sum(own.span(cells)[1] for own in self._owns)
@@ -260,19 +260,6 @@ class Native:
         function(
             _KINDS[memory.dtype], ctypes.c_long(columns), parts, ctypes.c_long(len(parts)), torch.get_num_threads()
         )
-
-
-@lru_cache
-def _limit(made: ctypes.CDLL) -> int:
-    """Up to so many numbers along the inner dimension products of whole layers are taken; 0: none."""
-    function = made.veneer_products
-    function.restype = ctypes.c_long
-    return int(function())
-
-
-def _products() -> int:
-    made = library()
-    return 0 if made is None else _limit(made)
 
 
 def _at(t_NX: Tensor, first: int) -> int:

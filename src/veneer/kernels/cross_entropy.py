@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from veneer.kernels.native import library
+from veneer.kernels.product import linear
 
 __all__ = ["linear_cross_entropy", "plain"]
 
@@ -97,7 +98,7 @@ class _Fused(torch.autograd.Function):
         step = _chunk(len(targets_K), weight_VD.shape[0], hidden_KD.element_size())
         for at in range(0, len(targets_K), step):
             part = slice(at, at + step)
-            logits = F.linear(hidden_KD[part], weight_VD, bias_V)
+            logits = linear(hidden_KD[part], weight_VD, bias_V)
             losses_K[part] = _softmax_gradient_(logits, targets_K[part], weights_K[part], any(wanted))
             _accumulate_(sums, part, logits, hidden_KD, weight_VD)
         ctx.save_for_backward(*sums)

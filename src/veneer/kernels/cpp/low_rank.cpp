@@ -571,6 +571,32 @@ extern "C" long veneer_products() {
 #endif
 }
 
+// y = x W^T + b in bf16, for x [N, K], W [O, K] and bias [O] or null; only where veneer_products() is at least K.
+extern "C" void veneer_product(const void* x, long N, long K, const void* w, const void* bias, long O, void* y, int threads) {
+#if defined(VENEER_PRODUCTS)
+    Part part{};
+    part.rows = N;
+    std::vector<Piece> pieces = pieces_of(&part, 1, O, threads);
+#pragma omp parallel num_threads(threads)
+    {
+        Room room;
+#pragma omp for schedule(static)
+        for (size_t i = 0; i < pieces.size(); i++) {
+            const Piece& t = pieces[i];
+            long width = std::min(PANEL, O - t.column);
+            uint32_t* panel = room.of(K / 2 * PANEL);
+            if (room.column != t.column) pack_rows((const bf16*)w, K, t.column, width, panel);
+            room.column = t.column;
+            Segment segment{(const bf16*)x + t.first * K, K, panel, PANEL, K / 2};
+            const bf16* shift = bias ? (const bf16*)bias + t.column : nullptr;
+            panel_product(&segment, 1, t.end - t.first, (bf16*)y + t.first * O + t.column, O, width, nullptr, shift);
+        }
+    }
+#else
+    (void)x, (void)N, (void)K, (void)w, (void)bias, (void)O, (void)y, (void)threads;
+#endif
+}
+
 // kind: 0 for fp32, 1 for bf16. K: width of the input. Parts of one call share no token.
 extern "C" void veneer_low_rank_forward(int kind, long K, const Part* parts, long count, int threads) {
     kind ? forward<bf16>(K, parts, count, threads) : forward<float>(K, parts, count, threads);
