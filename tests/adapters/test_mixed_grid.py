@@ -14,6 +14,7 @@ from tests.adapters.peers import peft_tensor, peft_twin
 from torch import Tensor
 
 from veneer.adapters import Bank, DoRA, LoRA, attach
+from veneer.kernels import native
 from veneer.models.tiny import tiny
 
 RANKS = (1, 2, 7, 16, 64)
@@ -177,15 +178,18 @@ def test_mixed_rounds_as_separate_in_bf16(kind: str) -> None:
     rows, batch = popularity(kind), ids(7)
     exact, slopes = passed(exact_model, exact_bank, rows, batch)
     logits, grads = passed(model, bank, rows, batch)
+    native.use(None)  # in C++ an adapter alone is nearer to the exact numbers than any other way
     apart, alone = separate(model, bank, rows, batch)
 
     def error(found: Tensor, wanted: Tensor) -> float:
         return float((found.double() - wanted).norm() / wanted.norm())
 
     assert error(logits, exact) <= 1.2 * error(apart, exact) <= 0.05
-    mixed_error = max((error(grads[key], slope) for key, slope in slopes.items()), default=0.0)
-    alone_error = max((error(alone[key], slope) for key, slope in slopes.items()), default=0.0)
-    assert mixed_error <= 1.5 * alone_error <= 0.3
+    if slopes:
+        # All tensors together: which single one is the worst, by a factor of two, is chance.
+        every = [torch.cat([found[key].double().flatten() for key in slopes]) for found in (grads, alone, slopes)]
+        assert error(every[0], every[2]) <= 1.2 * error(every[1], every[2]) <= 0.05
+    assert max((error(grads[key], slope) for key, slope in slopes.items()), default=0.0) <= 0.2
 
 
 @pytest.mark.usefixtures("kernels")

@@ -14,7 +14,7 @@ from tests.train.made import QUIET, digest, options
 from tests.train.test_run import stop_after
 
 from veneer.errors import ConfigError
-from veneer.kernels import compiled
+from veneer.kernels import compiled, native
 from veneer.kernels.compiled import status
 from veneer.models.load import Base
 from veneer.train import faster, train
@@ -77,11 +77,50 @@ def test_where_compiling_fails_the_run_goes_on(
     def broken(*args: Any, **options: Any) -> Any:
         raise RuntimeError("no compiler here")
 
+    monkeypatch.setenv("CXX", "no-such-compiler-here")  # no kernels in C++ either
     monkeypatch.setattr(compiled.torch, "compile", broken)
     for chain in compiled._chains:
         monkeypatch.setattr(chain, "_made", {})
     said = io.StringIO()
     train(options(place, tmp_path / "a", name="one", compile=True), base=base, screen=Screen(said))
     assert "nothing is compiled: compiling" in said.getvalue() and "no compiler here" in said.getvalue()
+    assert "no kernels in C++: there is no C++ compiler; the plain forms go on" in said.getvalue()
     train(options(place, tmp_path / "b", name="one", compile=False), base=base, screen=QUIET)
     assert digest(tmp_path / "a") == digest(tmp_path / "b")
+
+
+def test_a_run_takes_kernels_in_cpp_and_says_which(
+    place: Path, base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, built_kernels: Path
+) -> None:
+    """They are in use while it runs, and no longer; its facts name them; without them the next start tells what changed."""
+    used: list[Path | None] = []
+
+    class Watcher(Screen):
+        def progress(self, text: str, *, important: bool = False) -> None:
+            used.append(native.folder())
+
+    monkeypatch.setattr(faster, "build_once", lambda name, build: built_kernels)
+    chosen = options(place, tmp_path / "a", name="one", steps=4, save_every=1)
+    with pytest.raises(KeyboardInterrupt):
+        train(chosen, base=base, screen=stop_after(2))
+    kernels = json.loads((tmp_path / "a" / "run.json").read_text())["kernels"]
+    assert kernels == (f"C++ {built_kernels.name}" if pays(built_kernels) else "python")
+    monkeypatch.setenv("CXX", "no-such-compiler-here")
+    said = io.StringIO()
+    train(chosen, base=base, screen=Screen(said))
+    if kernels != "python":
+        assert f"kernels {kernels} -> python" in said.getvalue()
+    train(options(place, tmp_path / "b", steps=2), base=base, screen=Watcher(quiet=True))
+    assert set(used) == {None}
+    monkeypatch.delenv("CXX")
+    used.clear()
+    train(options(place, tmp_path / "c", steps=2), base=base, screen=Watcher(quiet=True))
+    assert set(used) == {built_kernels if kernels != "python" else None} and native.folder() is None
+
+
+def pays(folder: Path) -> bool:
+    """Whether the kernels are any faster on this processor."""
+    native.use(folder)
+    found = native.pays()
+    native.use(None)
+    return found
