@@ -34,7 +34,7 @@ from veneer.models.flat import FlatRunner
 from veneer.models.load import load_base
 from veneer.train.job import Job
 from veneer.train.step import Stepper
-from veneer.train.trainer import Request, Trainer
+from veneer.train.trainer import Listener, Trainer
 
 PAGE = Path(__file__).resolve().parents[1] / "continual.md"
 BEGIN, END = "<!-- table: docs/scripts/continual.py -->", "<!-- end of the table -->"
@@ -118,7 +118,7 @@ def sequential(work: Path, files: dict[str, dict[str, Path]], judge: Judge) -> l
         examples, _ = load_examples([files[task]["train"]], Renderer(base.tokenizer))
         options = TrainOptions(data=(files[task]["train"],), steps=STEPS, **OPTIONS)
         job = Job("all", options, bank, examples, [], peak=RATE, steps=STEPS)
-        Trainer(stepper, [job], _Quiet(), budget=1024, share=0).run()
+        Trainer(stepper, [job], Listener(), budget=1024, share=0).run()
         assert job.progress.step == STEPS, job.reason
         bank.save("all", out := work / f"sequential-{task}", base_name=BASE)
         name = judge.bank.load(out, name="all").name
@@ -126,36 +126,6 @@ def sequential(work: Path, files: dict[str, dict[str, Path]], judge: Judge) -> l
         judge.bank.remove(name)
         print("sequential", task, stages[-1], flush=True)
     return stages
-
-
-class _Quiet:
-    """A listener that has nothing to say."""
-
-    def stepping(self, job: Job) -> None:
-        """Nothing."""
-
-    def stepped(self, job: Job, figures: dict[str, float]) -> None:
-        """Nothing."""
-
-    def judging(self, job: Job, done: int, total: int) -> None:
-        """Nothing."""
-
-    def evaluated(self, job: Job, loss: float, *, best: bool) -> None:
-        """Nothing."""
-
-    def changed(self, job: Job) -> None:
-        """Nothing."""
-
-    def ended(self, job: Job) -> None:
-        """Nothing."""
-
-    def requests(self) -> Iterable[Request]:
-        """None."""
-        return ()
-
-    def round_over(self) -> bool:
-        """Go on."""
-        return True
 
 
 def write_page(figures: dict[str, Any]) -> None:

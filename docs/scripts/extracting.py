@@ -35,7 +35,7 @@ from veneer.models.load import load_base
 
 PAGE = Path(__file__).resolve().parents[1] / "extracting.md"
 BEGIN, END = "<!-- table: docs/scripts/extracting.py -->", "<!-- end of the table -->"
-TASK, STEPS, BATCH, RATE = "docstrings", 20, 8, 1e-4
+TASK, STEPS, BATCH, RATE = "docstrings", 60, 8, 1e-4
 RANKS = (1, 2, 4, 8, 16, 64, 256, 576)
 
 

@@ -64,6 +64,17 @@ def test_a_known_change_comes_back(tmp_path: Path, arch: str) -> None:
     assert all(site.singular_values[0] > 1e3 * site.singular_values[8] for site in deeper.sites)
 
 
+def test_a_head_that_the_files_name_otherwise(tmp_path: Path) -> None:
+    """GPT-NeoX's head, embed_out in the files, is extracted as the model's lm_head, with a record of the base's weight."""
+    model = saved(tmp_path / "base", "gpt_neox")
+    adapter = trained(model, LoRA(r=4, lora_alpha=8, target_modules=("lm_head", "dense")))
+    merge_to_folder([(adapter, 1.0)], skeleton(tmp_path / "base"), tmp_path / "tuned")
+    back = found(tmp_path / "base", tmp_path / "tuned", rank=4, target_modules=("lm_head", "dense"))
+    assert set(back.adapter.tensors) == set(adapter.tensors) == set(back.base_weights)
+    wanted = dense(adapter, "lm_head", model)
+    assert float((dense(back.adapter, "lm_head", model) - wanted).norm() / wanted.norm()) < 1e-5
+
+
 def test_a_known_dora_change_comes_back(tmp_path: Path) -> None:
     """A merged DoRA adapter, whose change has full rank, is found at its own rank by fitting gain and factors in turn."""
     model = saved(tmp_path / "base", hidden_size=96, intermediate_size=128)

@@ -103,6 +103,7 @@ def run(args: argparse.Namespace) -> int:
         base_name=args.base or base_name(p.adapter for p in parents),
         task_type=_task(parents),
         receipt=composition.receipt(),
+        template=composition.template,
     )
     report = {**composition.as_dict(), "out": str(args.out), "losses": losses, "search": searched}
     print(
@@ -197,7 +198,7 @@ class _Judge:
 def _lines(composition: Composition, report: dict[str, Any], count: int) -> list[str]:
     from veneer.cli._table import percent, table
 
-    parents = " + ".join(f"{p['name']} x {p['weight']:g}" for p in composition.parents)
+    parents = " + ".join(f"{p['name']} x {p['weight']:g}" for p in composition.origin["parents"])
     adapter = composition.adapter
     lines = []
     if report["search"] is not None:

@@ -28,7 +28,7 @@ from veneer.adapters.targets import select
 from veneer.compose.build import MAX_RANK, Tensors, assemble, site_tensors
 from veneer.compose.delta import SiteDelta
 from veneer.compose.linalg import Svd, dense_svd
-from veneer.compose.parents import records_of
+from veneer.compose.parents import probes_on, records_of
 from veneer.compose.skeleton import Skeleton
 from veneer.compose.svd import alive, from_svd, rank_for
 from veneer.errors import ComposeError, Problems
@@ -58,6 +58,7 @@ class Extraction:
     outside: dict[str, float] = field(default_factory=dict)
     base_weights: dict[str, Any] = field(default_factory=dict)
     made_by: dict[str, Any] = field(default_factory=dict)
+    probes: dict[str, list[float]] = field(default_factory=dict)
 
     @property
     def kept(self) -> float:
@@ -74,7 +75,9 @@ class Extraction:
 
     def receipt(self) -> dict[str, Any]:
         """What the folder's receipt says of its origin."""
-        return {"made_by": {**self.made_by, "kept": float(f"{self.kept:.6g}")}, "base": self.base_weights}
+        made = {**self.made_by, "kept": float(f"{self.kept:.6g}")}
+        probes = {"probes": self.probes} if self.probes else {}
+        return {"made_by": made, "base": self.base_weights, **probes}
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -127,7 +130,8 @@ def extract(
     adapter = assemble(tensors, {site: base.sites[site].kind for site in sites}, name)
     records = records_of(base, adapter.tensors)
     wish = {"rank": rank} if rank is not None else {"energy": energy}
-    return Extraction(adapter, found, outside, records, {"operation": "extract", **wish})
+    probes = probes_on(adapter, base.weight_2d) if adapter.method.has_gain else {}
+    return Extraction(adapter, found, outside, records, {"operation": "extract", **wish}, probes)
 
 
 def _site(

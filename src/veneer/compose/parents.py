@@ -47,6 +47,27 @@ class Parent:
         }
 
 
+def origin_of(parents: Sequence[Parent]) -> dict[str, Any]:
+    """What a receipt says of the parents: their records, the hash of the chat template (and tokenizer) that all of them were trained
+    with, or a note where that is not one and the same."""
+    origin: dict[str, Any] = {"parents": [parent.record for parent in parents]}
+    said = {parent.adapter.name: _template_hash(parent.adapter) for parent in parents}
+    if len(set(said.values())) > 1:
+        each = ", ".join(f"{name}: {known[:12] if known else 'not recorded'}" for name, known in said.items())
+        origin["notes"] = [f"the parents were trained with different chat templates or tokenizers ({each})"]
+    elif (known := next(iter(said.values()), None)) is not None:
+        origin["template_sha256"] = known
+    return origin
+
+
+def template_of(parents: Sequence[Parent]) -> str | None:
+    """The chat template that lies in the parents' folders, where it is one and the same for all of them."""
+    if len({_template_hash(parent.adapter) for parent in parents}) != 1:
+        return None
+    texts = (parent.adapter.meta.get("template") for parent in parents)
+    return next((text for text in texts if isinstance(text, str)), None)
+
+
 def read_parents(folders: Sequence[tuple[Path, str, float]], *, force: str | Iterable[str] = ()) -> list[Parent]:
     """Read the adapters in (folder, name, weight); one folder that is given twice is read once.
 
@@ -60,6 +81,15 @@ def read_parents(folders: Sequence[tuple[Path, str, float]], *, force: str | Ite
     if "base" not in set([force] if isinstance(force, str) else force):
         check_one_base([parent.adapter for parent in parents])
     return parents
+
+
+def probes_on(adapter: Adapter, weights: Weights) -> dict[str, list[float]]:
+    """The receipt's probes of an adapter whose change depends on the base's weights."""
+    found = {}
+    for site in adapter.tensors:
+        weight_OK = weights(site)
+        found[site] = probe_on(adapter, site, weight_OK, squared_row_norms(weight_OK))
+    return found
 
 
 def copy_as(adapter: Adapter, name: str) -> Adapter:
@@ -135,6 +165,11 @@ def _as_recorded(adapter: Adapter, site: str, weight_OK: Tensor, floor: float) -
     if not isinstance(probes, Mapping) or site not in probes:
         return True
     return same_probe(probes[site], probe_on(adapter, site, weight_OK, squared_row_norms(weight_OK)), floor)
+
+
+def _template_hash(adapter: Adapter) -> str | None:
+    found = (adapter.meta.get("receipt") or {}).get("template_sha256")
+    return found if isinstance(found, str) else None
 
 
 def base_records(adapter: Adapter) -> dict[str, dict[str, Any]]:
