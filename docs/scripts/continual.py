@@ -39,7 +39,7 @@ from veneer.train.trainer import Listener, Trainer
 PAGE = Path(__file__).resolve().parents[1] / "continual.md"
 BEGIN, END = "<!-- table: docs/scripts/continual.py -->", "<!-- end of the table -->"
 WAYS = ("joint", "sequential", "stacked", "penalty", "projection")
-STEPS, RATE = 12, 1e-3
+STEPS, RATE = 32, 1e-3
 OPTIONS: dict[str, Any] = {
     "r": 8,
     "lora_alpha": 16.0,

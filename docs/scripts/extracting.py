@@ -113,7 +113,7 @@ def cut(adapter: Adapter, rank: int) -> Adapter:
 
 def curve(work: Path, files: dict[str, Any]) -> dict[str, Any]:
     """Held-out loss of base, every rank and the full fine-tune."""
-    judge = Judge(files, rows=32, general=4)
+    judge = Judge(files, general=4)
     base = judge.losses(None)
     whole = read_adapter(work / "extracted-lora", "whole")
     report = json.loads((work / "lora.json").read_text(encoding="utf-8"))
