@@ -39,7 +39,7 @@ from veneer.train.trainer import Listener, Trainer
 PAGE = Path(__file__).resolve().parents[1] / "continual.md"
 BEGIN, END = "<!-- table: docs/scripts/continual.py -->", "<!-- end of the table -->"
 WAYS = ("joint", "sequential", "stacked", "penalty", "projection")
-STEPS, RATE = 32, 1e-3
+STEPS, RATE = 24, 1e-3
 OPTIONS: dict[str, Any] = {
     "r": 8,
     "lora_alpha": 16.0,
@@ -62,7 +62,7 @@ def main() -> None:
     figures = args.work / "figures.json"
     known = json.loads(figures.read_text(encoding="utf-8")) if figures.is_file() else {}
     wanted = [way for way in ([args.only] if args.only else WAYS) if way not in known]
-    judge = Judge(files, rows=16, general=4) if wanted or "base" not in known else None
+    judge = Judge(files, rows=16, general=2) if wanted or "base" not in known else None
     if judge is not None:
         cached(figures, "base", lambda: judge.losses(None))
         for way in wanted:

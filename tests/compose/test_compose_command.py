@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -148,3 +150,36 @@ def test_mistakes_are_one_sentence(made: Path, capsys: pytest.CaptureFixture[str
         assert not (made / "out").exists()
     assert main(["compose", f"{made}/lora", "--out", f"{made}/dora"]) == 1
     assert "holds something already" in capsys.readouterr().err
+
+
+def test_many_parents(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two hundred parents are one adapter of the rank that their different factors have; the screen names some, the receipt all."""
+    assert main(["compose", *[f"{made}/lora:0.5", f"{made}/rslora:-0.25"] * 100, "--out", f"{made}/many"]) == 0
+    said = capsys.readouterr().out
+    assert "and 192 more: a LoRA adapter of rank 13" in said
+    assert len(read_adapter(made / "many").meta["receipt"]["parents"]) == 200
+    assert torch.allclose(
+        routed(made, {"many": 1.0}), routed(made, {"lora": 50.0, "rslora": -25.0}), atol=1e-4, rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize("command", ["compose", "extract"])
+def test_a_disk_that_is_full(
+    made: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    """Where the disk fills up while a folder is written, nothing is left there and one sentence says so."""
+    words = {
+        "compose": [f"{made}/lora", f"{made}/rslora"],
+        "extract": ["--base", f"{made}/base", "--tuned", f"{made}/tuned", "--rank", "2"],
+    }[command]
+    saved(made / "tuned", seed=3)
+    before = sorted(made.iterdir())
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert main([command, *words, "--out", f"{made}/out"]) == 1
+    said = capsys.readouterr().err
+    assert "cannot be written: No space left on device" in said and said.count("\n") == 1
+    assert sorted(made.iterdir()) == before

@@ -9,7 +9,8 @@ import pytest
 import torch
 from tests.compose.made import METHODS, saved, trained
 
-from veneer.checkpoints import attach, read_adapter
+from veneer.adapters import LoRA
+from veneer.checkpoints import attach, read_adapter, write_adapter
 from veneer.cli.main import main
 from veneer.errors import CheckpointError
 from veneer.models.load import load_base
@@ -55,6 +56,21 @@ def test_a_revision_of_the_base_is_another_base(by: float, tmp_path: Path, capsy
     forced = ["--force", "base"]
     assert main(["merge", str(a), "--base", str(other), "--out", str(tmp_path / "m"), "--no-probe", *forced]) == 0
     assert main(["compose", str(a), str(b), "--out", str(tmp_path / "c"), *forced]) == 0
+
+
+def test_bases_that_cannot_be_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Adapters that name different bases are not put together where they share no layer by which to compare these; where they do and have
+    no receipts, the report says that nothing tells."""
+    model = saved(tmp_path / "base")
+    for name, targets, base in (("q", "q_proj", "org/one"), ("v", "v_proj", "org/two"), ("w", "q_proj", "org/two")):
+        adapter = trained(model, LoRA(r=2, target_modules=(targets,)), name=name)
+        write_adapter(adapter, tmp_path / name, base_name=base)
+    words = ["compose", str(tmp_path / "q"), str(tmp_path / "v"), "--out", str(tmp_path / "out")]
+    assert main(words) == 1
+    assert "name different bases (org/one and org/two)" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert main([*words, "--force", "base"]) == 0
+    assert main(["compose", str(tmp_path / "q"), str(tmp_path / "w"), "--out", str(tmp_path / "same")]) == 0
+    assert "the parents name different bases (org/one, org/two)" in capsys.readouterr().out
 
 
 def test_one_base_in_two_precisions_is_one_base(tmp_path: Path) -> None:

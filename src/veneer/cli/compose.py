@@ -24,6 +24,8 @@ _OPERATIONS = {
     "outside": "what of the first lies outside the others",
     "peft_linear": "PEFT's sum of factors, which is not the sum of the changes",
 }
+_SHOWN = 8
+"""Parents that are named on the screen; the receipt names them all."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -198,7 +200,9 @@ class _Judge:
 def _lines(composition: Composition, report: dict[str, Any], count: int) -> list[str]:
     from veneer.cli._table import percent, table
 
-    parents = " + ".join(f"{p['name']} x {p['weight']:g}" for p in composition.origin["parents"])
+    each = [f"{p['name']} x {p['weight']:g}" for p in composition.origin["parents"]]
+    more = f" and {len(each) - _SHOWN} more" if len(each) > _SHOWN else ""
+    parents = " + ".join(each[:_SHOWN]) + more
     adapter = composition.adapter
     lines = []
     if report["search"] is not None:

@@ -22,7 +22,15 @@ from veneer.adapters.methods.dora import MAGNITUDE
 from veneer.compose.build import MAX_RANK, Form, Tensors, assemble, site_tensors
 from veneer.compose.delta import SiteDelta, Weights, geometry_of, site_delta, weighted_sum
 from veneer.compose.ops import OPERATIONS, Operation, Place, Settings
-from veneer.compose.parents import Parent, base_records, check_one_base, origin_of, probes_on, template_of
+from veneer.compose.parents import (
+    Parent,
+    base_records,
+    check_one_base,
+    notes_on_bases,
+    origin_of,
+    probes_on,
+    template_of,
+)
 from veneer.compose.skeleton import check_changes_only, check_finite
 from veneer.compose.svd import truncated
 from veneer.errors import ComposeError, Problems
@@ -107,6 +115,8 @@ def compose(
     Raises ComposeError for parents that do not go together, values that are not finite, ranks that make no sense, and an empty result.
     """
     chosen, settings = _operation(operation), settings or Settings()
+    if not math.isfinite(settings.scale):
+        raise ComposeError(f"scale: expected a finite number, found {settings.scale}")
     _check(chosen, parents, rank, energy, any_base)
     gains = any(parent.adapter.method.has_gain for parent in parents)
     if gains and weights is None:
@@ -129,7 +139,7 @@ def compose(
         kinds[site] = exact.geometry.kind
         if tensors[site]:
             sites.append(work.measure(site, exact, tensors[site]))
-    _check_something_is_left(work, sites)
+    _check_something_is_left(work, sites, tensors)
     adapter = assemble(tensors, kinds, name, tied=tied)
     origin, left_out = origin_of(parents), len(tensors) - len(sites)
     notes = [f"nothing is left at {left_out} sites, which the new adapter leaves alone"] if left_out else []
@@ -140,7 +150,7 @@ def compose(
         _said(chosen, settings, rank, energy),
         origin,
         sites,
-        notes + _notes(parents, chosen) + origin.get("notes", []),
+        notes + _notes(parents, chosen) + notes_on_bases(parents) + origin.get("notes", []),
         {site: record for site, record in records.items() if site in adapter.tensors},
         probes_on(adapter, weights) if adapter.method.has_gain and weights is not None else {},
         template_of(parents),
@@ -236,8 +246,12 @@ class _Work:
         return weight
 
 
-def _check_something_is_left(work: _Work, sites: Sequence[SiteError]) -> None:
-    """Changes that cancel leave rounding, which must not pass for an adapter."""
+def _check_something_is_left(work: _Work, sites: Sequence[SiteError], tensors: Mapping[str, Tensors]) -> None:
+    """Changes that cancel leave rounding, and factors too small for fp32 leave nothing; neither must pass for an adapter."""
+    if sites and not any(MAGNITUDE in tensors[site.site] or _moved(tensors[site.site]) for site in sites):
+        raise ComposeError(
+            "nothing is left: the change is smaller than fp32 can hold at every site; give larger weights"
+        )
     if sites and any(parent.weight < 0 for parent in work.parents):
         parts = math.hypot(*(work.size_of_parts(site.site) for site in sites))
         if math.hypot(*(site.norm for site in sites)) < CANCELLED * parts:

@@ -7,6 +7,7 @@ bases, and their changes must not be added.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -92,6 +93,17 @@ def probes_on(adapter: Adapter, weights: Weights) -> dict[str, list[float]]:
     return found
 
 
+def notes_on_bases(parents: Sequence[Parent]) -> list[str]:
+    """A note where parents name different bases and no receipt tells whether these have the same weights."""
+    adapters = list({id(parent.adapter): parent.adapter for parent in parents}.values())
+    names = list(dict.fromkeys(name for adapter in adapters if (name := base_name([adapter])) is not None))
+    if len(names) < 2 or all(_records(adapter) for adapter in adapters):
+        return []
+    return [
+        f"the parents name different bases ({', '.join(names[:3])}), and not all have a receipt that could tell whether these are one"
+    ]
+
+
 def copy_as(adapter: Adapter, name: str) -> Adapter:
     """The same adapter under another name, frozen; it shares no parameter with the first."""
     made: dict[int, Tensor] = {}
@@ -107,7 +119,8 @@ def copy_as(adapter: Adapter, name: str) -> Adapter:
 
 
 def check_one_base(adapters: Sequence[Adapter]) -> None:
-    """Raise ComposeError where two adapters' receipts are of different base weights."""
+    """Raise ComposeError where two adapters' receipts are of different base weights, or where their folders name different bases and they
+    have no layer in common by which these could be compared."""
     first: dict[str, tuple[Adapter, dict[str, Any]]] = {}
     for adapter in adapters:
         for site, record in _records(adapter).items():
@@ -121,6 +134,13 @@ def check_one_base(adapters: Sequence[Adapter]) -> None:
                     f'the adapters "{first[site][0].name}" and "{adapter.name}" were made on different bases: the weight at {site} '
                     f"differs by {apart:.1%} between their receipts; adapters of one base can be put together, others not"
                 )
+    for one, other in itertools.combinations({id(adapter): adapter for adapter in adapters}.values(), 2):
+        names = base_name([one]), base_name([other])
+        if None not in names and names[0] != names[1] and one.tensors.keys().isdisjoint(other.tensors):
+            raise ComposeError(
+                f'the adapters "{one.name}" and "{other.name}" name different bases ({names[0]} and {names[1]}) and have no layer in '
+                "common by which these could be compared; if both are the same base, say --force base"
+            )
 
 
 def check_base(adapter: Adapter, weights: Weights, where: str) -> None:
