@@ -68,6 +68,11 @@ def test_the_folder_acts_as_the_mix(made: Path, capsys: pytest.CaptureFixture[st
     assert receipt["parents"][0]["tensors"] == read_adapter(made / "lora").meta["digest"]
     assert receipt["made_by"]["operation"] == "sum" and set(receipt["base"]) == {s["site"] for s in report["sites"]}
     assert report["error"] < 1e-5
+    assert main(["inspect", f"{made}/sum"]) == 0
+    said = capsys.readouterr().out
+    assert "made by sum (error " in said and all(
+        f"from {name} x {weight} (tensors " in said for name, weight in mix.items()
+    )
 
 
 def test_peft_linear_is_what_peft_makes(made: Path, tmp_path: Path) -> None:

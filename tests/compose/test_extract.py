@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tests.compose.made import saved, trained
 from torch import Tensor, nn
 
@@ -175,3 +177,50 @@ def test_mistakes_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture
         found(base, tmp_path / "nan", rank=2)
     assert main(["extract", "--base", str(base), "--tuned", str(base), "--out", f"{tmp_path}/x"]) == 2
     assert "either --rank R or --energy X" in capsys.readouterr().err
+
+
+def test_what_lies_outside_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Tensors that no adapter covers are found under whatever name the files have; those that one model lacks, or has in another shape,
+    are named; values that are not finite are refused there too."""
+    tuned = tuned_fully(tmp_path / "tuned", saved(tmp_path / "base"))
+    held = load_file(tuned / "model.safetensors")
+
+    def changed(name: str, tensors: dict[str, Tensor], **config: int) -> Path:
+        shutil.copytree(tuned, tmp_path / name)
+        save_file(tensors, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
+        settings = json.loads((tuned / "config.json").read_text())
+        (tmp_path / name / "config.json").write_text(json.dumps(settings | config))
+        return tmp_path / name
+
+    whole = found(tmp_path / "base", tuned, rank=2)
+    bare = changed("bare", {key.removeprefix("model."): value for key, value in held.items()})
+    assert found(tmp_path / "base", bare, rank=2).outside == whole.outside and not whole.unlike
+    wide = {key: torch.cat([v, v[:8]]) if v.shape[0] == 320 else v for key, v in held.items()}
+    wider = changed("wider", wide, vocab_size=328)
+    assert set(found(tmp_path / "base", wider, rank=2).unlike) == {"model.embed_tokens.weight", "lm_head.weight"}
+    words = ["extract", "--base", f"{tmp_path}/base", "--rank", "2", "--out", f"{tmp_path}/out"]
+    assert main([*words, "--tuned", str(wider)]) == 0
+    assert "one model lacks, or has in another shape: " in capsys.readouterr().out
+    without = changed("without", {key: value for key, value in held.items() if key != "model.norm.weight"})
+    assert found(tmp_path / "base", without, rank=2).unlike == ["model.norm.weight"]
+    broken = changed("broken", {key: v * float("nan") if key == "model.norm.weight" else v for key, v in held.items()})
+    with pytest.raises(
+        ComposeError, match=r"model\.norm\.weight: the tensor, or the base's, holds values that are not finite"
+    ):
+        found(tmp_path / "base", broken, rank=2)
+    assert main([*words, "--tuned", str(tuned), "--target-modules", ","]) == 2
+    assert "--target-modules: expected names of layers" in capsys.readouterr().err
+
+
+def test_a_gain_alone(tmp_path: Path) -> None:
+    """Rows that are only scaled are a DoRA adapter whose factors do nothing, and the report has the rank that is stored."""
+    model = saved(tmp_path / "base")
+    with torch.no_grad():
+        for site in ("q_proj", "up_proj"):
+            for name, value in model.named_parameters():
+                if site in name:
+                    value.mul_(torch.linspace(0.5, 1.5, len(value)).unsqueeze(1))
+    model.save_pretrained(tmp_path / "tuned")  # type: ignore[operator]
+    made = found(tmp_path / "base", tmp_path / "tuned", rank=4, method="dora")
+    assert made.kept > 1 - 1e-9
+    assert all(site.rank == made.adapter.rank(site.site) for site in made.sites)

@@ -38,6 +38,10 @@ def run(args: argparse.Namespace) -> int:
     """Extract, write, and say how much of the change is in it."""
     if (args.rank is None) == (args.energy is None):
         raise ConfigError("say how much to keep: either --rank R or --energy X")
+    if not args.target_modules.strip(","):
+        raise ConfigError(
+            "--target-modules: expected names of layers, such as q_proj,v_proj, or all-linear; found nothing"
+        )
     from veneer.checkpoints import write_adapter
     from veneer.checkpoints.merged import check_free
     from veneer.compose.extract import extract
@@ -78,6 +82,12 @@ def _lines(found: Extraction, out: str, count: int) -> list[str]:
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         lines.append(
             f"{percent(found.outside_share)} of the whole change lies in tensors that it does not cover: {', '.join(names[:3])}{more}"
+        )
+    if found.unlike:
+        names = found.unlike
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        lines.append(
+            f"one model lacks, or has in another shape: {', '.join(names[:3])}{more}; the adapter says nothing of them"
         )
     least = sorted(found.sites, key=lambda site: site.kept)[:count]
     rows = [[s.site, str(s.rank), f"{s.ratio:.3g}", percent(s.kept), *_ends(s.singular_values)] for s in least]
