@@ -25,7 +25,6 @@ from typing import Any
 from three_tasks import BASE, TASKS, Judge, cached, write_tasks
 
 import veneer
-from veneer.adapters import LoRA
 from veneer.checkpoints import attach
 from veneer.config import TrainOptions
 from veneer.data.dataset import load_examples
@@ -38,12 +37,12 @@ from veneer.train.trainer import Listener, Trainer
 
 PAGE = Path(__file__).resolve().parents[1] / "continual.md"
 BEGIN, END = "<!-- table: docs/scripts/continual.py -->", "<!-- end of the table -->"
-WAYS = ("joint", "sequential", "stacked", "penalty", "projection")
+WAYS = ("sequential", "stacked", "penalty", "projection", "joint")
 STEPS, RATE = 24, 1e-3
 OPTIONS: dict[str, Any] = {
     "r": 8,
     "lora_alpha": 16.0,
-    "batch_size": 8,
+    "batch_size": 4,
     "learning_rate": RATE,
     "warmup_steps": 3,
     "plan": False,
@@ -109,12 +108,14 @@ def judged(judge: Judge, runs: Iterable[Path]) -> Losses:
 
 
 def sequential(work: Path, files: dict[str, dict[str, Path]], judge: Judge) -> list[Losses]:
-    """One adapter, task after task; each task has an optimizer of its own."""
+    """One adapter, task after task, from the first run on; each task has an optimizer of its own."""
+    run(work / "first", (files[TASKS[0]]["train"],), steps=STEPS)
     base = load_base(BASE)
-    bank, stages = attach(base.model), []
-    bank.add("all", LoRA(r=OPTIONS["r"], lora_alpha=OPTIONS["lora_alpha"]), seed=0)
+    bank, stages = attach(base.model), [judged(judge, [work / "first"])]
+    adapter = bank.load(work / "first" / "adapter", name="all")
+    adapter.requires_grad_(True)
     stepper = Stepper(FlatRunner(base.model), bank)
-    for task in TASKS:
+    for task in TASKS[1:]:
         examples, _ = load_examples([files[task]["train"]], Renderer(base.tokenizer))
         options = TrainOptions(data=(files[task]["train"],), steps=STEPS, **OPTIONS)
         job = Job("all", options, bank, examples, [], peak=RATE, steps=STEPS)
