@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from torch import Tensor
 from veneer.adapters import LoRA
 from veneer.checkpoints import attach, read_adapter, write_adapter
 from veneer.cli.main import main
+from veneer.compose import search
+from veneer.compose.search import Searched
 from veneer.models.load import load_base
 from veneer.models.tiny import tiny_tokenizer
 
@@ -106,6 +109,26 @@ def test_losses_and_search(made: Path, capsys: pytest.CaptureFixture[str]) -> No
     least = min(losses["lora"], losses["rslora"], losses["average"], losses["result"])
     assert report["losses"]["result"] == pytest.approx(report["search"]["loss"], abs=1e-5)
     assert report["losses"]["result"] <= least + 1e-5
+
+
+def test_names_and_wishes_of_the_search(
+    made: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parents of one name have a loss each; weights beside --search, no rows, and a search that ends with nothing are told."""
+    (made / "data.jsonl").write_text('{"prompt": "What is 1?", "completion": "It is 1."}\n')
+    shutil.copytree(made / "rslora", made / "twin" / "lora")
+    data = ["--data", f"{made}/data.jsonl"]
+    assert main(["compose", f"{made}/lora", f"{made}/twin/lora", *data, "--json", "--out", f"{made}/x"]) == 0
+    assert list(report_of(capsys)["losses"]) == ["base", "lora", "lora (2)", "average", "result"]
+    words = ["compose", f"{made}/lora", f"{made}/rslora", *data, "--out", f"{made}/out"]
+    monkeypatch.setattr(search, "search_weights", lambda *args, **more: Searched((0.0, 0.0), 1.5, ()))
+    for command, says, code in (
+        (["compose", f"{made}/lora:0.5", *words[2:], "--search"], "--search finds the weights itself", 2),
+        ([*words, "--limit", "0"], "--limit: expected 1 or more, found 0", 2),
+        ([*words, "--search"], "no mix of the adapters is better than the base alone (loss 1.5000)", 1),
+    ):
+        assert main(command) == code
+        assert says in capsys.readouterr().err and not (made / "out").exists()
 
 
 def test_operations_from_the_command_line(made: Path, capsys: pytest.CaptureFixture[str]) -> None:

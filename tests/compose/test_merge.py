@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +16,7 @@ from tests.compose.made import METHODS, saved, trained
 from torch import Tensor
 
 from veneer.adapters import Adapter, DoRA, LoRA, attach
+from veneer.checkpoints.merged import ModelFolder, write_model
 from veneer.compose.fidelity import compare_logits
 from veneer.compose.merge import MergeReport, merge_to_folder
 from veneer.compose.skeleton import skeleton
@@ -250,6 +255,32 @@ def test_a_failed_check_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(ComposeError, match="no"):
         merge_to_folder([(trained(model), 1.0)], skeleton(tmp_path / "base"), tmp_path / "out", check=check)
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_a_merge_that_was_killed(tmp_path: Path) -> None:
+    """kill -9 in the middle leaves no folder of that name; the next merge clears what was left, but not what another process writes."""
+    saved(tmp_path / "base")
+    body = (
+        "import os, signal, sys; from pathlib import Path; from veneer.checkpoints.merged import ModelFolder, write_model\n"
+        "base, out = Path(sys.argv[1]), Path(sys.argv[2])\n"
+        "with write_model(ModelFolder(base), out, {}, shard_bytes=1) as writer:\n"
+        "    for number, (key, tensor) in enumerate(ModelFolder(base).tensors()):\n"
+        "        writer.put(key, tensor)\n"
+        "        number == 3 and os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    words = [sys.executable, "-c", body, str(tmp_path / "base"), str(tmp_path / "out")]
+    assert subprocess.run(words, check=False).returncode == -signal.SIGKILL
+    left = list(tmp_path.glob(".unfinished-out-*"))
+    assert len(left) == 1 and any(left[0].iterdir()) and not (tmp_path / "out").exists()
+    base = ModelFolder(tmp_path / "base")
+    with write_model(base, tmp_path / "out", base.config), write_model(base, tmp_path / "out-b", base.config):
+        assert not left[0].exists()
+        both = set(tmp_path.glob(".unfinished-*"))
+        with contextlib.suppress(CheckpointError), write_model(base, tmp_path / "out", base.config):
+            assert both < set(tmp_path.glob(".unfinished-*"))
+            raise CheckpointError("enough")
+        assert set(tmp_path.glob(".unfinished-*")) == both
+    assert not list(tmp_path.glob(".unfinished-*"))
 
 
 def test_bad_inputs_are_one_error(tmp_path: Path) -> None:

@@ -6,11 +6,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from veneer.cli._json import as_json
 from veneer.cli._mix import base_of, parse_mix
 from veneer.errors import ConfigError
 
@@ -63,9 +63,7 @@ def run_spectra(args: argparse.Namespace) -> int:
     found = adapter_spectra(adapter, weights, against=other, top_k=args.top_k, threshold=args.threshold)
     written = _write(args, found)
     if args.json:
-        print(
-            json.dumps({**_plain(found.as_dict()), "written": written}, indent=2, ensure_ascii=False, allow_nan=False)
-        )
+        print(as_json({**found.as_dict(), "written": written}))
     else:
         print("\n".join([*lines(found), *(f"wrote {name}" for name in written)]))
     return 0
@@ -142,7 +140,7 @@ def _reduce(args: argparse.Namespace, parent: Parent, weights: Weights | None) -
     )
     total, sites = sum(made.found.values()), sum(map(bool, made.found.values()))
     if args.json:
-        print(json.dumps({"out": str(out), "intruders": made.found, **how}, indent=2))
+        print(as_json({"out": str(out), "intruders": made.found, **how}))
     else:
         print(
             f"scaled {total} intruder dimensions at {sites} of {len(made.found)} sites to {args.keep:g} of their size, in {out}"
@@ -164,15 +162,6 @@ def _write(args: argparse.Namespace, found: AdapterSpectra) -> list[str]:
         write_html(found, args.html)
         written.append(str(args.html))
     return written
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no infinity."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _mean(values: list[Any]) -> str:

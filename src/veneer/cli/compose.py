@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from veneer.cli._json import as_json
 from veneer.cli._mix import base_of, parse_mix
-from veneer.errors import ConfigError
+from veneer.errors import ComposeError, ConfigError
 
 if TYPE_CHECKING:
     from veneer.compose.compose import Composition
@@ -82,11 +82,17 @@ def run(args: argparse.Namespace) -> int:
 
     check_free(args.out)
     parents = read_parents(parse_mix(args.adapter), force=args.force)
+    if args.search and any(parent.weight != 1 for parent in parents):
+        raise ConfigError("--search finds the weights itself; give the adapters without any")
     weights = _weights(args, parents)
     judge = _Judge(args, base_of(parents, args.base), parents) if args.data else None
     searched = judge.search(args.budget) if judge and args.search else None
     if searched is not None:
         parents = [Parent(p.adapter, w) for p, w in zip(parents, searched["weights"], strict=True) if w]
+        if not parents:
+            raise ComposeError(
+                f"on these examples no mix of the adapters is better than the base alone (loss {searched['loss']:.4f}); nothing was written"
+            )
     composition = compose(
         args.op,
         parents,
@@ -108,17 +114,15 @@ def run(args: argparse.Namespace) -> int:
         template=composition.template,
     )
     report = {**composition.as_dict(), "out": str(args.out), "losses": losses, "search": searched}
-    print(
-        json.dumps(report, indent=2, ensure_ascii=False)
-        if args.json
-        else "\n".join(_lines(composition, report, args.sites))
-    )
+    print(as_json(report) if args.json else "\n".join(_lines(composition, report, args.sites)))
     return 0
 
 
 def _check(args: argparse.Namespace) -> None:
     if args.search and (not args.data or args.op != "sum"):
         raise ConfigError("--search finds the weights of a sum on data; give --data FILE, and no other --op than sum")
+    if args.limit is not None and args.limit < 1:
+        raise ConfigError(f"--limit: expected 1 or more, found {args.limit}")
     if args.rank is not None and args.rank < 1:
         raise ConfigError(f"--rank: expected 1 or more, found {args.rank}")
 
@@ -187,8 +191,9 @@ class _Judge:
 
         self.bank.insert(copy_as(composition.adapter, "result"))
         found = {"base": self.loss(None)}
-        for name, parent in zip(self.names, self.parents, strict=True):
-            found[parent.adapter.name] = self.loss(name)
+        for number, (name, parent) in enumerate(zip(self.names, self.parents, strict=True), 1):
+            own = parent.adapter.name
+            found[f"{own} ({number})" if own in (*found, "average", "result") else own] = self.loss(name)
         found["average"] = self.loss(self._mix([1 / len(self.names)] * len(self.names)))
         found["result"] = self.loss("result")
         return found

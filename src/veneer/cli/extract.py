@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from veneer.cli._json import as_json
 from veneer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     found.made_by["tuned"] = args.tuned
     write_adapter(found.adapter, args.out, base_name=args.base, receipt=found.receipt())
     if args.json:
-        print(json.dumps({**found.as_dict(), "out": str(args.out)}, indent=2, ensure_ascii=False))
+        print(as_json({**found.as_dict(), "out": str(args.out)}))
     else:
         print("\n".join(_lines(found, str(args.out), args.sites)))
     return 0
