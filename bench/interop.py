@@ -51,7 +51,8 @@ CASES = {
     ),
 }
 REAL = {"mlx": (("real", "lora"), ("real", "dora")), "litgpt": (("real", "qv"), ("real", "all"))}
-IDS = [list(range(3, 40))]
+IDS = [list(range(270, 307))]
+"""Tokens that every vocabulary has and that are no control tokens: those blow the embedded model's rounding up to 1e-4 of its logits."""
 
 
 def main() -> int:

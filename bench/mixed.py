@@ -41,7 +41,7 @@ from veneer.train.faster import use_native
 from veneer.train.job import Job
 from veneer.train.memory import highest
 from veneer.train.step import Stepper
-from veneer.train.trainer import Request, Trainer
+from veneer.train.trainer import Listener, Trainer
 
 ROWS = 16
 BASE = "smollm2-135m"
@@ -178,36 +178,6 @@ def peft(rounds: int) -> Iterator[tuple[str, Any]]:
 # Jobs
 
 
-class Still:
-    """A listener that says nothing."""
-
-    def stepping(self, job: Job) -> None:
-        """Nothing."""
-
-    def stepped(self, job: Job, figures: dict[str, float]) -> None:
-        """Nothing."""
-
-    def judging(self, job: Job, done: int, total: int) -> None:
-        """Nothing."""
-
-    def evaluated(self, job: Job, loss: float, *, best: bool) -> None:
-        """Nothing."""
-
-    def changed(self, job: Job) -> None:
-        """Nothing."""
-
-    def ended(self, job: Job) -> None:
-        """Nothing."""
-
-    def requests(self) -> list[Request]:
-        """Nothing."""
-        return []
-
-    def round_over(self) -> bool:
-        """Go on."""
-        return True
-
-
 def made_jobs(count: int, tokens: int, batch: int = 1, r: int = 16) -> tuple[Stepper, list[Job]]:
     """So many LoRA and DoRA jobs on the embedded model, with examples of so many tokens, half of them learnt."""
     base = load_base(BASE)
@@ -241,8 +211,8 @@ def _shared(stepper: Stepper, own: list[Job], rounds: int) -> Iterator[tuple[str
     for count, tokens in ((4, 32), (8, 32), (4, 128), (4, 256)):
         for job in own:
             job.examples = rows_of(job.name, tokens)
-        together = Trainer(stepper, own[:count], Still(), budget=1024, share=4096)
-        in_turn = Trainer(stepper, own[:count], Still(), budget=1024, share=0)
+        together = Trainer(stepper, own[:count], Listener(), budget=1024, share=4096)
+        in_turn = Trainer(stepper, own[:count], Listener(), budget=1024, share=0)
         title = f"{count} jobs of {tokens} tokens: in turn over together"
         yield title, quotients(in_turn.round, together.round, rounds if tokens == 32 else max(3, rounds // 3))
 
@@ -267,7 +237,7 @@ def _apart(*arguments: int) -> dict[str, int]:
 def highest_of(count: int, tokens: int, batch: int) -> dict[str, int]:
     """The highest mark of this process after a few rounds, and the bytes of adapters, gradients and optimizers."""
     stepper, own = made_jobs(count, tokens, batch)
-    trainer = Trainer(stepper, own, Still(), budget=4096, share=4096)
+    trainer = Trainer(stepper, own, Listener(), budget=4096, share=4096)
     for _ in range(4):
         trainer.round()
     held = sum(p.numel() * p.element_size() for job in own for p in job.parameters)

@@ -29,7 +29,7 @@ def main(base: Path, out: Path, arch: str, kind: str) -> None:
     given = json.loads((base / "config.json").read_text())
     model = GPT(Config(**settings(given, arch), **lora)).eval()
     model.load_state_dict(weights(base, model.config, arch), strict=False)
-    ids = torch.tensor([list(range(3, 40))])
+    ids = torch.tensor([list(range(270, 307))])
     factors = {name: value for name, value in model.named_parameters() if "lora_" in name}
     with torch.no_grad():
         logits = {"base": model(ids)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -15,11 +16,9 @@ def main(base: Path, out: Path, kind: str) -> None:
     """Put an adapter with random values on the base, save it, say its logits."""
     mx.set_default_device(mx.cpu)
     mx.random.seed(1)
-    model, _ = load_model(
-        base, model_config={"rotary_emb_base": 10000, "rotary_pct": 0.5}
-    )  # not in newer GPT-NeoX folders
+    model, _ = load_model(base, model_config=_rotary(base))
     model.set_dtype(mx.float32)
-    ids = mx.array([list(range(3, 40))])
+    ids = mx.array([list(range(270, 307))])
     logits = {"base": model(ids)}
     model.freeze()
     parameters = {"rank": 4, "scale": 6.0, "dropout": 0.0}
@@ -37,6 +36,13 @@ def main(base: Path, out: Path, kind: str) -> None:
     settings = {"fine_tune_type": "dora" if kind == "dora" else "lora", "num_layers": len(model.layers)}
     save_config({**settings, "lora_parameters": parameters, "model": "somebody/base"}, out / "adapter_config.json")
     mx.save_safetensors(f"{out}.logits.safetensors", {name: value.astype(mx.float32) for name, value in logits.items()})
+
+
+def _rotary(base: Path) -> dict[str, float]:
+    """What mlx-lm looks for in config.json under other names than newer folders have."""
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    theta = (config.get("rope_parameters") or config).get("rope_theta", 10000.0)
+    return {"rope_theta": theta, "rotary_emb_base": theta, "rotary_pct": 0.5}
 
 
 if __name__ == "__main__":

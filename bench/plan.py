@@ -101,7 +101,7 @@ def _child(spec: dict[str, Any], *, planned: bool) -> dict[str, Any]:
 
     import torch
 
-    from bench.workers.veneer import Listener, job_of
+    from bench.workers.veneer import Last, job_of
     from veneer.checkpoints import attach
     from veneer.config import TrainOptions, plain
     from veneer.data.example import Example
@@ -127,7 +127,7 @@ def _child(spec: dict[str, Any], *, planned: bool) -> dict[str, Any]:
         began = time.perf_counter()
         found[name] = Planner(options, stepper, [job], base=base, share=0, thorough=thorough).make().figures()
         found[f"{name}_took"] = time.perf_counter() - began
-    listener = Listener()
+    listener = Last()
     listener.ended = lambda job: None  # type: ignore[method-assign]
     trainer = Trainer(stepper, [job], listener, budget=options.tokens_per_pass, share=0)
     seconds = []

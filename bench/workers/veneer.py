@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any
 
@@ -21,43 +20,23 @@ from veneer.train.faster import use_native
 from veneer.train.job import Job
 from veneer.train.recompute import recomputed
 from veneer.train.step import Stepper
-from veneer.train.trainer import Request, Trainer
+from veneer.train.trainer import Listener, Trainer
 
 LEARNING_RATE = 2e-5
 
 
-class Listener:
+class Last(Listener):
     """Keeps the loss of the last step."""
 
     loss = float("nan")
-
-    def stepping(self, job: Job) -> None:
-        """Nothing is asked."""
 
     def stepped(self, job: Job, figures: dict[str, float]) -> None:
         """A step was taken."""
         self.loss = figures["loss"]
 
-    def evaluated(self, job: Job, loss: float, *, best: bool) -> None:
-        """Nothing is judged."""
-
-    def judging(self, job: Job, done: int, total: int) -> None:
-        """Nobody watches."""
-
-    def changed(self, job: Job) -> None:
-        """Nothing changes."""
-
     def ended(self, job: Job) -> None:
         """A job that ends here failed."""
         raise SystemExit(f"{job.name}: {job.reason}")
-
-    def requests(self) -> Iterable[Request]:
-        """None."""
-        return ()
-
-    def round_over(self) -> bool:
-        """Go on."""
-        return True
 
 
 def options(spec: dict[str, Any]) -> TrainOptions:
@@ -94,7 +73,7 @@ def run(spec: dict[str, Any], turn: Turn) -> None:
     bank = attach(base.model)
     fuse(base.model)
     job = job_of(spec, bank)
-    listener = Listener()
+    listener = Last()
     stepper = Stepper(FlatRunner(base.model), bank)
     trainer = Trainer(stepper, [job], listener, budget=job.options.tokens_per_pass, share=0)
     with recomputed(base.model) if spec["checkpointing"] else nullcontext():

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,8 @@ from torch import Tensor
 from veneer.adapters import LoRA
 from veneer.checkpoints import attach, read_adapter, write_adapter
 from veneer.cli.main import main
+from veneer.compose import search
+from veneer.compose.search import Searched
 from veneer.models.load import load_base
 from veneer.models.tiny import tiny_tokenizer
 
@@ -66,6 +71,11 @@ def test_the_folder_acts_as_the_mix(made: Path, capsys: pytest.CaptureFixture[st
     assert receipt["parents"][0]["tensors"] == read_adapter(made / "lora").meta["digest"]
     assert receipt["made_by"]["operation"] == "sum" and set(receipt["base"]) == {s["site"] for s in report["sites"]}
     assert report["error"] < 1e-5
+    assert main(["inspect", f"{made}/sum"]) == 0
+    said = capsys.readouterr().out
+    assert "made by sum (error " in said and all(
+        f"from {name} x {weight} (tensors " in said for name, weight in mix.items()
+    )
 
 
 def test_peft_linear_is_what_peft_makes(made: Path, tmp_path: Path) -> None:
@@ -99,6 +109,26 @@ def test_losses_and_search(made: Path, capsys: pytest.CaptureFixture[str]) -> No
     least = min(losses["lora"], losses["rslora"], losses["average"], losses["result"])
     assert report["losses"]["result"] == pytest.approx(report["search"]["loss"], abs=1e-5)
     assert report["losses"]["result"] <= least + 1e-5
+
+
+def test_names_and_wishes_of_the_search(
+    made: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parents of one name have a loss each; weights beside --search, no rows, and a search that ends with nothing are told."""
+    (made / "data.jsonl").write_text('{"prompt": "What is 1?", "completion": "It is 1."}\n')
+    shutil.copytree(made / "rslora", made / "twin" / "lora")
+    data = ["--data", f"{made}/data.jsonl"]
+    assert main(["compose", f"{made}/lora", f"{made}/twin/lora", *data, "--json", "--out", f"{made}/x"]) == 0
+    assert list(report_of(capsys)["losses"]) == ["base", "lora", "lora (2)", "average", "result"]
+    words = ["compose", f"{made}/lora", f"{made}/rslora", *data, "--out", f"{made}/out"]
+    monkeypatch.setattr(search, "search_weights", lambda *args, **more: Searched((0.0, 0.0), 1.5, ()))
+    for command, says, code in (
+        (["compose", f"{made}/lora:0.5", *words[2:], "--search"], "--search finds the weights itself", 2),
+        ([*words, "--limit", "0"], "--limit: expected 1 or more, found 0", 2),
+        ([*words, "--search"], "no mix of the adapters is better than the base alone (loss 1.5000)", 1),
+    ):
+        assert main(command) == code
+        assert says in capsys.readouterr().err and not (made / "out").exists()
 
 
 def test_operations_from_the_command_line(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -148,3 +178,36 @@ def test_mistakes_are_one_sentence(made: Path, capsys: pytest.CaptureFixture[str
         assert not (made / "out").exists()
     assert main(["compose", f"{made}/lora", "--out", f"{made}/dora"]) == 1
     assert "holds something already" in capsys.readouterr().err
+
+
+def test_many_parents(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two hundred parents are one adapter of the rank that their different factors have; the screen names some, the receipt all."""
+    assert main(["compose", *[f"{made}/lora:0.5", f"{made}/rslora:-0.25"] * 100, "--out", f"{made}/many"]) == 0
+    said = capsys.readouterr().out
+    assert "and 192 more: a LoRA adapter of rank 13" in said
+    assert len(read_adapter(made / "many").meta["receipt"]["parents"]) == 200
+    assert torch.allclose(
+        routed(made, {"many": 1.0}), routed(made, {"lora": 50.0, "rslora": -25.0}), atol=1e-4, rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize("command", ["compose", "extract"])
+def test_a_disk_that_is_full(
+    made: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    """Where the disk fills up while a folder is written, nothing is left there and one sentence says so."""
+    words = {
+        "compose": [f"{made}/lora", f"{made}/rslora"],
+        "extract": ["--base", f"{made}/base", "--tuned", f"{made}/tuned", "--rank", "2"],
+    }[command]
+    saved(made / "tuned", seed=3)
+    before = sorted(made.iterdir())
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert main([command, *words, "--out", f"{made}/out"]) == 1
+    said = capsys.readouterr().err
+    assert "cannot be written: No space left on device" in said and said.count("\n") == 1
+    assert sorted(made.iterdir()) == before

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tests.compose.made import saved, trained
 from torch import Tensor, nn
 
@@ -62,6 +64,17 @@ def test_a_known_change_comes_back(tmp_path: Path, arch: str) -> None:
             assert float((dense(made.adapter, site, model) - wanted).norm() / wanted.norm()) < 2e-5
     deeper = found(tmp_path / "base", tmp_path / "tuned", rank=32)
     assert all(site.singular_values[0] > 1e3 * site.singular_values[8] for site in deeper.sites)
+
+
+def test_a_head_that_the_files_name_otherwise(tmp_path: Path) -> None:
+    """GPT-NeoX's head, embed_out in the files, is extracted as the model's lm_head, with a record of the base's weight."""
+    model = saved(tmp_path / "base", "gpt_neox")
+    adapter = trained(model, LoRA(r=4, lora_alpha=8, target_modules=("lm_head", "dense")))
+    merge_to_folder([(adapter, 1.0)], skeleton(tmp_path / "base"), tmp_path / "tuned")
+    back = found(tmp_path / "base", tmp_path / "tuned", rank=4, target_modules=("lm_head", "dense"))
+    assert set(back.adapter.tensors) == set(adapter.tensors) == set(back.base_weights)
+    wanted = dense(adapter, "lm_head", model)
+    assert float((dense(back.adapter, "lm_head", model) - wanted).norm() / wanted.norm()) < 1e-5
 
 
 def test_a_known_dora_change_comes_back(tmp_path: Path) -> None:
@@ -164,3 +177,50 @@ def test_mistakes_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture
         found(base, tmp_path / "nan", rank=2)
     assert main(["extract", "--base", str(base), "--tuned", str(base), "--out", f"{tmp_path}/x"]) == 2
     assert "either --rank R or --energy X" in capsys.readouterr().err
+
+
+def test_what_lies_outside_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Tensors that no adapter covers are found under whatever name the files have; those that one model lacks, or has in another shape,
+    are named; values that are not finite are refused there too."""
+    tuned = tuned_fully(tmp_path / "tuned", saved(tmp_path / "base"))
+    held = load_file(tuned / "model.safetensors")
+
+    def changed(name: str, tensors: dict[str, Tensor], **config: int) -> Path:
+        shutil.copytree(tuned, tmp_path / name)
+        save_file(tensors, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
+        settings = json.loads((tuned / "config.json").read_text())
+        (tmp_path / name / "config.json").write_text(json.dumps(settings | config))
+        return tmp_path / name
+
+    whole = found(tmp_path / "base", tuned, rank=2)
+    bare = changed("bare", {key.removeprefix("model."): value for key, value in held.items()})
+    assert found(tmp_path / "base", bare, rank=2).outside == whole.outside and not whole.unlike
+    wide = {key: torch.cat([v, v[:8]]) if v.shape[0] == 320 else v for key, v in held.items()}
+    wider = changed("wider", wide, vocab_size=328)
+    assert set(found(tmp_path / "base", wider, rank=2).unlike) == {"model.embed_tokens.weight", "lm_head.weight"}
+    words = ["extract", "--base", f"{tmp_path}/base", "--rank", "2", "--out", f"{tmp_path}/out"]
+    assert main([*words, "--tuned", str(wider)]) == 0
+    assert "one model lacks, or has in another shape: " in capsys.readouterr().out
+    without = changed("without", {key: value for key, value in held.items() if key != "model.norm.weight"})
+    assert found(tmp_path / "base", without, rank=2).unlike == ["model.norm.weight"]
+    broken = changed("broken", {key: v * float("nan") if key == "model.norm.weight" else v for key, v in held.items()})
+    with pytest.raises(
+        ComposeError, match=r"model\.norm\.weight: the tensor, or the base's, holds values that are not finite"
+    ):
+        found(tmp_path / "base", broken, rank=2)
+    assert main([*words, "--tuned", str(tuned), "--target-modules", ","]) == 2
+    assert "--target-modules: expected names of layers" in capsys.readouterr().err
+
+
+def test_a_gain_alone(tmp_path: Path) -> None:
+    """Rows that are only scaled are a DoRA adapter whose factors do nothing, and the report has the rank that is stored."""
+    model = saved(tmp_path / "base")
+    with torch.no_grad():
+        for site in ("q_proj", "up_proj"):
+            for name, value in model.named_parameters():
+                if site in name:
+                    value.mul_(torch.linspace(0.5, 1.5, len(value)).unsqueeze(1))
+    model.save_pretrained(tmp_path / "tuned")  # type: ignore[operator]
+    made = found(tmp_path / "base", tmp_path / "tuned", rank=4, method="dora")
+    assert made.kept > 1 - 1e-9
+    assert all(site.rank == made.adapter.rank(site.site) for site in made.sites)

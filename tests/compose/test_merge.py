@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +16,7 @@ from tests.compose.made import METHODS, saved, trained
 from torch import Tensor
 
 from veneer.adapters import Adapter, DoRA, LoRA, attach
+from veneer.checkpoints.merged import ModelFolder, write_model
 from veneer.compose.fidelity import compare_logits
 from veneer.compose.merge import MergeReport, merge_to_folder
 from veneer.compose.skeleton import skeleton
@@ -42,11 +47,11 @@ def adapted(folder: Path, mix: dict[str, float], *adapters: Adapter) -> Tensor:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("arch", ["llama", "gpt2", "bert", "gemma3", "phi3"])
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "bert", "gemma3", "phi3", "gpt_neox"])
 def test_merged_model_computes_the_adapted_one(tmp_path: Path, arch: str, method: str) -> None:
     """A merge in fp32, loaded by transformers, has the adapted model's logits within 1e-5."""
     settings = METHODS[method]
-    if method == "pattern" and arch in ("gpt2", "bert", "phi3"):
+    if method == "pattern" and arch in ("gpt2", "bert", "phi3", "gpt_neox"):
         settings = LoRA(r=4, lora_alpha=8, rank_pattern={"*.0.*": 2}, alpha_pattern={"*.1.*": 20.0})
     model = saved(tmp_path / "base", arch)
     adapter = trained(model, settings)
@@ -119,6 +124,26 @@ def test_a_prefix_that_the_files_lack(tmp_path: Path) -> None:
     adapter = trained(model, LoRA(r=2, target_modules=("c_attn", "wte")))
     merge_to_folder([(adapter, 1.0)], skeleton(tmp_path / "base"), tmp_path / "out")
     assert torch.allclose(logits(tmp_path / "out"), adapted(tmp_path / "base", {"a": 1.0}, adapter), atol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_names_that_transformers_changes_while_loading(tmp_path: Path, tied: bool) -> None:
+    """GPT-NeoX's head is embed_out in the files and lm_head in the model: it is read from there, and merged shards load with the adapted
+    model's logits, also where the files hold the head beside the embedding that it is tied to."""
+    model = saved(tmp_path / "base", "gpt_neox", tie_word_embeddings=tied)
+    if tied:
+        file = tmp_path / "base" / "model.safetensors"
+        held = load_file(file)
+        save_file(
+            held | {"embed_out.weight": held["gpt_neox.embed_in.weight"].clone()}, file, metadata={"format": "pt"}
+        )
+    assert "embed_out.weight" in weights(tmp_path / "base")
+    adapter = trained(model, LoRA(r=2, lora_alpha=4, target_modules=("lm_head", "dense")))
+    report = merge_to_folder([(adapter, 1.0)], skeleton(tmp_path / "base"), tmp_path / "out", shard_bytes=9_000)
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 3
+    assert "embed_out.weight" in weights(tmp_path / "out") and "lm_head.weight" not in weights(tmp_path / "out")
+    assert torch.allclose(logits(tmp_path / "out"), adapted(tmp_path / "base", {"a": 1.0}, adapter), atol=1e-5)
+    assert bool(report.untied) == tied and "lm_head" in {site.site for site in report.sites}
 
 
 def slow_figures(base: Tensor, delta: Tensor) -> tuple[float, float, float]:
@@ -230,6 +255,32 @@ def test_a_failed_check_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(ComposeError, match="no"):
         merge_to_folder([(trained(model), 1.0)], skeleton(tmp_path / "base"), tmp_path / "out", check=check)
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_a_merge_that_was_killed(tmp_path: Path) -> None:
+    """kill -9 in the middle leaves no folder of that name; the next merge clears what was left, but not what another process writes."""
+    saved(tmp_path / "base")
+    body = (
+        "import os, signal, sys; from pathlib import Path; from veneer.checkpoints.merged import ModelFolder, write_model\n"
+        "base, out = Path(sys.argv[1]), Path(sys.argv[2])\n"
+        "with write_model(ModelFolder(base), out, {}, shard_bytes=1) as writer:\n"
+        "    for number, (key, tensor) in enumerate(ModelFolder(base).tensors()):\n"
+        "        writer.put(key, tensor)\n"
+        "        number == 3 and os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    words = [sys.executable, "-c", body, str(tmp_path / "base"), str(tmp_path / "out")]
+    assert subprocess.run(words, check=False).returncode == -signal.SIGKILL
+    left = list(tmp_path.glob(".unfinished-out-*"))
+    assert len(left) == 1 and any(left[0].iterdir()) and not (tmp_path / "out").exists()
+    base = ModelFolder(tmp_path / "base")
+    with write_model(base, tmp_path / "out", base.config), write_model(base, tmp_path / "out-b", base.config):
+        assert not left[0].exists()
+        both = set(tmp_path.glob(".unfinished-*"))
+        with contextlib.suppress(CheckpointError), write_model(base, tmp_path / "out", base.config):
+            assert both < set(tmp_path.glob(".unfinished-*"))
+            raise CheckpointError("enough")
+        assert set(tmp_path.glob(".unfinished-*")) == both
+    assert not list(tmp_path.glob(".unfinished-*"))
 
 
 def test_bad_inputs_are_one_error(tmp_path: Path) -> None:

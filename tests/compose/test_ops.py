@@ -351,6 +351,10 @@ def test_bad_inputs_are_one_sentence(model: nn.Module) -> None:
         ("expected a finite number", "sum", [(a, math.inf)], {}),
         ("density: expected", "ties", [(a, 1.0)], {"settings": Settings(density=0)}),
         ("drop: expected", "dare", [(a, 1.0)], {"settings": Settings(drop=1)}),
+        ("scale: expected a finite number", "sum", [(a, 1.0)], {"settings": Settings(scale=math.nan)}),
+        ("the change is larger than fp32 can hold", "sum", [(a, 1e300)], {}),
+        ("the change is smaller than fp32 can hold", "sum", [(a, 1e-60)], {}),
+        ("nothing is left", "outside", [(a, 0.0), (trained(model, seed=2), 1.0)], {}),
         ("side: expected", "outside", [(a, 1.0), (trained(model, seed=2), 1.0)], {"settings": Settings(side="x")}),
     ):
         with pytest.raises(ComposeError) as caught:

@@ -6,19 +6,21 @@ import argparse
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.colors import LogNorm
 from tests.compose.made import METHODS, saved, trained
 from tests.compose.test_ops import dense, weights_of
 from torch import Tensor, nn
 
-from veneer.adapters import Adapter, LoRA
+from veneer.adapters import Adapter, DoRA, LoRA
 from veneer.checkpoints import attach, read_adapter
 from veneer.cli._spectra import add_spectra_arguments, run_spectra, wants_spectra
 from veneer.compose.intruders import find_intruders, reduce_intruders
-from veneer.compose.plots import write_plots
+from veneer.compose.plots import FIGURES, figures, write_plots
 from veneer.compose.report import html_report
 from veneer.compose.spectra import adapter_spectra, pearson, place_of
 from veneer.compose.subspace import phi
@@ -55,7 +57,8 @@ def test_figures_are_their_definitions(model: nn.Module, method: str) -> None:
     p = s[:count] / s[:count].sum()
     assert site.effective_rank == pytest.approx(math.exp(float(-(p * p.log()).sum())), rel=1e-4)
     assert site.ratio == pytest.approx(float(change.norm() / base.norm()), rel=1e-5)
-    inside = u[:, :count].T @ base @ vt[:count].T
+    rank = adapter.rank(SITE)
+    inside = u[:, :rank].T @ base @ vt[:rank].T
     assert site.amplification == pytest.approx(float(change.norm() / inside.norm()), rel=1e-3)
     after = base + change
     assert site.magnitude_change == pytest.approx(float((after.norm(dim=1) - base.norm(dim=1)).abs().mean()), rel=1e-4)
@@ -224,6 +227,28 @@ def test_the_page_stands_alone(model: nn.Module) -> None:
     assert "Correlation of direction and magnitude change" in page
     object.__setattr__(spectra, "name", "<b>&")
     assert "<b>&" not in html_report(spectra) and "&lt;b&gt;&amp;" in html_report(spectra)
+
+
+def test_pictures_can_be_read(model: nn.Module) -> None:
+    """Axes count from one in whole numbers, every colour bar says what it measures, counts begin at zero even where there is nothing to
+    count, one outlier does not make all other sites one colour, and of hundreds of singular values the first are seen."""
+    method = DoRA(r=8, lora_alpha=2)
+    spectra = adapter_spectra(
+        trained(model, method, size=1e-4), weights_of(model), against=trained(model, name="b", seed=3)
+    )
+    assert spectra.intruders == 0
+    made = figures(spectra)
+    panels = [axes for axes in made["overlap"].axes if axes.images]
+    assert len(panels) == 14
+    assert {tuple(axes.images[0].get_extent()) for axes in panels} == {(0.5, 4.5, 0.5, 8.5)}
+    assert all(tick == round(tick) for axes in panels for tick in (*axes.get_xticks(), *axes.get_yticks()))
+    assert all(made[key].axes[1].get_ylabel() for key in FIGURES)
+    assert made["intruders"].axes[0].images[0].get_clim() == (0, 1)
+    assert made["spectra"].axes[0].get_xscale() == "linear"
+    first, *others = spectra.sites
+    far = replace(spectra, sites=(replace(first, norm=1e3, singular_values=(1.0,) * 200), *others))
+    assert isinstance(figures(far)["norm"].axes[0].images[0].norm, LogNorm)
+    assert figures(far)["spectra"].axes[0].get_xscale() == "log"
 
 
 def test_without_matplotlib(model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

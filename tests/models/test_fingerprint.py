@@ -41,6 +41,16 @@ def test_a_file_counts_as_stored_whatever_dtype_it_is_loaded_in(tmp_path: Path) 
     assert wide != weight_fingerprints(model.float(), [Q, K])
 
 
+def test_names_that_change_while_loading(tmp_path: Path) -> None:
+    """A weight that the files name otherwise than the model is found in them: its dtype is the file's, whatever it is loaded in."""
+    model = tiny("gpt_neox", dtype=torch.bfloat16)
+    folder = _save(model, tmp_path / "base")
+    assert "embed_out.weight" in load_file(folder / "model.safetensors")
+    assert weight_fingerprints(load_base(folder, dtype="float32"), ["lm_head.weight"]) == weight_fingerprints(
+        model, ["lm_head.weight"]
+    )
+
+
 def test_shards_have_the_fingerprints_of_one_file(tmp_path: Path) -> None:
     """How the tensors are spread over files does not matter."""
     model = tiny("llama")

@@ -21,7 +21,7 @@ from veneer.models.tiny import tiny, tiny_tokenizer
 from veneer.train.job import Job
 from veneer.train.screen import Screen
 from veneer.train.step import Stepper
-from veneer.train.trainer import Request, Trainer
+from veneer.train.trainer import Listener, Request, Trainer
 
 QUIET = Screen(quiet=True)
 SIZES = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
@@ -167,7 +167,7 @@ class World:
         return Trainer(self.stepper, jobs, listener or Ear(), budget=budget, share=share)
 
 
-class Ear:
+class Ear(Listener):
     """A listener that remembers losses, and asks for what it is told to ask."""
 
     def __init__(self, asks: dict[int, Iterable[Request]] | None = None) -> None:
@@ -176,21 +176,9 @@ class Ear:
         self.rounds = 0
         self._asks = asks or {}
 
-    def stepping(self, job: Job) -> None:
-        """Nothing to say."""
-
     def stepped(self, job: Job, figures: dict[str, float]) -> None:
         """Remember the loss."""
         self.losses.setdefault(job.name, []).append(figures["loss"])
-
-    def judging(self, job: Job, done: int, total: int) -> None:
-        """Nothing to say."""
-
-    def evaluated(self, job: Job, loss: float, *, best: bool) -> None:
-        """Nothing to say."""
-
-    def changed(self, job: Job) -> None:
-        """Nothing to say."""
 
     def ended(self, job: Job) -> None:
         """Remember how."""

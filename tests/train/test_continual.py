@@ -38,6 +38,11 @@ def run(place: Path, base: Base, out: Path, **more: Any) -> RunResult:
     return train(options(place, out, **{**RATE, "seed": 5, **more}), screen=QUIET, base=base)
 
 
+def same_tensors(one: Path | None, other: Path | None) -> bool:
+    assert one is not None and other is not None
+    return read_adapter(one).meta["digest"] == read_adapter(other).meta["digest"]
+
+
 def overlap(one: Adapter, other: Adapter) -> float:
     """sum_sites ||A_1 A_2^T||_F^2."""
     return sum(
@@ -107,6 +112,22 @@ def test_orthogonal_runs(place: Path, base: Base, first: Path, tmp_path: Path) -
     assert ends["penalty"] < 0.5 * ends["plain"]
     made_of = read_adapter(tmp_path / "penalty" / "adapter").meta["receipt"]
     assert made_of["orthogonal"] == "penalty" and len(made_of["orthogonal_to"][0]["sha256"]) == 64
+
+
+def test_one_seed_for_every_task(place: Path, base: Base, first: Path, tmp_path: Path) -> None:
+    """A new adapter does not begin as the one that it builds on, although both have the seed that is the default; it begins the same each
+    time."""
+    seed = int(read_adapter(first / "adapter").meta["receipt"]["seed"])
+    start: dict[str, Any] = {"seed": seed, "steps": 1, "learning_rate": 1e-9}
+    old = run(place, base, tmp_path / "old", **start)
+    for more in ({"on_top_of": (first,)}, {"orthogonal_to": (first,)}):
+        one, other = (run(place, base, tmp_path / f"{i}-{next(iter(more))}", **start, **more) for i in (1, 2))
+        assert same_tensors(one.adapter, other.adapter)
+        starts = [
+            torch.cat([own["lora_A"].detach().flatten() for own in read_adapter(out).tensors.values()])
+            for out in (one.adapter, old.adapter)
+        ]
+        assert abs(float(torch.nn.functional.cosine_similarity(*starts, dim=0))) < 0.3
 
 
 def test_on_top_of_frozen_adapters(place: Path, base: Base, first: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -154,10 +155,12 @@ def write_model(
     """
     check_free(out)
     asked, out = out, out.absolute()
-    aside = None
+    aside = held = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
+        _clear_unfinished(out)
         aside = Path(tempfile.mkdtemp(prefix=f"{_UNFINISHED}{out.name}-", dir=out.parent))
+        held = _lock(aside)
         aside.chmod(_usual_mode(aside) | 0o111)
         writer = ModelWriter(aside, shard_bytes)
         yield writer
@@ -179,6 +182,32 @@ def write_model(
     finally:
         if aside is not None:
             shutil.rmtree(aside, ignore_errors=True)
+        if held is not None:
+            os.close(held)
+
+
+def _clear_unfinished(out: Path) -> None:
+    """Remove what was left of this folder by processes that were killed; one that still runs holds a lock on its own."""
+    left = re.compile(re.escape(f"{_UNFINISHED}{out.name}-") + r"[^-]+")
+    for folder in [path for path in out.parent.iterdir() if left.fullmatch(path.name) and path.is_dir()]:
+        if (held := _lock(folder)) is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(held)
+
+
+def _lock(folder: Path) -> int | None:
+    """A handle that holds the folder until it is closed or the process ends; None where another has it, or the system has no such locks."""
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
 
 
 def check_free(out: Path) -> None:

@@ -69,12 +69,16 @@ def write_adapter(
     base_name: str | None = None,
     task_type: str | None = None,
     receipt: Mapping[str, Any] | None = None,
+    template: str | None = None,
 ) -> None:
-    """Write an adapter as a PEFT folder. Without a bank the receipt says nothing of the base, and layers are named in full.
+    """Write an adapter as a PEFT folder. Without a bank the receipt says nothing of the base but what is handed in, and layers are named
+    in full. template: a chat template that is not the base's own.
 
     Raises CheckpointError when it cannot be written or does not read back equal.
     """
-    write_adapter_folder(adapter, Path(path), bank, base_name=base_name, task_type=task_type, receipt=receipt)
+    write_adapter_folder(
+        adapter, Path(path), bank, base_name=base_name, task_type=task_type, receipt=receipt, template=template
+    )
 
 
 def _check_options(verb: str, options: Mapping[str, Any], known: tuple[str, ...]) -> None:

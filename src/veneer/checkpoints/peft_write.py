@@ -74,7 +74,7 @@ def write_adapter_folder(
     metadata = {"format": "pt", receipts.KEY: json.dumps(note, sort_keys=True, separators=(",", ":"))}
     config = (json.dumps(settings, indent=2, sort_keys=True) + "\n").encode()
     files: dict[str, Sequence[bytes | memoryview]] = {
-        CARD: [_card(adapter, settings).encode()],
+        CARD: [_card(adapter, settings, note.get("notes", ())).encode()],
         WEIGHTS: to_buffers(tensors, metadata),
         CONFIG: [config],
     }
@@ -156,7 +156,7 @@ def _task_before(adapter: Adapter, before: Mapping[str, Any]) -> str | None:
     return task if isinstance(task, str) and (adapter.own or not needs_head) else None
 
 
-def _card(adapter: Adapter, settings: Mapping[str, Any]) -> str:
+def _card(adapter: Adapter, settings: Mapping[str, Any], notes: Iterable[str]) -> str:
     base = settings["base_model_name_or_path"]
     method = "DoRA" if adapter.method.has_gain else "rsLoRA" if adapter.method.use_rslora else "LoRA"
     ranks = Counter(adapter.rank(site) for site in adapter.tensors)
@@ -169,6 +169,7 @@ def _card(adapter: Adapter, settings: Mapping[str, Any]) -> str:
         f"- rank: {shown}",
         *([f"- layers, biases or rows of its own: {listed(adapter.own, 8)}"] if adapter.own else []),
         f"- parameters: {adapter.num_parameters():,}",
+        *(f"- {note}" for note in notes),
         f"- written by Veneer {__version__}; the metadata of `{WEIGHTS}` holds its receipt (`veneer inspect` shows it)",
         "",
         "```python",

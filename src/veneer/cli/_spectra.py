@@ -6,17 +6,18 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from veneer.cli._json import as_json
 from veneer.cli._mix import base_of, parse_mix
 from veneer.errors import ConfigError
 
 if TYPE_CHECKING:
     from veneer.adapters import Adapter
     from veneer.compose.delta import Weights
+    from veneer.compose.parents import Parent
     from veneer.compose.spectra import AdapterSpectra
 
 
@@ -57,14 +58,12 @@ def run_spectra(args: argparse.Namespace) -> int:
     adapter = parents[0].adapter
     weights = _weights(args, [parent.adapter for parent in parents])
     if args.reduce_intruders is not None:
-        return _reduce(args, adapter, weights)
+        return _reduce(args, parents[0], weights)
     other = parents[1].adapter if len(parents) > 1 else None
     found = adapter_spectra(adapter, weights, against=other, top_k=args.top_k, threshold=args.threshold)
     written = _write(args, found)
     if args.json:
-        print(
-            json.dumps({**_plain(found.as_dict()), "written": written}, indent=2, ensure_ascii=False, allow_nan=False)
-        )
+        print(as_json({**found.as_dict(), "written": written}))
     else:
         print("\n".join([*lines(found), *(f"wrote {name}" for name in written)]))
     return 0
@@ -117,24 +116,31 @@ def _weights(args: argparse.Namespace, adapters: list[Adapter]) -> Weights | Non
     return base.weight_2d
 
 
-def _reduce(args: argparse.Namespace, adapter: Adapter, weights: Weights | None) -> int:
+def _reduce(args: argparse.Namespace, parent: Parent, weights: Weights | None) -> int:
     from veneer.checkpoints import write_adapter
     from veneer.checkpoints.merged import check_free
     from veneer.compose.intruders import reduce_intruders
-    from veneer.compose.parents import Parent, base_name, base_records
+    from veneer.compose.parents import base_name, base_records, origin_of, probes_on, template_of
 
     assert weights is not None
+    adapter = parent.adapter
     out: Path = args.reduce_intruders
     check_free(out)
     name = out.resolve().name
     made = reduce_intruders(adapter, weights, name=name, keep=args.keep, top_k=args.top_k, threshold=args.threshold)
     how = {"operation": "reduce_intruders", "keep": args.keep, "top_k": args.top_k, "threshold": args.threshold}
-    base = {"base": base_records(adapter)} if base_records(adapter) else {}
-    receipt = {"parents": [Parent(adapter).record], "made_by": how, **base}
-    write_adapter(made.adapter, out, base_name=args.base or base_name([adapter]), receipt=receipt)
+    probes = probes_on(made.adapter, weights) if made.adapter.method.has_gain else {}
+    known = {key: value for key, value in (("base", base_records(adapter)), ("probes", probes)) if value}
+    write_adapter(
+        made.adapter,
+        out,
+        base_name=args.base or base_name([adapter]),
+        receipt={**origin_of([parent]), "made_by": how, **known},
+        template=template_of([parent]),
+    )
     total, sites = sum(made.found.values()), sum(map(bool, made.found.values()))
     if args.json:
-        print(json.dumps({"out": str(out), "intruders": made.found, **how}, indent=2))
+        print(as_json({"out": str(out), "intruders": made.found, **how}))
     else:
         print(
             f"scaled {total} intruder dimensions at {sites} of {len(made.found)} sites to {args.keep:g} of their size, in {out}"
@@ -156,15 +162,6 @@ def _write(args: argparse.Namespace, found: AdapterSpectra) -> list[str]:
         write_html(found, args.html)
         written.append(str(args.html))
     return written
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no infinity."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _mean(values: list[Any]) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from veneer.cli._json import as_json
 from veneer.cli._mix import base_of, parse_mix
-from veneer.errors import ConfigError
+from veneer.errors import ComposeError, ConfigError
 
 if TYPE_CHECKING:
     from veneer.compose.compose import Composition
@@ -24,6 +24,8 @@ _OPERATIONS = {
     "outside": "what of the first lies outside the others",
     "peft_linear": "PEFT's sum of factors, which is not the sum of the changes",
 }
+_SHOWN = 8
+"""Parents that are named on the screen; the receipt names them all."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,11 +82,17 @@ def run(args: argparse.Namespace) -> int:
 
     check_free(args.out)
     parents = read_parents(parse_mix(args.adapter), force=args.force)
+    if args.search and any(parent.weight != 1 for parent in parents):
+        raise ConfigError("--search finds the weights itself; give the adapters without any")
     weights = _weights(args, parents)
     judge = _Judge(args, base_of(parents, args.base), parents) if args.data else None
     searched = judge.search(args.budget) if judge and args.search else None
     if searched is not None:
         parents = [Parent(p.adapter, w) for p, w in zip(parents, searched["weights"], strict=True) if w]
+        if not parents:
+            raise ComposeError(
+                f"on these examples no mix of the adapters is better than the base alone (loss {searched['loss']:.4f}); nothing was written"
+            )
     composition = compose(
         args.op,
         parents,
@@ -103,19 +111,18 @@ def run(args: argparse.Namespace) -> int:
         base_name=args.base or base_name(p.adapter for p in parents),
         task_type=_task(parents),
         receipt=composition.receipt(),
+        template=composition.template,
     )
     report = {**composition.as_dict(), "out": str(args.out), "losses": losses, "search": searched}
-    print(
-        json.dumps(report, indent=2, ensure_ascii=False)
-        if args.json
-        else "\n".join(_lines(composition, report, args.sites))
-    )
+    print(as_json(report) if args.json else "\n".join(_lines(composition, report, args.sites)))
     return 0
 
 
 def _check(args: argparse.Namespace) -> None:
     if args.search and (not args.data or args.op != "sum"):
         raise ConfigError("--search finds the weights of a sum on data; give --data FILE, and no other --op than sum")
+    if args.limit is not None and args.limit < 1:
+        raise ConfigError(f"--limit: expected 1 or more, found {args.limit}")
     if args.rank is not None and args.rank < 1:
         raise ConfigError(f"--rank: expected 1 or more, found {args.rank}")
 
@@ -184,8 +191,9 @@ class _Judge:
 
         self.bank.insert(copy_as(composition.adapter, "result"))
         found = {"base": self.loss(None)}
-        for name, parent in zip(self.names, self.parents, strict=True):
-            found[parent.adapter.name] = self.loss(name)
+        for number, (name, parent) in enumerate(zip(self.names, self.parents, strict=True), 1):
+            own = parent.adapter.name
+            found[f"{own} ({number})" if own in (*found, "average", "result") else own] = self.loss(name)
         found["average"] = self.loss(self._mix([1 / len(self.names)] * len(self.names)))
         found["result"] = self.loss("result")
         return found
@@ -197,7 +205,9 @@ class _Judge:
 def _lines(composition: Composition, report: dict[str, Any], count: int) -> list[str]:
     from veneer.cli._table import percent, table
 
-    parents = " + ".join(f"{p['name']} x {p['weight']:g}" for p in composition.parents)
+    each = [f"{p['name']} x {p['weight']:g}" for p in composition.origin["parents"]]
+    more = f" and {len(each) - _SHOWN} more" if len(each) > _SHOWN else ""
+    parents = " + ".join(each[:_SHOWN]) + more
     adapter = composition.adapter
     lines = []
     if report["search"] is not None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veneer.cli._data import FORMATS, pairs_of
+from veneer.cli._json import as_json
 from veneer.cli._target import add_target_arguments, load_targets
 from veneer.errors import ConfigError, DataError
 
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
         if not args.json:
             _show(label, report["sets"][label], args.against)
     if args.json:
-        print(json.dumps(report, indent=2))
+        print(as_json(report))
     return 0
 
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from veneer.cli._json import as_json
 from veneer.cli._mix import Entry, base_of, parse_mix
 from veneer.errors import ConfigError, ExportError
 
@@ -65,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         report = _card(args, parents, entries[0][0])
     else:
         report = _gguf(args, parents)
-    print(json.dumps(report, indent=2, ensure_ascii=False) if args.json else "\n".join(_lines(report)))
+    print(as_json(report) if args.json else "\n".join(_lines(report)))
     return 0
 
 
@@ -93,7 +94,7 @@ def _peft(args: argparse.Namespace, entries: Sequence[Entry]) -> int:
         "sites": len(adapter.tensors),
         "notes": adapter.meta["notes"],
     }
-    print(json.dumps(report, indent=2, ensure_ascii=False) if args.json else "\n".join(_lines(report)))
+    print(as_json(report) if args.json else "\n".join(_lines(report)))
     return 0
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from veneer.cli._json import as_json
 from veneer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -38,6 +38,10 @@ def run(args: argparse.Namespace) -> int:
     """Extract, write, and say how much of the change is in it."""
     if (args.rank is None) == (args.energy is None):
         raise ConfigError("say how much to keep: either --rank R or --energy X")
+    if not args.target_modules.strip(","):
+        raise ConfigError(
+            "--target-modules: expected names of layers, such as q_proj,v_proj, or all-linear; found nothing"
+        )
     from veneer.checkpoints import write_adapter
     from veneer.checkpoints.merged import check_free
     from veneer.compose.extract import extract
@@ -57,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     found.made_by["tuned"] = args.tuned
     write_adapter(found.adapter, args.out, base_name=args.base, receipt=found.receipt())
     if args.json:
-        print(json.dumps({**found.as_dict(), "out": str(args.out)}, indent=2, ensure_ascii=False))
+        print(as_json({**found.as_dict(), "out": str(args.out)}))
     else:
         print("\n".join(_lines(found, str(args.out), args.sites)))
     return 0
@@ -78,6 +82,12 @@ def _lines(found: Extraction, out: str, count: int) -> list[str]:
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         lines.append(
             f"{percent(found.outside_share)} of the whole change lies in tensors that it does not cover: {', '.join(names[:3])}{more}"
+        )
+    if found.unlike:
+        names = found.unlike
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        lines.append(
+            f"one model lacks, or has in another shape: {', '.join(names[:3])}{more}; the adapter says nothing of them"
         )
     least = sorted(found.sites, key=lambda site: site.kept)[:count]
     rows = [[s.site, str(s.rank), f"{s.ratio:.3g}", percent(s.kept), *_ends(s.singular_values)] for s in least]

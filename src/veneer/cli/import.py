@@ -8,11 +8,11 @@ LitGPT    a folder with lit_model.lora.safetensors and hyperparameters.yaml (its
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from veneer.cli._json import as_json
 from veneer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -55,9 +55,7 @@ def run(args: argparse.Namespace) -> int:
     write_adapter(adapter, args.out, base_name=args.base, task_type=task, receipt=receipt)
     report = {"out": str(args.out), **made_by, "method": adapter.method.name, "parameters": adapter.num_parameters()}
     report["sites"] = {site: {"rank": adapter.rank(site), "scale": adapter.scale(site)} for site in adapter.tensors}
-    print(
-        json.dumps(report, indent=2, ensure_ascii=False) if args.json else "\n".join(_lines(adapter, report, args.base))
-    )
+    print(as_json(report) if args.json else "\n".join(_lines(adapter, report, args.base)))
     return 0
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from veneer.checkpoints.inspect import OwnView, SiteView, View
 
 _SHOWN = ("version", "seed", "template", "tokenizer", "data", "tensors")
+_OWN_LINES = ("made_by", "parents", "notes")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -149,13 +150,26 @@ def _receipt(found: View) -> list[str]:
     more = [
         key
         for key in found.receipt
-        if key not in (*_SHOWN, "base", "probes", "format", "options", "kinds", "logits", "own")
+        if key not in (*_SHOWN, *_OWN_LINES, "base", "probes", "format", "options", "kinds", "logits", "own")
     ]
     said += [f"{key} {_brief(_hash(found.receipt[key]))}" for key in more if found.receipt[key] is not None]
     return [
         "receipt: " + ", ".join(said),
         f"  fingerprints of {len(records)} base weights, probes of {len(probes)} sites",
+        *_making(found.receipt),
     ]
+
+
+def _making(receipt: dict[str, Any]) -> list[str]:
+    """What a folder was made from and how, where it was not trained."""
+    said = []
+    if isinstance(made := receipt.get("made_by"), dict):
+        more = ", ".join(f"{key} {value}" for key, value in made.items() if key != "operation")
+        said.append(f"  made by {made.get('operation')} ({more})")
+    for parent in receipt.get("parents") or ():
+        digest = f" (tensors {_hash(parent['tensors'])})" if "tensors" in parent else ""
+        said.append(f"  from {parent.get('name')} x {parent.get('weight')}{digest}")
+    return said + [f"  note: {note}" for note in receipt.get("notes") or ()]
 
 
 def _hash(value: object) -> object:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from veneer.cli._json import as_json
 from veneer.cli._mix import base_of, parse_mix
 from veneer.errors import ConfigError
 
@@ -85,11 +85,7 @@ def run(args: argparse.Namespace) -> int:
         write_residual=lambda adapter, folder: _write_residual(adapter, folder, str(args.out)),
         check=finish,
     )
-    print(
-        json.dumps(report.as_dict(), indent=2, ensure_ascii=False)
-        if args.json
-        else "\n".join(_lines(report, args.sites))
-    )
+    print(as_json(report.as_dict()) if args.json else "\n".join(_lines(report, args.sites)))
     return 0
 
 

@@ -33,7 +33,7 @@ _ELEMENTS_AT_ONCE = 1 << 22
 def site_tensors(site: str, change: SiteDelta, weight_OK: Tensor | None = None) -> Tensors:
     """A site's tensors at scale one, fp32: LoRA's, or DoRA's where the base weight is given. Empty where there is no change.
 
-    Raises ComposeError for a change that has no factors, and for ranks above what adapters can have.
+    Raises ComposeError for a change that has no factors, for ranks above what adapters can have, and for numbers that fp32 cannot hold.
     """
     if not change.rank and change.gain_O is None and change.dense_OK is None:
         return {}
@@ -45,7 +45,7 @@ def site_tensors(site: str, change: SiteDelta, weight_OK: Tensor | None = None) 
     if not change.rank:  # a gain alone: factors of rank one that do nothing
         b_OR, a_RK = torch.zeros(change.shape[0], 1), torch.zeros(1, change.shape[1])
     if weight_OK is None:
-        return _shaped(change.geometry, b_OR, a_RK)
+        return _shaped(site, change.geometry, b_OR, a_RK)
     gain_O = torch.ones(change.shape[0], dtype=torch.float64) if change.gain_O is None else 1 + change.gain_O
     # A row that is scaled to nothing cannot be divided by its gain; it keeps a millionth of itself.
     gain_O = torch.where(gain_O.abs() < _SMALLEST_GAIN, torch.full_like(gain_O, _SMALLEST_GAIN), gain_O)
@@ -57,7 +57,7 @@ def site_tensors(site: str, change: SiteDelta, weight_OK: Tensor | None = None) 
         torch.addmm(rows.double(), b.double(), a_RK.double()).norm(dim=1)
         for rows, b in zip(weight_OK.split(step), b_OR.split(step), strict=True)
     ]
-    return {**_shaped(change.geometry, b_OR, a_RK), MAGNITUDE: (gain_O * torch.cat(norms)).float()}
+    return {**_shaped(site, change.geometry, b_OR, a_RK), MAGNITUDE: (gain_O * torch.cat(norms)).float()}
 
 
 def assemble(
@@ -90,12 +90,18 @@ def assemble(
     return Adapter(name, method, kept, {site: kinds[site] for site in kept}, meta=meta)
 
 
-def _shaped(geometry: Geometry, b_OR: Tensor, a_RK: Tensor) -> Tensors:
+def _shaped(site: str, geometry: Geometry, b_OR: Tensor, a_RK: Tensor) -> Tensors:
     """Factors in the names and shapes of files, fp32."""
     names = LoRA().tensor_names(geometry.kind)
     rank = a_RK.shape[0]
     shapes = (geometry.shape_a(rank), geometry.shape_b(rank))
-    return {
+    made = {
         name: value.float().reshape(shape).contiguous()
         for name, value, shape in zip(names, (a_RK, b_OR), shapes, strict=True)
     }
+    for value in made.values():
+        if not bool(torch.isfinite(value).all()):
+            raise ComposeError(
+                f"{site}: the change is larger than fp32 can hold; give smaller weights, or another --scale"
+            )
+    return made

@@ -42,6 +42,8 @@ def model_card(
     known = {_RECEIPT[key]: receipt[key] for key in _RECEIPT if receipt.get(key) is not None}
     if known:
         lines += ["## Origin", "", *(f"- {name}: `{value}`" for name, value in known.items()), ""]
+    if receipt.get("notes"):
+        lines += [*(f"- {note}" for note in receipt["notes"]), ""]
     if receipt.get("parents"):
         lines += ["Made from:", "", *(f"- {_parent(parent)}" for parent in receipt["parents"]), ""]
     if receipt.get("made_by"):

@@ -22,7 +22,15 @@ from veneer.adapters.methods.dora import MAGNITUDE
 from veneer.compose.build import MAX_RANK, Form, Tensors, assemble, site_tensors
 from veneer.compose.delta import SiteDelta, Weights, geometry_of, site_delta, weighted_sum
 from veneer.compose.ops import OPERATIONS, Operation, Place, Settings
-from veneer.compose.parents import Parent, base_records, check_one_base
+from veneer.compose.parents import (
+    Parent,
+    base_records,
+    check_one_base,
+    notes_on_bases,
+    origin_of,
+    probes_on,
+    template_of,
+)
 from veneer.compose.skeleton import check_changes_only, check_finite
 from veneer.compose.svd import truncated
 from veneer.errors import ComposeError, Problems
@@ -48,10 +56,14 @@ class Composition:
     adapter: Adapter
     operation: str
     settings: dict[str, Any]
-    parents: list[dict[str, Any]]
+    origin: dict[str, Any]
+    """What the receipt says of the parents."""
     sites: list[SiteError]
     notes: list[str] = field(default_factory=list)
     base_weights: dict[str, Any] = field(default_factory=dict)
+    probes: dict[str, list[float]] = field(default_factory=dict)
+    template: str | None = None
+    """The chat template in the parents' folders, where they agree."""
 
     @property
     def error(self) -> float:
@@ -67,13 +79,13 @@ class Composition:
     def receipt(self) -> dict[str, Any]:
         """What the folder's receipt says of its origin, beside what it says of any adapter."""
         made = {"operation": self.operation, **self.settings, "error": float(f"{self.error:.3g}")}
-        base = {"base": self.base_weights} if self.base_weights else {}
-        return {"parents": self.parents, "made_by": made, **base}
+        known = {"base": self.base_weights, "probes": self.probes}
+        return {**self.origin, "made_by": made, **{key: value for key, value in known.items() if value}}
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data."""
         return {
-            **self.receipt(),
+            **{key: value for key, value in self.receipt().items() if key != "probes"},
             "error": self.error,
             "method": self.adapter.method.name,
             "parameters": self.adapter.num_parameters(),
@@ -103,6 +115,8 @@ def compose(
     Raises ComposeError for parents that do not go together, values that are not finite, ranks that make no sense, and an empty result.
     """
     chosen, settings = _operation(operation), settings or Settings()
+    if not math.isfinite(settings.scale):
+        raise ComposeError(f"scale: expected a finite number, found {settings.scale}")
     _check(chosen, parents, rank, energy, any_base)
     gains = any(parent.adapter.method.has_gain for parent in parents)
     if gains and weights is None:
@@ -125,19 +139,21 @@ def compose(
         kinds[site] = exact.geometry.kind
         if tensors[site]:
             sites.append(work.measure(site, exact, tensors[site]))
-    _check_something_is_left(work, sites)
+    _check_something_is_left(work, sites, tensors)
     adapter = assemble(tensors, kinds, name, tied=tied)
-    left_out = len(tensors) - len(sites)
+    origin, left_out = origin_of(parents), len(tensors) - len(sites)
     notes = [f"nothing is left at {left_out} sites, which the new adapter leaves alone"] if left_out else []
     records = {site: record for parent in reversed(parents) for site, record in base_records(parent.adapter).items()}
     return Composition(
         adapter,
         operation,
         _said(chosen, settings, rank, energy),
-        [parent.record for parent in parents],
+        origin,
         sites,
-        notes + _notes(parents, chosen),
+        notes + _notes(parents, chosen) + notes_on_bases(parents) + origin.get("notes", []),
         {site: record for site, record in records.items() if site in adapter.tensors},
+        probes_on(adapter, weights) if adapter.method.has_gain and weights is not None else {},
+        template_of(parents),
     )
 
 
@@ -230,8 +246,12 @@ class _Work:
         return weight
 
 
-def _check_something_is_left(work: _Work, sites: Sequence[SiteError]) -> None:
-    """Changes that cancel leave rounding, which must not pass for an adapter."""
+def _check_something_is_left(work: _Work, sites: Sequence[SiteError], tensors: Mapping[str, Tensors]) -> None:
+    """Changes that cancel leave rounding, and factors too small for fp32 leave nothing; neither must pass for an adapter."""
+    if sites and not any(MAGNITUDE in tensors[site.site] or _moved(tensors[site.site]) for site in sites):
+        raise ComposeError(
+            "nothing is left: the change is smaller than fp32 can hold at every site; give larger weights"
+        )
     if sites and any(parent.weight < 0 for parent in work.parents):
         parts = math.hypot(*(work.size_of_parts(site.site) for site in sites))
         if math.hypot(*(site.norm for site in sites)) < CANCELLED * parts:

@@ -28,7 +28,7 @@ from veneer.adapters.targets import select
 from veneer.compose.build import MAX_RANK, Tensors, assemble, site_tensors
 from veneer.compose.delta import SiteDelta
 from veneer.compose.linalg import Svd, dense_svd
-from veneer.compose.parents import records_of
+from veneer.compose.parents import probes_on, records_of
 from veneer.compose.skeleton import Skeleton
 from veneer.compose.svd import alive, from_svd, rank_for
 from veneer.errors import ComposeError, Problems
@@ -58,6 +58,9 @@ class Extraction:
     outside: dict[str, float] = field(default_factory=dict)
     base_weights: dict[str, Any] = field(default_factory=dict)
     made_by: dict[str, Any] = field(default_factory=dict)
+    probes: dict[str, list[float]] = field(default_factory=dict)
+    unlike: list[str] = field(default_factory=list)
+    """Tensors that one model lacks or has in another shape."""
 
     @property
     def kept(self) -> float:
@@ -74,7 +77,9 @@ class Extraction:
 
     def receipt(self) -> dict[str, Any]:
         """What the folder's receipt says of its origin."""
-        return {"made_by": {**self.made_by, "kept": float(f"{self.kept:.6g}")}, "base": self.base_weights}
+        made = {**self.made_by, "kept": float(f"{self.kept:.6g}")}
+        probes = {"probes": self.probes} if self.probes else {}
+        return {"made_by": made, "base": self.base_weights, **probes}
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -85,6 +90,7 @@ class Extraction:
             "kept": self.kept,
             "outside_share": self.outside_share,
             "outside": self.outside,
+            "unlike": self.unlike,
             "sites": [asdict(site) for site in self.sites],
         }
 
@@ -118,7 +124,7 @@ def extract(
         tensors[site] = own
         if own:
             found.append(entry)
-    outside = _outside(base, tuned, {base.key(site) for site in sites})
+    outside, unlike = _outside(base, tuned, list(sites))
     if not found:
         more = f"; {', '.join(list(outside)[:3])} differ, which this adapter does not cover" if outside else ""
         raise ComposeError(
@@ -127,7 +133,8 @@ def extract(
     adapter = assemble(tensors, {site: base.sites[site].kind for site in sites}, name)
     records = records_of(base, adapter.tensors)
     wish = {"rank": rank} if rank is not None else {"energy": energy}
-    return Extraction(adapter, found, outside, records, {"operation": "extract", **wish})
+    probes = probes_on(adapter, base.weight_2d) if adapter.method.has_gain else {}
+    return Extraction(adapter, found, outside, records, {"operation": "extract", **wish}, probes, unlike)
 
 
 def _site(
@@ -149,7 +156,9 @@ def _site(
     lost = max(0.0, float(rest.square().sum() - s.square().sum()))
     kept = 1 - lost / norm**2 if norm else 1.0
     values = tuple(float(f"{value:.6g}") for value in s.tolist())
-    return tensors, SiteExtract(site, len(s), norm, norm / size if size else math.inf, kept, values)
+    # a gain alone is stored with factors of rank one that do nothing
+    rank = max(len(s), 1) if tensors else 0
+    return tensors, SiteExtract(site, rank, norm, norm / size if size else math.inf, kept, values)
 
 
 def _fitted_gain(change: Tensor, weight_OK: Tensor, rank: int | None) -> Tensor:
@@ -229,15 +238,32 @@ def _check_match(base: Skeleton, tuned: Skeleton, sites: Sequence[str]) -> None:
     )
 
 
-def _outside(base: Skeleton, tuned: Skeleton, covered: set[str]) -> dict[str, float]:
-    """Tensors of both models that differ and that the adapter does not cover, with the norm of the difference, largest first."""
+def _outside(base: Skeleton, tuned: Skeleton, sites: Sequence[str]) -> tuple[dict[str, float], list[str]]:
+    """Tensors that differ and that the adapter does not cover, with the norm of the difference, largest first; and those that cannot be
+    compared, because one model lacks them or has them in another shape."""
     found: dict[str, float] = {}
-    for key in base.folder.files:
-        if key in covered or key not in tuned.folder.files:
+    unlike: list[str] = []
+    done = {(base.key(site), tuned.key(site)) for site in sites}
+    names = dict.fromkeys([*base.names, *tuned.names])
+    pairs = [(base.parameter_key(name), tuned.parameter_key(name)) for name in names]
+    # what stands in both files and in neither model (tables that are made while loading)
+    pairs += [(key, key) for key in base.folder.files if key in tuned.folder.files and key not in base.names.values()]
+    for key, other in pairs:
+        if (key, other) in done:
             continue
-        one, other = base.folder.get(key), tuned.folder.get(key)
-        if one.shape != other.shape:
-            found[key] = math.inf
-        elif one.is_floating_point() and (norm := float((other.double() - one.double()).norm())):
+        if key is None or other is None or base.folder.shape(key) != tuned.folder.shape(other):
+            unlike.append(key or other or "")
+        elif (norm := _distance(base.folder.get(key), tuned.folder.get(other), other)) > 0:
             found[key] = norm
-    return dict(sorted(found.items(), key=lambda item: -item[1]))
+        if key is not None and other is not None:
+            done.add((key, other))
+    return dict(sorted(found.items(), key=lambda item: -item[1])), unlike
+
+
+def _distance(one: Tensor, other: Tensor, name: str) -> float:
+    if not one.is_floating_point():
+        return 0.0
+    norm = float((other.double() - one.double()).norm())
+    if not math.isfinite(norm):
+        raise ComposeError(f"{name}: the tensor, or the base's, holds values that are not finite")
+    return norm

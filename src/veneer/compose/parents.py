@@ -7,6 +7,7 @@ bases, and their changes must not be added.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -47,6 +48,27 @@ class Parent:
         }
 
 
+def origin_of(parents: Sequence[Parent]) -> dict[str, Any]:
+    """What a receipt says of the parents: their records, the hash of the chat template (and tokenizer) that all of them were trained
+    with, or a note where that is not one and the same."""
+    origin: dict[str, Any] = {"parents": [parent.record for parent in parents]}
+    said = {parent.adapter.name: _template_hash(parent.adapter) for parent in parents}
+    if len(set(said.values())) > 1:
+        each = ", ".join(f"{name}: {known[:12] if known else 'not recorded'}" for name, known in said.items())
+        origin["notes"] = [f"the parents were trained with different chat templates or tokenizers ({each})"]
+    elif (known := next(iter(said.values()), None)) is not None:
+        origin["template_sha256"] = known
+    return origin
+
+
+def template_of(parents: Sequence[Parent]) -> str | None:
+    """The chat template that lies in the parents' folders, where it is one and the same for all of them."""
+    if len({_template_hash(parent.adapter) for parent in parents}) != 1:
+        return None
+    texts = (parent.adapter.meta.get("template") for parent in parents)
+    return next((text for text in texts if isinstance(text, str)), None)
+
+
 def read_parents(folders: Sequence[tuple[Path, str, float]], *, force: str | Iterable[str] = ()) -> list[Parent]:
     """Read the adapters in (folder, name, weight); one folder that is given twice is read once.
 
@@ -60,6 +82,26 @@ def read_parents(folders: Sequence[tuple[Path, str, float]], *, force: str | Ite
     if "base" not in set([force] if isinstance(force, str) else force):
         check_one_base([parent.adapter for parent in parents])
     return parents
+
+
+def probes_on(adapter: Adapter, weights: Weights) -> dict[str, list[float]]:
+    """The receipt's probes of an adapter whose change depends on the base's weights."""
+    found = {}
+    for site in adapter.tensors:
+        weight_OK = weights(site)
+        found[site] = probe_on(adapter, site, weight_OK, squared_row_norms(weight_OK))
+    return found
+
+
+def notes_on_bases(parents: Sequence[Parent]) -> list[str]:
+    """A note where parents name different bases and no receipt tells whether these have the same weights."""
+    adapters = list({id(parent.adapter): parent.adapter for parent in parents}.values())
+    names = list(dict.fromkeys(name for adapter in adapters if (name := base_name([adapter])) is not None))
+    if len(names) < 2 or all(_records(adapter) for adapter in adapters):
+        return []
+    return [
+        f"the parents name different bases ({', '.join(names[:3])}), and not all have a receipt that could tell whether these are one"
+    ]
 
 
 def copy_as(adapter: Adapter, name: str) -> Adapter:
@@ -77,7 +119,8 @@ def copy_as(adapter: Adapter, name: str) -> Adapter:
 
 
 def check_one_base(adapters: Sequence[Adapter]) -> None:
-    """Raise ComposeError where two adapters' receipts are of different base weights."""
+    """Raise ComposeError where two adapters' receipts are of different base weights, or where their folders name different bases and they
+    have no layer in common by which these could be compared."""
     first: dict[str, tuple[Adapter, dict[str, Any]]] = {}
     for adapter in adapters:
         for site, record in _records(adapter).items():
@@ -91,6 +134,13 @@ def check_one_base(adapters: Sequence[Adapter]) -> None:
                     f'the adapters "{first[site][0].name}" and "{adapter.name}" were made on different bases: the weight at {site} '
                     f"differs by {apart:.1%} between their receipts; adapters of one base can be put together, others not"
                 )
+    for one, other in itertools.combinations({id(adapter): adapter for adapter in adapters}.values(), 2):
+        names = base_name([one]), base_name([other])
+        if None not in names and names[0] != names[1] and one.tensors.keys().isdisjoint(other.tensors):
+            raise ComposeError(
+                f'the adapters "{one.name}" and "{other.name}" name different bases ({names[0]} and {names[1]}) and have no layer in '
+                "common by which these could be compared; if both are the same base, say --force base"
+            )
 
 
 def check_base(adapter: Adapter, weights: Weights, where: str) -> None:
@@ -135,6 +185,11 @@ def _as_recorded(adapter: Adapter, site: str, weight_OK: Tensor, floor: float) -
     if not isinstance(probes, Mapping) or site not in probes:
         return True
     return same_probe(probes[site], probe_on(adapter, site, weight_OK, squared_row_norms(weight_OK)), floor)
+
+
+def _template_hash(adapter: Adapter) -> str | None:
+    found = (adapter.meta.get("receipt") or {}).get("template_sha256")
+    return found if isinstance(found, str) else None
 
 
 def base_records(adapter: Adapter) -> dict[str, dict[str, Any]]:

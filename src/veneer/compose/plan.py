@@ -221,7 +221,9 @@ def _matrices(
             )
         untied.append(group)
         others = [
-            Piece(f"{member}.weight", member, base.sites[member].kind, members[member])
+            Piece(
+                base.names.get(f"{member}.weight", f"{member}.weight"), member, base.sites[member].kind, members[member]
+            )
             for member in group
             if member != owner
         ]
@@ -235,11 +237,10 @@ def _copy_what_else_is_shared(base: Skeleton, pieces: dict[str, tuple[Piece, ...
     groups: dict[int, list[str]] = {}
     for name, parameter in base.model.named_parameters(remove_duplicate=False):
         groups.setdefault(id(parameter), []).append(name)
-    files = base.folder.files
     written = {piece.key for made in pieces.values() for piece in made}
     for names in groups.values():
-        stored = [name for name in names if name in files]
-        lacking = [name for name in names if name not in files and name not in written]
+        stored = [base.names[name] for name in names if name in base.names]
+        lacking = [name for name in names if name not in base.names and name not in written]
         if stored and lacking:
             made = pieces.get(stored[0], (Piece(stored[0], ""),))
             pieces[stored[0]] = (*made, *(replace(made[0], key=name) for name in lacking))

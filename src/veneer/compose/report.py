@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from veneer import __version__
@@ -22,10 +22,29 @@ table{border-collapse:collapse;margin:1rem 0;font-size:13px}
 td,th{padding:.2rem .6rem;text-align:right;border-bottom:1px solid #ddd}
 td:first-child,th:first-child{text-align:left;font-family:ui-monospace,monospace}
 svg{max-width:100%;height:auto}
+figure{margin:1.5rem 0}
+dt{font-weight:600}
+dd{margin:0 0 .3rem 1.5rem;color:#555}
 summary{cursor:pointer;margin-top:1rem}
 p.note{color:#555}
 """
-_HEADER = ("rank", "norm", "stable rank", "effective rank", "ratio", "amplification", "intruders")
+_HEADER = ("rank", "norm", "stable rank", "effective rank", "change/weight", "amplification", "intruders")
+
+_LEGEND = {
+    "rank": "directions that the change has; with DoRA's magnitudes that is all of them",
+    "norm": "size of the change d = W' - W, Frobenius norm",
+    "stable rank": "square norm of d over the square of its largest singular value: near 1 where one direction does it all",
+    "effective rank": "exp of the entropy of the singular values: how many directions count",
+    "change/weight": "norm of d over that of the base weight W",
+    "amplification": "norm of d over that of what W does in d's leading directions: above 1 the change is stronger there than the base",
+    "intruders": "leading directions of W' that W does not have; their number goes with what is forgotten",
+}
+_OVERLAP_LEGEND = {
+    "phi": "what two spans of directions have in common: 1 where one holds the other, 0 where they are orthogonal. What is read is alike "
+    "for adapters that began with one seed",
+    "by chance": "phi of random spans of these sizes",
+    "cosine": "of the two changes as vectors: 1 the same change, 0 nothing in common, below 0 against each other",
+}
 
 
 def write_html(spectra: AdapterSpectra, file: Path) -> None:
@@ -43,10 +62,16 @@ def html_report(spectra: AdapterSpectra) -> str:
         f"<h1>{name}</h1>",
         f"<p>{_summary(spectra)}</p>",
         "<h2>By kind of layer</h2>",
+        '<p class="note">Means over blocks; intruders too.</p>',
         _table(("module", "sites", *_HEADER), _modules(spectra.sites)),
+        _legend(_LEGEND),
     ]
     if spectra.subspaces:
-        parts += [f"<h2>Against {html.escape(str(spectra.against))}</h2>", _overlap_table(spectra)]
+        parts += [
+            f"<h2>Against {html.escape(str(spectra.against))}</h2>",
+            _overlap_table(spectra),
+            _legend(_OVERLAP_LEGEND),
+        ]
     parts += _pictures(spectra)
     rows = [[site.site, *_numbers(site)] for site in spectra.sites]
     parts += [f"<details><summary>All {len(rows)} sites</summary>{_table(('site', *_HEADER), rows)}</details>"]
@@ -95,6 +120,11 @@ def _pictures(spectra: AdapterSpectra) -> list[str]:
     return parts
 
 
+def _legend(entries: Mapping[str, str]) -> str:
+    body = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(text)}</dd>" for name, text in entries.items())
+    return f"<details><summary>What the columns mean</summary><dl>{body}</dl></details>"
+
+
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
@@ -116,7 +146,7 @@ def _mean(values: Sequence[float | None]) -> str:
 
 
 def _short(value: float) -> str:
-    return f"{value:.4g}"
+    return f"{value:.3g}"
 
 
 def _total(sites: Sequence[SiteSpectrum]) -> float:

@@ -23,6 +23,7 @@ from veneer.adapters.site import Site, Survey, survey
 from veneer.checkpoints.merged import ModelFolder
 from veneer.errors import ComposeError, Problems
 from veneer.models.load import load_base
+from veneer.models.names import stored_names
 from veneer.models.sources import resolve
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -35,6 +36,8 @@ class Skeleton:
     folder: ModelFolder
     model: nn.Module
     survey: Survey
+    names: Mapping[str, str]
+    """Parameter of the model -> its name in the files."""
 
     @property
     def sites(self) -> dict[str, Site]:
@@ -51,8 +54,8 @@ class Skeleton:
         found = self._find(self.owner(site))
         if found is None:
             raise ComposeError(
-                f"{self.folder.path} has no tensor for {site} (looked for {site}.weight): its files name the weights otherwise "
-                "than the model does; leave this layer out of the adapter, or use a base whose files have the model's names"
+                f"{self.folder.path} has no tensor for {site} (looked for {site}.weight): its files hold it in another "
+                "shape or under a name that cannot be traced; leave this layer out of the adapter, or load the model and save it again"
             )
         return found
 
@@ -62,24 +65,14 @@ class Skeleton:
 
     def parameter_key(self, name: str) -> str | None:
         """Name in the files of any parameter of the model: its own, or that of a parameter which it is shared with."""
-        if (found := self._spelt(name)) is not None:
-            return found
+        if name in self.names:
+            return self.names[name]
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         shared = [other for other, value in parameters.items() if value is parameters.get(name)]
-        return next((key for other in shared if (key := self._spelt(other)) is not None), None)
+        return next((self.names[other] for other in shared if other in self.names), None)
 
     def _find(self, site: str) -> str | None:
-        return self._spelt(f"{site}.weight" if site else "weight")
-
-    def _spelt(self, name: str) -> str | None:
-        if name in self.folder.files:
-            return name
-        # Some checkpoints were saved from the model without its head, so the model's own prefix is missing, or the other way round.
-        prefix = str(getattr(self.model, "base_model_prefix", "")) + "."
-        if prefix == ".":
-            return None
-        other = name.removeprefix(prefix) if name.startswith(prefix) else prefix + name
-        return other if other in self.folder.files else None
+        return self.names.get(f"{site}.weight" if site else "weight")
 
 
 def base_folder(name: str | Path, revision: str | None = None) -> Path:
@@ -110,7 +103,7 @@ def skeleton(folder: Path) -> Skeleton:
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     with torch.device("meta"):
         model = _model_class(files.config, config)(config)
-    return Skeleton(files, model, survey(model))
+    return Skeleton(files, model, survey(model), stored_names(model, files.files))
 
 
 def as_2d(weight: Tensor, kind: str) -> Tensor:

@@ -5,8 +5,8 @@ Per site, for a change d with singular values s_1 >= s_2 >= ... and the base wei
     stable rank       ||d||_F^2 / s_1^2
     effective rank    exp(-sum p log p), p = s / sum s                      (Roy and Vetterli 2007)
     ratio             ||d||_F / ||W||_F
-    amplification     ||d||_F / ||U^T W V||_F, U and V the singular vectors of d: how much more the change does in its directions
-                      than the base does there                              (LoRA, arXiv 2106.09685, section 7.3)
+    amplification     ||d||_F / ||U^T W V||_F, U and V the leading r singular vectors of d, r the adapter's rank: how much more the
+                      change does in its directions than the base does there  (LoRA, arXiv 2106.09685, section 7.3)
     magnitude change  mean over outputs of | ||W'_o|| - ||W_o|| |
     direction change  mean over outputs of 1 - cos(W'_o, W_o)               (DoRA, arXiv 2402.09353, section 3)
 
@@ -101,12 +101,11 @@ def adapter_spectra(
         weight_OK = None if weights is None else weights(site).double()
         change = site_delta(adapter, site, weights)
         u, s, vt = svd_of(change, weight_OK)
-        some = alive(s)
+        keep = min(int(alive(s).sum()), adapter.rank(site))
         spectrum = _spectrum(site, change, s)
         if weight_OK is not None:
-            spectrum, magnitudes[site] = _against_base(
-                spectrum, change, weight_OK, (u[:, some], vt[some]), top_k, threshold
-            )
+            directions = u[:, :keep], vt[:keep]
+            spectrum, magnitudes[site] = _against_base(spectrum, change, weight_OK, directions, top_k, threshold)
         sites.append(spectrum)
         if against is not None and site in against.tensors:
             other = site_delta(against, site, weights)

@@ -28,6 +28,7 @@ import torch
 from ..errors import BaseModelError
 from .cache import cache_root, write_atomically
 from .load import Base
+from .names import stored_names
 
 __all__ = ["weight_fingerprints"]
 
@@ -74,6 +75,7 @@ def weight_fingerprints(base: Base | torch.nn.Module, names: Iterable[str]) -> d
     folder = base.path if isinstance(base, Base) else None
     parameters = dict(model.named_parameters(remove_duplicate=False))
     stored = _stored_tensors(folder) if folder is not None else {}
+    spelt = stored_names(model, stored) if stored else {}
     known = {file: _read_known(file) for file in {entry.file for entry in stored.values()}}
     grew: set[Path] = set()
     found: dict[str, str] = {}
@@ -82,7 +84,7 @@ def weight_fingerprints(base: Base | torch.nn.Module, names: Iterable[str]) -> d
             raise BaseModelError(
                 f"{type(model).__name__} has no weight {name!r}, so it has no fingerprint; check the name."
             )
-        entry = _find(stored, parameters, name, getattr(model, "base_model_prefix", ""))
+        entry = _find(stored, parameters, spelt, name)
         if entry is None:
             found[name] = _of_memory(name, parameters[name])
             continue
@@ -96,16 +98,15 @@ def weight_fingerprints(base: Base | torch.nn.Module, names: Iterable[str]) -> d
 
 
 def _find(
-    stored: dict[str, _Stored], parameters: dict[str, torch.nn.Parameter], name: str, prefix: str
+    stored: dict[str, _Stored], parameters: dict[str, torch.nn.Parameter], spelt: dict[str, str], name: str
 ) -> _Stored | None:
-    """The file's entry for a weight: under its own name, with or without the body's prefix, or of a weight tied to it."""
+    """The file's entry for a weight: its own, as the files spell it, or that of a weight tied to it."""
     parameter = parameters[name]
     tied = [other for other, candidate in parameters.items() if candidate is parameter]
     for candidate in (name, *tied):
-        for spelling in (candidate, f"{prefix}.{candidate}", candidate.removeprefix(f"{prefix}.")):
-            entry = stored.get(spelling)
-            if entry is not None and entry.shape == tuple(parameter.shape):
-                return entry
+        entry = stored.get(spelt.get(candidate, ""))
+        if entry is not None and entry.shape == tuple(parameter.shape):
+            return entry
     return None
 
 

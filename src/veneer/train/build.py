@@ -27,6 +27,7 @@ from veneer.data.template import read_template
 from veneer.errors import BaseModelError, DataError
 from veneer.evaluate.general import general_text, pieces
 from veneer.models.load import Base
+from veneer.train.earlier import seed_of
 from veneer.train.job import Job
 
 FULL = "full"
@@ -159,7 +160,7 @@ def _split(examples: Examples, fraction: float) -> tuple[list[Example], Selected
 
 def make_job(name: str, options: TrainOptions, base: Base, bank: Bank, material: Material) -> Job:
     """Add the job's adapter to the bank and set the job up before its first step."""
-    bank.add(name, method_of(options, bank), seed=options.seed)
+    bank.add(name, method_of(options, bank), seed=seed_of(options))
     check_tokens(options.trainable_token_indices, material.train, base.tokenizer)
     config = getattr(base.model, "config", None)
     text = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config

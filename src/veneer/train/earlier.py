@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.adapters import Adapter, Bank
+from veneer.adapters.adapter import stream_seed
 from veneer.checkpoints.peft import PeftFolders
 from veneer.config import TrainOptions
 from veneer.errors import CheckpointError
@@ -64,6 +65,16 @@ def build_on(jobs: Sequence[Job], bank: Bank) -> None:
             projection.begin()
             job.shaper = projection
         job.built_on = built_on(options, {path: acting[find(path)[1]] for path in options.on_top_of})
+
+
+def seed_of(options: TrainOptions) -> int:
+    """The seed that a new adapter starts from, and that its dropout draws from: the job's own, and what the job builds on.
+
+    With one seed for every task, as the default is, a new A would begin as the old ones did, and so read what they read: the penalty would
+    fight its own start, and the projection leave little of it.
+    """
+    earlier = [_origin(path)["sha256"] for path in dict.fromkeys((*options.on_top_of, *options.orthogonal_to))]
+    return stream_seed(options.seed, *earlier) % (1 << 31) if earlier else options.seed
 
 
 def built_on(options: TrainOptions, names: Mapping[Path, str]) -> dict[str, Any]:

@@ -20,14 +20,14 @@ from veneer.train.job import Job, State
 from veneer.train.save import Saver
 from veneer.train.screen import Screen, duration, resident_memory
 from veneer.train.track import Track
-from veneer.train.trainer import Request
+from veneer.train.trainer import Listener, Request
 from veneer.train.watch import FirstSteps
 
 _LATEST = 20
 """So many steps tell the pace."""
 
 
-class Recorder:
+class Recorder(Listener):
     """Writes down a run's course and has its state saved. One per process."""
 
     def __init__(self, files: RunFiles, jobs: list[Job], saver: Saver, screen: Screen, *, rounds: int = 0) -> None:

@@ -19,7 +19,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, TypeVar
 
 from veneer.data.batch import make_batch
 from veneer.data.example import Example
@@ -56,40 +56,34 @@ class Piece:
         return sum(map(len, self.examples))
 
 
-class Listener(Protocol):
-    """What is told of the run's course, and what may ask for a change of it."""
+class Listener:
+    """What is told of the run's course, and what may ask for a change of it. By itself it says and asks nothing."""
 
     def stepping(self, job: Job) -> None:
         """A job's gradient is whole, its step not yet taken."""
-        ...
 
     def stepped(self, job: Job, figures: dict[str, float]) -> None:
         """A job took a step."""
-        ...
 
     def judging(self, job: Job, done: int, total: int) -> None:
         """So many of the examples that a job is judged on are done."""
-        ...
 
     def evaluated(self, job: Job, loss: float, *, best: bool) -> None:
         """A job was judged on its held-out examples."""
-        ...
 
     def changed(self, job: Job) -> None:
         """A job joined, was paused, or goes on."""
-        ...
 
     def ended(self, job: Job) -> None:
         """A job left the run: finished, failed or cancelled."""
-        ...
 
     def requests(self) -> Iterable[Request]:
         """The changes that were asked for since the last call. Called between two rounds."""
-        ...
+        return ()
 
     def round_over(self) -> bool:
         """Every job stands between two steps; returns whether to go on."""
-        ...
+        return True
 
 
 class Trainer:

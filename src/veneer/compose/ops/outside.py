@@ -36,7 +36,7 @@ def _outside(parts: Sequence[SiteDelta], weights: Sequence[float], place: Place)
         b_OR = _without(b_OR, [u for u, _ in spaces])
     if side != "out":
         a_RK = _without(a_RK.T, [v for _, v in spaces]).T
-    left = SiteDelta(first.geometry, (Term(weights[0], b_OR, a_RK),))
+    left = SiteDelta(first.geometry, (Term(1.0, b_OR, a_RK),)).scaled(weights[0])
     # What is left after taking everything away is rounding, and must not pass for a change.
     return left if float(b_OR.norm() * a_RK.norm()) > 1e-12 * before else replace(left, terms=())
 
