@@ -29,6 +29,7 @@ from veneer.evaluate.general import general_text
 from veneer.models.flat import FlatRunner
 from veneer.models.load import load_base
 from veneer.models.tiny import tiny
+from veneer.train.faster import use_native
 from veneer.train.job import Job
 from veneer.train.step import Stepper
 from veneer.train.trainer import Trainer, cut
@@ -161,6 +162,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     base = None if args.tiny else load_base(BASE, dtype="float32")
+    use_native()  # as a run does
     model: Any = tiny("llama") if base is None else base.model
     text: list[int] = [] if base is None else base.tokenizer(general_text()[:200_000], verbose=False)["input_ids"]
     found = {optimizer: compared(model, text, optimizer) for optimizer in args.optimizer}

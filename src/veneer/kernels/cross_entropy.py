@@ -42,6 +42,9 @@ _BLOCK_BYTES = 2**21
 _KINDS = {torch.float32: 0, torch.bfloat16: 1}
 """Dtypes that the form in C++ takes."""
 
+_EXACT = 16
+"""Below so many rows fp32 sums over the vocabulary lose a digit in a CPU's library once it has two threads: rows of zeros are added."""
+
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
@@ -124,7 +127,10 @@ def _accumulate_(sums: Grads, part: slice, slopes: Tensor, hidden_KD: Tensor, we
     """Add one chunk's share to the gradients; ``slopes`` is d total / d logits of the chunk."""
     hidden, weight, bias = sums
     if hidden is not None:
-        torch.mm(slopes, weight_VD, out=hidden[part])
+        if len(slopes) < _EXACT and slopes.dtype == torch.float32 and slopes.is_cpu:
+            hidden[part] = (F.pad(slopes, (0, 0, 0, _EXACT - len(slopes))) @ weight_VD)[: len(slopes)]
+        else:
+            torch.mm(slopes, weight_VD, out=hidden[part])
     if weight is not None:
         weight.addmm_(slopes.T, hidden_KD[part])
     if bias is not None:
