@@ -93,8 +93,7 @@ def fits(layers: Sequence[Layer], factors: Sequence[Factors | None] = ()) -> boo
 
 
 def _knows(f: Factors, highest: int) -> bool:
-    gain = f.gain()
-    wide = f.a.dtype == f.b.dtype == torch.float32 and (gain is None or gain.dtype == torch.float32)
+    wide = f.a.dtype == f.b.dtype == torch.float32 and (f.norm is None or f.norm.dtype == torch.float32)
     laid = f.a.is_contiguous() and f.b.is_contiguous() and len(f.b) % _STEP == 0
     return wide and laid and f.dropout is None and f.folded is None and len(f.a) <= highest
 
