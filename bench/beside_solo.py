@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from bench.mixed import BASE, Still
+from bench.mixed import BASE
 from veneer.adapters import DoRA, LoRA
 from veneer.checkpoints import attach
 from veneer.config import TrainOptions
@@ -32,7 +32,7 @@ from veneer.models.tiny import tiny
 from veneer.train.faster import use_native
 from veneer.train.job import Job
 from veneer.train.step import Stepper
-from veneer.train.trainer import Trainer, cut
+from veneer.train.trainer import Listener, Trainer, cut
 
 EIGHT: dict[str, dict[str, Any]] = {
     "lora4": {"method": LoRA(r=4), "learning_rate": 1e-3, "steps": 8},
@@ -49,7 +49,7 @@ EIGHT: dict[str, dict[str, Any]] = {
 BOUNDS = {"gradient": 1e-5, "loss": 1e-4, "adapter": 1e-5}
 
 
-class Losses(Still):
+class Losses(Listener):
     """Remembers the loss of each step, and how far each gradient is from the one that the job gets alone."""
 
     def __init__(self, check: bool) -> None:
