@@ -10,7 +10,8 @@ import sys
 from types import ModuleType
 from typing import Any
 
-from veneer.train.run import JobResult, RunResult, train
+from veneer.train.result import JobResult, RunResult
+from veneer.train.run import train
 
 __all__ = ["JobResult", "RunResult", "train"]
 

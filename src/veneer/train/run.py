@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from veneer.models.flat import FlatRunner
 from veneer.models.load import Base, load_base
 from veneer.train.build import FULL, Material, context_of, gather_all, make_job, receipt_of
 from veneer.train.earlier import build_on
-from veneer.train.expand import SHARED, expand
+from veneer.train.expand import expand
 from veneer.train.facts import Facts, chosen_before, compare, facts_of
 from veneer.train.faster import Faster, natively, worth_compiling
 from veneer.train.files import CONFIG, FACTS, RunFiles
@@ -37,8 +36,9 @@ from veneer.train.job import Job, State
 from veneer.train.plan import Plan, Planner
 from veneer.train.recompute import recomputed
 from veneer.train.record import Recorder
+from veneer.train.result import RunResult, result_of
 from veneer.train.save import Saver
-from veneer.train.screen import Screen, duration
+from veneer.train.screen import Screen
 from veneer.train.sharing import Sharing, choose
 from veneer.train.step import Stepper
 from veneer.train.track import Track, require
@@ -50,36 +50,6 @@ _FREE = (
     *("out", "name", "data", "valid", "threads", "save_every", "checkpoint_minutes", "track", "jobs", "sweep"),
     *("plan", "activation_checkpointing"),
 )
-
-
-@dataclass(frozen=True)
-class JobResult:
-    """How a job ended. ``losses``: (step, held-out loss) of each look. ``changes``: the options in which it differs from its neighbours."""
-
-    name: str
-    method: str
-    r: int
-    learning_rate: float
-    state: str
-    reason: str
-    steps: int
-    losses: tuple[tuple[int, float], ...]
-    adapter: Path
-    best: Path
-    changes: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """What a run left behind: its folder and its jobs by name."""
-
-    out: Path
-    jobs: dict[str, JobResult]
-
-    @property
-    def adapter(self) -> Path:
-        """The folder of the only (or first) job's last adapter."""
-        return next(iter(self.jobs.values())).adapter
 
 
 def train(
@@ -185,7 +155,7 @@ class _Run:
         if any(not job.over for job in self.jobs):  # paused ones too: somebody may have asked for a change of them
             self._train(recorder, facts)
         missing = recorder.finish()
-        result = _result(self.files, self.jobs)
+        result = result_of(self.files, self.jobs)
         if recorder.stopped and any(job.running for job in self.jobs):
             self._tell_stop(recorder)
             raise KeyboardInterrupt
@@ -354,33 +324,3 @@ def plan_lines(
     if len(jobs) > 1:
         lines.append(Sharing.recorded(facts).line())
     return lines
-
-
-def _result(files: RunFiles, jobs: list[Job]) -> RunResult:
-    options = {job.name: plain(job.options) for job in jobs}
-    apart = {
-        key: None
-        for own in options.values()
-        for key, value in own.items()
-        if key not in (*SHARED, "name") and any(other[key] != value for other in options.values())
-    }
-    results = {
-        job.name: JobResult(
-            job.name,
-            job.options.method,
-            job.options.r,
-            job.peak,
-            job.state.value,
-            job.reason,
-            job.progress.step,
-            tuple(job.progress.evaluations),
-            files.adapter(job.name),
-            files.best(job.name),
-            {key: options[job.name][key] for key in apart},
-        )
-        for job in jobs
-    }
-    return RunResult(files.out, results)
-
-
-__all__ = ["JobResult", "RunResult", "duration", "train"]

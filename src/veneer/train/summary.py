@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from veneer.checkpoints.commit import replace_text
 
 if TYPE_CHECKING:
-    from veneer.train.run import JobResult, RunResult
+    from veneer.train.result import JobResult, RunResult
 
 FULL = "full"
 TABLE, PICTURE = "summary.json", "summary.svg"
