@@ -37,7 +37,7 @@ _PIECE = 512 << 10
 
 @dataclass(frozen=True)
 class Sums:
-    """count: how many numbers. bad: how many of them are not finite. squares: the sum of the squares of the others."""
+    """count: how many numbers. bad: how many of them are not finite. squares: the sum of the squares, of pieces where all are finite."""
 
     count: int = 0
     bad: int = 0
@@ -48,7 +48,7 @@ class Sums:
 
     @property
     def norm(self) -> float:
-        """The norm of the finite numbers."""
+        """The norm, where all numbers are finite."""
         return math.sqrt(self.squares)
 
 
@@ -150,5 +150,7 @@ def _sums(flat: Tensor) -> Sums:
     # fp32 has no room for squares of numbers above 2e19 or below 1e-23.
     fine = torch.isfinite(wide)
     bad = fine.numel() - int(fine.count_nonzero())
-    kept = wide[fine].double() if bad else wide.double()
-    return Sums(flat.numel(), bad, float(torch.dot(kept, kept)))
+    if bad:
+        return Sums(flat.numel(), bad, 0.0)
+    kept = wide.double()
+    return Sums(flat.numel(), 0, float(torch.dot(kept, kept)))
