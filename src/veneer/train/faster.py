@@ -63,6 +63,7 @@ def use_native(say: Callable[[str], None] = lambda line: None) -> None:
         native.use(None, why="on this processor they are no faster (they are made for registers of 16 floats, AVX-512)")
     elif not agrees():
         native.use(None, why="what was built computes something else than the plain forms")
+        say(f"no kernels in C++: {native.reason()}")
 
 
 def _built(say: Callable[[str], None]) -> tuple[Path | None, str]:
@@ -71,12 +72,13 @@ def _built(say: Callable[[str], None]) -> tuple[Path | None, str]:
         return None, "there is no C++ compiler"
 
     def build(folder: Path) -> None:
-        say("building kernels for this processor, once")
+        say("building kernels in C++ for this processor, once; it takes some seconds")
         native.build(folder)
 
     try:
         return build_once(f"native/{name}", build), ""
     except (RuntimeError, VeneerError) as error:
+        say(f"no kernels in C++: {error}")
         return None, str(error)
 
 
