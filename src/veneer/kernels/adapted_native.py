@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,12 +34,11 @@ from veneer.kernels.adapted_parts import (
     take,
 )
 from veneer.kernels.adapted_share import Share
-from veneer.kernels.native import library
+from veneer.kernels.native import KINDS, library
 from veneer.kernels.product import longest_product
 
 __all__ = ["Native", "Run", "agrees", "fits"]
 
-_KINDS = {torch.float32: 0, torch.bfloat16: 1}
 _UNIT, _STEP = 8, 32
 """Ranks are padded to the first; widths are multiples of the second."""
 _HIGHEST = {torch.float32: 16, torch.bfloat16: 32}
@@ -87,7 +85,10 @@ class _Part(ctypes.Structure):
 def fits(layers: Sequence[Layer], factors: Sequence[Factors | None] = ()) -> bool:
     """Whether an adapter's part at these layers can be computed in C++ here and now; without factors, whether any could."""
     weight = layers[0][0]
-    if library() is None or weight.dtype not in _KINDS or weight.device.type != "cpu" or weight.shape[1] % _STEP:
+    if library() is None or weight.dtype not in KINDS or weight.device.type != "cpu" or weight.shape[1] % _STEP:
+        return False
+    # A bias of another width is for torch to refuse; addresses tell nothing of it.
+    if any(bias is not None and not (bias.dtype == weight.dtype and bias.is_contiguous()) for _, bias in layers):
         return False
     return all(_knows(f, _HIGHEST[weight.dtype]) for f in factors if f is not None)
 
@@ -159,6 +160,8 @@ class Native:
         self._layers = layers
         self._columns = layers[0][0].shape[1]
         self._whole = False
+        self._made = library()
+        """Kept, so that a backward ends as its forward began, whatever is in use by then."""
         self.masters: list[Tensor | None] = [m for own in self._owns for _, f in own.parts for m in f.masters]
 
     def whole(self, cells: int) -> bool:
@@ -254,11 +257,8 @@ class Native:
                 part.weights = alive[-1].data_ptr()
             else:
                 part.weight = own.weight
-        function: Any = getattr(library(), name)
-        columns = self._owns[0].parts[0][1].a.shape[1]
-        function(
-            _KINDS[memory.dtype], ctypes.c_long(columns), parts, ctypes.c_long(len(parts)), torch.get_num_threads()
-        )
+        sizes = ctypes.c_long(self._columns), ctypes.c_long(len(parts))
+        getattr(self._made, name)(KINDS[memory.dtype], sizes[0], parts, sizes[1], torch.get_num_threads())
 
 
 def _at(t_NX: Tensor, first: int) -> int:

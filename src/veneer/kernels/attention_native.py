@@ -20,12 +20,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from veneer.kernels.native import library
+from veneer.kernels.native import KINDS, library
 from veneer.kernels.segments import Pattern, Segments
 
 __all__ = ["native", "pays", "takes"]
 
-_KINDS = {torch.float32: 0, torch.bfloat16: 1}
 _STEP, _WIDEST = 16, 256
 """Head sizes are multiples of the first, up to the second."""
 _Sizes, _Pointers = ctypes.c_long * 23, ctypes.c_void_p * 8
@@ -33,7 +32,7 @@ _Sizes, _Pointers = ctypes.c_long * 23, ctypes.c_void_p * 8
 
 def takes(q_HTD: Tensor, k_GTD: Tensor, v_GTE: Tensor) -> bool:
     """Whether there is a form in C++ and it takes these tensors."""
-    if library() is None or q_HTD.dtype not in _KINDS or not q_HTD.dtype == k_GTD.dtype == v_GTE.dtype:
+    if library() is None or q_HTD.dtype not in KINDS or not q_HTD.dtype == k_GTD.dtype == v_GTE.dtype:
         return False
     if q_HTD.shape[-1] != k_GTD.shape[-1] or k_GTD.shape[0] == 0 or q_HTD.shape[0] % k_GTD.shape[0]:
         return False
@@ -64,7 +63,8 @@ class _Native(torch.autograd.Function):
         heads, tokens, _ = q_HTD.shape
         out = q_HTD.new_empty(tokens, heads, v_GTE.shape[-1])
         sums_HT = torch.empty(heads, tokens) if any(ctx.needs_input_grad) else None
-        _run((q_HTD, k_GTD, v_GTE, out.transpose(0, 1)), segments, pattern, scale, sums_HT)
+        made = ctx.made = library()  # backward ends as forward began, whatever is in use by then
+        _run(made, (q_HTD, k_GTD, v_GTE, out.transpose(0, 1)), segments, pattern, scale, sums_HT)
         ctx.save_for_backward(q_HTD, k_GTD, v_GTE, out, sums_HT)
         ctx.segments, ctx.pattern, ctx.scale = segments, pattern, scale
         return out
@@ -77,20 +77,26 @@ class _Native(torch.autograd.Function):
             d_out_THE = d_out_THE.contiguous()
         grads = [x.new_empty(x.shape[1], x.shape[0], x.shape[2]).transpose(0, 1) for x in (q, k, v)]
         tensors = (q, k, v, out.transpose(0, 1), d_out_THE.transpose(0, 1), *grads)
-        _run(tensors, ctx.segments, ctx.pattern, ctx.scale, sums_HT)
+        _run(ctx.made, tensors, ctx.segments, ctx.pattern, ctx.scale, sums_HT)
         return (*grads, None, None, None)
 
 
-def _run(tensors: Sequence[Tensor], segments: Segments, pattern: Pattern, scale: float, sums_HT: Tensor | None) -> None:
+def _run(
+    made: ctypes.CDLL | None,
+    tensors: Sequence[Tensor],
+    segments: Segments,
+    pattern: Pattern,
+    scale: float,
+    sums_HT: Tensor | None,
+) -> None:
     """tensors: q, k, v, out, and for backward d_out, dq, dk, dv, all [heads, T, size]; those that are written are the last ones."""
-    made = library()
     assert made is not None
     q, k, v = tensors[:3]
     limits = (-1 if reach is None else reach for reach in (pattern.before, pattern.after))
     strides = (stride for x in tensors for stride in (x.stride(1), x.stride(0)))
     bounds = segments.offsets
     made.veneer_attention(
-        _KINDS[q.dtype],
+        KINDS[q.dtype],
         _Sizes(len(bounds) - 1, q.shape[0], k.shape[0], q.shape[2], v.shape[2], *limits, *strides),
         bounds,
         _Pointers(*(x.data_ptr() for x in tensors)),

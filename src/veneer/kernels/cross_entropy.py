@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from veneer.kernels.native import library
+from veneer.kernels.native import KINDS, library
 from veneer.kernels.product import linear
 
 __all__ = ["linear_cross_entropy", "plain"]
@@ -39,7 +39,6 @@ _CHUNK_BYTES = 48 * 2**20
 _BLOCK_BYTES = 2**21
 """Rows that the softmax takes at once on a CPU: about one core's second-level cache."""
 
-_KINDS = {torch.float32: 0, torch.bfloat16: 1}
 """Dtypes that the form in C++ takes."""
 
 _EXACT = 16
@@ -160,7 +159,7 @@ def _softmax_gradient_(logits: Tensor, targets_k: Tensor, weights_k: Tensor, wan
 
 def _in_cpp(logits: Tensor, targets_k: Tensor, weights_k: Tensor, losses_k: Tensor, wanted: bool) -> bool:
     """`_softmax_gradient_` in one reading of the logits, where there is a form in C++ and it takes them."""
-    made, kind = library(), _KINDS.get(logits.dtype)
+    made, kind = library(), KINDS.get(logits.dtype)
     if made is None or kind is None or logits.device.type != "cpu" or targets_k.dtype != torch.long:
         return False
     if not (logits.is_contiguous() and targets_k.is_contiguous() and weights_k.is_contiguous()):

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from veneer.kernels.native import library
+from veneer.kernels.native import KINDS, library
 
 _ROWS_AT_ONCE = 1024
 
@@ -58,7 +58,6 @@ class _Norm(ctypes.Structure):
     ]
 
 
-_KINDS = {torch.float32: 0, torch.bfloat16: 1}
 _HIGHEST = 64
 
 
@@ -73,7 +72,7 @@ def dora_norms(weight_OK: Tensor, squared_O: Tensor, adapters: Sequence[Adapter]
     for one, (a, b, scale), square in zip(each, adapters, found, strict=True):
         one.a, one.b, one.square, one.rank, one.scale = a.data_ptr(), b.data_ptr(), square.data_ptr(), len(a), scale
     made.veneer_squared_row_norms(
-        _KINDS[weight_OK.dtype],
+        KINDS[weight_OK.dtype],
         ctypes.c_void_p(weight_OK.data_ptr()),
         *map(ctypes.c_long, weight_OK.shape),
         ctypes.c_void_p(squared_O.data_ptr()),
@@ -88,7 +87,7 @@ def _fits(weight_OK: Tensor, squared_O: Tensor, a_RK: Tensor, b_OR: Tensor) -> b
     tensors = (weight_OK, squared_O, a_RK, b_OR)
     laid = all(t.device.type == "cpu" and t.is_contiguous() for t in tensors)
     wide = a_RK.dtype == b_OR.dtype == squared_O.dtype == torch.float32
-    return laid and wide and weight_OK.dtype in _KINDS and weight_OK.shape[1] % 16 == 0 and len(a_RK) <= _HIGHEST
+    return laid and wide and weight_OK.dtype in KINDS and weight_OK.shape[1] % 16 == 0 and len(a_RK) <= _HIGHEST
 
 
 def dora_norm_plain(weight_OK: Tensor, a_RK: Tensor, b_OR: Tensor, scale: float) -> Tensor:

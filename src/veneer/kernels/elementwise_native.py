@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from veneer.kernels.native import KINDS
+
 __all__ = ["gated_backward", "gated_forward", "norm_backward", "norm_forward", "rotate", "rotate_back"]
 
-_KINDS = {torch.float32: 0, torch.bfloat16: 1}
 _LANES = 16
 _ALONE = 2**14
 """Up to so many elements one thread is as quick as several."""
@@ -167,7 +168,7 @@ def _kind(*tensors: Tensor) -> int | None:
     for x in tensors:
         if x.dtype != dtype or not x.is_cpu:
             return None
-    return _KINDS.get(dtype)
+    return KINDS.get(dtype)
 
 
 def _threads(x: Tensor) -> int:

@@ -21,7 +21,12 @@ import shutil
 import subprocess
 from pathlib import Path
 
-__all__ = ["build", "compiler", "folder", "key", "library", "pays", "reason", "use"]
+import torch
+
+__all__ = ["KINDS", "build", "compiler", "folder", "key", "library", "pays", "reason", "use"]
+
+KINDS = {torch.float32: 0, torch.bfloat16: 1}
+"""The dtypes that kernels in C++ take, and their numbers there."""
 
 _SOURCES = Path(__file__).parent / "cpp"
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
@@ -101,9 +106,11 @@ def build(folder: Path) -> None:
     if command is None:
         raise RuntimeError("there is no C++ compiler (none of $CXX, c++, g++, clang++)")
     sources = [str(path) for path in sorted(_SOURCES.glob("*.cpp"))]
-    done = subprocess.run(
-        [*command, *_FLAGS, *sources, "-o", str(folder / _NAME)], capture_output=True, text=True, timeout=_SECONDS
-    )
+    words = [*command, *_FLAGS, *sources, "-o", str(folder / _NAME)]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=_SECONDS)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise RuntimeError(f"{command[0]} failed: {error}") from error
     if done.returncode != 0:
         lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
         raise RuntimeError(f"{command[0]} failed: {lines[0] if lines else f'exit code {done.returncode}'}")
