@@ -36,11 +36,12 @@ class NativeCase(Case):
 @DTYPES
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.5], ids=["", "dropout", "half"])
 @pytest.mark.parametrize("lead", [(1,), (5,), (1, 70), (2, 3, 4), (700,)], ids=str)
-def test_one_adapter_on_everything(dtype: torch.dtype, dora: bool, bias: bool, lead: tuple[int, ...]) -> None:
+def test_one_adapter_on_everything(dtype: torch.dtype, dora: bool, bias: bool, p: float, lead: tuple[int, ...]) -> None:
     """Few tokens and many (several chunks), odd numbers of them, ranks below and above a unit, wide and narrow outputs."""
     case = NativeCase(dtype, lead, 64, [32, 96, 64], bias)
-    case.add(None, 1.0, [7, 1, 16], dora=dora)
+    case.add(None, 1.0, [7, 1, 16], dora=dora, p=p)
     check(case)
 
 
@@ -51,8 +52,8 @@ def test_adapters_on_their_own_tokens(dtype: torch.dtype) -> None:
     case = NativeCase(dtype, (1, 400), 32, [96, 32], True)
     case.add(slice(3, 20), 1.0, [4, 2], dora=True)
     case.add(slice(20, 21), 0.3, [None, 5])
-    case.add(slice(21, 321), torch.linspace(-1, 2, 300), [16, None])
-    case.add(slice(390, 400), 1.0, [8, 9])
+    case.add(slice(21, 321), torch.linspace(-1, 2, 300), [16, None], p=0.1)
+    case.add(slice(390, 400), 1.0, [8, 9], dora=True, p=0.3)
     check(case)
 
 
@@ -70,10 +71,11 @@ def test_products_of_pairs(sizes: tuple[int, int, int], bias: bool) -> None:
 
 
 @pytest.mark.usefixtures("native_kernels")
-def test_a_magnitude_of_zero_has_its_gradient() -> None:
-    """Its output is zero, so what m multiplies is computed again."""
+@pytest.mark.parametrize("p", [0.0, 0.3], ids=["", "dropout"])
+def test_a_magnitude_of_zero_has_its_gradient(p: float) -> None:
+    """Its output is zero, so what m multiplies is computed again, from what dropout left of the input."""
     case = NativeCase(torch.float32, (30,), 32, [32], True)
-    case.add(None, 1.0, [4], dora=True)
+    case.add(None, 1.0, [4], dora=True, p=p)
     magnitude = case.shares[0].parts[0][1].magnitude
     assert magnitude is not None
     with torch.no_grad():
@@ -181,18 +183,21 @@ def test_a_bias_of_another_dtype_is_left_to_torch() -> None:
 
 @pytest.mark.usefixtures("native_kernels")
 def test_what_it_does_not_know_is_left_to_the_plain_forms() -> None:
-    """Other dtypes and widths, high ranks, dropout: `fits` says no."""
-    for dtype, k, out, r, p in (
-        (torch.float64, 32, 32, 4, 0.0),
-        (torch.float32, 48, 32, 4, 0.0),
-        (torch.float32, 32, 40, 4, 0.0),
-        (torch.float32, 32, 32, 17, 0.0),
-        (torch.bfloat16, 32, 32, 33, 0.0),
-        (torch.float32, 32, 32, 4, 0.1),
+    """Other dtypes and widths, high ranks, more places than dropout can name: `fits` says no."""
+    for dtype, k, out, r in (
+        (torch.float64, 32, 32, 4),
+        (torch.float32, 48, 32, 4),
+        (torch.float32, 32, 40, 4),
+        (torch.float32, 32, 32, 17),
+        (torch.bfloat16, 32, 32, 33),
     ):
         case = Case(dtype, (5,), k, [out], False)
-        case.add(None, 1.0, [r], p=p)
+        case.add(None, 1.0, [r])
         assert not fits(case.layers, [f for _, f in case.shares[0].parts])
+    case = Case(torch.float32, (5,), 32, [32], False)
+    case.add(None, 1.0, [4], p=0.1)
+    factors = [f for _, f in case.shares[0].parts]
+    assert fits(case.layers, factors, 2**31 - 1) and not fits(case.layers, factors, 2**31)
 
 
 @pytest.mark.usefixtures("native_kernels")

@@ -55,7 +55,7 @@ def fused(host: HostForward, current: Pass, parts: list[Part], x: Tensor) -> Ten
         return found
     hosts = [host, *_siblings(host, current, parts, x)]
     layers = [_layer(each) for each in hosts]
-    branches, left = _native(hosts, layers, current, parts)
+    branches, left = _native(hosts, layers, current, parts, x)
     branches += [
         branch
         for number, (group, grid) in enumerate(plan(host, current, left) if left else ())
@@ -109,7 +109,7 @@ def _marks(layers: list[Layer]) -> tuple[object, ...]:
 
 
 def _native(
-    hosts: list[HostForward], layers: list[Layer], current: Pass, parts: list[Part]
+    hosts: list[HostForward], layers: list[Layer], current: Pass, parts: list[Part], x: Tensor
 ) -> tuple[list[Branch], list[Part]]:
     """Adapters that kernels in C++ can take, as one branch where they share no cell, and the parts that are left."""
     if not fits(layers):
@@ -123,7 +123,7 @@ def _native(
         where = None if rows is None else spans.get(id(rows))
         if (rows is None) == (where is None) and (torch.is_grad_enabled() or generation(current, adapter) is None):
             factors = [_factors(each, current, adapter) for each in hosts]
-            if fits(layers, factors):
+            if fits(layers, factors, x.numel()):
                 runs.append((where, weight, factors))
                 continue
         left.append(part)

@@ -11,7 +11,10 @@ Rounded to the compute dtype are A, s S B, u and G.
 In bf16, where the processor multiplies pairs of it and every token has an adapter, the products with the frozen weights are taken here
 too (``cpp/products.h``), one for each layer and one for the gradient of the input, with S and the low-rank products inside.
 
-Not for dropout, scattered tokens, high ranks (where matrix libraries are as quick), or factors that are kept folded. Shapes: N tokens,
+Dropout hides some numbers of x from a layer's factors: products with A then take a copy of x, a block of tokens at a time, with zeros in
+their places. The factor 1 / (1 - p) is part of w.
+
+Not for scattered tokens, high ranks (where matrix libraries are as quick), or factors that are kept folded. Shapes: N tokens,
 n an adapter's, K in, O out, R rank, padded to a multiple of 8 inside.
 """
 
@@ -44,6 +47,9 @@ _UNIT, _STEP = 8, 32
 _HIGHEST = {torch.float32: 16, torch.bfloat16: 32}
 """Ranks above which matrix libraries are as quick (docs/log.md)."""
 
+_PLACES = 2**31 - 1
+"""Places that dropout hides are told as numbers up to this."""
+
 Run = tuple["slice | None", "float | Tensor", "Sequence[Factors | None]"]
 """An adapter's tokens (None: all), its weight w (a float or [n]), and its factors at each layer, None where it leaves one alone."""
 
@@ -63,6 +69,8 @@ class _Layer(ctypes.Structure):
         ("da", ctypes.c_void_p),
         ("db", ctypes.c_void_p),
         ("dots", ctypes.c_void_p),
+        ("gone", ctypes.c_void_p),
+        ("lost", ctypes.c_long),
         ("scale", ctypes.c_float),
     ]
 
@@ -82,21 +90,27 @@ class _Part(ctypes.Structure):
     ]
 
 
-def fits(layers: Sequence[Layer], factors: Sequence[Factors | None] = ()) -> bool:
-    """Whether an adapter's part at these layers can be computed in C++ here and now; without factors, whether any could."""
+def fits(layers: Sequence[Layer], factors: Sequence[Factors | None] = (), numbers: int = 0) -> bool:
+    """Whether an adapter's part at these layers can be computed in C++ here and now; without factors, whether any could.
+
+    numbers: how many the input has.
+    """
     weight = layers[0][0]
     if library() is None or weight.dtype not in KINDS or weight.device.type != "cpu" or weight.shape[1] % _STEP:
         return False
     # A bias of another width is for torch to refuse; addresses tell nothing of it.
     if any(bias is not None and not (bias.dtype == weight.dtype and bias.is_contiguous()) for _, bias in layers):
         return False
-    return all(_knows(f, _HIGHEST[weight.dtype]) for f in factors if f is not None)
+    there = [f for f in factors if f is not None]
+    if numbers > _PLACES and any(f.dropout is not None for f in there):
+        return False
+    return all(_knows(f, _HIGHEST[weight.dtype]) for f in there) and len({f.kept for f in there}) <= 1
 
 
 def _knows(f: Factors, highest: int) -> bool:
     wide = f.a.dtype == f.b.dtype == torch.float32 and (f.norm is None or f.norm.dtype == torch.float32)
     laid = f.a.is_contiguous() and f.b.is_contiguous() and len(f.b) % _STEP == 0
-    return wide and laid and f.dropout is None and f.folded is None and len(f.a) <= highest
+    return wide and laid and f.folded is None and len(f.a) <= highest
 
 
 def agrees() -> bool:
@@ -132,6 +146,7 @@ class _Own:
         self.rows, self.weight, factors = run
         self.parts = [(h, f) for h, f in enumerate(factors) if f is not None]
         self.gains = {h: gain.contiguous() for h, f in self.parts if (gain := f.gain()) is not None}
+        self.weight = self.weight / next((f.kept for _, f in self.parts), 1.0)
         self.layers = (_Layer * len(self.parts))()
         self.columns = self.size = 0
         for own, (h, f) in zip(self.layers, self.parts, strict=True):
@@ -148,6 +163,11 @@ class _Own:
         """(first token, how many) of a call with so many."""
         first, last, _ = (slice(None) if self.rows is None else self.rows).indices(cells)
         return first, max(0, last - first)
+
+    def hide(self, gone: Sequence[Tensor | None]) -> None:
+        """Tell each layer the places that dropout hides from it."""
+        for layer, places in zip(self.layers, gone, strict=True):
+            layer.gone, layer.lost = (None, -1) if places is None else (places.data_ptr(), len(places))
 
 
 class Native:
@@ -189,21 +209,24 @@ class Native:
                 regain_cells_(t_NO, own.rows, gain, bias_O)
 
     def run_(self, x_NK: Tensor, y_NO: Sequence[Tensor]) -> list[Tensor | None]:
-        """Multiply the outputs by S, and add the low-rank products. Keeps the factors as they were computed with, and u."""
+        """Multiply the outputs by S, and add the low-rank products. Keeps the factors as they were computed with, u, and dropped places."""
         x = x_NK.contiguous()
         spans = [own.span(len(x)) for own in self._owns]
         memory = x.new_empty(sum(own.size for own in self._owns))
         u = x.new_empty(sum(own.columns * n for own, (_, n) in zip(self._owns, spans, strict=True)))
-        for own, (first, _) in zip(self._owns, spans, strict=True):
+        gone: list[Tensor | None] = []
+        for own, (first, count) in zip(self._owns, spans, strict=True):
+            gone += [f.places(count * self._columns, x.device) for _, f in own.parts]
+            own.hide(gone[len(gone) - len(own.parts) :])
             for layer, (h, _) in zip(own.layers, own.parts, strict=True):
                 layer.y = _at(y_NO[h], first)
                 layer.w = self._layers[h][0].data_ptr() if self._whole else None
         self._call("veneer_low_rank_forward", x, spans, memory, u, None)
-        return [memory, u]
+        return [memory, u, *gone]
 
     def gradients_(self, back: Backward, kept: Sequence[Tensor | None]) -> Gradients:
         """Gradients of the masters, three a layer; dx is added to in place."""
-        memory, u = kept
+        memory, u, *gone = kept
         assert memory is not None and u is not None
         g_NO = [None if g is None else g.contiguous() for g in back.g_NO]
         cells = next((len(g) for g in g_NO if g is not None), 0)
@@ -211,8 +234,12 @@ class Native:
         spans = [own.span(cells) for own in self._owns]
         make = torch.empty_like if cells else torch.zeros_like
         found: Gradients = []
-        dots: list[tuple[int, int, Factors, _Own, Tensor]] = []
-        for own, (first, _) in zip(self._owns, spans, strict=True):
+        dots: list[tuple[int, int, Factors, _Own, Tensor, Tensor | None]] = []
+        low = 0
+        for own, (first, count) in zip(self._owns, spans, strict=True):
+            own.hide([gone.pop(0) for _ in own.parts])
+            u_nR = u[low : low + count * own.columns].view(count, own.columns)
+            low += count * own.columns
             for layer, (h, f) in zip(own.layers, own.parts, strict=True):
                 g, y, gain = g_NO[h], back.y_NO[h], own.gains.get(h)
                 da = None if x is None else make(f.a)
@@ -221,16 +248,17 @@ class Native:
                 layer.da, layer.db = (None if d is None else d.data_ptr() for d in (da, db))
                 layer.out = layer.dots = None
                 if x is not None and g is not None and y is not None and gain is not None:
-                    dots.append((len(found) + 2, h, f, own, make(gain)))
-                    layer.out, layer.dots = _at(y, first), dots[-1][-1].data_ptr()
+                    seen = None if f.dropout is None else u_nR[:, layer.at : layer.at + layer.rank]
+                    dots.append((len(found) + 2, h, f, own, make(gain), seen))
+                    layer.out, layer.dots = _at(y, first), dots[-1][4].data_ptr()
                 found += [da, db, None]
         if cells:
             self._call("veneer_low_rank_backward", x, spans, memory, u, back.dx_NK)
-        for place, h, f, own, dots_O in dots:
+        for place, h, f, own, dots_O, seen in dots:
             g, y = g_NO[h], back.y_NO[h]
             assert x is not None and g is not None and y is not None
             g_nO, y_nO, x_nK = (take(t, own.rows) for t in (g, y, x))
-            reduction = Reduction(back.layers[h], f, own.gains[h], g_nO, y_nO, x_nK, None)
+            reduction = Reduction(back.layers[h], f, own.gains[h], g_nO, y_nO, x_nK, seen)
             found[place] = by_magnitude(reduction, dots_O)
         return found
 

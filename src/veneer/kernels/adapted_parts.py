@@ -15,6 +15,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from veneer.kernels.dropout import dropped
 from veneer.kernels.gain import column_dots, regain
 
 Rows = Tensor | slice | None
@@ -53,6 +54,18 @@ class Factors:
     def masters(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """What may require gradients."""
         return (self.a, self.b, self.magnitude)
+
+    @property
+    def kept(self) -> float:
+        """1 - p: the part of the input that dropout leaves."""
+        return 1.0 if self.dropout is None else 1 - self.dropout[0]
+
+    def places(self, count: int, device: torch.device) -> Tensor | None:
+        """Where dropout sets an input of so many numbers to zero: ascending, in as few bytes as do; None without dropout."""
+        if self.dropout is None:
+            return None
+        places = dropped(count, *self.dropout, device)
+        return places.to(torch.int32) if count < 2**31 else places
 
     def gain(self) -> Tensor | None:
         """S [O] in the norm's dtype."""

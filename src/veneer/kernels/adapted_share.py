@@ -26,7 +26,7 @@ from veneer.kernels.adapted_parts import (
     regain_cells_,
     take,
 )
-from veneer.kernels.dropout import dropped, zero_
+from veneer.kernels.dropout import zero_
 
 __all__ = ["Share"]
 
@@ -131,8 +131,8 @@ class Share:
             return self._weighted(x_nK @ a_RK.T), [None] * len(self.parts)
         columns, kept = [], []
         for (_, f), a in zip(self.parts, a_RK.split(self._ranks), strict=True):
-            places = _places(f, x_nK)
-            columns.append((_without(x_nK, places) @ a.T).div_(_keep(f)))
+            places = f.places(x_nK.numel(), x_nK.device)
+            columns.append((_without(x_nK, places) @ a.T).div_(f.kept))
             kept.append(places)
         return self._weighted(torch.cat(columns, dim=1)), kept
 
@@ -144,7 +144,7 @@ class Share:
             pieces = zip(self.parts, places, self._columns(gb_nR), a_RK.split(self._ranks), strict=True)
             for (_, f), gone, gb, a in pieces:
                 dx = gb @ a
-                part.add_(dx if gone is None else zero_(dx, gone.long()).div_(_keep(f)))
+                part.add_(dx if gone is None else zero_(dx, gone.long()).div_(f.kept))
         put_(dx_NK, self.rows, part)
 
     def _a_gradients(self, gb_nR: Tensor, x_nK: Tensor, places: Sequence[Tensor | None]) -> Sequence[Tensor]:
@@ -153,7 +153,7 @@ class Share:
             das_RK = gb_nR.T @ x_nK
             return (das_RK,) if len(self.parts) == 1 else das_RK.split(self._ranks)
         pieces = zip(self.parts, places, self._columns(gb_nR), strict=True)
-        return [(gb.T @ _without(x_nK, gone)).div_(_keep(f)) for (_, f), gone, gb in pieces]
+        return [(gb.T @ _without(x_nK, gone)).div_(f.kept) for (_, f), gone, gb in pieces]
 
     def _b_gradient(self, h: int, f: Factors, g_nO: Tensor, xa_nR: Tensor) -> Tensor:
         # Contiguous: torch's fused optimizers read a gradient's memory in the parameter's order, whatever its strides say.
@@ -168,20 +168,6 @@ class Share:
         return Reduction(back.layers[h], f, self._gains[h], g_nO, take(y_NO, self.rows), x_nK, xa_nR)
 
 
-def _places(f: Factors, x_nK: Tensor) -> Tensor | None:
-    """Where dropout sets x to zero, in as few bytes as do."""
-    if f.dropout is None:
-        return None
-    p, seed = f.dropout
-    places = dropped(x_nK.numel(), p, seed, x_nK.device)
-    return places.to(torch.int32) if x_nK.numel() < 2**31 else places
-
-
 def _without(x_nK: Tensor, places: Tensor | None) -> Tensor:
     """x with zeros at the dropped places."""
     return x_nK if places is None else zero_(x_nK.clone(memory_format=torch.contiguous_format), places.long())
-
-
-def _keep(f: Factors) -> float:
-    """1 - p."""
-    return 1.0 if f.dropout is None else 1 - f.dropout[0]

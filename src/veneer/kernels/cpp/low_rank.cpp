@@ -32,6 +32,8 @@ struct Layer {
     float* da;          // [rank, K] or null
     float* db;          // [O, rank] or null
     float* dots;        // [O]: sum_t g (out - bias), or null
+    const int* gone;    // places n K + k of x, ascending, that dropout hides from the factors
+    long lost;          // how many; -1 without dropout
     float scale;
 };
 
@@ -71,8 +73,8 @@ template <class T> struct Rows {
         std::memcpy(out, s, 8 * sizeof(float));
         if (rows > 1) std::memcpy(out + ldo, s + 8, 8 * sizeof(float));
     }
-    // y[m] = y[m] + (S - 1) (y[m] - bias) + sum_r u[m][r] w[r], for up to four rows of y and R rows of w; S may be null
-    static void add(T* y, long ldy, int rows, const T* u, long ldu, const T* w, long R, long X, const float* gain, const T* bias) {
+    // y[m] = y[m] + (S - 1) (y[m] - bias) + sum_r u[m][r] w[r], for up to four rows of y and R of the `whole` rows of w; S may be null
+    static void add(T* y, long ldy, int rows, const T* u, long ldu, const T* w, long R, long, long X, const float* gain, const T* bias) {
         for (long k = 0; k < X; k += LANES) {
             vf acc[4];
             for (int m = 0; m < rows; m++) {
@@ -134,8 +136,8 @@ template <> struct Packed<bf16> : Rows<bf16> {
         write((const vf*)acc, rows, out, ldo);
     }
     template <int M>
-    static void add_rows(bf16* y, long ldy, const bf16* u, long ldu, const bf16* w, long R, long X, const float* gain, const bf16* bias) {
-        const bf16* by_two = w + R * X;
+    static void add_rows(bf16* y, long ldy, const bf16* u, long ldu, const bf16* w, long R, long whole, long X, const float* gain, const bf16* bias) {
+        const bf16* by_two = w + whole * X;
         for (long k = 0; k < X; k += 2 * LANES) {
             __m512 lo[M], hi[M];
 #pragma GCC unroll 4
@@ -161,9 +163,10 @@ template <> struct Packed<bf16> : Rows<bf16> {
                 _mm512_storeu_si512(y + m * ldy + k, (__m512i)_mm512_cvtne2ps_pbh(hi[m], lo[m]));
         }
     }
-    static void add(bf16* y, long ldy, int rows, const bf16* u, long ldu, const bf16* w, long R, long X, const float* gain, const bf16* bias) {
-        if (rows == 4) return add_rows<4>(y, ldy, u, ldu, w, R, X, gain, bias);
-        for (int m = 0; m < rows; m++) add_rows<1>(y + m * ldy, ldy, u + m * ldu, ldu, w, R, X, gain, bias);
+    static void add(bf16* y, long ldy, int rows, const bf16* u, long ldu, const bf16* w, long R, long whole, long X, const float* gain,
+                    const bf16* bias) {
+        if (rows == 4) return add_rows<4>(y, ldy, u, ldu, w, R, whole, X, gain, bias);
+        for (int m = 0; m < rows; m++) add_rows<1>(y + m * ldy, ldy, u + m * ldu, ldu, w, R, whole, X, gain, bias);
     }
     // Neighbouring tokens are taken in pairs, as unpacking lays them: see place().
     static void outer(float* acc, const bf16* u, long ldu, const bf16* x, long ldx, long rows, long X) {
@@ -218,6 +221,8 @@ template <> struct Packed<bf16> : Rows<bf16> {
 };
 #endif
 
+bool drops(const Part& part) { return part.layer[0].lost >= 0; }  // all layers of a part, or none
+
 long padded(long rank) { return (rank + UNIT - 1) / UNIT * UNIT; }
 
 long chunks_of(long N) {
@@ -260,9 +265,9 @@ template <class T> void dots(const T* x, long X, long rows, const T* w, long R, 
         for (long r = 0; r < R; r += UNIT) Packed<T>::dots(x + n * X, X, rows - n > 1 ? 2 : 1, w + r * X, X, out + n * ldo + r, ldo);
 }
 template <class T>
-void add(T* y, long X, long rows, const T* u, long ldu, const T* w, long R, const float* gain = nullptr, const T* bias = nullptr) {
+void add(T* y, long X, long rows, const T* u, long ldu, const T* w, long R, long whole, const float* gain = nullptr, const T* bias = nullptr) {
     for (long n = 0; n < rows; n += 4)
-        Packed<T>::add(y + n * X, X, rows - n > 4 ? 4 : (int)(rows - n), u + n * ldu, ldu, w, R, X, gain, bias);
+        Packed<T>::add(y + n * X, X, rows - n > 4 ? 4 : (int)(rows - n), u + n * ldu, ldu, w, R, whole, X, gain, bias);
 }
 // acc += sum_n a[n] (b[n] - bias)
 template <class T> void column_dots(float* acc, const T* a, const T* b, const T* bias, long rows, long X) {
@@ -276,17 +281,37 @@ template <class T> void outer(float* acc, const T* u, long ldu, long R, const T*
     for (long r = 0; r < R; r += UNIT) Packed<T>::outer(acc + r * X, u + r, ldu, x, X, rows, X);
 }
 
+// Zeros at what is hidden from a layer, in the rows of tokens n to n + rows.
+template <class T> void hide(const Layer& l, long K, long n, long rows, T* t) {
+    const int *p = std::lower_bound(l.gone, l.gone + l.lost, n * K), *end = std::lower_bound(p, l.gone + l.lost, (n + rows) * K);
+    for (; p < end; p++) set(t + (*p - n * K), 0.0f);
+}
+
+// What a layer's factors see of these tokens.
+template <class T> const T* seen(const Layer& l, long K, long n, long rows, const T* x, std::vector<T>& room) {
+    if (l.lost < 0) return x + n * K;
+    room.assign(x + n * K, x + (n + rows) * K);
+    hide(l, K, n, rows, room.data());
+    return room.data();
+}
+
 // u, and where the layers' products are there already, what the part adds to them.
 template <class T> void forward_rows(const Part& part, long K, long n, long rows) {
     Bank<T> bank(part, K);
     long R = part.columns;
     T* u = (T*)part.u + n * R;
     std::vector<float> wide(rows * R);
-    dots((const T*)part.x + n * K, K, rows, bank.a, R, wide.data(), R);
+    std::vector<T> room;
+    if (!drops(part)) dots((const T*)part.x + n * K, K, rows, bank.a, R, wide.data(), R);
+    for (long h = 0; drops(part) && h < part.layers; h++) {
+        const Layer& l = part.layer[h];
+        dots(seen(l, K, n, rows, (const T*)part.x, room), K, rows, bank.a + l.at * K, padded(l.rank), &wide[l.at], R);
+    }
     round_rows(wide.data(), u, rows, R, part.weights ? part.weights + n : nullptr, part.weight);
     for (long h = 0; h < part.layers; h++) {
         const Layer& l = part.layer[h];
-        if (!l.w) add((T*)l.y + n * l.width, l.width, rows, u + l.at, R, bank.b[h], padded(l.rank), l.gain, (const T*)l.bias);
+        long P = padded(l.rank);
+        if (!l.w) add((T*)l.y + n * l.width, l.width, rows, u + l.at, R, bank.b[h], P, P, l.gain, (const T*)l.bias);
     }
 }
 
@@ -299,6 +324,7 @@ template <class T> void backward_rows(const Part& part, long K, long n, long end
     long R = part.columns;
     const T* x = (const T*)part.x;
     std::vector<float> wide(ROWS * R);
+    std::vector<T> room;
     for (; n < end; n += ROWS) {
         long rows = std::min(ROWS, end - n);
         float* own = sums + R * K;
@@ -318,9 +344,30 @@ template <class T> void backward_rows(const Part& part, long K, long n, long end
         }
         T* G = slopes + n * R;
         round_rows(wide.data(), G, rows, R, part.weights ? part.weights + n : nullptr, part.weight);
-        if (part.dx && !part.layer[0].w) add((T*)part.dx + n * K, K, rows, G, R, bank.a, R);
-        if (x) outer(sums, G, R, R, x + n * K, rows, K);
+        if (part.dx && !part.layer[0].w && !drops(part)) add((T*)part.dx + n * K, K, rows, G, R, bank.a, R, R);
+        if (x && !drops(part)) outer(sums, G, R, R, x + n * K, rows, K);
+        for (long h = 0; x && drops(part) && h < part.layers; h++) {
+            const Layer& l = part.layer[h];
+            outer(sums + l.at * K, G + l.at, R, padded(l.rank), seen(l, K, n, rows, x, room), rows, K);
+        }
     }
+}
+
+// dx += G A, but for what was hidden.
+template <class T> void add_seen(const Part& part, long K, long n, long end, const T* slopes) {
+    Bank<T> bank(part, K);
+    long R = part.columns;
+    std::vector<T> room;
+    for (; n < end; n += ROWS)
+        for (long h = 0; h < part.layers; h++) {
+            const Layer& l = part.layer[h];
+            long rows = std::min(ROWS, end - n), P = padded(l.rank);
+            room.assign(rows * K, T{});
+            add(room.data(), K, rows, slopes + n * R + l.at, R, bank.a + l.at * K, P, R);
+            hide(l, K, n, rows, room.data());
+            T* dx = (T*)part.dx + n * K;
+            for (long k = 0; k < rows * K; k += LANES) store(dx + k, load(dx + k) + load(room.data() + k));
+        }
 }
 
 // Sums over chunks, in the places and the size of the masters' gradients.
@@ -423,7 +470,7 @@ void input_gradient(long K, const Part* parts, const Piece& t, const bf16* slope
     room.column = t.column;
     room.part = t.part;
     const uint32_t* factor = (const uint32_t*)(bank.a + R * K) + t.column;
-    segments.push_back({slopes + t.first * R, R, factor, K, R / 2});
+    if (!drops(part)) segments.push_back({slopes + t.first * R, R, factor, K, R / 2});
     panel_product(segments.data(), (int)segments.size(), t.end - t.first, (bf16*)part.dx + t.first * K + t.column, K, width, nullptr, nullptr);
 }
 #endif
@@ -499,6 +546,11 @@ template <class T> void backward(long K, const Part* parts, long count, int thre
                 input_gradient(K, parts, pieces[i], (const bf16*)slopes.get() + firsts[pieces[i].part], own);
         }
 #endif
+#pragma omp for schedule(static)
+        for (size_t i = 0; i < chunks.size(); i++) {
+            const Task& t = chunks[i];
+            if (parts[t.part].dx && drops(parts[t.part])) add_seen(parts[t.part], K, t.first, t.end, slopes.get() + firsts[t.part]);
+        }
     }
 }
 
