@@ -174,3 +174,25 @@ def test_memory_is_foreseen_on_a_model_that_needs_some(place: Path, tmp_path: Pa
     with memory.peak_of() as seen:
         train({**run, "plan": False}, base=other, screen=QUIET)
     assert remedies == [] and found.training == pytest.approx(seen.bytes, rel=0.10)
+
+
+def test_memory_goes_back_only_when_it_piles_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice what a pass needs at its height may stay; more is given back, and the need is then seen anew."""
+    held, calls = [100], []
+    monkeypatch.setattr(memory, "resident", lambda: held[0])
+    monkeypatch.setattr(memory, "trim", lambda: (calls.append(held[0]), held.__setitem__(0, 110)))
+    heap = memory.Heap()
+    for height, after in ((150, 140), (400, 200), (400, 201)):
+        held[0] = height
+        heap.at_height()
+        held[0] = after
+        heap.after_pass()
+    assert calls == [201]
+    held[0] = 210
+    heap.at_height()
+    held[0] = 309
+    heap.after_pass()
+    assert calls == [201]
+    held[0] = 311
+    heap.after_pass()
+    assert calls == [201, 311]

@@ -218,11 +218,11 @@ def test_a_pass_that_raises_is_run_again_job_by_job(monkeypatch: pytest.MonkeyPa
     jobs = jobs_of(world, ["a", "c", "d"], optimizer="sgd", steps=4)
     forward, raised = world.stepper.forward_backward, []
 
-    def broken(batch: Any) -> Any:
+    def broken(batch: Any, **rest: Any) -> Any:
         if "c" in batch.jobs and jobs[1].progress.step == 2:
             raised.append(len(set(batch.jobs)))
             raise MemoryError("cannot allocate memory")
-        return forward(batch)
+        return forward(batch, **rest)
 
     monkeypatch.setattr(world.stepper, "forward_backward", broken)
     world.trainer(jobs, ear).run()

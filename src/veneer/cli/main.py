@@ -10,6 +10,7 @@ Nothing here imports torch, and a command's file is imported only when it is the
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import os
 import sys
@@ -132,13 +133,15 @@ def _stem(name: str) -> str:
 
 
 def _prepare() -> None:
-    """No telemetry from what we import, no hoard of kernels, and no crash over a letter that the terminal cannot show."""
+    """No telemetry from what we import, a quick start, no hoard of kernels, no crash over a letter that the terminal cannot show."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("DO_NOT_TRACK", "1")
     # Batches of every length leave a prepared kernel each, a megabyte or two; the library and torch's bridge to it each keep 1,024 of
     # them unless told otherwise.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
     os.environ.setdefault("LRU_CACHE_CAPACITY", "256")
+    # Python's collector of cycles would look through all that imports leave, again and again: a second of every start.
+    gc.set_threshold(50_000, *gc.get_threshold()[1:])
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, ValueError, OSError):
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]

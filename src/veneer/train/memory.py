@@ -101,19 +101,21 @@ def trim() -> None:
 class Heap:
     """Keeps the C library from hoarding: passes of ever other sizes leave holes that none of the next ones fits into.
 
-    Handing memory back after every pass would mean faulting it all in again, a sixth of a step. So it is done when more is held than
-    one pass needs and a quarter; what a pass needs is seen at the first one after each time.
+    Handing memory back means faulting it all in again, which takes a sixth of a step and makes the next ones slower too. So it is done
+    only when twice as much is held after a pass as one needs at its height, which is seen in the first one after each time.
     """
 
     def __init__(self) -> None:
         self._floor, self._need, self._fresh = resident(), 0, True
 
+    def at_height(self) -> None:
+        """A pass holds all its activations."""
+        if self._fresh:
+            self._need, self._fresh = max(self._need, resident() - self._floor), False
+
     def after_pass(self) -> None:
         """A pass is over, its activations freed."""
-        held = resident()
-        if self._fresh:
-            self._need, self._fresh = max(self._need, held - self._floor), False
-        elif held > self._floor + 1.25 * self._need:
+        if resident() > self._floor + 2 * self._need:
             trim()
             self._floor, self._fresh = resident(), True
 

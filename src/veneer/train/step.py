@@ -11,7 +11,7 @@ neighbours change the mathematics.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -47,9 +47,10 @@ class Stepper:
         self.bank = bank
         self.routes = dict(routes or {})
 
-    def forward_backward(self, batch: Batch) -> dict[str, Share]:
+    def forward_backward(self, batch: Batch, *, between: Callable[[], object] | None = None) -> dict[str, Share]:
         """Add each job's undivided gradient to its adapter's tensors; returns what each job had in the batch.
 
+        between: called when all activations are held, before backward.
         Raises whatever the route or the model raises; then no gradient was added and no dropout drawn, as if it had not been called.
         """
         keep = (batch.weights != 0).nonzero().squeeze(1)
@@ -62,6 +63,8 @@ class Stepper:
         try:
             with self.bank.use(route, keep=self.runner.head_cells(batch, keep), training=True):
                 total, losses_K = self._loss(batch, keep)
+                if between is not None:
+                    between()
                 # Not backward(): what fails half way would leave the gradients of some layers behind.
                 grads = torch.autograd.grad(total, trained, allow_unused=True) if total.requires_grad else ()
         except BaseException:

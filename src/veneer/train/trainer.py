@@ -200,7 +200,7 @@ class Trainer:
         examples = [example for piece in pieces for example in piece.examples]
         owners = [piece.job.name for piece in pieces for _ in piece.examples]
         try:
-            shares = self.stepper.forward_backward(make_batch(examples, owners))
+            shares = self.stepper.forward_backward(make_batch(examples, owners), between=self._heap.at_height)
         except Exception as error:
             if len(pieces) > 1:
                 for piece in pieces:

@@ -36,7 +36,11 @@ inline __m512i word_all(const bf16* p) {
 // M rows of V * 16 columns, from row m on. gain: multiplies what the first segment gives; bias is added at the end.
 template <int M, int V>
 inline void tile(const Segment* segments, int count, long m, bf16* y, long ldy, const float* gain, const bf16* bias) {
-    __m512 sum[M][V] = {};
+    __m512 sum[M][V];
+#pragma GCC unroll 6
+    for (int i = 0; i < M; i++)  // an initialiser would be a call of memset
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v++) sum[i][v] = _mm512_setzero_ps();
     for (int s = 0; s < count; s++) {
         const Segment& t = segments[s];
         const bf16* x = t.x + m * t.ldx;
