@@ -125,6 +125,8 @@ def forward(rounds: int) -> Iterator[tuple[str, Any]]:
     """16 rows on 16 adapters over 16 rows on one of them."""
     base = load_base(BASE)
     yield "dtype", str(base.dtype)
+    fuse(base.model)
+    use_native()  # as evaluating does
     for title, methods in MIXTURES.items():
         held, names = adapters(base.model, methods)
         for tokens in (1, 64):
@@ -151,6 +153,8 @@ def peft(rounds: int) -> Iterator[tuple[str, Any]]:
     model: Any = tiny("llama", num_key_value_heads=2, **sizes).eval()
     plain = copy.deepcopy(model)
     held, names = adapters(model, [LoRA(r=8, lora_alpha=16)] * ROWS)
+    fuse(model)
+    use_native()
     config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

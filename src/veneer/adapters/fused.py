@@ -12,7 +12,6 @@ own: hooks on it run as ever, and one that is handed something else computes for
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 from veneer.adapters.bundles import plan, recall, remember
 from veneer.adapters.chart import Part
-from veneer.adapters.folded import generation, keep
+from veneer.adapters.folded import generation, keep, states
 from veneer.adapters.methods import Method
 from veneer.adapters.passes import Pass
 from veneer.adapters.replay import Ready
@@ -33,6 +32,7 @@ from veneer.kernels.adapted_linear import (
     Native,
     Run,
     Share,
+    Stack,
     adapted_linear,
     fits,
     stack,
@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from veneer.adapters.forward import HostForward
 
 _PLAIN = (Tensor, nn.Parameter)
+_FEW = {torch.float32: 64}
+"""Up to so many cells of a frozen adapter are computed faster without the kernels in C++, with what is kept of it (docs/log.md)."""
 
 
 def fused(host: HostForward, current: Pass, parts: list[Part], x: Tensor) -> Tensor | None:
@@ -115,36 +117,44 @@ def _native(
     if not fits(layers):
         return [], parts
     bank, spans = hosts[0].bank, current.chart.spans
+    cells = x.numel() // max(1, x.shape[-1])
     runs: list[Run] = []
     left: list[Part] = []
     for part in parts:
         name, rows, weight = part
         adapter = bank[name]
         where = None if rows is None else spans.get(id(rows))
-        if (rows is None) == (where is None) and (torch.is_grad_enabled() or generation(current, adapter) is None):
-            factors = [_factors(each, current, adapter) for each in hosts]
+        few = not torch.is_grad_enabled() and (cells if rows is None else len(rows)) <= _FEW.get(x.dtype, 0)
+        if (rows is None) == (where is None) and not (few and generation(current, adapter) is not None):
+            factors = _own_factors(hosts, layers, current, adapter)
             if fits(layers, factors, x.numel()):
                 runs.append((where, weight, factors))
                 continue
         left.append(part)
     if not runs:
         return [], left
-    return [Native(layers, runs)] if current.chart.apart else [Native(layers, [run]) for run in runs], left
+    lasting = not torch.is_grad_enabled() and states(current, bank) is not None
+    groups = [runs] if current.chart.apart else [[run] for run in runs]
+    return [Native(layers, group, lasting=lasting) for group in groups], left
 
 
-def _branches(
-    hosts: list[HostForward], layers: list[Layer], current: Pass, group: list[Part], grid: Grid | None, number: int
-) -> list[Branch]:
-    """Parts as branches of a call: one for a bundle, else one each. Of frozen adapters all that can be kept is."""
-    bank, site = hosts[0].bank, hosts[0].site.name
-    adapters = [bank[name] for name, _, _ in group]
-    state: tuple[object, ...] | None = None
-    if not torch.is_grad_enabled() and not any(hosts[0].dropout(current, adapter) for adapter in adapters):
-        numbers = [generation(current, adapter) for adapter in adapters]
-        if None not in numbers:
-            state = (*numbers, *_marks(layers), None if grid is None else grid.few)
+def _state(
+    hosts: list[HostForward], layers: list[Layer], current: Pass, adapters: list[Adapter]
+) -> tuple[object, ...] | None:
+    """What tells one state of frozen adapters at these layers from another; None where something is trained, or drops out."""
+    if torch.is_grad_enabled() or any(hosts[0].dropout(current, adapter) for adapter in adapters):
+        return None
+    numbers = [generation(current, adapter) for adapter in adapters]
+    return None if None in numbers else (*numbers, *_marks(layers))
 
-    def factors(adapter: Adapter) -> list[Factors | None]:
+
+def _own_factors(
+    hosts: list[HostForward], layers: list[Layer], current: Pass, adapter: Adapter, *, kept: bool = True
+) -> list[Factors | None]:
+    """An adapter's factors at the layers of a call; those of a frozen one are folded, and kept unless that is not wanted."""
+    state = _state(hosts, layers, current, [adapter]) if kept else None
+
+    def made() -> list[Factors | None]:
         own = [_factors(each, current, adapter) for each in hosts]
         if state is not None:
             for f, (weight, _) in zip(own, layers, strict=True):
@@ -152,24 +162,31 @@ def _branches(
                     f.folded = f.fold(weight.dtype)
         return own
 
-    names = tuple(adapter.name for adapter in adapters)
+    return made() if state is None else keep(hosts[0].bank, hosts[0].site.name, (adapter.name,), state, made)
+
+
+def _branches(
+    hosts: list[HostForward], layers: list[Layer], current: Pass, group: list[Part], grid: Grid | None, number: int
+) -> list[Branch]:
+    """Parts as branches of a call: one for a bundle, else one each. Of frozen adapters all that can be kept is."""
+    bank = hosts[0].bank
+    adapters = [bank[name] for name, _, _ in group]
     if grid is not None:
-        if state is not None:
-            made = keep(
-                bank, site, names, state, lambda: stack([factors(one) for one in adapters], layers, grid), number
-            )
-            return [Bundle(grid, None, made)]
-        every = [factors(adapter) for adapter in adapters]
-        return [Bundle(grid, every, stack(every, layers, grid))]
-    found: list[Branch] = []
-    for i, (adapter, (name, rows, weight)) in enumerate(zip(adapters, group, strict=True)):
-        if state is not None:
-            alone = (state[i], *state[len(group) :])
-            own = keep(bank, site, (name,), alone, partial(factors, adapter))
-        else:
-            own = factors(adapter)
-        found.append(Share(None if rows is None else current.chart.spans.get(id(rows), rows), weight, own))
-    return found
+        state = _state(hosts, layers, current, adapters)
+        every = [_own_factors(hosts, layers, current, one, kept=False) for one in adapters] if state is None else None
+
+        def made() -> Stack:
+            own = every or [_own_factors(hosts, layers, current, one, kept=False) for one in adapters]
+            return stack(own, layers, grid)
+
+        names = tuple(adapter.name for adapter in adapters)
+        found = made() if state is None else keep(bank, hosts[0].site.name, names, (*state, grid.few), made, number)
+        return [Bundle(grid, every, found)]
+    branches: list[Branch] = []
+    for adapter, (_, rows, weight) in zip(adapters, group, strict=True):
+        where = None if rows is None else current.chart.spans.get(id(rows), rows)
+        branches.append(Share(where, weight, _own_factors(hosts, layers, current, adapter)))
+    return branches
 
 
 def _mark(x: Tensor, current: Pass) -> tuple[int, ...]:

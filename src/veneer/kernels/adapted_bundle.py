@@ -180,6 +180,10 @@ class Bundle:
         """Never."""
         return False
 
+    def covers(self, h: int, cells: int) -> bool:
+        """Never told."""
+        return False
+
     def gained(self, h: int) -> bool:
         """Whether a gain acts at layer h."""
         return self._gains.get(h) is not None

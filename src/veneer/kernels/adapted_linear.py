@@ -34,6 +34,7 @@ from veneer.kernels.adapted_native import Native, Run, fits
 from veneer.kernels.adapted_parts import Backward, Branch, Factors, Folded, Layer
 from veneer.kernels.adapted_share import Share
 from veneer.kernels.gain import scale_rows
+from veneer.kernels.product import linear
 
 __all__ = [
     "Branch",
@@ -57,8 +58,10 @@ def adapted_linear(x: Tensor, layers: Sequence[Layer], branches: Sequence[Branch
 
     Gradients reach x and the masters of the branches, these in their own dtype. The compute dtype is x's, which the layers share.
     """
+    if not torch.is_grad_enabled():
+        return tuple(_forward(_Call(tuple(layers), tuple(branches), trains=False), x)[0])
     masters = [master for branch in branches for master in branch.masters]
-    trains = torch.is_grad_enabled() and any(m is not None and m.requires_grad for m in masters)
+    trains = any(m is not None and m.requires_grad for m in masters)
     call: Any = _Fused.apply
     return call(_Call(tuple(layers), tuple(branches), trains), x, *masters)  # type: ignore[no-any-return]
 
@@ -90,16 +93,7 @@ class _Call:
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: _Call, x: Tensor, *masters: Tensor | None) -> tuple[Tensor, ...]:
-        x_NK = x.reshape(-1, x.shape[-1])
-        # Outputs are no views, so that a model may go on in place; where that spoils what backward needs, autograd says so.
-        call.whole = len(call.branches) == 1 and call.branches[0].whole(len(x_NK))
-        outputs = [_base(call, h, x, len(x_NK)) for h in range(len(call.layers))]
-        y_NO = [y.view(-1, y.shape[-1]) for y in outputs]
-        kept: list[Tensor | None] = []
-        for branch in call.branches:
-            own = branch.run_(x_NK, y_NO)
-            call.sizes.append(len(own))
-            kept += own
+        outputs, kept = _forward(call, x)
         gained = [y if call.trains and call.gained[h] else None for h, y in enumerate(outputs)]
         ctx.call, ctx.shape = call, x.shape
         ctx.set_materialize_grads(False)
@@ -125,13 +119,33 @@ class _Fused(torch.autograd.Function):
         return (None, None if dx_NK is None else dx_NK.view(ctx.shape), *slopes)
 
 
+def _forward(call: _Call, x: Tensor) -> tuple[list[Tensor], list[Tensor | None]]:
+    """The outputs, and what the branches need again in backward."""
+    x_NK = x.reshape(-1, x.shape[-1])
+    # Outputs are no views, so that a model may go on in place; where that spoils what backward needs, autograd says so.
+    call.whole = len(call.branches) == 1 and call.branches[0].whole(len(x_NK))
+    outputs = [_base(call, h, x, len(x_NK)) for h in range(len(call.layers))]
+    y_NO = [y.view(-1, y.shape[-1]) for y in outputs]
+    kept: list[Tensor | None] = []
+    for branch in call.branches:
+        own = branch.run_(x_NK, y_NO)
+        call.sizes.append(len(own))
+        kept += own
+    return outputs, kept
+
+
 def _base(call: _Call, h: int, x: Tensor, cells: int) -> Tensor:
     """C (x W^T) + b, [..., O]."""
     weight, bias = call.layers[h]
     if call.whole:
         return x.new_empty(*x.shape[:-1], len(weight))
     if not any(branch.gained(h) for branch in call.branches if not branch.scales):
-        return F.linear(x, weight, bias)
+        if not any(branch.covers(h, cells) for branch in call.branches):
+            return F.linear(
+                x, weight, bias
+            )  # as for a call without adapters, to the bit: so it stays for cells that have none
+        y = linear(x.reshape(-1, x.shape[-1]), weight, bias)
+        return y.view(*x.shape[:-1], len(weight))
     gain = call.folds(h, cells)
     if gain is not None:
         return F.linear(x, scale_rows(weight, gain), bias)

@@ -14,7 +14,7 @@ too (``cpp/products.h``), one for each layer and one for the gradient of the inp
 Dropout hides some numbers of x from a layer's factors: products with A then take a copy of x, a block of tokens at a time, with zeros in
 their places. The factor 1 / (1 - p) is part of w.
 
-Not for scattered tokens, high ranks (where matrix libraries are as quick), or factors that are kept folded. Shapes: N tokens,
+Not for scattered tokens or high ranks (where matrix libraries are as quick). Shapes: N tokens,
 n an adapter's, K in, O out, R rank, padded to a multiple of 8 inside.
 """
 
@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,9 +45,11 @@ __all__ = ["Native", "Run", "agrees", "fits"]
 
 _UNIT, _STEP = 8, 32
 """Ranks are padded to the first; widths are multiples of the second."""
-_HIGHEST = {torch.float32: 16, torch.bfloat16: 32}
+_HIGHEST = {torch.float32: 16, torch.bfloat16: 64}
 """Ranks above which matrix libraries are as quick (docs/log.md)."""
 
+_MANY = 16
+"""Tokens an adapter from which on products of weights are quicker here, where each panel of a weight is packed anew in every call."""
 _PLACES = 2**31 - 1
 """Places that dropout hides are told as numbers up to this."""
 
@@ -66,6 +69,7 @@ class _Layer(ctypes.Structure):
         ("bias", ctypes.c_void_p),
         ("y", ctypes.c_void_p),
         ("out", ctypes.c_void_p),
+        ("host", ctypes.c_long),
         ("da", ctypes.c_void_p),
         ("db", ctypes.c_void_p),
         ("dots", ctypes.c_void_p),
@@ -75,18 +79,29 @@ class _Layer(ctypes.Structure):
     ]
 
 
-class _Part(ctypes.Structure):
+class _Run(ctypes.Structure):
     _fields_ = [
         ("rows", ctypes.c_long),
+        ("first", ctypes.c_long),
         ("columns", ctypes.c_long),
         ("layers", ctypes.c_long),
-        ("layer", ctypes.POINTER(_Layer)),
-        ("x", ctypes.c_void_p),
-        ("memory", ctypes.c_void_p),
-        ("u", ctypes.c_void_p),
-        ("dx", ctypes.c_void_p),
+        ("layer", ctypes.c_long),
+        ("memory", ctypes.c_long),
+        ("u", ctypes.c_long),
         ("weights", ctypes.c_void_p),
         ("weight", ctypes.c_float),
+    ]
+
+
+class _Call(ctypes.Structure):
+    _fields_ = [
+        ("x", ctypes.c_void_p),
+        ("dx", ctypes.c_void_p),
+        ("memory", ctypes.c_void_p),
+        ("u", ctypes.c_void_p),
+        ("y", ctypes.POINTER(ctypes.c_void_p)),
+        ("out", ctypes.POINTER(ctypes.c_void_p)),
+        ("packed", ctypes.c_int),
     ]
 
 
@@ -110,7 +125,7 @@ def fits(layers: Sequence[Layer], factors: Sequence[Factors | None] = (), number
 def _knows(f: Factors, highest: int) -> bool:
     wide = f.a.dtype == f.b.dtype == torch.float32 and (f.norm is None or f.norm.dtype == torch.float32)
     laid = f.a.is_contiguous() and f.b.is_contiguous() and len(f.b) % _STEP == 0
-    return wide and laid and f.folded is None and len(f.a) <= highest
+    return wide and laid and len(f.a) <= highest
 
 
 def agrees() -> bool:
@@ -140,46 +155,86 @@ def agrees() -> bool:
 
 
 class _Own:
-    """One adapter in the call: where its tokens stand, its layers, its columns of u, and their addresses."""
+    """One adapter in the call: where its tokens stand, its layers, and S where a gain acts."""
 
-    def __init__(self, layers: Sequence[Layer], run: Run) -> None:
-        self.rows, self.weight, factors = run
-        self.parts = [(h, f) for h, f in enumerate(factors) if f is not None]
+    def __init__(self, run: Run) -> None:
+        self.rows, self.weight, self.factors = run
+        self.parts = [(h, f) for h, f in enumerate(self.factors) if f is not None]
         self.gains = {h: gain.contiguous() for h, f in self.parts if (gain := f.gain()) is not None}
-        self.weight = self.weight / next((f.kept for _, f in self.parts), 1.0)
-        self.layers = (_Layer * len(self.parts))()
-        self.columns = self.size = 0
-        for own, (h, f) in zip(self.layers, self.parts, strict=True):
-            (rank, _), width = f.a.shape, len(f.b)
-            gain, (weight, bias) = self.gains.get(h), layers[h]
-            own.bias = None if bias is None else bias.data_ptr()
-            own.width, own.rank, own.at, own.scale = width, rank, self.columns, f.scale
-            own.a, own.b, own.gain = f.a.data_ptr(), f.b.data_ptr(), None if gain is None else gain.data_ptr()
-            padded = -(-rank // _UNIT) * _UNIT
-            self.columns += padded
-            self.size += 2 * padded * (weight.shape[1] + width)
+        self.drops = any(f.dropout is not None for _, f in self.parts)
 
     def span(self, cells: int) -> tuple[int, int]:
         """(first token, how many) of a call with so many."""
         first, last, _ = (slice(None) if self.rows is None else self.rows).indices(cells)
         return first, max(0, last - first)
 
-    def hide(self, gone: Sequence[Tensor | None]) -> None:
-        """Tell each layer the places that dropout hides from it."""
-        for layer, places in zip(self.layers, gone, strict=True):
-            layer.gone, layer.lost = (None, -1) if places is None else (places.data_ptr(), len(places))
+
+class _Layout:
+    """All that calls of so many cells have in common, as the kernels take it: runs, and the layers of each behind the other's.
+
+    It is only read once it is made, so threads may share it.
+    """
+
+    def __init__(self, layers: Sequence[Layer], owns: Sequence[_Own], cells: int, *, whole: bool) -> None:
+        self.runs = (_Run * len(owns))()
+        self.layers = (_Layer * sum(len(own.parts) for own in owns))()
+        self.alive: list[Tensor] = []
+        """What addresses point to."""
+        self.memory = self.u = layer = 0
+        for run, own in zip(self.runs, owns, strict=True):
+            run.first, run.rows = own.span(cells)
+            run.layer, run.layers, run.memory, run.u = layer, len(own.parts), self.memory, self.u
+            self._weigh(run, own)
+            for h, f in own.parts:
+                self._lay(self.layers[layer], run, h, f, layers[h], own.gains.get(h), whole=whole)
+                layer += 1
+            self.u += run.columns * run.rows
+
+    def _weigh(self, run: _Run, own: _Own) -> None:
+        weight = own.weight / next((f.kept for _, f in own.parts), 1.0)
+        if isinstance(weight, Tensor):
+            self.alive.append(weight.to(torch.float32).contiguous())
+            run.weights = self.alive[-1].data_ptr()
+        else:
+            run.weight = weight
+
+    def _lay(
+        self, own: _Layer, run: _Run, h: int, f: Factors, layer: Layer, gain: Tensor | None, *, whole: bool
+    ) -> None:
+        weight, bias = layer
+        rank, width = len(f.a), len(f.b)
+        own.host, own.lost = h, -1
+        own.w = weight.data_ptr() if whole else None
+        own.bias = None if bias is None else bias.data_ptr()
+        own.width, own.rank, own.at, own.scale = width, rank, run.columns, f.scale
+        own.a, own.b, own.gain = f.a.data_ptr(), f.b.data_ptr(), None if gain is None else gain.data_ptr()
+        padded = -(-rank // _UNIT) * _UNIT
+        run.columns += padded
+        self.memory += 2 * padded * (weight.shape[1] + width)
+
+    def own_layers(self) -> Any:
+        """A copy of the layers, for what one call alone adds to them."""
+        return type(self.layers).from_buffer_copy(self.layers)
 
 
 class Native:
-    """Adapters that share no token, as one branch."""
+    """Adapters that share no token, as one branch.
+
+    lasting: whether the factors stay as they are for as long as this branch is used, so that they are packed once.
+    """
 
     scales = True
 
-    def __init__(self, layers: Sequence[Layer], runs: Sequence[Run]) -> None:
-        self._owns = [_Own(layers, run) for run in runs]
+    def __init__(self, layers: Sequence[Layer], runs: Sequence[Run], *, lasting: bool = False) -> None:
+        self._owns = [_Own(run) for run in runs]
         self._layers = layers
         self._columns = layers[0][0].shape[1]
+        self._layouts: dict[int, _Layout] = {}
         self._whole = False
+        self._lasting = lasting
+        self._packed: Tensor | None = None
+        self._gained = {h for own in self._owns for h in own.gains}
+        self._drops = any(own.drops for own in self._owns)
         self._made = library()
         """Kept, so that a backward ends as its forward began, whatever is in use by then."""
         self.masters: list[Tensor | None] = [m for own in self._owns for _, f in own.parts for m in f.masters]
@@ -189,13 +244,17 @@ class Native:
         weights = [weight for weight, _ in self._layers]
         most = longest_product() if weights[0].dtype == torch.bfloat16 else 0
         fits = max(self._columns, sum(map(len, weights))) <= most and all(w.is_contiguous() for w in weights)
-        everywhere = all(len(own.parts) == len(weights) for own in self._owns)
-        self._whole = fits and everywhere and cells == sum(own.span(cells)[1] for own in self._owns)
+        fits = fits and cells >= _MANY * len(self._owns)
+        self._whole = fits and all(self.covers(h, cells) for h in range(len(weights)))
         return self._whole
+
+    def covers(self, h: int, cells: int) -> bool:
+        """Whether every token has an adapter at layer h."""
+        return cells == sum(own.span(cells)[1] for own in self._owns if own.factors[h] is not None)
 
     def gained(self, h: int) -> bool:
         """Whether a gain acts at layer h."""
-        return any(h in own.gains for own in self._owns)
+        return h in self._gained
 
     def whole_gain(self, h: int) -> Tensor | None:
         """S [O] at layer h, if it acts on every cell."""
@@ -211,17 +270,17 @@ class Native:
     def run_(self, x_NK: Tensor, y_NO: Sequence[Tensor]) -> list[Tensor | None]:
         """Multiply the outputs by S, and add the low-rank products. Keeps the factors as they were computed with, u, and dropped places."""
         x = x_NK.contiguous()
-        spans = [own.span(len(x)) for own in self._owns]
-        memory = x.new_empty(sum(own.size for own in self._owns))
-        u = x.new_empty(sum(own.columns * n for own, (_, n) in zip(self._owns, spans, strict=True)))
-        gone: list[Tensor | None] = []
-        for own, (first, count) in zip(self._owns, spans, strict=True):
-            gone += [f.places(count * self._columns, x.device) for _, f in own.parts]
-            own.hide(gone[len(gone) - len(own.parts) :])
-            for layer, (h, _) in zip(own.layers, own.parts, strict=True):
-                layer.y = _at(y_NO[h], first)
-                layer.w = self._layers[h][0].data_ptr() if self._whole else None
-        self._call("veneer_low_rank_forward", x, spans, memory, u, None)
+        layout = self._layout(len(x))
+        packed = self._packed
+        memory = x.new_empty(layout.memory) if packed is None else packed
+        u = x.new_empty(layout.u)
+        gone = self._places(layout, x.device)
+        layers = self._hidden(layout, gone)
+        self._call(
+            "veneer_low_rank_forward", layout, layers, _Call(packed=packed is not None), x, None, memory, u, y_NO
+        )
+        if self._lasting:
+            self._packed = memory
         return [memory, u, *gone]
 
     def gradients_(self, back: Backward, kept: Sequence[Tensor | None]) -> Gradients:
@@ -231,29 +290,25 @@ class Native:
         g_NO = [None if g is None else g.contiguous() for g in back.g_NO]
         cells = next((len(g) for g in g_NO if g is not None), 0)
         x = None if back.x_NK is None else back.x_NK.contiguous()
-        spans = [own.span(cells) for own in self._owns]
+        layout = self._layout(cells)
+        layers = self._hidden(layout, gone) if self._drops else layout.own_layers()
         make = torch.empty_like if cells else torch.zeros_like
         found: Gradients = []
         dots: list[tuple[int, int, Factors, _Own, Tensor, Tensor | None]] = []
-        low = 0
-        for own, (first, count) in zip(self._owns, spans, strict=True):
-            own.hide([gone.pop(0) for _ in own.parts])
-            u_nR = u[low : low + count * own.columns].view(count, own.columns)
-            low += count * own.columns
-            for layer, (h, f) in zip(own.layers, own.parts, strict=True):
+        for run, own in zip(layout.runs, self._owns, strict=True):
+            for layer, (h, f) in zip(layers[run.layer : run.layer + run.layers], own.parts, strict=True):
                 g, y, gain = g_NO[h], back.y_NO[h], own.gains.get(h)
                 da = None if x is None else make(f.a)
                 db = None if x is None or g is None else make(f.b)
-                layer.y = None if g is None else _at(g, first)
                 layer.da, layer.db = (None if d is None else d.data_ptr() for d in (da, db))
-                layer.out = layer.dots = None
                 if x is not None and g is not None and y is not None and gain is not None:
+                    u_nR = u[run.u : run.u + run.rows * run.columns].view(run.rows, run.columns)
                     seen = None if f.dropout is None else u_nR[:, layer.at : layer.at + layer.rank]
                     dots.append((len(found) + 2, h, f, own, make(gain), seen))
-                    layer.out, layer.dots = _at(y, first), dots[-1][4].data_ptr()
+                    layer.dots = dots[-1][4].data_ptr()
                 found += [da, db, None]
         if cells:
-            self._call("veneer_low_rank_backward", x, spans, memory, u, back.dx_NK)
+            self._call("veneer_low_rank_backward", layout, layers, _Call(), x, back.dx_NK, memory, u, g_NO, back.y_NO)
         for place, h, f, own, dots_O, seen in dots:
             g, y = g_NO[h], back.y_NO[h]
             assert x is not None and g is not None and y is not None
@@ -262,33 +317,46 @@ class Native:
             found[place] = by_magnitude(reduction, dots_O)
         return found
 
+    def _layout(self, cells: int) -> _Layout:
+        found = self._layouts.get(cells)
+        if found is None:
+            found = self._layouts[cells] = _Layout(self._layers, self._owns, cells, whole=self._whole)
+        return found
+
+    def _places(self, layout: _Layout, device: torch.device) -> list[Tensor | None]:
+        """What dropout hides, layer by layer; nothing where nothing is dropped."""
+        if not self._drops:
+            return []
+        pairs = zip(layout.runs, self._owns, strict=True)
+        return [f.places(run.rows * self._columns, device) for run, own in pairs for _, f in own.parts]
+
+    def _hidden(self, layout: _Layout, gone: Sequence[Tensor | None]) -> Any:
+        """The layers, each with the places that dropout hides from it."""
+        layers = layout.own_layers() if gone else layout.layers
+        for layer, places in zip(layers if gone else (), gone, strict=True):
+            if places is not None:
+                layer.gone, layer.lost = places.data_ptr(), len(places)
+        return layers
+
     def _call(
         self,
         name: str,
+        layout: _Layout,
+        layers: Any,
+        call: _Call,
         x: Tensor | None,
-        spans: list[tuple[int, int]],
+        dx: Tensor | None,
         memory: Tensor,
         u: Tensor,
-        dx: Tensor | None,
+        y_NO: Sequence[Tensor | None],
+        out_NO: Sequence[Tensor | None] = (),
     ) -> None:
-        parts = (_Part * len(spans))()
-        size, alive = memory.element_size(), []
-        packed, low = memory.data_ptr(), u.data_ptr()
-        for part, own, (first, count) in zip(parts, self._owns, spans, strict=True):
-            part.rows, part.columns, part.layers, part.layer = count, own.columns, len(own.layers), own.layers
-            part.x, part.dx = (None if t is None else _at(t, first) for t in (x, dx))
-            part.memory, part.u = packed, low
-            packed += own.size * size
-            low += own.columns * count * size
-            if isinstance(own.weight, Tensor):
-                alive.append(own.weight.to(torch.float32).contiguous())
-                part.weights = alive[-1].data_ptr()
-            else:
-                part.weight = own.weight
-        sizes = ctypes.c_long(self._columns), ctypes.c_long(len(parts))
-        getattr(self._made, name)(KINDS[memory.dtype], sizes[0], parts, sizes[1], torch.get_num_threads())
+        call.x, call.dx, call.memory, call.u = _at(x), _at(dx), _at(memory), _at(u)
+        call.y, call.out = ((ctypes.c_void_p * len(ts))(*map(_at, ts)) for ts in (y_NO, out_NO))
+        columns, count = ctypes.c_long(self._columns), ctypes.c_long(len(layout.runs))
+        threads = torch.get_num_threads()
+        getattr(self._made, name)(KINDS[memory.dtype], columns, layout.runs, count, layers, ctypes.byref(call), threads)
 
 
-def _at(t_NX: Tensor, first: int) -> int:
-    """The address of a row."""
-    return t_NX.data_ptr() + first * t_NX.shape[1] * t_NX.element_size()
+def _at(t: Tensor | None) -> int | None:
+    return None if t is None else t.data_ptr()

@@ -96,6 +96,10 @@ class Branch(Protocol):
         """Whether, with so many cells, `run_` and `gradients_` take the layers' own products too, and write over what stands there."""
         ...
 
+    def covers(self, h: int, cells: int) -> bool:
+        """Whether each of so many cells has an adapter of this branch at layer h, and its product may be one in C++."""
+        ...
+
     def gained(self, h: int) -> bool:
         """Whether a gain acts at layer h."""
         ...

@@ -53,6 +53,10 @@ class Share:
         """Never."""
         return False
 
+    def covers(self, h: int, cells: int) -> bool:
+        """Never told."""
+        return False
+
     def gained(self, h: int) -> bool:
         """Whether a gain acts at layer h."""
         return h in self._gains

@@ -30,19 +30,19 @@ ACTIVATIONS = ("silu", "gelu_tanh")
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float, *, one_plus: bool = False) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, for x [..., D]; ``one_plus``: Gemma's form, * (1 + weight)."""
-    apply: Any = _Norm.apply
+    apply: Any = _Norm.apply if torch.is_grad_enabled() else _normed
     return apply(x, weight_D.detach(), eps, one_plus)  # type: ignore[no-any-return]
 
 
 def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """act(gate) * up, elementwise; ``activation``: one of ACTIVATIONS."""
-    apply: Any = _Gated.apply
+    apply: Any = _Gated.apply if torch.is_grad_enabled() else _gate
     return apply(gate, up, activation)  # type: ignore[no-any-return]
 
 
 def rotary(q_THD: Tensor, k_TGD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> tuple[Tensor, Tensor]:
     """x cos + rotate_half(x) sin of queries and keys; the halves of D are the two coordinates that are turned."""
-    apply: Any = _Rotary.apply
+    apply: Any = _Rotary.apply if torch.is_grad_enabled() else _rotate
     return apply(q_THD, k_TGD, cos_TD, sin_TD)  # type: ignore[no-any-return]
 
 
@@ -120,13 +120,23 @@ _rotate = Chain(rotate, 4, native=elementwise_native.rotate)
 _rotate_back = Chain(rotate_back, 4, native=elementwise_native.rotate_back)
 
 
+def _normed(x: Tensor, weight: Tensor, eps: float, one_plus: bool) -> Tensor:
+    y: Tensor = _norm_forward(x.reshape(-1, x.shape[-1]), weight, eps, one_plus)
+    return y.view(x.shape)
+
+
+def _gate(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    width = gate.shape[-1]
+    y: Tensor = _gated_forward(gate.reshape(-1, width), up.reshape(-1, width), activation)
+    return y.view(gate.shape)
+
+
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, one_plus: bool) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.eps, ctx.one_plus = eps, one_plus
-        y: Tensor = _norm_forward(x.reshape(-1, x.shape[-1]), weight, eps, one_plus)
-        return y.view(x.shape)
+        return _normed(x, weight, eps, one_plus)
 
     @staticmethod
     @once_differentiable
@@ -142,9 +152,7 @@ class _Gated(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor, activation: str) -> Tensor:
         ctx.save_for_backward(gate, up)
         ctx.activation = activation
-        width = gate.shape[-1]
-        y: Tensor = _gated_forward(gate.reshape(-1, width), up.reshape(-1, width), activation)
-        return y.view(gate.shape)
+        return _gate(gate, up, activation)
 
     @staticmethod
     @once_differentiable

@@ -132,7 +132,7 @@ def _turn(
 ) -> tuple[Tensor, Tensor] | None:
     kind = _kind(q_THD, k_TGD, cos_TD, sin_TD)
     tokens, heads, width = q_THD.shape
-    if kind is None or width % (2 * _LANES):
+    if kind is None or width % 2:
         return None
     q_THD, k_TGD, cos_TD, sin_TD = (x.contiguous() for x in (q_THD, k_TGD, cos_TD, sin_TD))
     q, k = torch.empty_like(q_THD), torch.empty_like(k_TGD)

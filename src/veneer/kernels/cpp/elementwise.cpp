@@ -64,10 +64,16 @@ template <class T, bool TANH> void gated_backward(const T* d, const T* gate, con
 // One head of one token; sign -1: the transpose, for which the halves of sin change places too.
 template <class T> void turn(const T* x, const T* cos, const T* sin, T* y, long D, float sign) {
     const long half = D / 2, first = sign > 0 ? 0 : half, second = half - first;
-    for (long d = 0; d < half; d += LANES) {
+    long d = 0;
+    for (; d + LANES <= half; d += LANES) {
         vf a = load(x + d), b = load(x + half + d);
         store(y + d, a * load(cos + d) - b * load(sin + first + d) * sign);
         store(y + half + d, b * load(cos + half + d) + a * load(sin + second + d) * sign);
+    }
+    for (; d < half; d++) {
+        float a = to_float(x[d]), b = to_float(x[half + d]);
+        set(y + d, a * to_float(cos[d]) - b * to_float(sin[first + d]) * sign);
+        set(y + half + d, b * to_float(cos[half + d]) + a * to_float(sin[second + d]) * sign);
     }
 }
 

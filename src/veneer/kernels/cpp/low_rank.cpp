@@ -27,8 +27,9 @@ struct Layer {
     const float* gain;  // S [O] or null
     const void* w;      // the layer's weight [O, K], where its product is taken here too, or null
     const void* bias;   // the layer's [O], where there is a gain or w, or null
-    void* y;            // forward: the outputs [N, O]; backward: their gradients, or null
+    void* y;            // set by place(), as is out. Forward: the outputs [N, O]; backward: their gradients, or null
     const void* out;    // backward: the outputs, where S is trained, or null
+    long host;          // which of the call's layers it is
     float* da;          // [rank, K] or null
     float* db;          // [O, rank] or null
     float* dots;        // [O]: sum_t g (out - bias), or null
@@ -37,6 +38,31 @@ struct Layer {
     float scale;
 };
 
+// An adapter in a call, wherever the call's tensors lie.
+struct Run {
+    long rows;             // N
+    long first;            // its first token
+    long columns;          // R
+    long layers;           // how many
+    long layer;            // the first of them
+    long memory;           // where its packed factors begin: 2 R (K + O) numbers in all
+    long u;                // where its [N, R] begins
+    const float* weights;  // [N] or null
+    float weight;
+};
+
+// The tensors of a call, of all its tokens: y and out by layer.
+struct Call {
+    const void* x;           // [N, K], or null where no factor is trained
+    void* dx;                // [N, K] or null
+    void* memory;
+    void* u;
+    void* const* y;          // [N, O], or null
+    const void* const* out;  // [N, O], or null
+    int packed;              // whether memory holds the packed factors already
+};
+
+// A run with its addresses.
 struct Part {
     long rows;             // N
     long columns;          // R
@@ -404,6 +430,26 @@ struct Task {
     long part, first, end, room;
 };
 
+// size: bytes of a number. own: room for the layers.
+std::vector<Part> placed(long size, long K, const Run* runs, long count, const Layer* layers, const Call& call, std::vector<Layer>& own) {
+    auto at = [=](const void* p, long numbers) { return p ? (char*)p + numbers * size : nullptr; };
+    std::vector<Part> parts;
+    for (long i = 0; i < count; i++) own.insert(own.end(), layers + runs[i].layer, layers + runs[i].layer + runs[i].layers);
+    Layer* layer = own.data();
+    for (long i = 0; i < count; i++) {
+        const Run& run = runs[i];
+        for (long h = 0; h < run.layers; h++) {
+            Layer& l = layer[h];
+            l.y = at(call.y[l.host], run.first * l.width);
+            l.out = l.dots ? at(call.out[l.host], run.first * l.width) : nullptr;
+        }
+        parts.push_back({run.rows, run.columns, run.layers, layer, at(call.x, run.first * K), at(call.memory, run.memory), at(call.u, run.u),
+                         at(call.dx, run.first * K), run.weights, run.weight});
+        layer += run.layers;
+    }
+    return parts;
+}
+
 #if defined(VENEER_PRODUCTS)
 // Products of whole layers: for every panel of `columns` outputs, the rows of all parts, in pieces that go evenly into the threads.
 struct Piece {
@@ -476,10 +522,10 @@ void input_gradient(long K, const Part* parts, const Piece& t, const bf16* slope
 #endif
 
 // Every token of a call belongs to a part, and all parts take all layers, where w is there.
-template <class T> void forward(long K, const Part* parts, long count, int threads) {
+template <class T> void forward(long K, const Part* parts, long count, bool packed, int threads) {
     std::vector<Task> folds, blocks;
     for (long i = 0; i < count; i++) {
-        for (long h = 0; h < 2 * parts[i].layers; h++) folds.push_back({i, h, 0, 0});
+        for (long h = 0; !packed && h < 2 * parts[i].layers; h++) folds.push_back({i, h, 0, 0});
         long step = parts[i].rows > 4 * ROWS ? ROWS : ROWS / 4;
         for (long n = 0; n < parts[i].rows; n += step) blocks.push_back({i, n, std::min(n + step, parts[i].rows), 0});
     }
@@ -649,11 +695,16 @@ extern "C" void veneer_product(const void* x, long N, long K, const void* w, con
 #endif
 }
 
-// kind: 0 for fp32, 1 for bf16. K: width of the input. Parts of one call share no token.
-extern "C" void veneer_low_rank_forward(int kind, long K, const Part* parts, long count, int threads) {
-    kind ? forward<bf16>(K, parts, count, threads) : forward<float>(K, parts, count, threads);
+// kind: 0 for fp32, 1 for bf16. K: width of the input. Runs of one call share no token. layers: theirs, one run's behind the other's;
+// what a call adds to them is written to a copy, so that threads may share them.
+extern "C" void veneer_low_rank_forward(int kind, long K, const Run* runs, long count, const Layer* layers, const Call* call, int threads) {
+    std::vector<Layer> own;
+    std::vector<Part> parts = placed(kind ? 2 : 4, K, runs, count, layers, *call, own);
+    kind ? forward<bf16>(K, parts.data(), count, call->packed, threads) : forward<float>(K, parts.data(), count, call->packed, threads);
 }
 
-extern "C" void veneer_low_rank_backward(int kind, long K, const Part* parts, long count, int threads) {
-    kind ? backward<bf16>(K, parts, count, threads) : backward<float>(K, parts, count, threads);
+extern "C" void veneer_low_rank_backward(int kind, long K, const Run* runs, long count, const Layer* layers, const Call* call, int threads) {
+    std::vector<Layer> own;
+    std::vector<Part> parts = placed(kind ? 2 : 4, K, runs, count, layers, *call, own);
+    kind ? backward<bf16>(K, parts.data(), count, threads) : backward<float>(K, parts.data(), count, threads);
 }
