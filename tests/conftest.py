@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,14 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
         connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", local_only)
+
+
+@pytest.fixture(autouse=True)
+def plain_forms() -> Iterator[None]:
+    """A command that took the kernels in C++, as its process would to its end, leaves them to no other test."""
+    yield
+    if native := sys.modules.get("veneer.kernels.native"):
+        native.use(None)
 
 
 @pytest.fixture(scope="session")

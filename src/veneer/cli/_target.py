@@ -85,7 +85,7 @@ def adapter_folders(target: str) -> dict[str, Path]:
 def load_targets(
     targets: list[str], base: str | None, dtype: str, *, purpose: str = "generate", force: Sequence[str] = ()
 ) -> Loaded:
-    """Load the base once and every adapter that was pointed at.
+    """Load the base once and every adapter that was pointed at, with the faster forms of what they compute.
 
     Raises ConfigError where targets disagree on the base, or two adapters have one name; whatever loading raises.
     """
@@ -110,10 +110,12 @@ def load_targets(
 
 
 def _load(model: str, folders: dict[str, Path], dtype: str, purpose: str, force: Sequence[str]) -> Loaded:
+    from veneer.adapters.chains import fuse
     from veneer.checkpoints import attach
     from veneer.checkpoints.receipt import ROUNDED
     from veneer.models.load import load_base
     from veneer.models.precision import fast_dtype
+    from veneer.train.faster import use_native
 
     wanted: Any = dtype
     if dtype == "auto" and purpose == "generate":
@@ -126,6 +128,8 @@ def _load(model: str, folders: dict[str, Path], dtype: str, purpose: str, force:
                 print(f"{folder}: {note}", file=sys.stderr)
         bank[name].requires_grad_(False)
     take_template(loaded.tokenizer, bank)
+    use_native(lambda line: print(line, file=sys.stderr))
+    fuse(loaded.model)
     return Loaded(loaded, bank, list(folders))
 
 

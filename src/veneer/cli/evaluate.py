@@ -15,9 +15,7 @@ from veneer.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from veneer.adapters.route import RouteLike
-    from veneer.cli._target import Loaded
     from veneer.data.example import Example
-    from veneer.models.flat import FlatRunner
     from veneer.models.load import Base
 
 
@@ -57,9 +55,8 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("nothing to judge on: give --data FILE, or --general")
     if args.limit is not None and args.limit < 1:
         raise ConfigError(f"--limit: expected 1 or more, found {args.limit}")
-    from veneer.adapters.chains import fuse
+    from veneer.evaluate.losses import compare, example_losses
     from veneer.models.flat import FlatRunner
-    from veneer.train.faster import natively
 
     loaded = load_targets(args.target, args.base, args.dtype, purpose="train", force=args.force)
     routes: dict[str, RouteLike] = {
@@ -69,28 +66,9 @@ def run(args: argparse.Namespace) -> int:
     }
     if args.against not in routes:
         raise ConfigError(f"--against {args.against}: it is not judged here; there is: {', '.join(routes)}")
-    sets = _sets(args, loaded.base)
-    device = next(loaded.base.model.parameters()).device
-    with natively("auto", device, lambda line: print(line, file=sys.stderr)):
-        fuse(loaded.base.model)
-        report = _report(args, loaded, FlatRunner(loaded.base.model), routes, sets)
-    if args.json:
-        print(as_json(report))
-    return 0
-
-
-def _report(
-    args: argparse.Namespace,
-    loaded: Loaded,
-    runner: FlatRunner,
-    routes: dict[str, RouteLike],
-    sets: dict[str, list[Example]],
-) -> dict[str, Any]:
-    """Judge every set under every route; each is shown when it is done, unless JSON is asked for."""
-    from veneer.evaluate.losses import compare, example_losses
-
+    runner = FlatRunner(loaded.base.model)
     report: dict[str, Any] = {"base_model": loaded.base.name, "against": args.against, "sets": {}}
-    for label, examples in sets.items():
+    for label, examples in _sets(args, loaded.base).items():
         results = {
             name: example_losses(runner, examples, bank=loaded.bank, route=route) for name, route in routes.items()
         }
@@ -107,7 +85,9 @@ def _report(
         }
         if not args.json:
             _show(label, report["sets"][label], args.against)
-    return report
+    if args.json:
+        print(as_json(report))
+    return 0
 
 
 def _sets(args: argparse.Namespace, base: Base) -> dict[str, list[Example]]:
