@@ -27,6 +27,8 @@ from bench.rows import steps_of
 MEMORY, TIME = 0.10, 0.20
 """How far off the plan may be."""
 _HELD_OUT = 2
+_RUN = 200
+"""Steps of the run that is planned: a share of its time is what ``veneer train`` gives to its plan. Only the first ones are taken."""
 
 
 def main() -> None:
@@ -118,7 +120,7 @@ def _child(spec: dict[str, Any], *, planned: bool) -> dict[str, Any]:
     bank = attach(base.model)
     held = [row for step in spec["steps"][-_HELD_OUT:] for row in step]
     spec["steps"] = spec["steps"][:-_HELD_OUT]
-    job = job_of(spec, bank, steps=spec["count"])
+    job = job_of(spec, bank, steps=_RUN)
     job.held_out = [Example(tuple(row["ids"]), tuple(row["weights"]), "held") for row in held]
     stepper = Stepper(FlatRunner(base.model), bank)
     options = TrainOptions(**{**plain(job.options), "activation_checkpointing": spec["checkpointing"]})

@@ -194,9 +194,9 @@ def test_the_cells_that_the_head_is_given_are_told(arch: str) -> None:
     assert torch.allclose(kept, every[runner.head_cells(flat, keep)], atol=1e-6)
 
 
-@pytest.mark.parametrize("arch", ["llama", "qwen3", "gpt2", "opt", "phi3", "bloom", "mamba"])
+@pytest.mark.parametrize("arch", ["llama", "qwen3", "gpt2", "opt", "phi3", "bloom", "mamba", "bert"])
 def test_head_is_given_where_logits_are_one_product_of_the_hidden_states(arch: str) -> None:
-    """hidden @ weight.T + bias is the model's logits, token by token."""
+    """hidden @ weight.T + bias is the model's logits, token by token; BERT's hidden states are those behind its head's transform."""
     runner = FlatRunner(tiny(arch))
     flat = Flat.of(_segments())
     head = runner.head()
@@ -205,9 +205,9 @@ def test_head_is_given_where_logits_are_one_product_of_the_hidden_states(arch: s
     assert _relative(found, runner.logits(flat)) <= 1e-5
 
 
-@pytest.mark.parametrize("arch", ["gemma2", "granite", "bert", "llama_classifier"])
-def test_no_head_is_given_where_more_than_a_product_lies_between(arch: str) -> None:
-    """Soft caps, scaled logits, a transform before the output layer, or no logits per token."""
+@pytest.mark.parametrize("arch", ["gemma2", "granite", "llama_classifier"])
+def test_no_head_is_given_where_more_than_a_product_lies_behind(arch: str) -> None:
+    """Soft caps, scaled logits, or no logits per token."""
     assert FlatRunner(tiny(arch)).head() is None
 
 

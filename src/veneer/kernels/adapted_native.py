@@ -48,6 +48,8 @@ _UNIT, _STEP = 8, 32
 _HIGHEST = {torch.float32: 16, torch.bfloat16: 64}
 """Ranks above which matrix libraries are as quick (docs/log.md)."""
 
+_SIZES = 8
+"""Layouts for calls of so many sizes are kept."""
 _MANY = 16
 """Tokens an adapter from which on products of weights are quicker here, where each panel of a weight is packed anew in every call."""
 _PLACES = 2**31 - 1
@@ -320,6 +322,8 @@ class Native:
     def _layout(self, cells: int) -> _Layout:
         found = self._layouts.get(cells)
         if found is None:
+            if len(self._layouts) >= _SIZES:
+                self._layouts.clear()
             found = self._layouts[cells] = _Layout(self._layers, self._owns, cells, whole=self._whole)
         return found
 

@@ -56,6 +56,8 @@ class FlatRunner:
         self._config: Any = getattr(model, "config", None)
         self._switch = Switch(model)
         self._head: tuple[torch.Tensor, torch.Tensor | None] | None = None
+        self._last: torch.nn.Module | None = None
+        """The output layer, where the model has more than it behind its final states."""
         self._check_model()
         if probe:
             run_probe(self)
@@ -122,33 +124,46 @@ class FlatRunner:
         """Final hidden states [T, D] in flat order: what the model's head would see.
 
         The call goes through the whole model, so that whatever is attached to it takes part; the head gets no
-        tokens where the model can be told so.
+        tokens where the model can be told so, and the output layer behind a head's other layers gets none either.
         """
         layout = self.layout(flat)
-        if self._body is self.model:
-            states = self._run(flat, layout).last_hidden_state
-        else:
-            caught: list[torch.Tensor] = []
-            thread = threading.get_ident()
-
-            def catch(_module: torch.nn.Module, _args: Any, output: Any) -> None:
-                if threading.get_ident() == thread:
-                    caught.append(output.last_hidden_state)
-
-            empty = torch.zeros(0, dtype=torch.long, device=flat.ids.device)
-            handle = self._body.register_forward_hook(catch)
-            try:
-                self._run(flat, layout, **({"logits_to_keep": empty} if "logits_to_keep" in self._takes else {}))
-            finally:
-                handle.remove()
-            states = caught[-1]
+        states = self._run(flat, layout).last_hidden_state if self._body is self.model else self._caught(flat, layout)
         rows: torch.Tensor = states.flatten(0, 1)
         return rows if self.kind == "flat" else rows[layout.cell]
+
+    def _caught(self, flat: FlatLike, layout: Layout) -> torch.Tensor:
+        """What the body gives, or what the output layer is given where other layers stand before it."""
+        caught: list[torch.Tensor] = []
+        thread = threading.get_ident()
+
+        def given(_module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+            if threading.get_ident() != thread:
+                return None
+            caught.append(args[0])
+            return (args[0][:, :0], *args[1:])
+
+        def made(_module: torch.nn.Module, _args: Any, output: Any) -> None:
+            if threading.get_ident() == thread:
+                caught.append(output.last_hidden_state)
+
+        options: dict[str, Any] = {}
+        if self._last is not None:
+            handle = self._last.register_forward_pre_hook(given)
+        else:
+            handle = self._body.register_forward_hook(made)
+            if "logits_to_keep" in self._takes:
+                options["logits_to_keep"] = torch.zeros(0, dtype=torch.long, device=flat.ids.device)
+        try:
+            self._run(flat, layout, **options)
+        finally:
+            handle.remove()
+        return caught[-1]
 
     def head(self) -> tuple[torch.Tensor, torch.Tensor | None] | None:
         """(weight [V, D], bias [V] or None) if logits = hidden @ weight.T + bias, as the probe has verified.
 
-        None for models that cap or scale their logits, or have more than a linear layer between the two.
+        None for models that cap or scale their logits. Where other layers stand between the body and the output layer
+        (BERT's), `hidden` gives what they make of the body's states.
         """
         return self._head
 

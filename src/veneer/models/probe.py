@@ -150,17 +150,18 @@ def _find_head(
     if runner._body is runner.model or weight is None or weight.dim() != 2:
         return None
     flat = _on_device(runner, Flat.of([first, second]))
-    states = runner.hidden(flat)
-    if states.shape[-1] != weight.shape[1]:
-        return None
-    found = torch.nn.functional.linear(states, weight, bias)
     try:
         logits = runner.logits(flat)
     except BaseModelError:
         return None
-    return (
-        (weight, bias) if logits.shape == found.shape and _error(found, logits) <= _bound(runner.model) / 10 else None
-    )
+    for runner._last in (None, layer):
+        with contextlib.suppress(Exception):  # a model may do anything with an output layer that gives nothing
+            states = runner.hidden(flat)
+            found = torch.nn.functional.linear(states, weight, bias)
+            if logits.shape == found.shape and _error(found, logits) <= _bound(runner.model) / 10:
+                return weight, bias
+    runner._last = None
+    return None
 
 
 def _error(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -116,8 +116,12 @@ class Heap:
     def after_pass(self) -> None:
         """A pass is over, its activations freed."""
         if resident() > self._floor + 2 * self._need:
-            trim()
-            self._floor, self._fresh = resident(), True
+            self.give_back()
+
+    def give_back(self) -> None:
+        """Return what is kept: before and after judging, say, whose passes are of other sizes."""
+        trim()
+        self._floor, self._fresh = resident(), True
 
 
 def _mark() -> int | None:

@@ -267,6 +267,7 @@ class Trainer:
         """Mean loss of some examples under the job's route."""
         route = self.stepper.routes.get(job.name, job.name)
         runner, bank = self.stepper.runner, self.stepper.bank
+        self._heap.give_back()
         losses = example_losses(
             runner,
             examples,
@@ -275,6 +276,7 @@ class Trainer:
             tokens_per_pass=self.budget,
             progress=lambda done: self.listener.judging(job, done, len(examples)),
         )
+        self._heap.give_back()
         return losses.mean
 
     def _fail(self, job: Job, code: str, reason: str, error: Exception | None = None) -> None:
