@@ -51,6 +51,19 @@ def test_one_adapter_on_everything(dtype: torch.dtype, dora: bool, bias: bool, p
 
 @pytest.mark.usefixtures("native_kernels")
 @DTYPES
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize("lead", [(5,), (70,), (2, 150)], ids=str)
+def test_weights_that_are_stored_the_other_way_round(dtype: torch.dtype, dora: bool, lead: tuple[int, ...]) -> None:
+    """As [K, O], which Conv1D does: a view with its dimensions exchanged."""
+    case = NativeCase(dtype, lead, 64, [32, 160], True)
+    case.layers = [(weight.T.contiguous().T, bias) for weight, bias in case.layers]
+    case.add(None, 1.0, [7, 16], dora=dora)
+    check(case)
+    check(case, Case.fused(case))
+
+
+@pytest.mark.usefixtures("native_kernels")
+@DTYPES
 def test_adapters_on_their_own_tokens(dtype: torch.dtype) -> None:
     """Several adapters with ranks, layers, methods and weights of their own, base tokens between them."""
     case = NativeCase(dtype, (1, 400), 32, [96, 32], True)

@@ -196,14 +196,17 @@ def _mark(x: Tensor, current: Pass) -> tuple[int, ...]:
 
 def _layer(host: HostForward) -> Layer:
     module: Any = host.site.module
-    return module.weight, module.bias
+    return module.weight.T if host.site.kind == "conv1d" else module.weight, module.bias
 
 
 def _fits(host: HostForward, x: Tensor) -> bool:
-    """Whether a layer is a plain frozen linear one, as it stands there now."""
-    if host.inner is not None or type(host.site.module).forward is not nn.Linear.forward:
+    """Whether a layer is a plain frozen linear one, or transformers' Conv1D, as it stands there now."""
+    turned = host.site.kind == "conv1d"
+    if host.inner is not None or not (turned or type(host.site.module).forward is nn.Linear.forward):
         return False
     weight, bias = _layer(host)
+    if weight.is_contiguous() == turned and min(weight.shape) > 1:
+        return False
     frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
     return (
         frozen

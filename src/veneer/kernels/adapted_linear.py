@@ -141,19 +141,24 @@ def _base(call: _Call, h: int, x: Tensor, cells: int) -> Tensor:
         return x.new_empty(*x.shape[:-1], len(weight))
     if not any(branch.gained(h) for branch in call.branches if not branch.scales):
         if not any(branch.covers(h, cells) for branch in call.branches):
-            return F.linear(
-                x, weight, bias
-            )  # as for a call without adapters, to the bit: so it stays for cells that have none
+            return _product(x, weight, bias)
         y = linear(x.reshape(-1, x.shape[-1]), weight, bias)
         return y.view(*x.shape[:-1], len(weight))
     gain = call.folds(h, cells)
     if gain is not None:
         return F.linear(x, scale_rows(weight, gain), bias)
-    y = F.linear(x, weight, bias)
+    y = _product(x, weight, bias)
     for branch in call.branches:
         if not branch.scales:
             branch.regain_(h, y.view(-1, y.shape[-1]), bias)
     return y
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + b by the layer's own call, so that cells without an adapter keep their bits: Conv1D stores [K, O] and takes addmm."""
+    if weight.is_contiguous() or bias is None:
+        return F.linear(x, weight, bias)
+    return torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight.T).view(*x.shape[:-1], len(weight))
 
 
 def _base_gradient(call: _Call, g_NO: list[Tensor | None], cells: int) -> Tensor:

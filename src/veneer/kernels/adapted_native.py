@@ -77,6 +77,7 @@ class _Layer(ctypes.Structure):
         ("dots", ctypes.c_void_p),
         ("gone", ctypes.c_void_p),
         ("lost", ctypes.c_long),
+        ("turned", ctypes.c_int),
         ("scale", ctypes.c_float),
     ]
 
@@ -206,7 +207,7 @@ class _Layout:
         weight, bias = layer
         rank, width = len(f.a), len(f.b)
         own.host, own.lost = h, -1
-        own.w = weight.data_ptr() if whole else None
+        own.w, own.turned = weight.data_ptr() if whole else None, not weight.is_contiguous()
         own.bias = None if bias is None else bias.data_ptr()
         own.width, own.rank, own.at, own.scale = width, rank, run.columns, f.scale
         own.a, own.b, own.gain = f.a.data_ptr(), f.b.data_ptr(), None if gain is None else gain.data_ptr()
@@ -245,7 +246,8 @@ class Native:
         """Whether `run_` and `gradients_` take the products with the layers' weights too: every token is an adapter's, at every layer."""
         weights = [weight for weight, _ in self._layers]
         most = longest_product() if weights[0].dtype == torch.bfloat16 else 0
-        fits = max(self._columns, sum(map(len, weights))) <= most and all(w.is_contiguous() for w in weights)
+        fits = max(self._columns, sum(map(len, weights))) <= most
+        fits = fits and all(w.is_contiguous() or (w.T.is_contiguous() and not self._gained) for w in weights)
         fits = fits and cells >= _MANY * len(self._owns)
         self._whole = fits and all(self.covers(h, cells) for h in range(len(weights)))
         return self._whole

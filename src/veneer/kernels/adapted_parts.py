@@ -20,7 +20,7 @@ from veneer.kernels.gain import column_dots, regain
 
 Rows = Tensor | slice | None
 Layer = tuple[Tensor, Tensor | None]
-"""A frozen weight [O, K] and bias [O] or None."""
+"""A frozen weight [O, K] and bias [O] or None. A weight that is stored as [K, O] is a view with its dimensions exchanged."""
 Gradients = list[Tensor | None]
 _WEAK = 1e-20
 """Gains below this cannot be divided out of an output again."""

@@ -35,6 +35,7 @@ struct Layer {
     float* dots;        // [O]: sum_t g (out - bias), or null
     const int* gone;    // places n K + k of x, ascending, that dropout hides from the factors
     long lost;          // how many; -1 without dropout
+    int turned;         // whether w is stored as [K, O]; then there is no gain
     float scale;
 };
 
@@ -483,7 +484,12 @@ void layer_forward(long K, const Part* parts, long h, const Piece& t, Room& room
     Bank<bf16> bank(part, K);
     long P = padded(l.rank), width = std::min(PANEL, l.width - t.column);
     uint32_t* panel = room.of(K / 2 * PANEL);
-    if (room.column != t.column) pack_rows((const bf16*)l.w, K, t.column, width, panel);
+    if (room.column != t.column) {
+        if (l.turned)
+            pack_columns((const bf16*)l.w, K, l.width, t.column, width, nullptr, panel);
+        else
+            pack_rows((const bf16*)l.w, K, t.column, width, panel);
+    }
     room.column = t.column;
     const uint32_t* factor = (const uint32_t*)(bank.b[h] + P * l.width) + t.column;
     Segment segments[2] = {{(const bf16*)part.x + t.first * K, K, panel, PANEL, K / 2},
@@ -509,7 +515,10 @@ void input_gradient(long K, const Part* parts, const Piece& t, const bf16* slope
     for (long h = 0; h < part.layers; h++) {
         const Layer& l = part.layer[h];
         if (!l.y) continue;
-        if (!packed) pack_columns((const bf16*)l.w, l.width, K, t.column, width, l.gain, panel);
+        if (!packed && l.turned)
+            pack_rows((const bf16*)l.w, l.width, t.column, width, panel);
+        else if (!packed)
+            pack_columns((const bf16*)l.w, l.width, K, t.column, width, l.gain, panel);
         segments.push_back({(const bf16*)l.y + t.first * l.width, l.width, panel, PANEL, l.width / 2});
         panel += l.width / 2 * PANEL;
     }
