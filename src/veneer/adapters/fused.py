@@ -1,6 +1,6 @@
 """Which layers take the fast form, and how layers that read the same input share one call of it.
 
-The fast form (`kernels/adapted_linear`) is for plain frozen linear layers, with LoRA of any kind and with DoRA whose norm is a
+The fast form (`kernels/adapted_linear`) is for plain frozen linear layers (and Conv1D), with LoRA of any kind and with DoRA whose norm is a
 constant. Everything else takes the plain form: other layer kinds, layers with a forward of their own, weights that are trained or
 quantized, autocast, DoRA in a weighted mix or where the model goes on in place on the output, PEFT's form of DoRA dropout, tied
 heads.

@@ -172,6 +172,11 @@ class _Own:
         return first, max(0, last - first)
 
 
+def _covered(owns: Sequence[_Own], h: int, cells: int) -> bool:
+    """Whether each of so many tokens has an adapter at layer h."""
+    return cells == sum(own.span(cells)[1] for own in owns if own.factors[h] is not None)
+
+
 class _Layout:
     """All that calls of so many cells have in common, as the kernels take it: runs, and the layers of each behind the other's.
 
@@ -183,6 +188,8 @@ class _Layout:
         self.layers = (_Layer * sum(len(own.parts) for own in owns))()
         self.alive: list[Tensor] = []
         """What addresses point to."""
+        self.covered = [_covered(owns, h, cells) for h in range(len(layers))]
+        """Whether each token has an adapter, by layer."""
         self.memory = self.u = layer = 0
         for run, own in zip(self.runs, owns, strict=True):
             run.first, run.rows = own.span(cells)
@@ -233,7 +240,8 @@ class Native:
         self._layers = layers
         self._columns = layers[0][0].shape[1]
         self._layouts: dict[int, _Layout] = {}
-        self._whole = False
+        self._wholes: dict[int, bool] = {}
+        """What `whole` said; a call with other branches beside this one does not ask, and takes no products here."""
         self._lasting = lasting
         self._packed: Tensor | None = None
         self._gained = {h for own in self._owns for h in own.gains}
@@ -244,17 +252,21 @@ class Native:
 
     def whole(self, cells: int) -> bool:
         """Whether `run_` and `gradients_` take the products with the layers' weights too: every token is an adapter's, at every layer."""
+        if cells in self._wholes:
+            return self._wholes[cells]
         weights = [weight for weight, _ in self._layers]
         most = longest_product() if weights[0].dtype == torch.bfloat16 else 0
         fits = max(self._columns, sum(map(len, weights))) <= most
         fits = fits and all(w.is_contiguous() or (w.T.is_contiguous() and not self._gained) for w in weights)
         fits = fits and cells >= _MANY * len(self._owns)
-        self._whole = fits and all(self.covers(h, cells) for h in range(len(weights)))
-        return self._whole
+        if len(self._wholes) >= _SIZES:
+            self._wholes.clear()
+        self._wholes[cells] = fits and all(_covered(self._owns, h, cells) for h in range(len(weights)))
+        return self._wholes[cells]
 
     def covers(self, h: int, cells: int) -> bool:
         """Whether every token has an adapter at layer h."""
-        return cells == sum(own.span(cells)[1] for own in self._owns if own.factors[h] is not None)
+        return self._layout(cells).covered[h]
 
     def gained(self, h: int) -> bool:
         """Whether a gain acts at layer h."""
@@ -326,7 +338,9 @@ class Native:
         if found is None:
             if len(self._layouts) >= _SIZES:
                 self._layouts.clear()
-            found = self._layouts[cells] = _Layout(self._layers, self._owns, cells, whole=self._whole)
+            found = self._layouts[cells] = _Layout(
+                self._layers, self._owns, cells, whole=self._wholes.get(cells, False)
+            )
         return found
 
     def _places(self, layout: _Layout, device: torch.device) -> list[Tensor | None]:

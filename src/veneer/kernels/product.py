@@ -6,7 +6,9 @@ Boundary: no gradients flow through it; callers form them themselves. Shapes: N 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,22 +24,22 @@ _STEP = 32
 
 def linear(x_NK: Tensor, weight_OK: Tensor, bias_O: Tensor | None) -> Tensor:
     """[N, O]."""
-    tensors = [t for t in (x_NK, weight_OK, bias_O) if t is not None]
-    (out, k), most = weight_OK.shape, longest_product()
-    fits = k <= most and k % _STEP == 0 and out % _STEP == 0 and len(x_NK) > 0
-    if not fits or not all(t.dtype == torch.bfloat16 and t.is_cpu and t.is_contiguous() for t in tensors):
+    (out, k), rows, made = weight_OK.shape, len(x_NK), library()
+    if made is None or not _fits(made, x_NK, weight_OK, bias_O) or k % _STEP or out % _STEP or not rows:
         return F.linear(x_NK, weight_OK, bias_O)
-    made, y = library(), x_NK.new_empty(len(x_NK), out)
-    assert made is not None
-    made.veneer_product(
-        ctypes.c_void_p(x_NK.data_ptr()),
-        *map(ctypes.c_long, x_NK.shape),
-        *(ctypes.c_void_p(None if t is None else t.data_ptr()) for t in (weight_OK, bias_O)),
-        ctypes.c_long(out),
-        ctypes.c_void_p(y.data_ptr()),
-        torch.get_num_threads(),
-    )
+    y = x_NK.new_empty(rows, out)
+    bias = None if bias_O is None else bias_O.data_ptr()
+    _product(made)(
+        x_NK.data_ptr(), rows, k, weight_OK.data_ptr(), bias, out, y.data_ptr(), torch.get_num_threads()
+    )  # a few hundred times a step of decoding, so nothing is wrapped here
     return y
+
+
+def _fits(made: ctypes.CDLL, x_NK: Tensor, weight_OK: Tensor, bias_O: Tensor | None) -> bool:
+    kind = torch.bfloat16
+    plain = x_NK.dtype == weight_OK.dtype == kind and x_NK.is_cpu and weight_OK.is_cpu
+    laid = plain and x_NK.is_contiguous() and weight_OK.is_contiguous() and weight_OK.shape[1] <= _limit(made)
+    return laid and (bias_O is None or (bias_O.dtype == kind and bias_O.is_contiguous()))
 
 
 def longest_product() -> int:
@@ -51,3 +53,13 @@ def _limit(made: ctypes.CDLL) -> int:
     function = made.veneer_products
     function.restype = ctypes.c_long
     return int(function())
+
+
+@lru_cache
+def _product(made: ctypes.CDLL) -> Callable[..., Any]:
+    """The function of the library, taking plain numbers."""
+    function = made["veneer_product"]
+    pointer, long = ctypes.c_void_p, ctypes.c_long
+    function.argtypes = (pointer, long, long, pointer, pointer, long, pointer, ctypes.c_int)
+    function.restype = None
+    return function
