@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 from tests.adapters.made import nudge
-from tests.kernels.test_adapted_linear import Case, check
+from tests.kernels.test_adapted_linear import TOLERANCE, Case, check, relative
 
 from veneer.adapters import DoRA, LoRA, attach, fused
 from veneer.kernels import native
 from veneer.kernels.adapted_linear import Factors, Native, adapted_linear, fits
 from veneer.kernels.adapted_native import agrees
 from veneer.kernels.dora_norm import dora_norm_plain, dora_norms, squared_row_norms
-from veneer.kernels.product import linear
+from veneer.kernels.product import linear, longest_product
 from veneer.models.tiny import tiny
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -27,13 +27,16 @@ class NativeCase(Case):
     """All adapters of the case as one branch."""
 
     def fused(self) -> tuple[torch.Tensor, ...]:
+        return adapted_linear(self.x, self.layers, [self.branch()])
+
+    def branch(self, *, lasting: bool = False) -> Native:
         runs: list[Any] = []
         for share in self.shares:
             parts = dict(share.parts)
             factors = [parts.get(h) for h in range(len(self.layers))]
             assert fits(self.layers, factors)
             runs.append((share.rows, share.weight, factors))
-        return adapted_linear(self.x, self.layers, [Native(self.layers, runs)])
+        return Native(self.layers, runs, lasting=lasting)
 
 
 @pytest.mark.usefixtures("native_kernels")
@@ -279,6 +282,25 @@ def test_frozen_adapters_are_packed_once(dtype: torch.dtype, rows: int, monkeypa
     assert len(made) > calls and torch.equal(first[[0, 2, 3]], third[[0, 2, 3]]) and not torch.equal(first[1], third[1])
     native.use(None)
     assert float((run() - third).norm() / third.norm()) < (1e-5 if dtype == torch.float32 else 3e-2)
+
+
+@pytest.mark.usefixtures("native_kernels")
+@DTYPES
+@pytest.mark.parametrize("turned", [False, True], ids=["", "turned"])
+def test_frozen_adapters_with_few_tokens_each(dtype: torch.dtype, turned: bool) -> None:
+    """Products with the weights are taken of all tokens at once, and each adapter adds its own part; twice, the second time packed."""
+    case = NativeCase(dtype, (9,), 64, [32, 96], True)
+    if turned:
+        case.layers = [(weight.T.contiguous().T, bias) for weight, bias in case.layers]
+    for rows, ranks in ((slice(0, 1), [4, 7]), (slice(1, 4), [16, 1]), (slice(4, 9), [3, 9])):
+        case.add(rows, 1.0, ranks, dora=rows.start == 1 and not turned)
+    branch = case.branch(lasting=True)
+    with torch.no_grad():
+        first, second = (adapted_linear(case.x, case.layers, [branch]) for _ in range(2))
+        expected = case.plain()
+    assert branch._wholes == {9: dtype == torch.bfloat16 and longest_product() > 0}
+    for a, b, c in zip(first, second, expected, strict=True):
+        assert torch.equal(a, b) and relative(a, c) < TOLERANCE[dtype]
 
 
 @pytest.mark.usefixtures("native_kernels")

@@ -51,7 +51,7 @@ _HIGHEST = {torch.float32: 16, torch.bfloat16: 64}
 _SIZES = 8
 """Layouts for calls of so many sizes are kept."""
 _MANY = 16
-"""Tokens an adapter from which on products of weights are quicker here, where each panel of a weight is packed anew in every call."""
+"""Tokens an adapter from which on products of weights are quicker here for each by itself; packing a panel of a weight costs that much."""
 _PLACES = 2**31 - 1
 """Places that dropout hides are told as numbers up to this."""
 
@@ -105,6 +105,7 @@ class _Call(ctypes.Structure):
         ("y", ctypes.POINTER(ctypes.c_void_p)),
         ("out", ctypes.POINTER(ctypes.c_void_p)),
         ("packed", ctypes.c_int),
+        ("joint", ctypes.c_int),
     ]
 
 
@@ -258,11 +259,15 @@ class Native:
         most = longest_product() if weights[0].dtype == torch.bfloat16 else 0
         fits = max(self._columns, sum(map(len, weights))) <= most
         fits = fits and all(w.is_contiguous() or (w.T.is_contiguous() and not self._gained) for w in weights)
-        fits = fits and cells >= _MANY * len(self._owns)
+        fits = fits and (self._lasting or not self._sparse(cells))
         if len(self._wholes) >= _SIZES:
             self._wholes.clear()
         self._wholes[cells] = fits and all(_covered(self._owns, h, cells) for h in range(len(weights)))
         return self._wholes[cells]
+
+    def _sparse(self, cells: int) -> bool:
+        """Whether adapters have too few tokens each for products with weights of their own."""
+        return cells < _MANY * len(self._owns)
 
     def covers(self, h: int, cells: int) -> bool:
         """Whether every token has an adapter at layer h."""
@@ -292,9 +297,9 @@ class Native:
         u = x.new_empty(layout.u)
         gone = self._places(layout, x.device)
         layers = self._hidden(layout, gone)
-        self._call(
-            "veneer_low_rank_forward", layout, layers, _Call(packed=packed is not None), x, None, memory, u, y_NO
-        )
+        joint = self._wholes.get(len(x), False) and self._sparse(len(x))
+        call = _Call(packed=packed is not None, joint=joint)
+        self._call("veneer_low_rank_forward", layout, layers, call, x, None, memory, u, y_NO)
         if self._lasting:
             self._packed = memory
         return [memory, u, *gone]

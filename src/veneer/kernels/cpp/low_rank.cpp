@@ -61,6 +61,7 @@ struct Call {
     void* const* y;          // [N, O], or null
     const void* const* out;  // [N, O], or null
     int packed;              // whether memory holds the packed factors already
+    int joint;               // forward: the layers' products are taken of all tokens at once, whosever they are
 };
 
 // A run with its addresses.
@@ -478,11 +479,13 @@ struct Room {  // for one thread's panel
     }
 };
 
-void layer_forward(long K, const Part* parts, long h, const Piece& t, Room& room) {
+// joint: the product alone, with neither gain nor factors.
+void layer_forward(long K, const Part* parts, long h, const Piece& t, Room& room, bool joint) {
     const Part& part = parts[t.part];
     const Layer& l = part.layer[h];
     Bank<bf16> bank(part, K);
     long P = padded(l.rank), width = std::min(PANEL, l.width - t.column);
+    const float* gain = l.gain && !joint ? l.gain + t.column : nullptr;
     uint32_t* panel = room.of(K / 2 * PANEL);
     if (room.column != t.column) {
         if (l.turned)
@@ -495,7 +498,7 @@ void layer_forward(long K, const Part* parts, long h, const Piece& t, Room& room
     Segment segments[2] = {{(const bf16*)part.x + t.first * K, K, panel, PANEL, K / 2},
                            {(const bf16*)part.u + t.first * part.columns + l.at, part.columns, factor, l.width, P / 2}};
     const bf16* bias = (const bf16*)l.bias;
-    panel_product(segments, 2, t.end - t.first, (bf16*)l.y + t.first * l.width + t.column, l.width, width, l.gain ? l.gain + t.column : nullptr,
+    panel_product(segments, joint ? 1 : 2, t.end - t.first, (bf16*)l.y + t.first * l.width + t.column, l.width, width, gain,
                   bias ? bias + t.column : nullptr);
 }
 
@@ -530,6 +533,30 @@ void input_gradient(long K, const Part* parts, const Piece& t, const bf16* slope
 }
 #endif
 
+// Parts of few tokens each: the layers' products of all tokens, which leaves the parts their own additions.
+void products_of_all(long K, std::vector<Part>& parts, const Call& call, int threads) {
+#if defined(VENEER_PRODUCTS)
+    std::vector<Layer> layers(parts[0].layer, parts[0].layer + parts[0].layers);
+    Part all = parts[0];
+    all.rows = 0;
+    all.x = call.x;
+    all.layer = layers.data();
+    for (const Part& part : parts) all.rows += part.rows;
+    for (Layer& l : layers) l.y = call.y[l.host];
+#pragma omp parallel num_threads(threads)
+    for (long h = 0; h < all.layers; h++) {
+        std::vector<Piece> pieces = pieces_of(&all, 1, layers[h].width, threads);
+        Room room;
+#pragma omp for schedule(static) nowait
+        for (size_t i = 0; i < pieces.size(); i++) layer_forward(K, &all, h, pieces[i], room, true);
+    }
+    for (Part& part : parts)
+        for (long h = 0; h < part.layers; h++) part.layer[h].w = nullptr;
+#else
+    (void)K, (void)parts, (void)call, (void)threads;
+#endif
+}
+
 // Every token of a call belongs to a part, and all parts take all layers, where w is there.
 template <class T> void forward(long K, const Part* parts, long count, bool packed, int threads) {
     std::vector<Task> folds, blocks;
@@ -551,7 +578,7 @@ template <class T> void forward(long K, const Part* parts, long count, bool pack
                 std::vector<Piece> pieces = pieces_of(parts, count, parts[0].layer[h].width, threads);
                 Room room;
 #pragma omp for schedule(static) nowait
-                for (size_t i = 0; i < pieces.size(); i++) layer_forward(K, parts, h, pieces[i], room);
+                for (size_t i = 0; i < pieces.size(); i++) layer_forward(K, parts, h, pieces[i], room, false);
             }
 #endif
     }
@@ -709,6 +736,7 @@ extern "C" void veneer_product(const void* x, long N, long K, const void* w, con
 extern "C" void veneer_low_rank_forward(int kind, long K, const Run* runs, long count, const Layer* layers, const Call* call, int threads) {
     std::vector<Layer> own;
     std::vector<Part> parts = placed(kind ? 2 : 4, K, runs, count, layers, *call, own);
+    if (call->joint) products_of_all(K, parts, *call, threads);
     kind ? forward<bf16>(K, parts.data(), count, call->packed, threads) : forward<float>(K, parts.data(), count, call->packed, threads);
 }
 
