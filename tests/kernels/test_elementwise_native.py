@@ -25,13 +25,13 @@ ACT = {"silu": F.silu, "gelu_tanh": lambda t: F.gelu(t, approximate="tanh")}
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The functions of the library that are called, and found to take their inputs."""
     called: list[str] = []
-    inner = elementwise_native._function
+    inner = elementwise_native.function
 
-    def function(made: Any, name: str) -> Callable[..., Any]:
+    def function(made: Any, name: str, arguments: Any) -> Callable[..., Any]:
         called.append(name)
-        return inner(made, name)
+        return inner(made, name, arguments)
 
-    monkeypatch.setattr(elementwise_native, "_function", function)
+    monkeypatch.setattr(elementwise_native, "function", function)
     return called
 
 

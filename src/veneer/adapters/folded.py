@@ -61,7 +61,7 @@ def generation(current: Pass, adapter: Adapter) -> int | None:
     tables = (*adapter.tensors.values(), *adapter.own.values()) if adapter.own else adapter.tensors.values()
     tensors: list[Tensor] = [value for own in tables for value in own.values()]
     found = None
-    if not any(map(_TRAINED, tensors[:1])):  # where others are trained, their versions tell
+    if not any(map(_TRAINED, tensors)):
         try:
             marks = [list(map(id, tensors)), list(map(_VERSION, tensors)), list(map(Tensor.data_ptr, tensors))]
         except RuntimeError:  # made in inference mode, a tensor does not tell of changes

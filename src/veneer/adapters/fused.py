@@ -32,7 +32,6 @@ from veneer.kernels.adapted_linear import (
     Native,
     Run,
     Share,
-    Stack,
     adapted_linear,
     fits,
     stack,
@@ -149,10 +148,10 @@ def _state(
 
 
 def _own_factors(
-    hosts: list[HostForward], layers: list[Layer], current: Pass, adapter: Adapter, *, kept: bool = True
+    hosts: list[HostForward], layers: list[Layer], current: Pass, adapter: Adapter
 ) -> list[Factors | None]:
-    """An adapter's factors at the layers of a call; those of a frozen one are folded, and kept unless that is not wanted."""
-    state = _state(hosts, layers, current, [adapter]) if kept else None
+    """An adapter's factors at the layers of a call; those of a frozen one are folded, and kept."""
+    state = _state(hosts, layers, current, [adapter])
 
     def made() -> list[Factors | None]:
         own = [_factors(each, current, adapter) for each in hosts]
@@ -173,15 +172,16 @@ def _branches(
     adapters = [bank[name] for name, _, _ in group]
     if grid is not None:
         state = _state(hosts, layers, current, adapters)
-        every = [_own_factors(hosts, layers, current, one, kept=False) for one in adapters] if state is None else None
 
-        def made() -> Stack:
-            own = every or [_own_factors(hosts, layers, current, one, kept=False) for one in adapters]
-            return stack(own, layers, grid)
+        def every() -> list[list[Factors | None]]:
+            return [[_factors(each, current, adapter) for each in hosts] for adapter in adapters]
 
-        names = tuple(adapter.name for adapter in adapters)
-        found = made() if state is None else keep(bank, hosts[0].site.name, names, (*state, grid.few), made, number)
-        return [Bundle(grid, every, found)]
+        if state is None:
+            own = every()
+            return [Bundle(grid, own, stack(own, layers, grid))]
+        names, site = tuple(adapter.name for adapter in adapters), hosts[0].site.name
+        kept = keep(bank, site, names, (*state, grid.few), lambda: stack(every(), layers, grid), number)
+        return [Bundle(grid, None, kept)]
     branches: list[Branch] = []
     for adapter, (_, rows, weight) in zip(adapters, group, strict=True):
         where = None if rows is None else current.chart.spans.get(id(rows), rows)

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from veneer.kernels.adapted_layout import Call, Layout, Own, Run, covered
 from veneer.kernels.adapted_parts import (
     Backward,
     Factors,
@@ -43,8 +44,8 @@ from veneer.kernels.product import longest_product
 
 __all__ = ["Native", "Run", "agrees", "fits"]
 
-_UNIT, _STEP = 8, 32
-"""Ranks are padded to the first; widths are multiples of the second."""
+_STEP = 32
+"""Widths are multiples of it."""
 _HIGHEST = {torch.float32: 16, torch.bfloat16: 64}
 """Ranks above which matrix libraries are as quick (docs/log.md)."""
 
@@ -54,59 +55,6 @@ _MANY = 16
 """Tokens an adapter from which on products of weights are quicker here for each by itself; packing a panel of a weight costs that much."""
 _PLACES = 2**31 - 1
 """Places that dropout hides are told as numbers up to this."""
-
-Run = tuple["slice | None", "float | Tensor", "Sequence[Factors | None]"]
-"""An adapter's tokens (None: all), its weight w (a float or [n]), and its factors at each layer, None where it leaves one alone."""
-
-
-class _Layer(ctypes.Structure):
-    _fields_ = [
-        ("width", ctypes.c_long),
-        ("rank", ctypes.c_long),
-        ("at", ctypes.c_long),
-        ("a", ctypes.c_void_p),
-        ("b", ctypes.c_void_p),
-        ("gain", ctypes.c_void_p),
-        ("w", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-        ("y", ctypes.c_void_p),
-        ("out", ctypes.c_void_p),
-        ("host", ctypes.c_long),
-        ("da", ctypes.c_void_p),
-        ("db", ctypes.c_void_p),
-        ("dots", ctypes.c_void_p),
-        ("gone", ctypes.c_void_p),
-        ("lost", ctypes.c_long),
-        ("turned", ctypes.c_int),
-        ("scale", ctypes.c_float),
-    ]
-
-
-class _Run(ctypes.Structure):
-    _fields_ = [
-        ("rows", ctypes.c_long),
-        ("first", ctypes.c_long),
-        ("columns", ctypes.c_long),
-        ("layers", ctypes.c_long),
-        ("layer", ctypes.c_long),
-        ("memory", ctypes.c_long),
-        ("u", ctypes.c_long),
-        ("weights", ctypes.c_void_p),
-        ("weight", ctypes.c_float),
-    ]
-
-
-class _Call(ctypes.Structure):
-    _fields_ = [
-        ("x", ctypes.c_void_p),
-        ("dx", ctypes.c_void_p),
-        ("memory", ctypes.c_void_p),
-        ("u", ctypes.c_void_p),
-        ("y", ctypes.POINTER(ctypes.c_void_p)),
-        ("out", ctypes.POINTER(ctypes.c_void_p)),
-        ("packed", ctypes.c_int),
-        ("joint", ctypes.c_int),
-    ]
 
 
 def fits(layers: Sequence[Layer], factors: Sequence[Factors | None] = (), numbers: int = 0) -> bool:
@@ -158,76 +106,6 @@ def agrees() -> bool:
     return True
 
 
-class _Own:
-    """One adapter in the call: where its tokens stand, its layers, and S where a gain acts."""
-
-    def __init__(self, run: Run) -> None:
-        self.rows, self.weight, self.factors = run
-        self.parts = [(h, f) for h, f in enumerate(self.factors) if f is not None]
-        self.gains = {h: gain.contiguous() for h, f in self.parts if (gain := f.gain()) is not None}
-        self.drops = any(f.dropout is not None for _, f in self.parts)
-
-    def span(self, cells: int) -> tuple[int, int]:
-        """(first token, how many) of a call with so many."""
-        first, last, _ = (slice(None) if self.rows is None else self.rows).indices(cells)
-        return first, max(0, last - first)
-
-
-def _covered(owns: Sequence[_Own], h: int, cells: int) -> bool:
-    """Whether each of so many tokens has an adapter at layer h."""
-    return cells == sum(own.span(cells)[1] for own in owns if own.factors[h] is not None)
-
-
-class _Layout:
-    """All that calls of so many cells have in common, as the kernels take it: runs, and the layers of each behind the other's.
-
-    It is only read once it is made, so threads may share it.
-    """
-
-    def __init__(self, layers: Sequence[Layer], owns: Sequence[_Own], cells: int, *, whole: bool) -> None:
-        self.runs = (_Run * len(owns))()
-        self.layers = (_Layer * sum(len(own.parts) for own in owns))()
-        self.alive: list[Tensor] = []
-        """What addresses point to."""
-        self.covered = [_covered(owns, h, cells) for h in range(len(layers))]
-        """Whether each token has an adapter, by layer."""
-        self.memory = self.u = layer = 0
-        for run, own in zip(self.runs, owns, strict=True):
-            run.first, run.rows = own.span(cells)
-            run.layer, run.layers, run.memory, run.u = layer, len(own.parts), self.memory, self.u
-            self._weigh(run, own)
-            for h, f in own.parts:
-                self._lay(self.layers[layer], run, h, f, layers[h], own.gains.get(h), whole=whole)
-                layer += 1
-            self.u += run.columns * run.rows
-
-    def _weigh(self, run: _Run, own: _Own) -> None:
-        weight = own.weight / next((f.kept for _, f in own.parts), 1.0)
-        if isinstance(weight, Tensor):
-            self.alive.append(weight.to(torch.float32).contiguous())
-            run.weights = self.alive[-1].data_ptr()
-        else:
-            run.weight = weight
-
-    def _lay(
-        self, own: _Layer, run: _Run, h: int, f: Factors, layer: Layer, gain: Tensor | None, *, whole: bool
-    ) -> None:
-        weight, bias = layer
-        rank, width = len(f.a), len(f.b)
-        own.host, own.lost = h, -1
-        own.w, own.turned = weight.data_ptr() if whole else None, not weight.is_contiguous()
-        own.bias = None if bias is None else bias.data_ptr()
-        own.width, own.rank, own.at, own.scale = width, rank, run.columns, f.scale
-        own.a, own.b, own.gain = f.a.data_ptr(), f.b.data_ptr(), None if gain is None else gain.data_ptr()
-        padded = -(-rank // _UNIT) * _UNIT
-        run.columns += padded
-        self.memory += 2 * padded * (weight.shape[1] + width)
-
-    def own_layers(self) -> Any:
-        """A copy of the layers, for what one call alone adds to them."""
-        return type(self.layers).from_buffer_copy(self.layers)
-
-
 class Native:
     """Adapters that share no token, as one branch.
 
@@ -237,10 +115,10 @@ class Native:
     scales = True
 
     def __init__(self, layers: Sequence[Layer], runs: Sequence[Run], *, lasting: bool = False) -> None:
-        self._owns = [_Own(run) for run in runs]
+        self._owns = [Own(run) for run in runs]
         self._layers = layers
         self._columns = layers[0][0].shape[1]
-        self._layouts: dict[int, _Layout] = {}
+        self._layouts: dict[int, Layout] = {}
         self._wholes: dict[int, bool] = {}
         """What `whole` said; a call with other branches beside this one does not ask, and takes no products here."""
         self._lasting = lasting
@@ -262,7 +140,7 @@ class Native:
         fits = fits and (self._lasting or not self._sparse(cells))
         if len(self._wholes) >= _SIZES:
             self._wholes.clear()
-        self._wholes[cells] = fits and all(_covered(self._owns, h, cells) for h in range(len(weights)))
+        self._wholes[cells] = fits and all(covered(self._owns, h, cells) for h in range(len(weights)))
         return self._wholes[cells]
 
     def _sparse(self, cells: int) -> bool:
@@ -298,7 +176,7 @@ class Native:
         gone = self._places(layout, x.device)
         layers = self._hidden(layout, gone)
         joint = self._wholes.get(len(x), False) and self._sparse(len(x))
-        call = _Call(packed=packed is not None, joint=joint)
+        call = Call(packed=packed is not None, joint=joint)
         self._call("veneer_low_rank_forward", layout, layers, call, x, None, memory, u, y_NO)
         if self._lasting:
             self._packed = memory
@@ -315,7 +193,7 @@ class Native:
         layers = self._hidden(layout, gone) if self._drops else layout.own_layers()
         make = torch.empty_like if cells else torch.zeros_like
         found: Gradients = []
-        dots: list[tuple[int, int, Factors, _Own, Tensor, Tensor | None]] = []
+        dots: list[tuple[int, int, Factors, Own, Tensor, Tensor | None]] = []
         for run, own in zip(layout.runs, self._owns, strict=True):
             for layer, (h, f) in zip(layers[run.layer : run.layer + run.layers], own.parts, strict=True):
                 g, y, gain = g_NO[h], back.y_NO[h], own.gains.get(h)
@@ -329,7 +207,7 @@ class Native:
                     layer.dots = dots[-1][4].data_ptr()
                 found += [da, db, None]
         if cells:
-            self._call("veneer_low_rank_backward", layout, layers, _Call(), x, back.dx_NK, memory, u, g_NO, back.y_NO)
+            self._call("veneer_low_rank_backward", layout, layers, Call(), x, back.dx_NK, memory, u, g_NO, back.y_NO)
         for place, h, f, own, dots_O, seen in dots:
             g, y = g_NO[h], back.y_NO[h]
             assert x is not None and g is not None and y is not None
@@ -338,24 +216,22 @@ class Native:
             found[place] = by_magnitude(reduction, dots_O)
         return found
 
-    def _layout(self, cells: int) -> _Layout:
+    def _layout(self, cells: int) -> Layout:
         found = self._layouts.get(cells)
         if found is None:
             if len(self._layouts) >= _SIZES:
                 self._layouts.clear()
-            found = self._layouts[cells] = _Layout(
-                self._layers, self._owns, cells, whole=self._wholes.get(cells, False)
-            )
+            found = self._layouts[cells] = Layout(self._layers, self._owns, cells, whole=self._wholes.get(cells, False))
         return found
 
-    def _places(self, layout: _Layout, device: torch.device) -> list[Tensor | None]:
+    def _places(self, layout: Layout, device: torch.device) -> list[Tensor | None]:
         """What dropout hides, layer by layer; nothing where nothing is dropped."""
         if not self._drops:
             return []
         pairs = zip(layout.runs, self._owns, strict=True)
         return [f.places(run.rows * self._columns, device) for run, own in pairs for _, f in own.parts]
 
-    def _hidden(self, layout: _Layout, gone: Sequence[Tensor | None]) -> Any:
+    def _hidden(self, layout: Layout, gone: Sequence[Tensor | None]) -> Any:
         """The layers, each with the places that dropout hides from it."""
         layers = layout.own_layers() if gone else layout.layers
         for layer, places in zip(layers if gone else (), gone, strict=True):
@@ -366,9 +242,9 @@ class Native:
     def _call(
         self,
         name: str,
-        layout: _Layout,
+        layout: Layout,
         layers: Any,
-        call: _Call,
+        call: Call,
         x: Tensor | None,
         dx: Tensor | None,
         memory: Tensor,

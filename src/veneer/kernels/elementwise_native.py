@@ -10,14 +10,12 @@ Shapes: T tokens, D width, H heads.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from veneer.kernels.native import KINDS
+from veneer.kernels.native import KINDS, function
 
 __all__ = ["gated_backward", "gated_forward", "norm_backward", "norm_forward", "rotate", "rotate_back"]
 
@@ -54,7 +52,7 @@ def _norm(
     x, weight = x_TD.contiguous(), weight_D.contiguous()
     g = None if g_TD is None else g_TD.contiguous()
     y = torch.empty_like(x)
-    _function(made, "veneer_norm")(
+    function(made, "veneer_norm", _ARGUMENTS["veneer_norm"])(
         kind,
         one_plus,
         None if g is None else g.data_ptr(),
@@ -76,7 +74,7 @@ def gated_forward(made: ctypes.CDLL, gate: Tensor, up: Tensor, activation: str) 
         return None
     gate, up = gate.contiguous(), up.contiguous()
     y = torch.empty_like(gate)
-    _function(made, "veneer_gated")(
+    function(made, "veneer_gated", _ARGUMENTS["veneer_gated"])(
         kind,
         activation != "silu",
         None,
@@ -99,7 +97,7 @@ def gated_backward(
         return None
     d, gate, up = d.contiguous(), gate.contiguous(), up.contiguous()
     d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
-    _function(made, "veneer_gated")(
+    function(made, "veneer_gated", _ARGUMENTS["veneer_gated"])(
         kind,
         activation != "silu",
         d.data_ptr(),
@@ -136,7 +134,7 @@ def _turn(
         return None
     q_THD, k_TGD, cos_TD, sin_TD = (x.contiguous() for x in (q_THD, k_TGD, cos_TD, sin_TD))
     q, k = torch.empty_like(q_THD), torch.empty_like(k_TGD)
-    _function(made, "veneer_rotate")(
+    function(made, "veneer_rotate", _ARGUMENTS["veneer_rotate"])(
         kind,
         q_THD.data_ptr(),
         k_TGD.data_ptr(),
@@ -152,14 +150,6 @@ def _turn(
         _threads(q),
     )
     return q, k
-
-
-@lru_cache
-def _function(made: ctypes.CDLL, name: str) -> Callable[..., Any]:
-    """A function of the library that takes plain numbers."""
-    function = made[name]
-    function.argtypes, function.restype = _ARGUMENTS[name], None
-    return function
 
 
 def _kind(*tensors: Tensor) -> int | None:

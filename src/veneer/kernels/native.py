@@ -19,11 +19,14 @@ import platform
 import shlex
 import shutil
 import subprocess
+from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
-__all__ = ["KINDS", "build", "compiler", "folder", "key", "library", "pays", "reason", "use"]
+__all__ = ["KINDS", "build", "compiler", "folder", "function", "key", "library", "pays", "reason", "use"]
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1}
 """The dtypes that kernels in C++ take, and their numbers there."""
@@ -75,6 +78,14 @@ def use(folder: Path | None, why: str = "not asked for") -> None:
         _state.library = _state.loaded[folder]
     except OSError as error:
         _state.reason = f"what was built cannot be loaded: {error}"
+
+
+@lru_cache
+def function(made: ctypes.CDLL, name: str, arguments: tuple[Any, ...], result: Any = None) -> Callable[..., Any]:
+    """A function of a library that takes plain numbers of these C types: kernels of a few microseconds are called by it."""
+    found = made[name]
+    found.argtypes, found.restype = arguments, result
+    return found
 
 
 def compiler() -> list[str] | None:

@@ -6,18 +6,18 @@ Boundary: no gradients flow through it; callers form them themselves. Shapes: N 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from veneer.kernels.native import library
+from veneer.kernels.native import function, library
 
 __all__ = ["linear", "longest_product"]
 
+_LONG, _POINTER = ctypes.c_long, ctypes.c_void_p
+_ARGUMENTS = (_POINTER, _LONG, _LONG, _POINTER, _POINTER, _LONG, _POINTER, ctypes.c_int)
 _STEP = 32
 """Sizes that the form in C++ takes are multiples of it."""
 
@@ -29,9 +29,8 @@ def linear(x_NK: Tensor, weight_OK: Tensor, bias_O: Tensor | None) -> Tensor:
         return F.linear(x_NK, weight_OK, bias_O)
     y = x_NK.new_empty(rows, out)
     bias = None if bias_O is None else bias_O.data_ptr()
-    _product(made)(
-        x_NK.data_ptr(), rows, k, weight_OK.data_ptr(), bias, out, y.data_ptr(), torch.get_num_threads()
-    )  # a few hundred times a step of decoding, so nothing is wrapped here
+    product = function(made, "veneer_product", _ARGUMENTS)
+    product(x_NK.data_ptr(), rows, k, weight_OK.data_ptr(), bias, out, y.data_ptr(), torch.get_num_threads())
     return y
 
 
@@ -50,16 +49,4 @@ def longest_product() -> int:
 
 @lru_cache
 def _limit(made: ctypes.CDLL) -> int:
-    function = made.veneer_products
-    function.restype = ctypes.c_long
-    return int(function())
-
-
-@lru_cache
-def _product(made: ctypes.CDLL) -> Callable[..., Any]:
-    """The function of the library, taking plain numbers."""
-    function = made["veneer_product"]
-    pointer, long = ctypes.c_void_p, ctypes.c_long
-    function.argtypes = (pointer, long, long, pointer, pointer, long, pointer, ctypes.c_int)
-    function.restype = None
-    return function
+    return int(function(made, "veneer_products", (), ctypes.c_long)())

@@ -154,7 +154,8 @@ def _find_head(
         logits = runner.logits(flat)
     except BaseModelError:
         return None
-    for runner._last in (None, layer):
+    for last in (None, layer):
+        runner._last = last
         with contextlib.suppress(Exception):  # a model may do anything with an output layer that gives nothing
             states = runner.hidden(flat)
             found = torch.nn.functional.linear(states, weight, bias)
