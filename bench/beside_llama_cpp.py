@@ -26,8 +26,8 @@ from torch import Tensor
 from veneer.adapters import Adapter, DoRA, LoRA
 from veneer.checkpoints import attach, read_adapter
 from veneer.cli.main import main as veneer
-from veneer.compose.compose import compose
-from veneer.compose.parents import Parent, copy_as
+from veneer.compose.combine import compose
+from veneer.deltas.parents import Parent, copy_as
 from veneer.evaluate.general import general_text, pieces
 from veneer.models.embedded import find_embedded
 from veneer.models.load import load_base

@@ -29,10 +29,10 @@ from veneer.evaluate.general import general_text
 from veneer.models.flat import FlatRunner
 from veneer.models.load import load_base
 from veneer.models.tiny import tiny
-from veneer.train.faster import use_native
-from veneer.train.job import Job
-from veneer.train.step import Stepper
-from veneer.train.trainer import Listener, Trainer, cut
+from veneer.training.acceleration import use_native
+from veneer.training.loop.job import Job
+from veneer.training.loop.step import Stepper
+from veneer.training.loop.trainer import Listener, Trainer, cut
 
 EIGHT: dict[str, dict[str, Any]] = {
     "lora4": {"method": LoRA(r=4), "learning_rate": 1e-3, "steps": 8},

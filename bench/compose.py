@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from veneer.adapters import Adapter, LoRA
 from veneer.checkpoints import write_adapter
-from veneer.compose.skeleton import base_folder
+from veneer.checkpoints.base_files import base_folder
 
 SHAPES = {
     "self_attn.q_proj": (2048, 2048),

@@ -28,8 +28,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from veneer.checkpoints import attach
+from veneer.checkpoints.base_files import base_folder
 from veneer.cli.main import main as veneer
-from veneer.compose.skeleton import base_folder
 from veneer.models.load import load_base
 from veneer.models.tiny import tiny, tiny_tokenizer
 

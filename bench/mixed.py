@@ -30,18 +30,18 @@ from typing import Any
 import torch
 
 from veneer.adapters import DoRA, LoRA
-from veneer.adapters.chains import fuse
 from veneer.checkpoints import attach
 from veneer.config import TrainOptions
 from veneer.data.example import Example
+from veneer.models.fast_modules import fuse
 from veneer.models.flat import FlatRunner
 from veneer.models.load import load_base
 from veneer.models.tiny import tiny
-from veneer.train.faster import use_native
-from veneer.train.job import Job
-from veneer.train.memory import highest
-from veneer.train.step import Stepper
-from veneer.train.trainer import Listener, Trainer
+from veneer.training.acceleration import use_native
+from veneer.training.loop.job import Job
+from veneer.training.loop.step import Stepper
+from veneer.training.loop.trainer import Listener, Trainer
+from veneer.training.process_memory import highest
 
 ROWS = 16
 BASE = "smollm2-135m"

@@ -109,11 +109,11 @@ def _child(spec: dict[str, Any], *, planned: bool) -> dict[str, Any]:
     from veneer.data.example import Example
     from veneer.models.flat import FlatRunner
     from veneer.models.load import load_base
-    from veneer.train import memory
-    from veneer.train.plan import Planner
-    from veneer.train.recompute import recomputed
-    from veneer.train.step import Stepper
-    from veneer.train.trainer import Trainer
+    from veneer.training import process_memory as memory
+    from veneer.training.activation_checkpointing import recomputed
+    from veneer.training.loop.step import Stepper
+    from veneer.training.loop.trainer import Trainer
+    from veneer.training.planning.plan import Planner
 
     torch.set_num_threads(spec["threads"])
     base = load_base(spec["base"], dtype=spec["dtype"])

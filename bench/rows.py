@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from bench.cases import Workload
+from veneer.data.chat.render import Renderer
 from veneer.data.dataset import load_examples
 from veneer.data.example import Example
-from veneer.data.render import Renderer
 from veneer.data.stdlib_docs import stdlib_pairs
 from veneer.models.load import load_tokenizer
 

@@ -35,14 +35,14 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 def plain_forms() -> Iterator[None]:
     """A command that took the kernels in C++, as its process would to its end, leaves them to no other test."""
     yield
-    if native := sys.modules.get("veneer.kernels.native"):
+    if native := sys.modules.get("veneer.kernels.cpp_library"):
         native.use(None)
 
 
 @pytest.fixture(scope="session")
 def built_kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The kernels in C++, built for this machine."""
-    from veneer.kernels import native
+    from veneer.kernels import cpp_library as native
 
     if native.key() is None:
         pytest.skip("no C++ compiler")
@@ -54,7 +54,7 @@ def built_kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def native_kernels(built_kernels: Path) -> Iterator[None]:
     """Kernels in C++ inside the test, plain forms after it."""
-    from veneer.kernels import native
+    from veneer.kernels import cpp_library as native
 
     native.use(built_kernels)
     assert native.reason() == ""

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 
 from bench.workers.turn import Turn
-from veneer.adapters.chains import fuse
 from veneer.data.batch import make_batch
 from veneer.data.example import Example
 from veneer.kernels.cross_entropy import linear_cross_entropy
+from veneer.models.fast_modules import fuse
 from veneer.models.flat import FlatRunner
 from veneer.models.load import load_base
-from veneer.train.faster import use_native
-from veneer.train.trainer import cut
+from veneer.training.acceleration import use_native
+from veneer.training.loop.trainer import cut
 
 LEARNING_RATE = 2e-6
 _BUDGET = 1024

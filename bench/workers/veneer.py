@@ -9,18 +9,18 @@ import torch
 
 from bench.workers.turn import Turn
 from veneer.adapters import METHODS
-from veneer.adapters.chains import fuse
 from veneer.checkpoints import attach
 from veneer.config import TrainOptions
 from veneer.data.batch import Order
 from veneer.data.example import Example
+from veneer.models.fast_modules import fuse
 from veneer.models.flat import FlatRunner
 from veneer.models.load import load_base
-from veneer.train.faster import use_native
-from veneer.train.job import Job
-from veneer.train.recompute import recomputed
-from veneer.train.step import Stepper
-from veneer.train.trainer import Listener, Trainer
+from veneer.training.acceleration import use_native
+from veneer.training.activation_checkpointing import recomputed
+from veneer.training.loop.job import Job
+from veneer.training.loop.step import Stepper
+from veneer.training.loop.trainer import Listener, Trainer
 
 LEARNING_RATE = 2e-5
 

@@ -25,10 +25,10 @@ from three_tasks import BASE, TASKS, Judge, cached, write_tasks
 import veneer
 from veneer.adapters import Adapter
 from veneer.checkpoints import read_adapter
-from veneer.compose.compose import Composition, compose
+from veneer.compose.combine import Composition, compose
 from veneer.compose.ops import Settings
-from veneer.compose.parents import Parent, copy_as
 from veneer.compose.search import search_weights
+from veneer.deltas.parents import Parent, copy_as
 
 PAGE = Path(__file__).resolve().parents[1] / "composing.md"
 BEGIN, END = "<!-- table: docs/scripts/composing.py -->", "<!-- end of the table -->"

@@ -28,13 +28,13 @@ from three_tasks import BASE, TASKS, Judge, cached, write_tasks
 import veneer
 from veneer.checkpoints import attach
 from veneer.config import TrainOptions
+from veneer.data.chat.render import Renderer
 from veneer.data.dataset import load_examples
-from veneer.data.render import Renderer
 from veneer.models.flat import FlatRunner
 from veneer.models.load import load_base
-from veneer.train.job import Job
-from veneer.train.step import Stepper
-from veneer.train.trainer import Listener, Trainer
+from veneer.training.loop.job import Job
+from veneer.training.loop.step import Stepper
+from veneer.training.loop.trainer import Listener, Trainer
 
 PAGE = Path(__file__).resolve().parents[1] / "continual.md"
 BEGIN, END = "<!-- table: docs/scripts/continual.py -->", "<!-- end of the table -->"

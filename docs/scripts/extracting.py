@@ -24,10 +24,10 @@ from veneer.adapters import Adapter
 from veneer.adapters.adapter import check_name
 from veneer.checkpoints import read_adapter
 from veneer.cli.main import main as veneer
-from veneer.compose.build import assemble
 from veneer.data.batch import Order, make_batch
+from veneer.data.chat.render import Renderer
 from veneer.data.dataset import load_examples
-from veneer.data.render import Renderer
+from veneer.deltas.build import assemble
 from veneer.evaluate.losses import compare, example_losses
 from veneer.models.flat import FlatRunner
 from veneer.models.load import load_base

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 
 from veneer.adapters import Bank
-from veneer.adapters.route import RouteLike
+from veneer.adapters.runtime.route import RouteLike
 from veneer.checkpoints import attach
+from veneer.data.chat.render import Renderer
 from veneer.data.dataset import load_examples
 from veneer.data.example import Example
-from veneer.data.render import Renderer
 from veneer.data.stdlib_docs import stdlib_pairs
 from veneer.evaluate.general import general_text, pieces
 from veneer.evaluate.losses import Losses, example_losses

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from veneer.adapters import Adapter, Bank, DoRA, LoRA, Route, bank_of
     from veneer.checkpoints import attach
     from veneer.models.load import Base, load_base
-    from veneer.train import train
+    from veneer.training import train
 
 __version__ = "0.1.0"
 __all__ = [
@@ -49,7 +49,7 @@ _HOMES = {
     "attach": "veneer.checkpoints",
     "bank_of": "veneer.adapters",
     "load_base": "veneer.models.load",
-    "train": "veneer.train",
+    "train": "veneer.training",
 }
 
 

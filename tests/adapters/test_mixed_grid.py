@@ -14,7 +14,7 @@ from tests.adapters.peers import peft_tensor, peft_twin
 from torch import Tensor
 
 from veneer.adapters import Bank, DoRA, LoRA, attach
-from veneer.kernels import native
+from veneer.kernels import cpp_library as native
 from veneer.models.tiny import tiny
 
 RANKS = (1, 2, 7, 16, 64)

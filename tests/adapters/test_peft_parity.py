@@ -83,7 +83,7 @@ def test_dora_agrees_with_and_without_bias(arch: str, has_bias: bool) -> None:
     """The bias stays outside the gain, as in PEFT."""
     overrides = {"attention_bias": has_bias, "mlp_bias": has_bias} if arch == "llama" else {}
     model, bank, theirs = pair(arch, DoRA(r=4, lora_alpha=8), **overrides)
-    biases = [site.host.bias(site.module) for site in bank.sites.values() if site.name in bank["a"].tensors]
+    biases = [site.layer_kind.bias(site.module) for site in bank.sites.values() if site.name in bank["a"].tensors]
     assert all((bias is not None) == has_bias for bias in biases)
     batch = inputs_of(model)
     with torch.no_grad(), bank.use("a"):
@@ -178,7 +178,7 @@ def test_dropout_of_dora_in_the_form_of_peft(has_bias: bool, conv: bool, monkeyp
         bank = attach(model)
         method = DoRA(r=2, lora_alpha=4, lora_dropout=0.5, dropout_form=form, target_modules="0")
         nudge(bank.add("a", method))
-        monkeypatch.setattr("veneer.adapters.forward.drop", lambda x_n, p, seed: x_n * mask)
+        monkeypatch.setattr("veneer.adapters.runtime.forward.drop", lambda x_n, p, seed: x_n * mask)
         bank.fused = False
         with bank.use("a", training=True):
             results[form] = model(x)
@@ -188,11 +188,11 @@ def test_dropout_of_dora_in_the_form_of_peft(has_bias: bool, conv: bool, monkeyp
     assert (results["peft"] - expected).abs().max() <= 1e-6
     site = bank.sites["0"]
     own: dict[str, Tensor] = dict(bank["a"].tensors["0"])
-    gain = site.host.per_output(
+    gain = site.layer_kind.per_output(
         bank["a"].method.gain(own, bank["a"].method.norm(own, site.weight_2d, site.squared_norms(), 2.0))
     )
-    bias = 0 if layer.bias is None else site.host.per_output(layer.bias)
-    low = site.host.low(layer, x * mask, own["lora_A"], own["lora_B"]) * 2.0
+    bias = 0 if layer.bias is None else site.layer_kind.per_output(layer.bias)
+    low = site.layer_kind.low(layer, x * mask, own["lora_A"], own["lora_B"]) * 2.0
     wanted = bias + gain * (layer(x) - bias + low)
     assert (results["low_rank"] - wanted).abs().max() <= 1e-6
     assert (results["low_rank"] - expected).abs().max() > 1e-2

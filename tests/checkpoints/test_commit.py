@@ -18,7 +18,7 @@ import torch
 
 from veneer.checkpoints import commit as protocol
 from veneer.checkpoints.commit import LATEST, MANIFEST, candidates, commit, newest, sweep, verified
-from veneer.checkpoints.run import read_state, write_state
+from veneer.checkpoints.run_state import read_state, write_state
 from veneer.errors import CheckpointError
 
 

@@ -11,7 +11,15 @@ from tests.compose.made import METHODS, trained
 from torch import Tensor
 
 from veneer.adapters import Adapter, DoRA, LoRA, attach
-from veneer.checkpoints.gguf import FAMILIES, Layout, gguf_factors, interleaved, layout_of, read_gguf, write_gguf
+from veneer.checkpoints.foreign.gguf_adapter import (
+    FAMILIES,
+    Layout,
+    gguf_factors,
+    interleaved,
+    layout_of,
+    read_gguf,
+    write_gguf,
+)
 from veneer.errors import ExportError
 from veneer.models.tiny import tiny
 

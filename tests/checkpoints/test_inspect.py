@@ -15,7 +15,7 @@ import veneer
 from veneer import DoRA, LoRA
 from veneer.checkpoints import read_adapter
 from veneer.checkpoints.inspect import unusual, view
-from veneer.checkpoints.verify import verify_logits
+from veneer.checkpoints.logit_check import verify_logits
 from veneer.cli.main import main
 from veneer.models.tiny import tiny
 

@@ -154,8 +154,8 @@ REACHING = [
 @pytest.mark.parametrize("template", REACHING)
 def test_a_template_reaches_nothing(template: str, canary: Path) -> None:
     """Rows of a template that reaches for Python, files or all memory are refused one by one, with the template's own words."""
-    from veneer.data.render import Renderer, RenderOptions
-    from veneer.data.row import Row
+    from veneer.data.chat.render import Renderer, RenderOptions
+    from veneer.data.rows.row import Row
 
     source = template.replace("CANARY", str(canary)) + "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
     renderer = Renderer(tiny_tokenizer(), RenderOptions(chat_template=source))

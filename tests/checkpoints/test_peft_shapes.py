@@ -189,7 +189,7 @@ def test_undeclared_embeddings_are_refused_and_can_be_taken(tmp_path: Path) -> N
     ):
         bank.load(tmp_path / "a")
     adapter = bank.load(tmp_path / "a", force="embeddings")
-    assert set(adapter.own) == {"model.embed_tokens", "lm_head"}
+    assert set(adapter.overrides) == {"model.embed_tokens", "lm_head"}
     with bank.use("a"):
         assert (outputs(base) - expected).abs().max() <= LIMIT
     assert torch.equal(outputs(base), plain)
@@ -339,8 +339,8 @@ def test_own_values_train_save_and_load(tmp_path: Path) -> None:
         assert (outputs(load_peft(tiny(arch, **TIED), tmp_path / str(number))) - expected).abs().max() <= LIMIT
         other = veneer.attach(tiny(arch, **TIED))
         again = other.load(tmp_path / str(number), name="a")
-        assert {place: set(own) for place, own in again.own.items()} == {
-            place: set(own) for place, own in adapter.own.items()
+        assert {place: set(own) for place, own in again.overrides.items()} == {
+            place: set(own) for place, own in adapter.overrides.items()
         }
         assert again.num_parameters() == adapter.num_parameters()
         with other.use("a"):
@@ -349,8 +349,8 @@ def test_own_values_train_save_and_load(tmp_path: Path) -> None:
 
 def test_what_is_its_own_is_not_composed(tmp_path: Path) -> None:
     """Adding up changes would lose a head of the adapter's own: refused, and told."""
-    from veneer.compose.compose import compose
-    from veneer.compose.parents import Parent
+    from veneer.compose.combine import compose
+    from veneer.deltas.parents import Parent
     from veneer.errors import ComposeError
 
     save_peft(peft_model(tiny("llama", **UNTIED), **QV, modules_to_save=["lm_head"]), tmp_path / "a")

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from tests.checkpoints.helpers import config, make_folder
 
 import veneer
-from veneer.checkpoints.peft_keys import Key, parse_key
-from veneer.checkpoints.peft_sites import Table, ends_with, layer_of, lookup, matches_key, names_for, table_for
+from veneer.checkpoints.peft.patterns import Table, ends_with, layer_of, lookup, matches_key, names_for, table_for
+from veneer.checkpoints.peft.tensor_names import Key, parse_key
 from veneer.errors import CheckpointError
 from veneer.models.tiny import tiny
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.train.made import write_place
+from tests.training.made import write_place
 
 from veneer.cli import demo
 from veneer.cli.main import main

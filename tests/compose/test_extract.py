@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from veneer.adapters import Adapter, DoRA, LoRA, attach
 from veneer.checkpoints import attach as attach_with_folders
 from veneer.checkpoints import read_adapter
+from veneer.checkpoints.base_files import skeleton
 from veneer.cli.main import main
 from veneer.compose.extract import Extraction, extract
-from veneer.compose.merge import merge_to_folder
-from veneer.compose.skeleton import skeleton
 from veneer.errors import ComposeError, TargetError
+from veneer.merge.merge import merge_to_folder
 
 
 def dense(adapter: Adapter, site: str, model: nn.Module) -> Tensor:

@@ -12,12 +12,12 @@ from tests.compose.made import METHODS, trained
 from torch import Tensor, nn
 
 from veneer.adapters import Adapter, DoRA, LoRA
-from veneer.compose.build import assemble, site_tensors
-from veneer.compose.compose import Composition, compose
-from veneer.compose.delta import SiteDelta, Weights, site_delta, weighted_sum
+from veneer.compose.combine import Composition, compose
 from veneer.compose.ops import OPERATIONS, Settings
-from veneer.compose.parents import Parent
-from veneer.compose.svd import truncated
+from veneer.deltas.build import assemble, site_tensors
+from veneer.deltas.delta import SiteDelta, Weights, site_delta, weighted_sum
+from veneer.deltas.parents import Parent
+from veneer.deltas.svd import truncated
 from veneer.errors import ComposeError
 from veneer.models.tiny import tiny
 

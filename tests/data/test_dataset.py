@@ -13,6 +13,7 @@ import pytest
 from tests.data.families import tokenizer_of
 
 from veneer.data import dataset
+from veneer.data.chat.render import Renderer, RenderOptions
 from veneer.data.check import CheckReport, check_files
 from veneer.data.check_text import FINDINGS, check_lines
 from veneer.data.dataset import Examples, Selected, load_examples
@@ -20,8 +21,7 @@ from veneer.data.example import Example
 from veneer.data.hashing import data_hash, file_hash, template_hash
 from veneer.data.notes import NOTES
 from veneer.data.preview import html_page, id_lines, pieces, plain_text, rich_text, summary
-from veneer.data.render import Renderer, RenderOptions
-from veneer.data.row import Row
+from veneer.data.rows.row import Row
 from veneer.errors import ConfigError, DataError
 
 

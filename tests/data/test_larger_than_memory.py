@@ -14,7 +14,7 @@ import json, sys
 from pathlib import Path
 from veneer.data import dataset
 from veneer.data.check import check_files
-from veneer.data.render import Renderer
+from veneer.data.chat.render import Renderer
 from veneer.models.tiny import tiny_tokenizer
 
 def status(field):

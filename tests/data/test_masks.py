@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from tests.data.families import FAMILIES, Family, Message, conversation, tokenizer_of
 
-from veneer.data.render import Rendered, Renderer, RenderOptions
-from veneer.data.row import Bad, Row
+from veneer.data.chat.render import Rendered, Renderer, RenderOptions
+from veneer.data.rows.row import Bad, Row
 
 PER_FAMILY = 500
 

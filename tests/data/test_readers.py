@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from veneer.data import readers, streams
+from veneer.data import streams
 from veneer.data.index import RowIndex
-from veneer.data.readers import Source, splits
-from veneer.data.row import Bad, Record
+from veneer.data.rows import readers
+from veneer.data.rows.readers import Source, splits
+from veneer.data.rows.row import Bad, Record
 from veneer.errors import DataError
 
 ROWS = [{"text": "one"}, {"text": "zwei \u00e4\u4e2d\U0001f44d"}, {"text": "three\nlines"}]

@@ -10,8 +10,8 @@ import pytest
 from tests.data.families import FAMILIES, conversation
 from tests.data.test_masks import trained_stretches
 
-from veneer.data.render import Renderer
-from veneer.data.row import Row
+from veneer.data.chat.render import Renderer
+from veneer.data.rows.row import Row
 from veneer.models.load import load_tokenizer
 
 pytestmark = pytest.mark.real

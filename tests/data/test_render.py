@@ -9,8 +9,8 @@ from tests.data.families import GRANITE, byte_level, sentence_piece, tokenizer_o
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from veneer.data.render import Rendered, Renderer, RenderOptions
-from veneer.data.row import Bad, Row
+from veneer.data.chat.render import Rendered, Renderer, RenderOptions
+from veneer.data.rows.row import Bad, Row
 from veneer.errors import ConfigError, DataError
 
 PAIR = Row("pair", "rows.jsonl:1", prompt="one ", completion="two", key="completion")

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from tests.data.families import tokenizer_of
 
-from veneer.data.render import Renderer
-from veneer.data.row import Bad, Row
-from veneer.data.shapes import Rows
+from veneer.data.chat.render import Renderer
+from veneer.data.rows.row import Bad, Row
+from veneer.data.rows.shapes import Rows
 from veneer.errors import ConfigError, DataError
 
 CHAT = {"messages": [{"role": "user", "content": "ask"}, {"role": "assistant", "content": "answer"}]}

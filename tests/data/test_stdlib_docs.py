@@ -16,8 +16,8 @@ import pytest
 from tests.data.families import tokenizer_of
 
 from veneer.data import stdlib_docs
-from veneer.data.render import Renderer
-from veneer.data.row import Row
+from veneer.data.chat.render import Renderer
+from veneer.data.rows.row import Row
 from veneer.data.stdlib_docs import INSTRUCTION, stdlib_pairs
 from veneer.errors import DataError
 

@@ -11,8 +11,8 @@ from tests.compose.made import METHODS, saved, trained
 
 from veneer.checkpoints import attach
 from veneer.cli.main import main
+from veneer.data.chat.render import Renderer
 from veneer.data.dataset import load_examples
-from veneer.data.render import Renderer
 from veneer.evaluate.general import general_text, pieces
 from veneer.evaluate.losses import compare, example_losses
 from veneer.models.flat import FlatRunner
@@ -99,9 +99,9 @@ def test_mistakes_are_one_sentence(made: Path, capsys: pytest.CaptureFixture[str
 
 def test_training_watches_a_general_text(made: Path) -> None:
     """With ``watch_general`` each look tells the loss on Python's documentation too, which at step 0 is the base's."""
-    from tests.train.made import QUIET
+    from tests.training.made import QUIET
 
-    from veneer.train import train
+    from veneer.training import train
 
     base = load_base(made / "base", dtype="float32")
     options: dict[str, Any] = {

@@ -8,10 +8,10 @@ import pytest
 import torch
 from tests.kernels.test_segment_attention import PATTERNS, _run, _worst
 
-from veneer.kernels import segment_attention as room
-from veneer.kernels.attention_native import native, takes
-from veneer.kernels.segment_attention import plain, segment_attention
-from veneer.kernels.segments import Pattern, Segments
+from veneer.kernels.attention import segmented as room
+from veneer.kernels.attention.native import native, takes
+from veneer.kernels.attention.segmented import plain, segment_attention
+from veneer.kernels.attention.segments import Pattern, Segments
 
 pytestmark = pytest.mark.usefixtures("native_kernels")
 

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from veneer.kernels import compiled
-from veneer.kernels.compiled import Chain, compile_chains, status
-from veneer.kernels.elementwise import gated, gated_backward, gated_backward_text, rms_norm, rotary
+from veneer.kernels.elementwise import compiled
+from veneer.kernels.elementwise.compiled import Chain, compile_chains, status
+from veneer.kernels.elementwise.functions import gated, gated_backward, gated_backward_text, rms_norm, rotary
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE)

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from tests.kernels.test_elementwise import check, draw, norm_reference, rotary_reference
 from torch import Tensor
 
-from veneer.kernels import elementwise, elementwise_native
-from veneer.kernels.elementwise import gated, rms_norm, rotary
-from veneer.kernels.native import library
+from veneer.kernels.cpp_library import library
+from veneer.kernels.elementwise import functions as elementwise
+from veneer.kernels.elementwise import native as elementwise_native
+from veneer.kernels.elementwise.functions import gated, rms_norm, rotary
 
 pytestmark = pytest.mark.usefixtures("native_kernels")
 

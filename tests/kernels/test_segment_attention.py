@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from veneer.kernels import segment_attention as room
-from veneer.kernels.segment_attention import plain, segment_attention, tiled
-from veneer.kernels.segments import Pattern, Segments
+from veneer.kernels.attention import segmented as room
+from veneer.kernels.attention.segmented import plain, segment_attention, tiled
+from veneer.kernels.attention.segments import Pattern, Segments
 
 PATTERNS = {
     "causal": Pattern(),

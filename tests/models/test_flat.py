@@ -11,7 +11,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from veneer.errors import BaseModelError
-from veneer.kernels import segment_attention
+from veneer.kernels.attention import segmented as segment_attention
 from veneer.models.flat import Flat, FlatRunner
 from veneer.models.load import load_base
 from veneer.models.tiny import VOCAB, tiny

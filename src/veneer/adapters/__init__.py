@@ -6,9 +6,9 @@ Needs torch and pydantic only: it works on any ``nn.Module``.
 from __future__ import annotations
 
 from veneer.adapters.adapter import Adapter
+from veneer.adapters.attach import attach, bank_of
 from veneer.adapters.bank import Bank
 from veneer.adapters.methods import METHODS, DoRA, LoRA, Method
-from veneer.adapters.route import Route
-from veneer.adapters.surgery import attach, bank_of
+from veneer.adapters.runtime.route import Route
 
 __all__ = ["METHODS", "Adapter", "Bank", "DoRA", "LoRA", "Method", "Route", "attach", "bank_of"]

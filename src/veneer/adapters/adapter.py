@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.adapters.host import Geometry
+from veneer.adapters.layers.kinds import Geometry
+from veneer.adapters.layers.site import Site
 from veneer.adapters.methods import Method
 from veneer.adapters.methods.lora import factors_2d
-from veneer.adapters.site import Site
 from veneer.adapters.targets import by_pattern
 from veneer.errors import AdapterError
 
@@ -29,7 +29,7 @@ class Adapter:
     """A trained, or trainable, change to a base.
 
     name: how routes call it. method: `LoRA` or `DoRA`, frozen. tensors: {site: {tensor name: Parameter}} in PEFT's names and shapes.
-    own: whole weights, biases and rows at some places, {place: {"weight", "bias", "rows" or "lora_bias": Parameter}} (see ``own.py``);
+    overrides: whole weights, biases and rows at some places, {place: {"weight", "bias", "rows" or "lora_bias": Parameter}};
     one Parameter may stand at two places. tokens: which tokens the rows are of. kinds: the layer kind of each site. alphas: lora_alpha
     of each site. seed: of the initialiser and of dropout. draws: how many training passes have drawn dropout so far. meta: what its file
     says of its origin.
@@ -42,7 +42,7 @@ class Adapter:
         tensors: Mapping[str, Mapping[str, Tensor]],
         kinds: Mapping[str, str],
         *,
-        own: Mapping[str, Mapping[str, Tensor]] | None = None,
+        overrides: Mapping[str, Mapping[str, Tensor]] | None = None,
         tokens: Mapping[str, tuple[int, ...]] | None = None,
         alphas: Mapping[str, float] | None = None,
         seed: int = 0,
@@ -51,7 +51,7 @@ class Adapter:
         self.name = check_name(name)
         self.method = method
         self.tensors = _parameters(tensors)
-        self.own = _parameters(own or {})
+        self.overrides = _parameters(overrides or {})
         self.tokens = dict(tokens or {})
         self.kinds = dict(kinds)
         self._alphas = dict(alphas or {})
@@ -89,7 +89,7 @@ class Adapter:
     def named_tensors(self) -> Iterator[tuple[str, str, nn.Parameter]]:
         """(site, name, tensor) of everything that the adapter holds, the low-rank changes first; what two places share comes once."""
         seen: set[int] = set()
-        for table in (self.tensors, self.own):
+        for table in (self.tensors, self.overrides):
             for site, own in table.items():
                 for key, value in own.items():
                     if id(value) not in seen:
@@ -135,7 +135,7 @@ def new_adapter(
     sites: list[Site],
     *,
     seed: int,
-    own: Mapping[str, Mapping[str, Tensor]] | None = None,
+    overrides: Mapping[str, Mapping[str, Tensor]] | None = None,
     tokens: Mapping[str, tuple[int, ...]] | None = None,
 ) -> Adapter:
     """A fresh adapter over ``sites`` that leaves the base's output exactly as it is; in fp32, or in fp64 where the base is.
@@ -154,7 +154,7 @@ def new_adapter(
         generator = torch.Generator().manual_seed(stream_seed(seed, site.name))
         tensors[site.name] = method.init(site.geometry, r, site.squared_norms, generator, dtype)
     kinds = {site.name: site.kind for site in sites}
-    return Adapter(name, method, tensors, kinds, own=own, tokens=tokens, seed=seed)
+    return Adapter(name, method, tensors, kinds, overrides=overrides, tokens=tokens, seed=seed)
 
 
 def tensor_shapes(method: Method, geometry: Geometry, r: int) -> dict[str, tuple[int, ...]]:

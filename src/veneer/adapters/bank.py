@@ -21,17 +21,17 @@ import torch
 from torch import Tensor, nn
 
 from veneer.adapters.adapter import Adapter, check_name, new_adapter
-from veneer.adapters.fit import check_fit, check_tying
-from veneer.adapters.lookout import Lookout
+from veneer.adapters.attach import Patches
+from veneer.adapters.call_check import CallMonitor
+from veneer.adapters.compatibility import check_fit, check_tying
+from veneer.adapters.layers.site import Site, Survey
 from veneer.adapters.merge import merged_state_dict, unties
 from veneer.adapters.methods import Method
 from veneer.adapters.module import adapter_module
-from veneer.adapters.own import fresh_own
-from veneer.adapters.route import Mix, Route, RouteLike
-from veneer.adapters.site import Site, Survey
-from veneer.adapters.surgery import Wiring
+from veneer.adapters.overrides import fresh_own
+from veneer.adapters.runtime.route import Mix, Route, RouteLike
+from veneer.adapters.runtime.tracker import RouteTracker
 from veneer.adapters.targets import select
-from veneer.adapters.traffic import Traffic
 from veneer.errors import AdapterError, RouteError
 
 
@@ -63,13 +63,13 @@ class Bank:
         self.sites: dict[str, Site] = survey.sites
         self.uncovered: dict[str, str] = survey.uncovered
         self.tied: dict[str, tuple[str, ...]] = survey.tied
-        self.places: dict[str, Site] = survey.places
+        self.vector_layers: dict[str, Site] = survey.vector_layers
         """Layers without a host where an adapter can have values of its own (norms)."""
         self.fused = True
         """Whether layers may take the fast form; off, all take the plain one."""
-        self.traffic = Traffic(self)
-        self.wiring = Wiring(self)
-        self.lookout = Lookout(self, survey, called=called, rows_known=rows_known)
+        self.traffic = RouteTracker(self)
+        self.wiring = Patches(self)
+        self.lookout = CallMonitor(self, survey, called=called, rows_known=rows_known)
         self._folders = folders
         self._slots: dict[str, Adapter] = {}
         self._numbers: dict[str, int] = {}
@@ -106,8 +106,8 @@ class Bank:
     def sites_of(self, name: str) -> list[Site]:
         """Sites whose forward an adapter takes part in, a tied head and places with values of its own among them."""
         adapter = self[name]
-        names = dict.fromkeys([*adapter.tensors, *adapter.own])
-        sites = [self.sites.get(name) or self.places[name] for name in names]
+        names = dict.fromkeys([*adapter.tensors, *adapter.overrides])
+        sites = [self.sites.get(name) or self.vector_layers[name] for name in names]
         if adapter.method.ensure_weight_tying:
             sites += [site for site in self.sites.values() if site.tied_to is not None and adapter.follows_at(site)]
         return sites
@@ -128,7 +128,7 @@ class Bank:
             chosen = [site for site in chosen if self.sites[site].tied_to not in chosen]
         # As in PEFT, a layer that is trained whole is not adapted too.
         sites = [self.sites[site] for site in chosen if "weight" not in own.get(site, ())]
-        return self.insert(new_adapter(name, method, sites, seed=seed, own=own, tokens=tokens))
+        return self.insert(new_adapter(name, method, sites, seed=seed, overrides=own, tokens=tokens))
 
     def insert(self, adapter: Adapter) -> Adapter:
         """Put an existing adapter into the bank, after holding its tensors against this base.
@@ -148,8 +148,8 @@ class Bank:
 
     def check_fit(self, adapter: Adapter) -> None:
         """Raise AdapterError unless every tensor of the adapter fits the site that it names; TargetError where its tying cannot be."""
-        check_fit(adapter, self.sites, self.places)
-        check_tying(adapter.method, [*adapter.tensors, *adapter.own], self.sites)
+        check_fit(adapter, self.sites, self.vector_layers)
+        check_tying(adapter.method, [*adapter.tensors, *adapter.overrides], self.sites)
 
     def remove(self, name: str) -> None:
         """Take an adapter out; layers that no other adapter acts on go back to what they were.
@@ -265,7 +265,7 @@ class Bank:
         devices: where layers are, as far as they were looked at. Raises AdapterError where the model has lost a layer that it had, or
         where a tensor has no values.
         """
-        for table in (adapter.tensors, adapter.own):
+        for table in (adapter.tensors, adapter.overrides):
             for name, own in table.items():
                 device = devices.get(name)
                 if device is None:
@@ -275,7 +275,7 @@ class Bank:
                         self._move(adapter, f"{name}.{key}", parameter, device)
 
     def _device(self, name: str, adapter: Adapter) -> torch.device:
-        site = self.sites.get(name) or self.places[name]
+        site = self.sites.get(name) or self.vector_layers[name]
         if not site.stands():
             raise AdapterError(
                 f'{name}: the model has another layer here than when the bank was attached, so adapter "{adapter.name}" would '

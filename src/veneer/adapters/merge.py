@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from veneer.adapters.own import own_deltas, own_matrix, vector_changes
-from veneer.adapters.route import Mix
-from veneer.adapters.site import Site
+from veneer.adapters.layers.site import Site
+from veneer.adapters.overrides import own_deltas, own_matrix, vector_changes
+from veneer.adapters.runtime.route import Mix
 from veneer.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -34,13 +34,13 @@ def merged_weight(bank: Bank, site: Site, mix: Mix, dtype: torch.dtype | None = 
             deltas.append(adapter.delta_2d(site.name, base))
         elif site.tied_to is not None and adapter.follows_at(site):
             deltas.append(adapter.delta_2d(site.tied_to, base.T).T)
-        if site.name in adapter.own:
+        if site.name in adapter.overrides:
             deltas += own_deltas(adapter, site)
         for delta in deltas:
             merged = (base.to(wide) if merged is None else merged).add(delta.to(wide), alpha=weight)
     if merged is None:
         return None
-    return site.host.delta(site.module, merged).to(dtype or base.dtype).contiguous()
+    return site.layer_kind.delta(site.module, merged).to(dtype or base.dtype).contiguous()
 
 
 def merged_state_dict(bank: Bank, mix: Mix) -> dict[str, Tensor]:
@@ -76,8 +76,8 @@ def _merged_vectors(bank: Bank, mix: Mix) -> dict[str, Tensor]:
     bases: dict[str, Tensor | None] = {}
     for name, weight in mix:
         adapter = bank[name]
-        for place in adapter.own:
-            site = bank.sites.get(place) or bank.places[place]
+        for place in adapter.overrides:
+            site = bank.sites.get(place) or bank.vector_layers[place]
             for key, change in vector_changes(adapter, site).items():
                 base: Tensor | None = getattr(site.module, key, None)
                 for path in site.names:

@@ -17,8 +17,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
+from veneer.adapters.layers.site import Site, Survey
 from veneer.adapters.methods.options import LowRankOptions
-from veneer.adapters.site import Site, Survey
 from veneer.errors import Problems, TargetError
 
 ALL_LINEAR = "all-linear"

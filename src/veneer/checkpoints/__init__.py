@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from veneer.checkpoints.peft import PeftFolders, attach, read_adapter, write_adapter
+from veneer.checkpoints.peft.folders import PeftFolders, attach, read_adapter, write_adapter
 
 __all__ = ["PeftFolders", "attach", "read_adapter", "write_adapter"]

@@ -23,9 +23,9 @@ from torch import Tensor
 from veneer.adapters.adapter import Adapter
 from veneer.adapters.bank import Bank
 from veneer.adapters.methods.lora import factors_2d
-from veneer.adapters.own import LORA_BIAS, ROWS, WEIGHT
+from veneer.adapters.overrides import LORA_BIAS, ROWS, WEIGHT
 from veneer.checkpoints.findings import listed
-from veneer.checkpoints.peft_keys import MAGNITUDE
+from veneer.checkpoints.peft.tensor_names import MAGNITUDE
 from veneer.checkpoints.receipt import Receipt
 
 
@@ -107,7 +107,7 @@ def view(adapter: Adapter, bank: Bank | None = None) -> View:
         sites,
         {"r": adapter.method.r, "lora_alpha": adapter.method.lora_alpha, **options},
         adapter.meta.get("receipt"),
-        [_own(adapter, place, key, bank) for place, parts in adapter.own.items() for key in parts],
+        [_own(adapter, place, key, bank) for place, parts in adapter.overrides.items() for key in parts],
         list(adapter.meta.get("notes", ())),
     )
     found.unusual = list(unusual(sites))
@@ -116,7 +116,7 @@ def view(adapter: Adapter, bank: Bank | None = None) -> View:
 
 def method_name(adapter: Adapter) -> str:
     """LoRA, rsLoRA or DoRA."""
-    plain = "DoRA" if adapter.method.has_gain else "LoRA"
+    plain = adapter.method.label
     return f"rs{plain}" if adapter.method.use_rslora else plain
 
 
@@ -159,11 +159,11 @@ def unusual(sites: list[SiteView]) -> list[str]:
 
 
 def _own(adapter: Adapter, place: str, key: str, bank: Bank | None) -> OwnView:
-    value = adapter.own[place][key].detach()
+    value = adapter.overrides[place][key].detach()
     tokens = adapter.tokens.get(place) if key == ROWS else None
     moved = None
     if bank is not None and key != LORA_BIAS:
-        base: Any = getattr((bank.sites.get(place) or bank.places[place]).module, WEIGHT if key == ROWS else key)
+        base: Any = getattr((bank.sites.get(place) or bank.vector_layers[place]).module, WEIGHT if key == ROWS else key)
         then = (base if tokens is None else base[list(tokens)]).detach().to(value)
         moved = float((value - then).norm() / then.norm().clamp_min(1e-12))
     return OwnView(place, key, tuple(value.shape), None if tokens is None else len(tokens), moved)

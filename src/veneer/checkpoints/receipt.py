@@ -30,11 +30,11 @@ from torch import Tensor, nn
 from veneer import __version__
 from veneer.adapters.adapter import Adapter
 from veneer.adapters.bank import Bank
+from veneer.adapters.layers.site import Site
 from veneer.adapters.methods.lora import factors_2d
-from veneer.adapters.site import Site
 from veneer.checkpoints.findings import Findings, listed, shown
 from veneer.errors import BaseModelError
-from veneer.kernels.dora_norm import dora_norm
+from veneer.kernels.lora.dora_norm import dora_norm
 from veneer.models.fingerprint import weight_fingerprints
 from veneer.models.load import Base
 
@@ -65,13 +65,13 @@ def make_receipt(adapter: Adapter, bank: Bank | None, digest: str, extra: Mappin
         **(extra or {}),
     }
     receipt["options"] = _own_options(adapter)
-    if adapter.own:
+    if adapter.overrides:
         receipt["own"] = _own_record(adapter)
     receipt["kinds"] = {site: kind for site, kind in adapter.kinds.items() if kind == "conv1d"}
     sites = {} if bank is None else {name: bank.sites[name] for name in adapter.tensors}
     if bank is not None:
         receipt["base"] = weight_records(bank, sites)
-    if bank is not None or not adapter.method.has_gain:
+    if bank is not None or not adapter.method.needs_base_weights:
         receipt["probes"] = {name: probe(adapter, name, sites.get(name)) for name in adapter.tensors}
     return receipt
 
@@ -100,7 +100,7 @@ def verify(
         found.refuse(f"the receipt holds no usable record of the base's weight at {listed(bare)}", "receipt")
         base_agrees = False
     probes = receipt.get("probes")
-    if not isinstance(probes, dict) or (adapter.method.has_gain and not base_agrees):
+    if not isinstance(probes, dict) or (adapter.method.needs_base_weights and not base_agrees):
         return
     if set(probes) != set(adapter.tensors):
         found.refuse("the receipt's probes are of other sites than the tensors", "receipt")
@@ -118,7 +118,7 @@ def verify(
 
 def _own_record(adapter: Adapter) -> dict[str, list[Any]]:
     """{place: [names of its values, tokens]} of what is the adapter's own; the values themselves are in the checksum."""
-    return {place: [sorted(own), list(adapter.tokens.get(place, ()))] for place, own in adapter.own.items()}
+    return {place: [sorted(own), list(adapter.tokens.get(place, ()))] for place, own in adapter.overrides.items()}
 
 
 def weight_records(bank: Bank, names: Iterable[str]) -> dict[str, Record]:
@@ -171,7 +171,7 @@ def probe_on(
     v_K = signs(a_RK.shape[1], name)
     scale = adapter.scale(name)
     change_O = scale * (b_OR @ (a_RK @ v_K))
-    if not adapter.method.has_gain:
+    if not adapter.method.needs_base_weights:
         return eight(change_O, name)
     assert weight_OK is not None and squared_O is not None
     base_O = _times(weight_OK, v_K)
@@ -216,7 +216,7 @@ def _probe_agrees(recorded: object, adapter: Adapter, name: str, bank: Bank | No
     """Whether the change at a site is what its probe recorded. ``known`` is the receipt's record of the base weight there."""
     now = probe(adapter, name, None if bank is None else bank.sites[name])
     floor = 0.0
-    if adapter.method.has_gain and bank is not None:
+    if adapter.method.needs_base_weights and bank is not None:
         # DoRA's change is a small difference of large numbers; its rounding is that of the base's own product.
         record = weight_records(bank, [name])[name]
         dtype = known.get("dtype") if isinstance(known, dict) else None

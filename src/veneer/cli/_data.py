@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from veneer.errors import ConfigError
 
 if TYPE_CHECKING:
-    from veneer.data.render import Renderer
+    from veneer.data.chat.render import Renderer
 
 FORMATS = ("auto", "messages", "sharegpt", "prompt", "alpaca", "text")
 
@@ -50,8 +50,8 @@ def renderer_of(args: argparse.Namespace) -> Renderer:
     """The renderer that the arguments ask for, with the base's tokenizer."""
     if args.max_length is not None and args.max_length < 2:
         raise ConfigError(f"--max-length: expected at least 2, found {args.max_length}")
-    from veneer.data.render import Renderer, RenderOptions
-    from veneer.data.template import read_template
+    from veneer.data.chat.render import Renderer, RenderOptions
+    from veneer.data.chat.template import read_template
     from veneer.models.load import context_length, load_tokenizer
 
     template = None if args.chat_template is None else read_template(Path(args.chat_template))

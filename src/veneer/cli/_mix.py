@@ -14,7 +14,7 @@ from veneer.cli._target import adapter_folders
 from veneer.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
-    from veneer.compose.parents import Parent
+    from veneer.deltas.parents import Parent
 
 Entry = tuple[Path, str, float]
 
@@ -35,7 +35,7 @@ def parse_mix(words: Sequence[str]) -> list[Entry]:
 
 def base_of(parents: Sequence[Parent], given: str | None) -> str:
     """The base to use: what was given, else what the adapters' folders name. Raises ConfigError where that is not one base."""
-    from veneer.compose.parents import base_name
+    from veneer.deltas.parents import base_name
 
     name = given or base_name(parent.adapter for parent in parents)
     if name is None:

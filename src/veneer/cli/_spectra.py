@@ -16,9 +16,9 @@ from veneer.errors import ConfigError
 
 if TYPE_CHECKING:
     from veneer.adapters import Adapter
-    from veneer.compose.delta import Weights
-    from veneer.compose.parents import Parent
-    from veneer.compose.spectra import AdapterSpectra
+    from veneer.analysis.spectra import AdapterSpectra
+    from veneer.deltas.delta import Weights
+    from veneer.deltas.parents import Parent
 
 
 def add_spectra_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,8 +50,8 @@ def wants_spectra(args: argparse.Namespace) -> bool:
 
 def run_spectra(args: argparse.Namespace) -> int:
     """Look inside the adapter at ``args.path``, and write what was asked for."""
-    from veneer.compose.parents import read_parents
-    from veneer.compose.spectra import adapter_spectra
+    from veneer.analysis.spectra import adapter_spectra
+    from veneer.deltas.parents import read_parents
 
     words = [args.path] + ([args.against] if args.against else [])
     parents = read_parents([entry for word in words for entry in parse_mix([word])], force=args.force)
@@ -71,8 +71,8 @@ def run_spectra(args: argparse.Namespace) -> int:
 
 def lines(found: AdapterSpectra) -> list[str]:
     """The figures by kind of layer, as a table."""
+    from veneer.analysis.plots import modules_of
     from veneer.cli._table import table
-    from veneer.compose.plots import modules_of
 
     header = ["module", "sites", "norm", "largest", "stable rank", "effective rank"]
     based = any(site.ratio is not None for site in found.sites)
@@ -101,11 +101,11 @@ def lines(found: AdapterSpectra) -> list[str]:
 
 
 def _weights(args: argparse.Namespace, adapters: list[Adapter]) -> Weights | None:
-    gains = any(adapter.method.has_gain for adapter in adapters)
+    gains = any(adapter.method.needs_base_weights for adapter in adapters)
     if args.base is None and not gains and args.reduce_intruders is None:
         return None
-    from veneer.compose.parents import Parent, check_base
-    from veneer.compose.skeleton import base_folder, fit, skeleton
+    from veneer.checkpoints.base_files import base_folder, fit, skeleton
+    from veneer.deltas.parents import Parent, check_base
 
     name = base_of([Parent(adapter) for adapter in adapters], args.base)
     base = skeleton(base_folder(name))
@@ -117,10 +117,10 @@ def _weights(args: argparse.Namespace, adapters: list[Adapter]) -> Weights | Non
 
 
 def _reduce(args: argparse.Namespace, parent: Parent, weights: Weights | None) -> int:
+    from veneer.analysis.intruders import reduce_intruders
     from veneer.checkpoints import write_adapter
-    from veneer.checkpoints.merged import check_free
-    from veneer.compose.intruders import reduce_intruders
-    from veneer.compose.parents import base_name, base_records, origin_of, probes_on, template_of
+    from veneer.checkpoints.model_folder import check_free
+    from veneer.deltas.parents import base_name, base_records, origin_of, probes_on, template_of
 
     assert weights is not None
     adapter = parent.adapter
@@ -129,7 +129,7 @@ def _reduce(args: argparse.Namespace, parent: Parent, weights: Weights | None) -
     name = out.resolve().name
     made = reduce_intruders(adapter, weights, name=name, keep=args.keep, top_k=args.top_k, threshold=args.threshold)
     how = {"operation": "reduce_intruders", "keep": args.keep, "top_k": args.top_k, "threshold": args.threshold}
-    probes = probes_on(made.adapter, weights) if made.adapter.method.has_gain else {}
+    probes = probes_on(made.adapter, weights) if made.adapter.method.needs_base_weights else {}
     known = {key: value for key, value in (("base", base_records(adapter)), ("probes", probes)) if value}
     write_adapter(
         made.adapter,
@@ -151,13 +151,13 @@ def _reduce(args: argparse.Namespace, parent: Parent, weights: Weights | None) -
 def _write(args: argparse.Namespace, found: AdapterSpectra) -> list[str]:
     written = []
     if args.plots is not None:
-        from veneer.compose.plots import write_plots
+        from veneer.analysis.plots import write_plots
 
         if args.plots.is_file():
             raise ConfigError(f"--plots {args.plots}: this is a file; give a folder")
         written += [str(file) for file in write_plots(found, args.plots)]
     if args.html is not None:
-        from veneer.compose.report import write_html
+        from veneer.analysis.report import write_html
 
         write_html(found, args.html)
         written.append(str(args.html))

@@ -110,12 +110,12 @@ def load_targets(
 
 
 def _load(model: str, folders: dict[str, Path], dtype: str, purpose: str, force: Sequence[str]) -> Loaded:
-    from veneer.adapters.chains import fuse
     from veneer.checkpoints import attach
     from veneer.checkpoints.receipt import ROUNDED
+    from veneer.models.fast_modules import fuse
     from veneer.models.load import load_base
     from veneer.models.precision import fast_dtype
-    from veneer.train.faster import use_native
+    from veneer.training.acceleration import use_native
 
     wanted: Any = dtype
     if dtype == "auto" and purpose == "generate":

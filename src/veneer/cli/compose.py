@@ -12,9 +12,9 @@ from veneer.cli._mix import base_of, parse_mix
 from veneer.errors import ComposeError, ConfigError
 
 if TYPE_CHECKING:
-    from veneer.compose.compose import Composition
-    from veneer.compose.delta import Weights
-    from veneer.compose.parents import Parent
+    from veneer.compose.combine import Composition
+    from veneer.deltas.delta import Weights
+    from veneer.deltas.parents import Parent
 
 _OPERATIONS = {
     "sum": "the weighted sum of the changes, exact (negative weights take away)",
@@ -75,10 +75,10 @@ def run(args: argparse.Namespace) -> int:
     """Compose, write, and say how exact it is."""
     _check(args)
     from veneer.checkpoints import write_adapter
-    from veneer.checkpoints.merged import check_free
-    from veneer.compose.compose import compose
+    from veneer.checkpoints.model_folder import check_free
+    from veneer.compose.combine import compose
     from veneer.compose.ops import Settings
-    from veneer.compose.parents import Parent, base_name, read_parents
+    from veneer.deltas.parents import Parent, base_name, read_parents
 
     check_free(args.out)
     parents = read_parents(parse_mix(args.adapter), force=args.force)
@@ -129,11 +129,11 @@ def _check(args: argparse.Namespace) -> None:
 
 def _weights(args: argparse.Namespace, parents: Sequence[Parent]) -> Weights | None:
     """The base's weights, checked against the parents; None where no base is needed."""
-    gains = any(parent.adapter.method.has_gain for parent in parents)
+    gains = any(parent.adapter.method.needs_base_weights for parent in parents)
     if args.base is None and not gains and args.form != "dora":
         return None
-    from veneer.compose.parents import check_base
-    from veneer.compose.skeleton import base_folder, fit, skeleton
+    from veneer.checkpoints.base_files import base_folder, fit, skeleton
+    from veneer.deltas.parents import check_base
 
     name = base_of(parents, args.base)
     base = skeleton(base_folder(name))
@@ -155,9 +155,9 @@ class _Judge:
 
     def __init__(self, args: argparse.Namespace, base: str, parents: Sequence[Parent]) -> None:
         from veneer.adapters import attach
-        from veneer.compose.parents import copy_as
+        from veneer.data.chat.render import Renderer, RenderOptions
         from veneer.data.dataset import load_examples
-        from veneer.data.render import Renderer, RenderOptions
+        from veneer.deltas.parents import copy_as
         from veneer.models.flat import FlatRunner
         from veneer.models.load import load_base
 
@@ -187,7 +187,7 @@ class _Judge:
 
     def losses(self, composition: Composition) -> dict[str, float]:
         """Base, each parent alone, their average, and the result."""
-        from veneer.compose.parents import copy_as
+        from veneer.deltas.parents import copy_as
 
         self.bank.insert(copy_as(composition.adapter, "result"))
         found = {"base": self.loss(None)}
@@ -217,7 +217,7 @@ def _lines(composition: Composition, report: dict[str, Any], count: int) -> list
     ranks = sorted({site.rank for site in composition.sites})
     span = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
     lines.append(
-        f"{composition.operation} of {parents}: a {'DoRA' if adapter.method.has_gain else 'LoRA'} adapter of rank {span} at "
+        f"{composition.operation} of {parents}: a {adapter.method.label} adapter of rank {span} at "
         f"{len(composition.sites)} sites, {adapter.num_parameters():,} parameters, in {report['out']}"
     )
     lines.append(f"it differs from the exact change by {percent(composition.error)}")

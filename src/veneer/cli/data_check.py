@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
     columns, roles = pairs_of("--columns", args.columns), pairs_of("--roles", args.roles)
-    from veneer.data.readers import splits
+    from veneer.data.rows.readers import splits
 
     found = splits(args.file)
     valid = [splits(args.valid)["train"]] if args.valid else [found["valid"]] if "valid" in found else []

@@ -14,8 +14,8 @@ from veneer.cli._data import add_row_arguments, pairs_of, renderer_of
 from veneer.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
+    from veneer.data.chat.render import Rendered
     from veneer.data.preview import Piece
-    from veneer.data.render import Rendered
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,13 +32,13 @@ def run(args: argparse.Namespace) -> int:
     if args.n < 1 or args.skip < 0:
         raise ConfigError(f"-n must be at least 1 and --skip at least 0, found {args.n} and {args.skip}")
     columns, roles = pairs_of("--columns", args.columns), pairs_of("--roles", args.roles)
-    from veneer.data.readers import splits
-    from veneer.data.shapes import Rows
+    from veneer.data.rows.readers import splits
+    from veneer.data.rows.shapes import Rows
 
     rows = Rows(splits(args.file)["train"], format=args.format, columns=columns, roles=roles)
     renderer = renderer_of(args)
     from veneer.data.preview import pieces
-    from veneer.data.row import Bad
+    from veneer.data.rows.row import Bad
 
     shown: list[tuple[Rendered, list[Piece]]] = []
     bad = []

@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     files = _write_data(out, args.examples, fresh=args.fresh)
     from veneer.checkpoints import attach
     from veneer.models.load import load_base
-    from veneer.train.memory import highest
+    from veneer.training.process_memory import highest
 
     _head("The base")
     base = load_base("smollm2-135m")
@@ -156,9 +156,9 @@ def _put(out: Path, rows_of: Mapping[Path, Sequence[Mapping[str, Any]]]) -> None
 
 
 def _show_rows(base: Base, file: Path) -> None:
+    from veneer.data.chat.render import Renderer
     from veneer.data.preview import pieces, plain_text, rich_text, summary
-    from veneer.data.render import Renderer
-    from veneer.data.row import Row
+    from veneer.data.rows.row import Row
 
     renderer = Renderer(base.tokenizer)
     print("Two of the examples; what is learnt is marked:\n")
@@ -178,7 +178,7 @@ def _show_rows(base: Base, file: Path) -> None:
 
 
 def _train(args: argparse.Namespace, out: Path, files: dict[str, Path], base: Base) -> Path:
-    from veneer.train import train
+    from veneer.training import train
 
     result = train(
         {
@@ -202,11 +202,11 @@ def _train(args: argparse.Namespace, out: Path, files: dict[str, Path], base: Ba
 
 
 def _judge(base: Base, bank: Bank, file: Path) -> tuple[Losses, Losses, Difference]:
+    from veneer.data.chat.render import Renderer
     from veneer.data.dataset import load_examples
-    from veneer.data.render import Renderer
     from veneer.evaluate.losses import compare, example_losses
     from veneer.models.flat import FlatRunner
-    from veneer.train.screen import Screen
+    from veneer.training.run.console import Screen
 
     examples, _ = load_examples([file], Renderer(base.tokenizer))
     runner = FlatRunner(base.model)
@@ -252,7 +252,7 @@ def _merged_apart(base: Base, bank: Bank) -> float:
     """Largest difference of logits between the adapter beside the base and merged into it, both in fp32."""
     import torch
 
-    from veneer.train.memory import give_back
+    from veneer.training.process_memory import give_back
 
     give_back()
     text = "def area(radius):\n    return 3.14159 * radius ** 2\n"

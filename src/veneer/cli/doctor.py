@@ -155,7 +155,7 @@ def _embedded() -> Fact:
 
 
 def _compiler() -> Fact:
-    from veneer.kernels import native
+    from veneer.kernels import cpp_library as native
 
     command = native.compiler()
     if command is None:

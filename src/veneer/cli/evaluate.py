@@ -14,7 +14,7 @@ from veneer.cli._target import add_target_arguments, load_targets
 from veneer.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from veneer.adapters.route import RouteLike
+    from veneer.adapters.runtime.route import RouteLike
     from veneer.data.example import Example
     from veneer.models.load import Base
 
@@ -110,9 +110,9 @@ def _text(file: Path) -> str:
 
 
 def _examples(args: argparse.Namespace, base: Base) -> list[Example]:
+    from veneer.data.chat.render import Renderer, RenderOptions
     from veneer.data.dataset import load_examples
-    from veneer.data.render import Renderer, RenderOptions
-    from veneer.train.build import context_of
+    from veneer.training.run.setup import context_of
 
     length = min(context_of(base), args.max_length or context_of(base))
     renderer = Renderer(base.tokenizer, RenderOptions(max_length=length))

@@ -20,8 +20,8 @@ from veneer.errors import ConfigError, ExportError
 
 if TYPE_CHECKING:
     from veneer.adapters import Adapter
-    from veneer.compose.parents import Parent
-    from veneer.compose.skeleton import Skeleton
+    from veneer.checkpoints.base_files import Skeleton
+    from veneer.deltas.parents import Parent
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     """Write what was asked for."""
     if args.rank is not None and args.rank < 1:
         raise ConfigError(f"--rank: expected 1 or more, found {args.rank}")
-    from veneer.compose.parents import read_parents
+    from veneer.deltas.parents import read_parents
 
     entries = parse_mix(args.adapter)
     if args.to == "peft":
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
 def _peft(args: argparse.Namespace, entries: Sequence[Entry]) -> int:
     """Load one adapter onto its base, converted where it must be, and write it as a folder of its own."""
     from veneer.checkpoints import attach, receipt
-    from veneer.checkpoints.merged import check_free
+    from veneer.checkpoints.model_folder import check_free
     from veneer.cli._target import base_named_in
     from veneer.models.load import load_base
 
@@ -99,10 +99,10 @@ def _peft(args: argparse.Namespace, entries: Sequence[Entry]) -> int:
 
 
 def _gguf(args: argparse.Namespace, parents: Sequence[Parent]) -> dict[str, Any]:
-    from veneer.checkpoints.gguf import layout_of, write_gguf
-    from veneer.checkpoints.merged import check_free
-    from veneer.compose.parents import check_base
-    from veneer.compose.skeleton import base_folder, fit, skeleton
+    from veneer.checkpoints.base_files import base_folder, fit, skeleton
+    from veneer.checkpoints.foreign.gguf_adapter import layout_of, write_gguf
+    from veneer.checkpoints.model_folder import check_free
+    from veneer.deltas.parents import check_base
 
     name = base_of(parents, args.base)
     file = args.out / "adapter.gguf" if args.to == "ollama" else args.out
@@ -137,15 +137,16 @@ def _as_lora(parents: Sequence[Parent], base: Skeleton, rank: int | None) -> tup
 
     A LoRA adapter alone is taken as it is, and a mix of LoRA adapters is one exactly; what has gains is approximated, if asked.
     """
-    from veneer.compose.compose import compose
+    from veneer.compose.combine import compose
 
     alone = parents[0].adapter
-    gains = any(parent.adapter.method.has_gain for parent in parents)
+    gains = any(parent.adapter.method.needs_base_weights for parent in parents)
     if len(parents) == 1 and parents[0].weight == 1 and not gains and rank is None:
         return alone, 0.0
     if gains and rank is None:
         raise ExportError(
-            f'"{next(p.adapter.name for p in parents if p.adapter.method.has_gain)}" is a DoRA adapter, and a GGUF adapter holds LoRA: '
+            f'"{next(p.adapter.name for p in parents if p.adapter.method.needs_base_weights)}" is a DoRA adapter, '
+            "and a GGUF adapter holds LoRA: "
             "give --rank R for its best approximation, whose error is told, or merge it (veneer merge) and convert the whole model"
         )
     name = "-".join(parent.adapter.name for parent in parents)[:100]
@@ -170,9 +171,9 @@ def _source(args: argparse.Namespace, base: str) -> str:
 
 
 def _card(args: argparse.Namespace, parents: Sequence[Parent], folder: Path) -> dict[str, Any]:
-    from veneer.checkpoints.merged import check_free
+    from veneer.checkpoints.model_folder import check_free
     from veneer.compose.card import model_card
-    from veneer.compose.parents import base_name
+    from veneer.deltas.parents import base_name
     from veneer.models.cache import write_atomically
 
     if len(parents) > 1:

@@ -43,9 +43,9 @@ def run(args: argparse.Namespace) -> int:
             "--target-modules: expected names of layers, such as q_proj,v_proj, or all-linear; found nothing"
         )
     from veneer.checkpoints import write_adapter
-    from veneer.checkpoints.merged import check_free
+    from veneer.checkpoints.base_files import base_folder, skeleton
+    from veneer.checkpoints.model_folder import check_free
     from veneer.compose.extract import extract
-    from veneer.compose.skeleton import base_folder, skeleton
 
     check_free(args.out)
     patterns = [part for part in args.target_modules.split(",") if part]
@@ -73,7 +73,7 @@ def _lines(found: Extraction, out: str, count: int) -> list[str]:
     adapter, ranks = found.adapter, sorted({site.rank for site in found.sites})
     span = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
     lines = [
-        f"a {'DoRA' if adapter.method.has_gain else 'LoRA'} adapter of rank {span} at {len(found.sites)} sites, "
+        f"a {adapter.method.label} adapter of rank {span} at {len(found.sites)} sites, "
         f"{adapter.num_parameters():,} parameters, in {out}",
         f"it holds {percent(found.kept)} of the change at its sites (share of the square norm)",
     ]

@@ -17,7 +17,7 @@ from veneer.errors import ConfigError
 
 if TYPE_CHECKING:
     from veneer.adapters import Adapter
-    from veneer.compose.skeleton import Skeleton
+    from veneer.checkpoints.base_files import Skeleton
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,10 +40,10 @@ def run(args: argparse.Namespace) -> int:
     if args.scale is not None and not (math.isfinite(args.scale) and args.scale > 0):
         raise ConfigError(f"--scale: expected a number above 0, found {args.scale:g}")
     from veneer.checkpoints import write_adapter
-    from veneer.checkpoints.foreign import program_of
-    from veneer.checkpoints.merged import check_free
-    from veneer.compose.parents import records_of
-    from veneer.compose.skeleton import base_folder, skeleton
+    from veneer.checkpoints.base_files import base_folder, skeleton
+    from veneer.checkpoints.foreign.factors import program_of
+    from veneer.checkpoints.model_folder import check_free
+    from veneer.deltas.parents import records_of
 
     check_free(args.out)
     program = program_of(args.folder)
@@ -60,8 +60,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _read(program: str, args: argparse.Namespace, base: Skeleton) -> tuple[Adapter, str | None]:
-    from veneer.checkpoints.foreign_litgpt import read_litgpt
-    from veneer.checkpoints.foreign_mlx import read_mlx
+    from veneer.checkpoints.foreign.litgpt import read_litgpt
+    from veneer.checkpoints.foreign.mlx import read_mlx
 
     name = args.name or args.out.resolve().name
     if program == "mlx-lm":
@@ -71,7 +71,7 @@ def _read(program: str, args: argparse.Namespace, base: Skeleton) -> tuple[Adapt
 
 def _lines(adapter: Adapter, report: dict[str, Any], base: str) -> list[str]:
     ranks, scales = ({adapter.rank(s) for s in adapter.tensors}, {f"{adapter.scale(s):.4g}" for s in adapter.tensors})
-    kind = "DoRA" if adapter.method.has_gain else "LoRA"
+    kind = adapter.method.label
     lines = [
         f"a {kind} adapter of {report['from']}, rank {', '.join(map(str, sorted(ranks)))} and scale {', '.join(sorted(scales))} at "
         f"{len(adapter.tensors)} sites, {adapter.num_parameters():,} parameters, now a PEFT folder in {report['out']}"

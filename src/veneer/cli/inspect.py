@@ -63,7 +63,7 @@ def _views(folders: dict[str, Path], args: argparse.Namespace) -> list[View]:
 
     if args.base is None:
         return [view(read_adapter(folder, force=args.force)) for folder in folders.values()]
-    from veneer.checkpoints.verify import verify_logits
+    from veneer.checkpoints.logit_check import verify_logits
     from veneer.models.load import load_base
 
     bank = attach(load_base(args.base, dtype=args.dtype).model)

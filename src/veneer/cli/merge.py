@@ -14,8 +14,8 @@ from veneer.errors import ConfigError
 
 if TYPE_CHECKING:
     from veneer.adapters import Adapter
-    from veneer.compose.merge import MergeReport
-    from veneer.compose.parents import Parent
+    from veneer.deltas.parents import Parent
+    from veneer.merge.merge import MergeReport
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
@@ -57,10 +57,10 @@ def run(args: argparse.Namespace) -> int:
     """Merge, and print what it did."""
     if args.residual < 0:
         raise ConfigError("--residual: expected a rank of 1 or more")
-    from veneer.checkpoints.merged import check_free
-    from veneer.compose.merge import merge_to_folder
-    from veneer.compose.parents import check_base, read_parents
-    from veneer.compose.skeleton import base_folder, skeleton
+    from veneer.checkpoints.base_files import base_folder, skeleton
+    from veneer.checkpoints.model_folder import check_free
+    from veneer.deltas.parents import check_base, read_parents
+    from veneer.merge.merge import merge_to_folder
 
     shard_bytes = parse_size(args.shard_size)
     check_free(args.out)
@@ -124,7 +124,7 @@ def _comparison(parents: Sequence[Parent], base: Path, stored_bytes: int, skip: 
     if skip:
         return None
     from veneer.checkpoints import read_adapter
-    from veneer.compose.fidelity import compare_logits, room_for
+    from veneer.merge.fidelity import compare_logits, room_for
 
     def compare(folder: Path, report: MergeReport) -> None:
         if not room_for(2 * stored_bytes):

@@ -21,7 +21,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.json:
         for difference in differences(options, provenance):
             print(difference)
-    from veneer.train.plan import plan
+    from veneer.training.planning.plan import plan
 
     found, remedies = plan(options)
     if args.json:

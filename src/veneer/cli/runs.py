@@ -65,7 +65,7 @@ def _ask(out: Path, rows: list[Row], asked: dict[str, str]) -> int:
         if job != "*" and job not in going:
             have = ", ".join(going) or "none"
             raise CheckpointError(f'{out} has no job "{job}" that goes on; those that do: {have}')
-    from veneer.train.control import ask
+    from veneer.training.run.control import ask
 
     live = any(row.state == "running" for row in rows if row.run == str(out))
     for verb, job in asked.items():

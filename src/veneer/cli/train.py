@@ -14,7 +14,7 @@ from veneer.config import Provenance, TrainOptions, add_flags, differences, give
 from veneer.errors import ConfigError, Problems
 
 if TYPE_CHECKING:
-    from veneer.train import RunResult
+    from veneer.training import RunResult
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     options, provenance = resolve_source(args)
     for difference in differences(options, provenance):
         print(difference)
-    from veneer.train import train
+    from veneer.training import train
 
     result = train(options, fresh=args.fresh, resume_from=args.resume_from)
     _tell(result)
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _tell(result: RunResult) -> None:
     """What came of each job, and what can be done with it."""
-    from veneer.train import summary
+    from veneer.training.run import summary
 
     done = [job for job in result.jobs.values() if job.state == "finished"]
     if len(result.jobs) > 1:
@@ -95,7 +95,7 @@ def _swept(options: TrainOptions, provenance: Provenance) -> tuple[TrainOptions,
 
 def _several(configs: list[Path], sets: list[str], flags: dict[str, Any]) -> tuple[TrainOptions, Provenance]:
     """One run of several files, a job each; what there is one of (the base, the folder) must be said alike in all of them."""
-    from veneer.train.expand import SHARED
+    from veneer.training.run.jobs import SHARED
 
     found = {path: resolve(TrainOptions, path, sets, flags)[0] for path in configs}
     problems, first = Problems(), configs[0]

@@ -58,7 +58,7 @@ def model_card(
 
 
 def _front_matter(adapter: Adapter, base: str | None) -> list[str]:
-    tags = ["veneer", "lora", *(["dora"] if adapter.method.has_gain else [])]
+    tags = ["veneer", *adapter.method.tags]
     lines = ["---"]
     if base:
         lines.append(f"base_model: {json.dumps(base)}")
@@ -66,7 +66,7 @@ def _front_matter(adapter: Adapter, base: str | None) -> list[str]:
 
 
 def _sentence(adapter: Adapter, base: str | None) -> str:
-    method = "DoRA" if adapter.method.has_gain else "rsLoRA" if adapter.method.use_rslora else "LoRA"
+    method = adapter.method.label
     return f"A {method} adapter{f' for `{base}`' if base else ''}."
 
 
@@ -81,8 +81,8 @@ def _facts(adapter: Adapter) -> dict[str, str]:
         "scale": ", ".join(f"{scale} ({count} sites)" for scale, count in scales.items()),
         "parameters": f"{adapter.num_parameters():,}",
     }
-    if adapter.own:
-        facts["of its own"] = ", ".join(f"{place} ({', '.join(own)})" for place, own in adapter.own.items())
+    if adapter.overrides:
+        facts["of its own"] = ", ".join(f"{place} ({', '.join(own)})" for place, own in adapter.overrides.items())
     return facts
 
 

@@ -25,12 +25,12 @@ from torch import Tensor
 from veneer.adapters.adapter import Adapter
 from veneer.adapters.methods import LoRA
 from veneer.adapters.targets import select
-from veneer.compose.build import MAX_RANK, Tensors, assemble, site_tensors
-from veneer.compose.delta import SiteDelta
-from veneer.compose.linalg import Svd, dense_svd
-from veneer.compose.parents import probes_on, records_of
-from veneer.compose.skeleton import Skeleton
-from veneer.compose.svd import alive, from_svd, rank_for
+from veneer.checkpoints.base_files import Skeleton
+from veneer.deltas.build import MAX_RANK, Tensors, assemble, site_tensors
+from veneer.deltas.delta import SiteDelta
+from veneer.deltas.linalg import Svd, dense_svd
+from veneer.deltas.parents import probes_on, records_of
+from veneer.deltas.svd import alive, from_svd, rank_for
 from veneer.errors import ComposeError, Problems
 
 _TURNS, _MORE = 30, 8
@@ -133,7 +133,7 @@ def extract(
     adapter = assemble(tensors, {site: base.sites[site].kind for site in sites}, name)
     records = records_of(base, adapter.tensors)
     wish = {"rank": rank} if rank is not None else {"energy": energy}
-    probes = probes_on(adapter, base.weight_2d) if adapter.method.has_gain else {}
+    probes = probes_on(adapter, base.weight_2d) if adapter.method.needs_base_weights else {}
     return Extraction(adapter, found, outside, records, {"operation": "extract", **wish}, probes, unlike)
 
 

@@ -27,8 +27,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..errors import DataError
-from .example import Example
+from veneer.data.example import Example
+from veneer.errors import DataError
 
 __all__ = ["IGNORE", "Batch", "Order", "fill", "make_batch"]
 

@@ -19,10 +19,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .dataset import LoadReport, pieces_of
-from .render import Rendered, Renderer
-from .row import Bad, Row
-from .shapes import Rows
+from veneer.data.chat.render import Rendered, Renderer
+from veneer.data.dataset import LoadReport, pieces_of
+from veneer.data.rows.row import Bad, Row
+from veneer.data.rows.shapes import Rows
 
 __all__ = ["CheckReport", "Finding", "Remarks", "check_files"]
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from .check import CheckReport
-from .notes import NOTES
+from veneer.data.check import CheckReport
+from veneer.data.notes import NOTES
 
 __all__ = ["FINDINGS", "check_lines", "remark_lines"]
 

@@ -20,11 +20,11 @@ from typing import Any, Literal, overload
 
 import numpy as np
 
-from ..errors import ConfigError, DataError
-from .example import Example
-from .render import Rendered, Renderer
-from .row import Bad, Row
-from .shapes import Rows
+from veneer.data.chat.render import Rendered, Renderer
+from veneer.data.example import Example
+from veneer.data.rows.row import Bad, Row
+from veneer.data.rows.shapes import Rows
+from veneer.errors import ConfigError, DataError
 
 __all__ = ["Examples", "LoadReport", "Selected", "Truncate", "load_examples", "pieces_of"]
 

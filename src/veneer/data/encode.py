@@ -25,7 +25,7 @@ from typing import Any
 import orjson
 from tokenizers import Tokenizer
 
-from ..errors import DataError
+from veneer.errors import DataError
 
 __all__ = ["Encoded", "Encoder", "Guarded"]
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ..errors import DataError
+from veneer.errors import DataError
 
 __all__ = ["Example"]
 

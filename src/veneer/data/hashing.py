@@ -16,9 +16,9 @@ import struct
 from collections.abc import Iterable
 from typing import Any
 
-from .example import Example
-from .readers import Source
-from .template import template_source
+from veneer.data.chat.template import template_source
+from veneer.data.example import Example
+from veneer.data.rows.readers import Source
 
 __all__ = ["data_hash", "file_hash", "template_hash"]
 

@@ -14,9 +14,9 @@ from typing import IO, Any, overload
 
 import orjson
 
-from .json_rows import LINE_CAP, parse_row
-from .readers import Source
-from .row import Bad, Record
+from veneer.data.rows.json_rows import LINE_CAP, parse_row
+from veneer.data.rows.readers import Source
+from veneer.data.rows.row import Bad, Record
 
 __all__ = ["RowIndex"]
 

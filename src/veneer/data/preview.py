@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from .encode import Encoder
-from .render import Rendered
+from veneer.data.chat.render import Rendered
+from veneer.data.encode import Encoder
 
 if TYPE_CHECKING:
     from rich.text import Text

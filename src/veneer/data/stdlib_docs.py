@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError
+from veneer.errors import DataError
 
 __all__ = ["INSTRUCTION", "stdlib_pairs"]
 

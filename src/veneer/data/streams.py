@@ -8,8 +8,8 @@ import os
 from pathlib import Path
 from typing import IO, Any
 
-from ..errors import DataError
-from .json_rows import LINE_CAP
+from veneer.data.rows.json_rows import LINE_CAP
+from veneer.errors import DataError
 
 __all__ = ["GROWTH", "GROWTH_FROM", "Prefixed", "Unzipped"]
 

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from veneer.adapters import Bank
-from veneer.adapters.route import RouteLike
-from veneer.data.render import Renderer
-from veneer.data.template import Conversation
+from veneer.adapters.runtime.route import RouteLike
+from veneer.data.chat.render import Renderer
+from veneer.data.chat.template import Conversation
 from veneer.errors import BaseModelError, DataError
 
 Message = dict[str, Any]

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
-from veneer.adapters.route import RouteLike
+from veneer.adapters.runtime.route import RouteLike
 from veneer.data.batch import make_batch
 from veneer.data.example import Example
 from veneer.evaluate.generation import Generator, Sampling

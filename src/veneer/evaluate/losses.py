@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from veneer.adapters import Bank
-from veneer.adapters.route import RouteLike
+from veneer.adapters.runtime.route import RouteLike
 from veneer.data.batch import Batch, make_batch
 from veneer.data.example import Example
 from veneer.errors import DataError

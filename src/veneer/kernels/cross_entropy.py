@@ -29,8 +29,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from veneer.kernels.native import KINDS, library
-from veneer.kernels.product import linear
+from veneer.kernels.cpp_library import KINDS, library
+from veneer.kernels.frozen_linear import linear
 
 __all__ = ["linear_cross_entropy", "plain"]
 

@@ -20,7 +20,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ..errors import BaseModelError
+from veneer.errors import BaseModelError
 
 __all__ = ["build_once", "cache_root", "write_atomically"]
 

@@ -14,7 +14,7 @@ import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import BaseModelError
+from veneer.errors import BaseModelError
 
 __all__ = ["EMBEDDED", "Embedded", "find_embedded"]
 

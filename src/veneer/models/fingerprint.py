@@ -25,10 +25,10 @@ from typing import Any
 
 import torch
 
-from ..errors import BaseModelError
-from .cache import cache_root, write_atomically
-from .load import Base
-from .names import stored_names
+from veneer.errors import BaseModelError
+from veneer.models.cache import cache_root, write_atomically
+from veneer.models.load import Base
+from veneer.models.names import stored_names
 
 __all__ = ["weight_fingerprints"]
 

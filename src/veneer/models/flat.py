@@ -22,11 +22,11 @@ from typing import Any
 
 import torch
 
-from ..errors import BaseModelError
-from ..kernels.segments import Segments
-from .flat_attention import NotFlat, Switch
-from .layout import Flat, FlatLike, Layout
-from .probe import probe as run_probe
+from veneer.errors import BaseModelError
+from veneer.kernels.attention.segments import Segments
+from veneer.models.flat_attention import NotFlat, Switch
+from veneer.models.flat_check import probe as run_probe
+from veneer.models.layout import Flat, FlatLike, Layout
 
 __all__ = ["Flat", "FlatLike", "FlatRunner", "Layout"]
 

@@ -36,9 +36,9 @@ from typing import Any
 
 import torch
 
-from ..errors import BaseModelError
-from ..kernels.segment_attention import segment_attention
-from ..kernels.segments import Pattern, Segments
+from veneer.errors import BaseModelError
+from veneer.kernels.attention.segmented import segment_attention
+from veneer.kernels.attention.segments import Pattern, Segments
 
 __all__ = ["NAME", "NotFlat", "SegmentMask", "Switch", "register"]
 

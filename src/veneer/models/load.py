@@ -27,10 +27,10 @@ from typing import Any
 
 import torch
 
-from ..errors import BaseModelError, Problems
-from .cache import build_once
-from .precision import fast_dtype
-from .sources import Source, read_config, resolve
+from veneer.errors import BaseModelError, Problems
+from veneer.models.cache import build_once
+from veneer.models.precision import fast_dtype
+from veneer.models.sources import Source, read_config, resolve
 
 __all__ = ["Base", "context_length", "load_base", "load_tokenizer"]
 

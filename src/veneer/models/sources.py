@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import BaseModelError
-from .embedded import EMBEDDED, find_embedded
+from veneer.errors import BaseModelError
+from veneer.models.embedded import EMBEDDED, find_embedded
 
 __all__ = ["Source", "read_config", "resolve"]
 

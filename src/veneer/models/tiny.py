@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from ..errors import BaseModelError
+from veneer.errors import BaseModelError
 
 __all__ = ["ARCHS", "CHATML", "VOCAB", "tiny", "tiny_tokenizer"]
 

@@ -15,11 +15,11 @@ from typing import ClassVar, Literal, final
 import torch
 from torch import Tensor
 
-from veneer.adapters.host import Geometry
+from veneer.adapters.layers.kinds import Geometry
 from veneer.adapters.methods.initialisers import initial_factors
 from veneer.adapters.methods.lora import SquaredNorms, factors_2d
 from veneer.adapters.methods.options import LowRankOptions
-from veneer.kernels.dora_norm import dora_norm, dora_norms
+from veneer.kernels.lora.dora_norm import dora_norm, dora_norms
 
 MAGNITUDE = "lora_magnitude_vector"
 
@@ -30,12 +30,25 @@ class DoRA(LowRankOptions):
 
     name: ClassVar[str] = "dora"
     kinds: ClassVar[tuple[str, ...]] = ("linear", "conv1d", "embedding", "conv2d")
+    tags: ClassVar[tuple[str, ...]] = ("lora", "dora")
+    """Tags of a model card."""
+    needs_base_weights: ClassVar[bool] = True
+    """Whether the delta depends on the base weights."""
     has_gain: ClassVar[bool] = True
 
     dropout_form: Literal["low_rank", "peft"] = "low_rank"
     """"low_rank" drops the low-rank branch only; "peft" also feeds the dropped input to a second base product."""
     exact_norm_gradient: bool = False
     """Let the gradient flow through the norm (paper eq. 6) instead of holding it constant (eq. 11)."""
+
+    @property
+    def label(self) -> str:
+        """Name of the method as the field writes it."""
+        return "DoRA"
+
+    def peft_flags(self) -> dict[str, bool]:
+        """Keys of PEFT's ``adapter_config.json`` that tell this method from others."""
+        return {"use_dora": True}
 
     @property
     def norm_is_constant(self) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from veneer.adapters.host import Geometry
+from veneer.adapters.layers.kinds import Geometry
 
 Initialiser = Callable[[Geometry, int, torch.Generator, torch.dtype], tuple[Tensor, Tensor]]
 

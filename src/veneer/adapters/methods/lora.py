@@ -12,7 +12,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from veneer.adapters.host import Geometry
+from veneer.adapters.layers.kinds import Geometry
 from veneer.adapters.methods.initialisers import initial_factors
 from veneer.adapters.methods.options import LowRankOptions
 
@@ -26,8 +26,21 @@ class LoRA(LowRankOptions):
 
     name: ClassVar[str] = "lora"
     kinds: ClassVar[tuple[str, ...]] = ("linear", "conv1d", "embedding", "conv2d")
+    tags: ClassVar[tuple[str, ...]] = ("lora",)
+    """Tags of a model card."""
+    needs_base_weights: ClassVar[bool] = False
+    """Whether the delta depends on the base weights."""
     has_gain: ClassVar[bool] = False
     norm_is_constant: ClassVar[bool] = True
+
+    @property
+    def label(self) -> str:
+        """Name of the method as the field writes it."""
+        return "rsLoRA" if self.use_rslora else "LoRA"
+
+    def peft_flags(self) -> dict[str, bool]:
+        """Keys of PEFT's ``adapter_config.json`` that tell this method from others."""
+        return {"use_dora": False}
 
     def tensor_names(self, kind: str) -> tuple[str, ...]:
         """Names on disk of a site's tensors, factors first."""

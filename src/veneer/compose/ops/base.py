@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from veneer.adapters.adapter import stream_seed
-from veneer.compose.delta import SiteDelta
+from veneer.deltas.delta import SiteDelta
 
 
 @dataclass(frozen=True)

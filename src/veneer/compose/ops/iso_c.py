@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from veneer.compose.delta import SiteDelta, weighted_sum
 from veneer.compose.ops.base import Operation, Place
-from veneer.compose.svd import alive, from_svd, svd_of
+from veneer.deltas.delta import SiteDelta, weighted_sum
+from veneer.deltas.svd import alive, from_svd, svd_of
 
 
 def _iso_c(parts: Sequence[SiteDelta], weights: Sequence[float], place: Place) -> SiteDelta:

@@ -15,9 +15,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from veneer.compose.delta import SiteDelta, Term
 from veneer.compose.ops.base import Operation, Place
-from veneer.compose.svd import alive, svd_of
+from veneer.deltas.delta import SiteDelta, Term
+from veneer.deltas.svd import alive, svd_of
 from veneer.errors import ComposeError
 
 

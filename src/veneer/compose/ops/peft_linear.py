@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 import torch
 
-from veneer.compose.delta import SiteDelta, Term
 from veneer.compose.ops.base import Operation, Place
+from veneer.deltas.delta import SiteDelta, Term
 from veneer.errors import ComposeError
 
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from veneer.compose.delta import SiteDelta, weighted_sum
 from veneer.compose.ops.base import Operation, Place
+from veneer.deltas.delta import SiteDelta, weighted_sum
 
 
 def _sum(parts: Sequence[SiteDelta], weights: Sequence[float], place: Place) -> SiteDelta:

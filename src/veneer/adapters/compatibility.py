@@ -1,0 +1,61 @@
+"""Does an adapter fit a base? Its tensors against the sites that they name, every problem told at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from veneer.adapters.adapter import Adapter, tensor_shapes
+from veneer.adapters.layers.site import Site
+from veneer.adapters.methods import Method
+from veneer.adapters.overrides import problems_of
+from veneer.errors import AdapterError, Problems, TargetError
+
+
+def check_fit(adapter: Adapter, sites: Mapping[str, Site], places: Mapping[str, Site]) -> None:
+    """Raise AdapterError unless the adapter has tensors, and every one of them fits the site that it names."""
+    problems = Problems()
+    if not adapter.tensors and not adapter.overrides:
+        problems.add("it has no tensors, so it would do nothing")
+    for name in adapter.tensors:
+        for problem in _problems_at(adapter, name, sites.get(name)):
+            problems.add(problem)
+    for name in adapter.overrides:
+        for problem in problems_of(adapter, name, sites.get(name) or places.get(name)):
+            problems.add(problem)
+    problems.raise_if_any(AdapterError, f'adapter "{adapter.name}" does not fit this base')
+
+
+def _problems_at(adapter: Adapter, name: str, site: Site | None) -> list[str]:
+    own = adapter.tensors[name]
+    if site is None:
+        return [f"{name}: the base has no such layer"]
+    kind = adapter.kinds.get(name)
+    if site.kind != kind:
+        return [f"{name}: the base has a {site.kind} layer here, the adapter is for a {kind} layer"]
+    found = [f"{name}: {site.reason}"] if site.reason else []
+    names = adapter.method.tensor_names(site.kind)
+    found += [
+        f"{name}: {adapter.method.name} has a tensor {key} here, which is missing" for key in names if key not in own
+    ]
+    found += [f"{name}: {adapter.method.name} has no tensor {key}" for key in own if key not in names]
+    if found:
+        return found
+    expected = tensor_shapes(adapter.method, site.geometry, adapter.rank(name))
+    for key, tensor in own.items():
+        if tuple(tensor.shape) != expected[key]:
+            found.append(f"{name}.{key}: expected shape {expected[key]}, found {tuple(tensor.shape)}")
+    return found
+
+
+def check_tying(method: Method, names: list[str], sites: Mapping[str, Site]) -> None:
+    """Raise TargetError where an adapter shall act on a tied head through its embedding and cannot."""
+    if not method.ensure_weight_tying:
+        return
+    if method.has_gain and not method.modules_to_save:
+        raise TargetError(
+            "ensure_weight_tying: a DoRA magnitude belongs to one side of the layer and cannot be shared with the head"
+        )
+    if not any(site.tied_to in names for site in sites.values() if site.tied_to is not None):
+        raise TargetError(
+            "ensure_weight_tying: none of the chosen sites is an embedding that shares its weight with the head"
+        )

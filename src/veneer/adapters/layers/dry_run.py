@@ -1,0 +1,217 @@
+"""One tiny forward at attach: is each layer really called, and how do the rows of a batch lie in its input?
+
+Some models read a layer's weight without calling the layer (Mamba's ``dt_proj``); an adapter there would do nothing, in silence.
+Some reshape on the way, or feed a layer a constant; a route row by row must not be shifted by that. So the probe runs rows that are
+all alike: where rows lie behind each other, the cells of a layer's input repeat from row to row; where they are interleaved, or
+where the input has nothing to do with rows, they do not.
+
+A model whose inputs cannot be guessed is probed with ``example``, or else with the first batch that is routed row by row. The probe
+runs in eval mode without gradients; buffers, modes and the random state are as before when it is done.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.adapters.layers.site import Site, Survey
+from veneer.adapters.runtime.forward_pass import tensors_in
+
+ROWS, TOKENS = 3, 5
+_SELECTED = re.compile(r"(?:^|\.)experts\.\d+(?:\.|$)")
+NEVER_CALLED = (
+    "the layer was not called when the model was tried out, so an adapter there would do nothing (the model may read its weight "
+    "without calling it; if it is called for other inputs, attach with example=)"
+)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one call of a layer showed: the leading sizes of its input, and a number for each cell's content with its size."""
+
+    lead: tuple[int, ...]
+    mark_N: Tensor
+    norm_N: Tensor
+
+
+def is_selected(site: Site) -> bool:
+    """Whether a router picks which tokens reach this layer (an expert of a mixture), in a small batch perhaps none."""
+    return _SELECTED.search(site.name) is not None
+
+
+def probe(model: nn.Module, survey: Survey, args: tuple[Any, ...], kwargs: Mapping[str, Any], rows: int) -> None:
+    """Run the model once on ``rows`` equal rows and write what was seen into the sites that have no verdict yet.
+
+    Whatever the model raises goes through.
+    """
+    seen: dict[str, list[Seen]] = {}
+    order: list[tuple[Site, bool]] = []
+    outputs: list[tuple[Site, Tensor, int]] = []
+    note = _note(seen, order)
+    handles = [site.module.register_forward_pre_hook(partial(note, site), with_kwargs=True) for site in survey.every()]
+    handles += [
+        site.module.register_forward_hook(partial(_note_output, outputs, site)) for site in survey.sites.values()
+    ]
+    try:
+        with undisturbed(model), warnings.catch_warnings():
+            # What a model warns of in a real call it will say there.
+            warnings.simplefilter("ignore")
+            model(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    changed = {site.name for site, y, version in outputs if y._version > version}
+    for site in survey.every():
+        calls = seen.get(site.name, [])
+        if is_selected(site):
+            site.layout = "constant"
+        elif calls:
+            kinds = {layout_of(call, rows) for call in calls}
+            # A layer that is called on different terms in one forward: one that cannot be matched spoils all.
+            site.layout = next(kind for kind in ("constant", "blocks", "tokens", "rows") if kind in kinds)
+        site.overwritten = not calls or site.name in changed
+    _group(order)
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; afterwards modes, buffers and the random state are what they were."""
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]
+    values = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+    model.eval()
+    try:
+        with torch.random.fork_rng(devices=list(devices)), torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for module, own in buffers:
+            if any(module._buffers.get(name) is not buffer for name, buffer in own.items()) or len(own) != len(
+                module._buffers
+            ):
+                module._buffers.clear()
+                module._buffers.update(own)
+        with torch.no_grad():
+            for buffer, before in values:
+                if not torch.equal(buffer, before):
+                    buffer.copy_(before)
+
+
+def _note(seen: dict[str, list[Seen]], order: list[tuple[Site, bool]]) -> Callable[..., None]:
+    """Writes down each call: what the layer was given, and whether that is the very tensor of the call before."""
+    last: list[Tensor] = []
+
+    def hook(site: Site, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x: Tensor = args[0] if args else next(iter(kwargs.values()))
+        if site.kind != "place":
+            order.append((site, bool(last) and last[0] is x))
+            last[:] = [x]
+        lead = site.layer_kind.lead(module, x)
+        cells = x.detach().reshape(math.prod(lead), -1).float()
+        # A fixed vector of signs and sizes: equal cells give equal marks, and different ones practically never do.
+        weights = torch.cos(torch.arange(cells.shape[1], device=x.device, dtype=torch.float32) * 2.399963 + 1.0)
+        # Token ids are compared as they are.
+        norms = cells.norm(dim=1) if x.is_floating_point() else cells.new_zeros(len(cells))
+        seen.setdefault(site.name, []).append(Seen(lead, cells @ weights, norms))
+
+    return hook
+
+
+def _note_output(
+    outputs: list[tuple[Site, Tensor, int]], site: Site, module: nn.Module, args: tuple[Any, ...], y: Any
+) -> None:
+    if isinstance(y, Tensor):
+        outputs.append((site, y, y._version))
+
+
+def _group(order: list[tuple[Site, bool]]) -> None:
+    """Tell linear layers that were called one after the other with the same tensor of each other."""
+    times = Counter(site.name for site, _ in order)
+    runs: list[list[Site]] = []
+    for site, same in order:
+        if site.kind != "linear" or times[site.name] > 1 or site.is_head:
+            runs.append([])
+        elif same and runs and runs[-1] and runs[-1][-1].layout == site.layout:
+            runs[-1].append(site)
+        else:
+            runs.append([site])
+    for run in runs:
+        for site in run if len(run) > 1 else ():
+            site.group = tuple(member.name for member in run)
+
+
+def layout_of(call: Seen, rows: int) -> str:
+    """How ``rows`` equal rows lie in one call of a layer: rows, tokens, blocks, or constant where they cannot be told."""
+    lead = call.lead
+    count = math.prod(lead)
+    if not rows or not lead or count == 0 or lead[0] % rows:
+        return "constant"
+    mark, norm = call.mark_N.view(rows, -1), call.norm_N.view(rows, -1)
+    # Equal rows may differ by rounding where the model groups tokens; different content differs by about its own size.
+    if bool(((mark - mark[:1]).abs() > 0.02 * norm.max(0).values.clamp_min(1e-12)).any()):
+        return "constant"
+    if lead[0] == rows:
+        return "rows"
+    return "tokens" if len(lead) == 1 else "blocks"
+
+
+def equal_rows(values: Any, rows: int) -> Any:
+    """The same arguments with every row of a tensor of ``rows`` rows replaced by its first, inside lists and mappings too.
+
+    Raises TypeError for an object that a second call might change.
+    """
+    if isinstance(values, Tensor):
+        return values[:1].expand_as(values).clone() if values.dim() and values.shape[0] == rows else values
+    if isinstance(values, Mapping):
+        return {key: equal_rows(value, rows) for key, value in values.items()}
+    if isinstance(values, (list, tuple)):
+        changed = [equal_rows(value, rows) for value in values]
+        return type(values)(*changed) if hasattr(values, "_fields") else type(values)(changed)
+    if values is None or isinstance(values, (bool, int, float, str, torch.dtype, torch.device)):
+        return values
+    raise TypeError(type(values).__name__)
+
+
+def rows_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    """How many rows a call's first tensor has, or 0."""
+    first = next(tensors_in((*args, *kwargs.values())), None)
+    return 0 if first is None or not first.dim() else int(first.shape[0])
+
+
+def example_inputs(model: nn.Module) -> dict[str, Any] | None:
+    """A batch of ROWS equal rows for a transformers model, or None where none can be guessed (any other model)."""
+    config = getattr(model, "config", None)
+    main = getattr(model, "main_input_name", None)
+    parameter = next(model.parameters(), None)
+    if config is None or parameter is None or parameter.device.type == "meta":
+        return None
+    device = parameter.device
+    if main == "input_ids":
+        vocab = getattr(config.get_text_config(), "vocab_size", None)
+        if not isinstance(vocab, int):
+            return None
+        ids = (torch.arange(TOKENS, device=device) % max(1, vocab - 1) + (1 if vocab > 1 else 0)).repeat(ROWS, 1)
+        inputs: dict[str, Any] = {"input_ids": ids}
+        if getattr(config, "is_encoder_decoder", False):
+            inputs["decoder_input_ids"] = ids
+        return inputs
+    if main == "pixel_values":
+        size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", 3)
+        if size is None:
+            return None
+        height, width = (size, size) if isinstance(size, int) else tuple(size)
+        pixels = torch.linspace(-1, 1, channels * height * width, device=device).view(1, channels, height, width)
+        return {"pixel_values": torch.sin(37 * pixels).to(parameter.dtype).expand(ROWS, -1, -1, -1)}
+    return None

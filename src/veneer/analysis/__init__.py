@@ -1,0 +1,1 @@
+"""Spectra, subspaces and reports of adapters and their parents."""

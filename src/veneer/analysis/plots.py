@@ -1,0 +1,231 @@
+"""Pictures of an adapter's inside, as SVG and PNG. Needs matplotlib, which is an extra: pip install 'veneer[plot]'.
+
+    spectra      singular values of each kind of layer on a log axis: the median over blocks, and their range
+    heat maps    block x module, one for each figure that a site has
+    overlap      phi(i, j) between two adapters, mean over blocks, one panel for each kind of layer
+    magnitudes   how many outputs grew or shrank, and by how much
+
+Colours are from maps and palettes that colour-blind readers can tell apart (cividis; Okabe and Ito). No global state of matplotlib is
+touched, and the same numbers give the same bytes.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from veneer.analysis.spectra import AdapterSpectra, SiteSpectrum
+from veneer.errors import ComposeError
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+FIGURES: Mapping[str, tuple[str, str, Callable[[SiteSpectrum], float | None]]] = {
+    "norm": ("norm of the change", "‖d‖", lambda site: site.norm),
+    "ratio": ("norm of the change against the base weight", "‖d‖ / ‖W‖", lambda site: site.ratio),
+    "stable_rank": ("stable rank of the change", "‖d‖² / s₁²", lambda site: site.stable_rank),
+    "effective_rank": ("effective rank of the change", "exp(entropy of s)", lambda site: site.effective_rank),
+    "amplification": ("amplification factor", "‖d‖ / ‖UᵀWV‖", lambda site: site.amplification),
+    "intruders": (
+        "intruder dimensions",
+        "number",
+        lambda site: None if site.intruders is None else float(site.intruders.count),
+    ),
+    "magnitude_change": (
+        "change of magnitude, mean over outputs",
+        "|‖W′ₒ‖ − ‖Wₒ‖|",
+        lambda site: site.magnitude_change,
+    ),
+    "direction_change": (
+        "change of direction, mean over outputs",
+        "1 − cos(W′ₒ, Wₒ)",
+        lambda site: site.direction_change,
+    ),
+}
+"""Name -> title, what the colours measure, and the figure of a site. d the change, W the base weight, W′ their sum."""
+_COUNTS = ("intruders",)
+_PANELS = 4
+_MANY = 64
+"""Singular values above which their axis is a logarithmic one."""
+_FAR = 8
+"""Times the median above which the largest site has the colours be logarithmic."""
+_SETTINGS: dict[str, Any] = {"svg.hashsalt": "veneer", "svg.fonttype": "none", "font.size": 9}
+
+
+def figures(spectra: AdapterSpectra) -> dict[str, Any]:
+    """Every picture that the numbers allow, by name, as matplotlib figures.
+
+    Raises ComposeError where matplotlib is not there.
+    """
+    made = {"spectra": _spectra(spectra)}
+    for key in FIGURES:
+        if (picture := _heat_map(spectra, key)) is not None:
+            made[key] = picture
+    if spectra.subspaces:
+        made["overlap"] = _overlap(spectra)
+    if spectra.magnitudes:
+        made["magnitudes"] = _magnitudes(spectra)
+    return made
+
+
+def write_plots(spectra: AdapterSpectra, folder: Path, formats: Sequence[str] = ("svg", "png")) -> list[Path]:
+    """Write every picture into a folder; returns the files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    for name, figure in figures(spectra).items():
+        for kind in formats:
+            file = folder / f"{name}.{kind}"
+            file.write_bytes(picture_bytes(figure, kind))
+            files.append(file)
+    return files
+
+
+def picture_bytes(figure: Any, kind: str) -> bytes:
+    """A figure as SVG or PNG."""
+    import matplotlib
+
+    buffer = io.BytesIO()
+    with matplotlib.rc_context(rc=_SETTINGS):  # type: ignore[arg-type,unused-ignore]
+        figure.savefig(buffer, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else {"Software": None})
+    return buffer.getvalue()
+
+
+def modules_of(sites: Sequence[SiteSpectrum]) -> list[str]:
+    """Kinds of layers, in the order in which they come."""
+    return list(dict.fromkeys(site.module for site in sites))
+
+
+def _figure(width: float, height: float) -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ComposeError("pictures need matplotlib, which is not installed: pip install 'veneer[plot]'") from None
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _spectra(spectra: AdapterSpectra) -> Any:
+    figure = _figure(7, 4.2)
+    axes = figure.subplots()
+    for number, module in enumerate(modules_of(spectra.sites)):
+        values = [site.singular_values for site in spectra.sites if site.module == module and site.singular_values]
+        if not values:
+            continue
+        longest = max(map(len, values))
+        columns = [sorted(v[i] for v in values if len(v) > i) for i in range(longest)]
+        x = range(1, longest + 1)
+        colour = COLOURS[number % len(COLOURS)]
+        style = ("-", "--", ":", "-.")[number // len(COLOURS) % 4]
+        axes.plot(x, [column[len(column) // 2] for column in columns], style, color=colour, label=module)
+        axes.fill_between(x, [c[0] for c in columns], [c[-1] for c in columns], color=colour, alpha=0.12, linewidth=0)
+    axes.set_yscale("log")
+    most = max((len(site.singular_values) for site in spectra.sites), default=0)
+    if most > _MANY:  # the first few are what matters, and hundreds follow
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
+    else:
+        _whole_numbers(axes.xaxis)
+    axes.set(
+        xlabel="number of the singular value",
+        ylabel="singular value of d",
+        title=f"{spectra.name}: spectra of the change (median over blocks, and their range)",
+    )
+    axes.legend(fontsize=7, ncols=2, framealpha=0.6)
+    return figure
+
+
+def _heat_map(spectra: AdapterSpectra, key: str) -> Any | None:
+    title, measure, value = FIGURES[key]
+    cells = {(s.block, s.module): value(s) for s in spectra.sites if s.block is not None}
+    if not cells or any(number is None for number in cells.values()):
+        return None
+    modules = [module for module in modules_of(spectra.sites) if any(key[1] == module for key in cells)]
+    blocks = sorted({block for block, _ in cells if block is not None})
+    grid = [[_finite(cells.get((block, module))) for block in blocks] for module in modules]
+    figure = _figure(2.5 + 0.22 * max(18, len(blocks)), 1.2 + 0.3 * max(3, len(modules)))
+    axes = figure.subplots()
+    image = axes.imshow(grid, aspect="auto", cmap="cividis", interpolation="nearest", norm=_norm(grid, key in _COUNTS))
+    axes.set_yticks(range(len(modules)), modules)
+    step = -(-len(blocks) // 16)
+    axes.set_xticks(range(0, len(blocks), step), [str(block) for block in blocks[::step]])
+    axes.set(xlabel="block", title=f"{spectra.name}: {title}")
+    bar = figure.colorbar(image, label=measure)
+    if key in _COUNTS:
+        _whole_numbers(bar.ax.yaxis)
+    return figure
+
+
+def _norm(grid: Sequence[Sequence[float]], counts: bool) -> Any:
+    """Colours by value; by its logarithm where one site is so large that it would leave all others one colour."""
+    from matplotlib.colors import LogNorm, Normalize
+
+    values = sorted(value for row in grid for value in row if math.isfinite(value))
+    if not values or counts:
+        return Normalize(0, max(1.0, *values) if values else 1.0)
+    if values[0] > 0 and values[-1] > _FAR * values[len(values) // 2]:
+        return LogNorm(values[0], values[-1])
+    return Normalize(0, values[-1] or 1.0)
+
+
+def _overlap(spectra: AdapterSpectra) -> Any:
+    pairs = {
+        module: [spectra.subspaces[s.site] for s in spectra.sites if s.module == module and s.site in spectra.subspaces]
+        for module in modules_of(spectra.sites)
+    }
+    shown = [(module, side) for module, own in pairs.items() if own for side in ("reads", "writes")]
+    columns = min(_PANELS, len(shown))
+    rows = -(-len(shown) // columns)
+    figure = _figure(1.2 + 1.9 * columns, 0.8 + 1.5 * rows)
+    panels = figure.subplots(rows, columns, squeeze=False)
+    image = None
+    for axes, (module, side) in zip(panels.flat, shown, strict=False):
+        table = _mean([pair.phi_in if side == "reads" else pair.phi_out for pair in pairs[module]])
+        extent = (0.5, len(table[0]) + 0.5, 0.5, len(table) + 0.5)
+        image = axes.imshow(
+            table, vmin=0, vmax=1, cmap="cividis", origin="lower", interpolation="nearest", aspect="auto", extent=extent
+        )
+        axes.set_title(f"{module}, {side}", fontsize=7)
+        axes.tick_params(labelsize=7)
+        _whole_numbers(axes.xaxis)
+        _whole_numbers(axes.yaxis)
+    for axes in panels.flat[len(shown) :]:
+        axes.set_axis_off()
+    if image is not None:
+        figure.colorbar(image, ax=panels, label="φ(i, j): 1 one span holds the other, 0 orthogonal", fraction=0.03)
+    figure.supxlabel(f"j: leading directions of {spectra.against}", fontsize=8)
+    figure.supylabel(f"i: leading directions of {spectra.name}", fontsize=8)
+    figure.suptitle(f"what {spectra.name} and {spectra.against} have in common (mean over blocks)", fontsize=9)
+    return figure
+
+
+def _whole_numbers(axis: Any) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(nbins=5, integer=True, min_n_ticks=1))
+
+
+def _magnitudes(spectra: AdapterSpectra) -> Any:
+    figure = _figure(6, 3.4)
+    axes = figure.subplots()
+    values = [100 * _finite(value) for own in spectra.magnitudes.values() for value in own]
+    values = [value for value in values if math.isfinite(value)]
+    axes.hist(values, bins=80, color=COLOURS[0])
+    axes.set_yscale("log")
+    axes.set(
+        xlabel="‖W′ₒ‖ / ‖Wₒ‖ − 1, %", ylabel="number of outputs", title=f"{spectra.name}: change of magnitude by output"
+    )
+    return figure
+
+
+def _mean(tables: Sequence[Sequence[Sequence[float]]]) -> list[list[float]]:
+    """Mean over tables; where their sizes differ, over those that reach there."""
+    rows, columns = max(map(len, tables)), max(len(t[0]) if t else 0 for t in tables)
+    grid = []
+    for i in range(rows):
+        cells = [[t[i][j] for t in tables if len(t) > i and len(t[i]) > j] for j in range(columns)]
+        grid.append([sum(cell) / len(cell) if cell else math.nan for cell in cells])
+    return grid
+
+
+def _finite(value: float | None) -> float:
+    return value if value is not None and math.isfinite(value) else math.nan

@@ -1,0 +1,153 @@
+"""One HTML file that shows an adapter's inside: no other file, no script, nothing from a network.
+
+Pictures are inline SVG where matplotlib is there; without it the tables stand alone, and the page says so.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from veneer import __version__
+from veneer.analysis.plots import figures, modules_of, picture_bytes
+from veneer.analysis.spectra import AdapterSpectra, SiteSpectrum
+from veneer.errors import ComposeError
+from veneer.models.cache import write_atomically
+
+_STYLE = """
+body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#1a1a1a;background:#fff}
+table{border-collapse:collapse;margin:1rem 0;font-size:13px}
+td,th{padding:.2rem .6rem;text-align:right;border-bottom:1px solid #ddd}
+td:first-child,th:first-child{text-align:left;font-family:ui-monospace,monospace}
+svg{max-width:100%;height:auto}
+figure{margin:1.5rem 0}
+dt{font-weight:600}
+dd{margin:0 0 .3rem 1.5rem;color:#555}
+summary{cursor:pointer;margin-top:1rem}
+p.note{color:#555}
+"""
+_HEADER = ("rank", "norm", "stable rank", "effective rank", "change/weight", "amplification", "intruders")
+
+_LEGEND = {
+    "rank": "directions that the change has; with DoRA's magnitudes that is all of them",
+    "norm": "size of the change d = W' - W, Frobenius norm",
+    "stable rank": "square norm of d over the square of its largest singular value: near 1 where one direction does it all",
+    "effective rank": "exp of the entropy of the singular values: how many directions count",
+    "change/weight": "norm of d over that of the base weight W",
+    "amplification": "norm of d over that of what W does in d's leading directions: above 1 the change is stronger there than the base",
+    "intruders": "leading directions of W' that W does not have; their number goes with what is forgotten",
+}
+_OVERLAP_LEGEND = {
+    "phi": "what two spans of directions have in common: 1 where one holds the other, 0 where they are orthogonal. What is read is alike "
+    "for adapters that began with one seed",
+    "by chance": "phi of random spans of these sizes",
+    "cosine": "of the two changes as vectors: 1 the same change, 0 nothing in common, below 0 against each other",
+}
+
+
+def write_html(spectra: AdapterSpectra, file: Path) -> None:
+    """Write the report, whole or not at all."""
+    write_atomically(file, html_report(spectra).encode())
+
+
+def html_report(spectra: AdapterSpectra) -> str:
+    """The page as text."""
+    name = html.escape(spectra.name)
+    parts = [
+        "<!doctype html>",
+        '<html lang="en"><head><meta charset="utf-8">',
+        f"<title>{name}: inside an adapter</title><style>{_STYLE}</style></head><body>",
+        f"<h1>{name}</h1>",
+        f"<p>{_summary(spectra)}</p>",
+        "<h2>By kind of layer</h2>",
+        '<p class="note">Means over blocks; intruders too.</p>',
+        _table(("module", "sites", *_HEADER), _modules(spectra.sites)),
+        _legend(_LEGEND),
+    ]
+    if spectra.subspaces:
+        parts += [
+            f"<h2>Against {html.escape(str(spectra.against))}</h2>",
+            _overlap_table(spectra),
+            _legend(_OVERLAP_LEGEND),
+        ]
+    parts += _pictures(spectra)
+    rows = [[site.site, *_numbers(site)] for site in spectra.sites]
+    parts += [f"<details><summary>All {len(rows)} sites</summary>{_table(('site', *_HEADER), rows)}</details>"]
+    parts += [f'<p class="note">Made by Veneer {html.escape(__version__)}.</p>', "</body></html>"]
+    return "\n".join(parts) + "\n"
+
+
+def _summary(spectra: AdapterSpectra) -> str:
+    method = {"lora": "LoRA", "dora": "DoRA"}.get(spectra.method, spectra.method)
+    text = f"A {html.escape(method)} adapter at {len(spectra.sites)} sites; norm of the whole change {_short(_total(spectra.sites))}."
+    if spectra.intruders is not None:
+        text += f" {spectra.intruders} intruder dimensions."
+    if spectra.correlation is not None:
+        text += f" Correlation of direction and magnitude change over sites: {spectra.correlation:+.2f}."
+    return text
+
+
+def _modules(sites: Sequence[SiteSpectrum]) -> list[list[str]]:
+    rows = []
+    for module in modules_of(sites):
+        own = [site for site in sites if site.module == module]
+        columns = [[_values(site)[i] for site in own] for i in range(len(_HEADER))]
+        rows.append([module, str(len(own)), *(_mean(column) for column in columns)])
+    return rows
+
+
+def _overlap_table(spectra: AdapterSpectra) -> str:
+    rows = []
+    for module in modules_of(spectra.sites):
+        own = [spectra.subspaces[s.site] for s in spectra.sites if s.module == module and s.site in spectra.subspaces]
+        if own:
+            columns = ("whole_in", "chance_in", "whole_out", "chance_out", "cosine")
+            rows.append([module, *(_mean([getattr(pair, column) for pair in own]) for column in columns)])
+    return _table(("module", "phi of what is read", "by chance", "phi of what is written", "by chance", "cosine"), rows)
+
+
+def _pictures(spectra: AdapterSpectra) -> list[str]:
+    try:
+        made = figures(spectra)
+    except ComposeError as error:
+        return [f'<p class="note">There are no pictures: {html.escape(str(error))}.</p>']
+    parts = ["<h2>Pictures</h2>"]
+    for figure in made.values():
+        text = picture_bytes(figure, "svg").decode()
+        parts.append(f"<figure>{text[text.index('<svg') :]}</figure>")
+    return parts
+
+
+def _legend(entries: Mapping[str, str]) -> str:
+    body = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(text)}</dd>" for name, text in entries.items())
+    return f"<details><summary>What the columns mean</summary><dl>{body}</dl></details>"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _values(site: SiteSpectrum) -> tuple[float | None, ...]:
+    count = None if site.intruders is None else float(site.intruders.count)
+    return (site.rank, site.norm, site.stable_rank, site.effective_rank, site.ratio, site.amplification, count)
+
+
+def _numbers(site: SiteSpectrum) -> list[str]:
+    return ["-" if value is None else _short(value) for value in _values(site)]
+
+
+def _mean(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return _short(math.fsum(known) / len(known)) if known else "-"
+
+
+def _short(value: float) -> str:
+    return f"{value:.3g}"
+
+
+def _total(sites: Sequence[SiteSpectrum]) -> float:
+    return math.hypot(*(site.norm for site in sites))

@@ -1,0 +1,198 @@
+"""Looking inside adapters: how large a change is, how many directions it uses, and what they do to the base.
+
+Per site, for a change d with singular values s_1 >= s_2 >= ... and the base weight W:
+
+    stable rank       ||d||_F^2 / s_1^2
+    effective rank    exp(-sum p log p), p = s / sum s                      (Roy and Vetterli 2007)
+    ratio             ||d||_F / ||W||_F
+    amplification     ||d||_F / ||U^T W V||_F, U and V the leading r singular vectors of d, r the adapter's rank: how much more the
+                      change does in its directions than the base does there  (LoRA, arXiv 2106.09685, section 7.3)
+    magnitude change  mean over outputs of | ||W'_o|| - ||W_o|| |
+    direction change  mean over outputs of 1 - cos(W'_o, W_o)               (DoRA, arXiv 2402.09353, section 3)
+
+Across sites, the correlation of magnitude and direction change says whether a fine-tune is of LoRA's kind (they rise together) or of
+full fine-tuning's (they do not). Everything is returned as plain data.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from veneer.adapters.adapter import Adapter
+from veneer.analysis.intruders import Intruders, find_intruders
+from veneer.analysis.subspace import Subspaces, subspaces
+from veneer.deltas.delta import SiteDelta, Weights, site_delta
+from veneer.deltas.svd import alive, svd_of
+
+_BLOCK = re.compile(r"(?:^|\.)(\d+)\.(.+)$")
+
+
+@dataclass(frozen=True)
+class SiteSpectrum:
+    """One site. block and module: where it stands ("model.layers.3.mlp.up_proj" -> 3, "mlp.up_proj"). What needs the base is None
+    without it."""
+
+    site: str
+    block: int | None
+    module: str
+    rank: int
+    singular_values: tuple[float, ...]
+    norm: float
+    stable_rank: float
+    effective_rank: float
+    ratio: float | None = None
+    amplification: float | None = None
+    magnitude_change: float | None = None
+    direction_change: float | None = None
+    intruders: Intruders | None = None
+
+
+@dataclass(frozen=True)
+class AdapterSpectra:
+    """All sites of an adapter, what holds for them together, and how they lie to another adapter's."""
+
+    name: str
+    method: str
+    sites: tuple[SiteSpectrum, ...]
+    correlation: float | None = None
+    against: str | None = None
+    subspaces: dict[str, Subspaces] = field(default_factory=dict)
+    magnitudes: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    """Relative magnitude change of each output, ||W'_o|| / ||W_o|| - 1, by site."""
+
+    @property
+    def intruders(self) -> int | None:
+        """How many intruder dimensions there are at all sites together; None without the base."""
+        counts = [site.intruders.count for site in self.sites if site.intruders is not None]
+        return sum(counts) if counts else None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, without the magnitudes of every output."""
+        found = asdict(self)
+        del found["magnitudes"]
+        return {**found, "intruders": self.intruders}
+
+
+def adapter_spectra(
+    adapter: Adapter,
+    weights: Weights | None = None,
+    *,
+    against: Adapter | None = None,
+    top_k: int = 10,
+    threshold: float = 0.5,
+) -> AdapterSpectra:
+    """Everything that this file knows of an adapter.
+
+    weights: the base's weights; DoRA needs them, and without them nothing is said of the base. against: another adapter, whose
+    subspaces are compared at the sites that both have. top_k, threshold: of intruder dimensions.
+    Raises ComposeError for a DoRA adapter without its base.
+    """
+    sites: list[SiteSpectrum] = []
+    pairs: dict[str, Subspaces] = {}
+    magnitudes: dict[str, tuple[float, ...]] = {}
+    for site in adapter.tensors:
+        weight_OK = None if weights is None else weights(site).double()
+        change = site_delta(adapter, site, weights)
+        u, s, vt = svd_of(change, weight_OK)
+        keep = min(int(alive(s).sum()), adapter.rank(site))
+        spectrum = _spectrum(site, change, s)
+        if weight_OK is not None:
+            directions = u[:, :keep], vt[:keep]
+            spectrum, magnitudes[site] = _against_base(spectrum, change, weight_OK, directions, top_k, threshold)
+        sites.append(spectrum)
+        if against is not None and site in against.tensors:
+            other = site_delta(against, site, weights)
+            pairs[site] = subspaces((u, s, vt), svd_of(other, weight_OK), adapter.rank(site), against.rank(site))
+    return AdapterSpectra(
+        adapter.name,
+        adapter.method.name,
+        tuple(sites),
+        _correlation(sites),
+        None if against is None else against.name,
+        pairs,
+        magnitudes,
+    )
+
+
+def stable_rank(s: Tensor) -> float:
+    """||d||_F^2 / s_1^2; 0 for no change."""
+    return float(s.square().sum() / s.max().square()) if bool(alive(s).any()) else 0.0
+
+
+def effective_rank(s: Tensor) -> float:
+    """exp of the entropy of the singular values' shares; 0 for no change."""
+    some = s[alive(s)]
+    if not len(some):
+        return 0.0
+    p = some / some.sum()
+    return float(torch.exp(-(p * p.log()).sum()))
+
+
+def amplification(norm: float, weight_OK: Tensor, u: Tensor, vt: Tensor) -> float:
+    """||d||_F / ||U^T W V||_F; infinite where the base does nothing in the change's directions."""
+    base = float((u.T @ weight_OK @ vt.T).norm())
+    return norm / base if base else math.inf
+
+
+def pearson(x: Sequence[float], y: Sequence[float]) -> float | None:
+    """Correlation of two lists; None where it is not defined."""
+    if len(x) < 3:
+        return None
+    a = torch.tensor(x, dtype=torch.float64)
+    b = torch.tensor(y, dtype=torch.float64)
+    a, b = a - a.mean(), b - b.mean()
+    size = float(a.norm() * b.norm())
+    return float(a @ b) / size if size else None
+
+
+def place_of(site: str) -> tuple[int | None, str]:
+    """(block, module) of a site: the first number in its path and what stands behind it."""
+    found = _BLOCK.search(site)
+    return (int(found[1]), found[2]) if found else (None, site)
+
+
+def _spectrum(site: str, change: SiteDelta, s: Tensor) -> SiteSpectrum:
+    block, module = place_of(site)
+    values = tuple(float(f"{value:.6g}") for value in s[alive(s)].tolist())
+    rank = change.rank if change.factored else len(values)
+    return SiteSpectrum(site, block, module, rank, values, float(s.norm()), stable_rank(s), effective_rank(s))
+
+
+def _against_base(
+    spectrum: SiteSpectrum,
+    change: SiteDelta,
+    weight_OK: Tensor,
+    directions: tuple[Tensor, Tensor],
+    top_k: int,
+    threshold: float,
+) -> tuple[SiteSpectrum, tuple[float, ...]]:
+    tuned_OK = weight_OK + change.dense(weight_OK)
+    before, after = weight_OK.norm(dim=1), tuned_OK.norm(dim=1)
+    cosine = (weight_OK * tuned_OK).sum(1) / (before * after).clamp_min(1e-300)
+    size = float(before.norm())
+    found = replace(
+        spectrum,
+        ratio=spectrum.norm / size if size else math.inf,
+        amplification=amplification(spectrum.norm, weight_OK, *directions),
+        magnitude_change=float((after - before).abs().mean()),
+        direction_change=float((1 - cosine).mean()),
+        intruders=find_intruders(weight_OK, tuned_OK, top_k=top_k, threshold=threshold),
+    )
+    relative = (after / before.clamp_min(1e-300) - 1).tolist()
+    return found, tuple(relative)
+
+
+def _correlation(sites: Sequence[SiteSpectrum]) -> float | None:
+    pairs = [
+        (site.direction_change, site.magnitude_change)
+        for site in sites
+        if site.direction_change is not None and site.magnitude_change is not None
+    ]
+    return pearson([d for d, _ in pairs], [m for _, m in pairs])

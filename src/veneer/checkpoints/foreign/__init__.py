@@ -1,0 +1,1 @@
+"""Adapter files of other programs: mlx-lm, LitGPT and GGUF."""

@@ -1,0 +1,167 @@
+"""Adapters that other programs wrote, on their way in: whose folder it is, and from raw factors to an adapter of ours.
+
+    mlx-lm     adapters.safetensors with adapter_config.json                     ``foreign_mlx.py``
+    LitGPT     lit_model.lora.safetensors with hyperparameters.yaml               ``foreign_litgpt.py``
+
+A reader names sites and gives factors; here they are held against the base's layers, all of them at once, and become an adapter whose
+folder is a PEFT folder. Nothing is left over: a tensor that has no place is an error that names it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from veneer.adapters.adapter import Adapter
+from veneer.adapters.layers.site import Site
+from veneer.adapters.methods import DoRA, LoRA
+from veneer.checkpoints.files import Folder
+from veneer.checkpoints.tensors import read_header, read_tensors
+from veneer.errors import CheckpointError, Problems
+
+MLX, LITGPT = "adapters.safetensors", "lit_model.lora.safetensors"
+CONFIG, HYPERPARAMETERS = "adapter_config.json", "hyperparameters.yaml"
+_PEFT, _PICKLED, _OLD_MLX = "adapter_model.safetensors", ".pth.lora", "adapters.npz"
+_MOST_ALPHA, _MOST_RANK = 1e6, 4096
+
+
+@dataclass(frozen=True)
+class Factors:
+    """What another program has at one site: A [r, in], B [out, r], the scale of B A, and DoRA's magnitude [out]."""
+
+    a_RK: Tensor
+    b_OR: Tensor
+    scale: float
+    magnitude_O: Tensor | None = None
+
+
+def program_of(path: Path) -> str:
+    """Whose adapter a folder holds: mlx-lm or litgpt.
+
+    Raises CheckpointError for anything else, with what to do about it.
+    """
+    if not path.is_dir():
+        what = "is not a folder" if path.exists() else "does not exist"
+        raise CheckpointError(
+            f"{path} {what}; expected the folder of an adapter by mlx-lm ({MLX}) or LitGPT ({LITGPT})"
+        )
+    with Folder(path) as folder:
+        names = folder.names
+    if MLX in names:
+        return "mlx-lm"
+    if LITGPT in names:
+        return "litgpt"
+    if _PEFT in names:
+        raise CheckpointError(
+            f"{path} is a PEFT folder, which every command reads as it is; nothing has to be imported"
+        )
+    if pickled := next((name for name in names if name.endswith(_PICKLED)), None):
+        raise CheckpointError(
+            f"{path / pickled} is a pickle, which can run code when it is opened, and is not read; where it is trusted, convert it in "
+            f"its folder with LitGPT's own Python: python -c \"import torch; from safetensors.torch import save_file; "
+            f"save_file(torch.load('{pickled}', weights_only=True)['model'], '{LITGPT}')\""
+        )
+    if _OLD_MLX in names:
+        raise CheckpointError(
+            f"{path / _OLD_MLX} is of an mlx-lm from before 2024-04, whose layers have other names; save the adapter once with a newer one"
+        )
+    raise CheckpointError(f"{path} holds no adapter that is known: expected {MLX} (mlx-lm) or {LITGPT} (LitGPT)")
+
+
+def read_foreign_tensors(path: Path, name: str) -> dict[str, Tensor]:
+    """Every tensor of a safetensors file in a folder, in fp32.
+
+    Raises CheckpointError for files that are damaged, empty, or hold numbers that are not finite.
+    """
+    where = str(path / name)
+    with Folder(path) as folder, folder.open(name) as (file, size):
+        tensors, _ = read_tensors(file, read_header(file, size, where), where)
+    if not tensors:
+        raise CheckpointError(f"{where} holds no tensors")
+    problems = Problems()
+    for key, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            problems.add(f"{key} holds values that are not finite")
+    problems.raise_if_any(CheckpointError, f"{where} cannot be used", limit=8)
+    return {key: tensor.float() for key, tensor in tensors.items()}
+
+
+def adapter_of(
+    found: Mapping[str, Factors], sites: Mapping[str, Site], name: str, where: str, *, dropout: object = 0.0
+) -> Adapter:
+    """The adapter with these factors, held against the base's layers. dropout: what the settings say; used if it can be one.
+
+    Raises CheckpointError that names every site which the base lacks or which has another shape, and where nothing is changed.
+    """
+    problems = Problems()
+    for site, factors in found.items():
+        for problem in _problems(sites.get(site), factors):
+            problems.add(f"{site}: {problem}")
+    problems.raise_if_any(CheckpointError, f"{where} does not fit the base", limit=8)
+    if not any(bool(factors.b_OR.any()) and bool(factors.a_RK.any()) for factors in found.values()):
+        raise CheckpointError(f"{where} changes nothing: its factors are zero at every layer (never trained?)")
+    ranks = {site: int(factors.a_RK.shape[0]) for site, factors in found.items()}
+    alphas = {site: factors.scale * ranks[site] for site, factors in found.items()}
+    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    gains = any(factors.magnitude_O is not None for factors in found.values())
+    method = (DoRA if gains else LoRA)(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=float(dropout) if isinstance(dropout, int | float) and 0 <= dropout < 1 else 0.0,
+        rank_pattern={site: own for site, own in ranks.items() if own != rank},
+        alpha_pattern={site: own for site, own in alphas.items() if own != alpha},
+        target_modules=tuple(found),
+        # mlx-lm lets a change of the embedding act on the head that is tied to it.
+        ensure_weight_tying=any(site.tied_to in found for site in sites.values()),
+    )
+    tensors = {}
+    for site, factors in found.items():
+        names = method.tensor_names(sites[site].kind)
+        values = (factors.a_RK, factors.b_OR, factors.magnitude_O)
+        tensors[site] = {
+            key: value.contiguous() for key, value in zip(names, values, strict=False) if value is not None
+        }
+    return Adapter(name, method, tensors, {site: sites[site].kind for site in found}, alphas=alphas)
+
+
+def places(sites: Mapping[str, Site]) -> dict[int | None, dict[str, str]]:
+    """{block: {name inside the block: site}}; block None holds what stands outside of all, by its last name."""
+    found: dict[int | None, dict[str, str]] = {}
+    for name, site in sites.items():
+        tail = name.rpartition(".")[2] if site.block is None else name.split(f".{site.block}.", 1)[-1]
+        found.setdefault(site.block, {})[tail] = name
+    return found
+
+
+def _problems(site: Site | None, factors: Factors) -> list[str]:
+    if site is None:
+        return ["the base has no such layer"]
+    geometry, rank = site.geometry, factors.a_RK.shape[0]
+    if rank > _MOST_RANK:
+        return [f"its rank is {rank}; at most {_MOST_RANK} is read"]
+    found = []
+    wanted: dict[str, tuple[tuple[int, ...], Tensor]] = {
+        "A": ((rank, geometry.in_), factors.a_RK),
+        "B": ((geometry.out, rank), factors.b_OR),
+    }
+    if factors.magnitude_O is not None:
+        wanted["the magnitude"] = (geometry.out,), factors.magnitude_O
+    if site.kind not in ("linear", "conv1d", "embedding"):
+        return [f"layers of kind {site.kind} cannot be imported"]
+    if site.kind == "embedding" and factors.magnitude_O is not None:
+        return [
+            "DoRA of an embedding has one magnitude per token there and one per feature here, so it cannot be imported"
+        ]
+    for what, (shape, tensor) in wanted.items():
+        if tuple(tensor.shape) != shape:
+            found.append(f"{what} has shape {tuple(tensor.shape)}, and the base's layer needs {shape}")
+    if not 0 < factors.scale * rank <= _MOST_ALPHA:
+        found.append(
+            f"the scale is {factors.scale:g}; expected a number above 0 with rank x scale up to {_MOST_ALPHA:g}"
+        )
+    return found

@@ -1,0 +1,87 @@
+"""PEFT folders in and out: the folder format that banks are attached with.
+
+bank = attach(model)                          # veneer.attach
+bank.load("runs/style/adapter", name="style", force=("base",))
+bank.save("style", "out/", base_name="org/model")
+adapter = read_adapter("out/")                # without a model
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from veneer.adapters.adapter import Adapter
+from veneer.adapters.attach import attach as attach_bank
+from veneer.adapters.bank import Bank
+from veneer.checkpoints.peft.read import read_adapter_folder
+from veneer.checkpoints.peft.write import write_adapter_folder
+from veneer.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class PeftFolders:
+    """Reads and writes a bank's adapters as PEFT folders. Holds no state."""
+
+    def read(self, path: Path, name: str, bank: Bank, **options: Any) -> Adapter:
+        """The adapter in a folder, held against the bank's base. Options: ``force`` and ``convert``, see `read_adapter_folder`.
+
+        Raises CheckpointError with everything that is wrong with the folder.
+        """
+        _check_options("load", options, ("force", "convert"))
+        return read_adapter_folder(path, name, bank, **options)
+
+    def write(self, adapter: Adapter, path: Path, bank: Bank, **options: Any) -> None:
+        """Write an adapter as a folder. Options: those of `peft_write.write_adapter_folder`.
+
+        Raises CheckpointError when it cannot be written or does not read back equal.
+        """
+        _check_options("save", options, ("base_name", "task_type", "receipt", "logits", "template"))
+        write_adapter_folder(adapter, path, bank, **options)
+
+
+def attach(model: nn.Module, example: dict[str, Any] | None = None) -> Bank:
+    """Make any ``nn.Module`` ready for adapters, in memory and in PEFT folders. The model goes on being used as before.
+
+    example: keyword arguments for one forward, for the probe of a model whose inputs cannot be guessed.
+    Raises AdapterError if a bank is attached already.
+    """
+    return attach_bank(model, example=example, folders=PeftFolders())
+
+
+def read_adapter(path: str | Path, name: str | None = None, *, force: str | Iterable[str] = ()) -> Adapter:
+    """The adapter in a PEFT folder, without a model: what a file can say by itself is checked, the base is not.
+
+    name: by default "adapter". Raises CheckpointError with everything that is wrong with the folder.
+    """
+    return read_adapter_folder(Path(path), name or "adapter", None, force=force)
+
+
+def write_adapter(
+    adapter: Adapter,
+    path: str | Path,
+    *,
+    bank: Bank | None = None,
+    base_name: str | None = None,
+    task_type: str | None = None,
+    receipt: Mapping[str, Any] | None = None,
+    template: str | None = None,
+) -> None:
+    """Write an adapter as a PEFT folder. Without a bank the receipt says nothing of the base but what is handed in, and layers are named
+    in full. template: a chat template that is not the base's own.
+
+    Raises CheckpointError when it cannot be written or does not read back equal.
+    """
+    write_adapter_folder(
+        adapter, Path(path), bank, base_name=base_name, task_type=task_type, receipt=receipt, template=template
+    )
+
+
+def _check_options(verb: str, options: Mapping[str, Any], known: tuple[str, ...]) -> None:
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        raise CheckpointError(f"{verb} has no option {unknown[0]}; it has {', '.join(known)}")

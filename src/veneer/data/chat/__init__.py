@@ -1,0 +1,1 @@
+"""Chat messages, templates and rendering with exact masks."""

@@ -1,0 +1,1 @@
+"""Readers of row files, and the shapes that rows may have."""

@@ -1,0 +1,1 @@
+"""Linear layers with low-rank adapters: the reference, the fast form and the kernels in C++."""

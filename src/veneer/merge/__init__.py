@@ -1,0 +1,1 @@
+"""Folding adapters into plain weights, with the rounding error reported."""

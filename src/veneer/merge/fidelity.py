@@ -1,0 +1,132 @@
+"""Does the merged model answer like the adapted one? Both are run on a probe text in fp32, one after the other.
+
+In fp32 the only difference left between them is what rounding the stored weights cost; a merge stored in fp32 agrees to about 1e-6
+of the logits. Beside the largest difference stands how much the adapters change the logits at all, which is what it must be
+compared with.
+
+Boundary: needs one model in memory at a time; `room_for` says beforehand whether there is room.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from veneer.adapters.adapter import Adapter
+from veneer.adapters.attach import attach
+from veneer.checkpoints.model_folder import ModelFolder
+from veneer.deltas.parents import copy_as
+from veneer.errors import ComposeError
+from veneer.merge.plan import Mix
+from veneer.models.load import load_base
+
+PROBE_TEXT = (
+    "The harbour master wrote the tide table by hand: high water at 6:42, low water at 12:57, and a note that the ferry of "
+    "Thursday leaves an hour early. Question: how long is it from high to low water? Answer: 6 hours and 15 minutes."
+)
+WRONG = 1e-3
+"""Difference relative to the largest logit above which a merge stored in fp32 is not rounding but a mistake."""
+
+
+@dataclass(frozen=True)
+class LogitComparison:
+    """Largest differences of logits over all positions of the probe text, in fp32.
+
+    merged: merged against adapted. change: adapted against the base. scale: the largest adapted logit. same_top: share of positions
+    with the same most likely token. with_residual: merged plus residual adapter against adapted.
+    """
+
+    merged: float
+    change: float
+    scale: float
+    same_top: float
+    positions: int
+    with_residual: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+
+def room_for(weight_bytes: int) -> bool:
+    """Whether a model of this size (bytes in fp32) fits in the memory that is free now; True where the system does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError):
+        return True
+    return weight_bytes * 1.3 < free
+
+
+def compare_logits(
+    base: Path, merged: Path, mix: Mix, *, text: str = PROBE_TEXT, residual: Adapter | None = None
+) -> LogitComparison | None:
+    """Run base, base with ``mix``, and merged model on a text, in fp32; None where the model takes no token ids alone.
+
+    Raises ComposeError where a merged model stored in fp32 computes something else than the adapted one.
+    """
+    loaded = load_base(base, dtype="float32")
+    config: Any = loaded.model.config
+    if config.is_encoder_decoder or "input_ids" not in inspect.signature(loaded.model.forward).parameters:
+        return None
+    ids = _ids(loaded.tokenizer, loaded.model, text)
+    plain = _logits(loaded.model, ids)
+    adapted = _adapted(loaded.model, ids, mix)
+    del loaded
+    again = load_base(merged, dtype="float32")
+    found = _logits(again.model, ids)
+    with_residual = None
+    if residual is not None:
+        with_residual = float((_adapted(again.model, ids, [(residual, 1.0)]) - adapted).abs().max())
+    difference = float((found - adapted).abs().max())
+    scale = float(adapted.abs().max())
+    comparison = LogitComparison(
+        merged=difference,
+        change=float((adapted - plain).abs().max()),
+        scale=scale,
+        same_top=float((found.argmax(-1) == adapted.argmax(-1)).float().mean()),
+        positions=int(ids.numel()),
+        with_residual=with_residual,
+    )
+    if ModelFolder(merged).dtypes() <= {"F64", "F32"} and not difference <= WRONG * scale:
+        raise ComposeError(
+            f"the merged model in fp32 does not compute what the adapted one does (logits differ by {difference:.3g} of {scale:.3g}); "
+            "nothing was written: this model uses a merged weight in a way that is not known here"
+        )
+    return comparison
+
+
+def _ids(tokenizer: Any, model: Any, text: str) -> Tensor:
+    if tokenizer is not None:
+        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        if int(ids.max()) < model.get_input_embeddings().weight.shape[0]:
+            return ids
+    vocabulary = int(model.get_input_embeddings().weight.shape[0])
+    return torch.randint(0, vocabulary, (1, 48), generator=torch.Generator().manual_seed(0))
+
+
+def _logits(model: Any, ids: Tensor) -> Tensor:
+    with torch.inference_mode():
+        output: Tensor = model(input_ids=ids)[0]
+    return output.float()
+
+
+def _adapted(model: Any, ids: Tensor, mix: Mix) -> Tensor:
+    """Logits under a weighted mix; the model is left as it was."""
+    bank = attach(model)
+    try:
+        route = {}
+        for number, (adapter, weight) in enumerate(mix):
+            # Two parents may carry one name, and an adapter may stand in a mix twice.
+            name = f"parent-{number}"
+            bank.insert(copy_as(adapter, name))
+            route[name] = weight
+        with bank.use(route, training=False):
+            return _logits(model, ids)
+    finally:
+        bank.detach()

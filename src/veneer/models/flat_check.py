@@ -1,0 +1,187 @@
+"""Is the flat way exact for this model? Asked once, with two short segments, when a runner is made.
+
+    each segment alone, by the ordinary call      ==      both in one batch         (values)
+    the second segment, first segment unchanged   ==      first segment's tokens replaced    (isolation)
+
+Models differ in ways that no name tells: some take the flat call and ignore it (attention written out in their own
+way, positions as a bias of the scores), some count positions from another number, some carry a state along the
+tokens. So each is tried. A model that fails flat is tried in padded rows, the way that it was made for; one that
+fails both is refused.
+
+What rounding may do is bounded by dtype. In bf16 a wrong segment boundary shows as an error of order one, and
+rounding of one to three hundredths after many layers, so the bound lies between.
+
+Boundary: the probe reads outputs; it changes nothing but the runner's own findings.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from veneer.errors import BaseModelError
+from veneer.models.flat_attention import NotFlat
+from veneer.models.layout import Flat
+
+if TYPE_CHECKING:
+    from veneer.models.flat import FlatRunner
+
+__all__ = ["probe"]
+
+_BOUND = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 6e-2, torch.float16: 2e-2}
+
+
+@torch.no_grad()
+def probe(runner: FlatRunner) -> None:
+    """Decide ``runner.kind``, ``reason`` and ``first_position``, and find the head.
+
+    Raises:
+        BaseModelError: neither flat nor padded gives what each segment gives alone.
+    """
+    with _eval(runner.model):
+        first, second, other = _samples(runner.model)
+        alone = [_alone(runner, first), _alone(runner, second)]
+        reasons: list[str] = []
+        for kind in ("flat", "padded"):
+            reason = _try(runner, kind, first, second, other, alone)
+            if reason is None:
+                runner.kind, runner.reason = kind, "; ".join(reasons)
+                runner._head = _find_head(runner, first, second)
+                return
+            reasons.append(reason)
+    raise BaseModelError(
+        f"{type(runner.model).__name__} gives other results in a batch than for each text alone ({'; '.join(reasons)}), so "
+        f"it can be neither trained nor measured in batches; use another base."
+    )
+
+
+def _try(
+    runner: FlatRunner, kind: str, first: list[int], second: list[int], other: list[int], alone: list[torch.Tensor]
+) -> str | None:
+    """None if this way is exact, with the position numbering that made it so; else the reason."""
+    runner.kind = kind
+    flat, changed = Flat.of([first, second]), Flat.of([other, second])
+    reason = None
+    for start in _position_starts(runner):
+        runner.first_position = start
+        try:
+            together = _states(runner, flat)
+            if kind == "flat" and runner._switch.attention_calls == 0:
+                return "its attention does not go through transformers' attention interface"
+            worst = max(
+                _error(together[: len(first)], alone[0]),
+                _error(together[len(first) :], alone[1]),
+            )
+            moved = _error(_states(runner, changed)[len(other) :], together[len(first) :])
+        except BaseModelError as error:
+            return str(error.__cause__ if isinstance(error.__cause__, NotFlat) else error)
+        except Exception as error:  # as above
+            return f"the {kind} call fails with {type(error).__name__}: {error}"
+        bound = _bound(runner.model)
+        if worst <= bound and moved <= bound:
+            return None
+        if reason is None:
+            reason = f"{kind}, two segments differ from each alone by {worst:.1e}, and one moves by {moved:.1e} with the other"
+    return reason
+
+
+def _position_starts(runner: FlatRunner) -> tuple[int, ...]:
+    """Numbers that a model's first position may have: 0, or one past its padding token, as RoBERTa's family counts."""
+    pad = getattr(runner.model.config, "pad_token_id", None)
+    return (0, pad + 1) if isinstance(pad, int) and pad >= 0 and "position_ids" in runner._takes else (0,)
+
+
+def _samples(model: torch.nn.Module) -> tuple[list[int], list[int], list[int]]:
+    """Three lists of token ids, none special: two segments, and one to stand in the first's place (all of other tokens)."""
+    config: Any = model.config
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    special = {
+        getattr(text, name, None)
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")
+    }
+    size = int(text.vocab_size)
+    usable = [token for token in range(size // 8, size) if token not in special] or list(range(size))
+    window = getattr(text, "sliding_window", None) or getattr(text, "local_attention", None)
+    longest = min(int(window), 64) + 5 if isinstance(window, int) else 12
+
+    def draw(count: int, step: int) -> list[int]:
+        return [usable[(17 + step * (i + 1) * (i + 3)) % len(usable)] for i in range(count)]
+
+    return draw(9, 7), draw(longest, 11), draw(9, 13)
+
+
+def _alone(runner: FlatRunner, tokens: list[int]) -> torch.Tensor:
+    """Final states [L, D] of one segment by the model's ordinary call, with the positions of its own choice."""
+    device = next(runner.model.parameters()).device
+    ids = torch.tensor([tokens], device=device)
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if "use_cache" in inspect.signature(runner._body.forward).parameters:
+        inputs["use_cache"] = False
+    try:
+        states: torch.Tensor = runner._body(**inputs).last_hidden_state[0]
+    except Exception as error:  # a model that was never meant for this call can fail anywhere inside it
+        name = type(runner.model).__name__
+        raise BaseModelError(
+            f"{name} cannot be run on one text by its token ids alone ({type(error).__name__}: {error}); use another base."
+        ) from error
+    return states
+
+
+def _states(runner: FlatRunner, flat: Flat) -> torch.Tensor:
+    return runner.hidden(_on_device(runner, flat))
+
+
+def _on_device(runner: FlatRunner, flat: Flat) -> Flat:
+    device = next(runner.model.parameters()).device
+    return Flat(flat.ids.to(device), flat.positions.to(device), flat.offsets)
+
+
+def _find_head(
+    runner: FlatRunner, first: list[int], second: list[int]
+) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+    """The output layer, if the model's logits are exactly that layer applied to the final states."""
+    model: Any = runner.model
+    layer = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
+    if runner._body is runner.model or weight is None or weight.dim() != 2:
+        return None
+    flat = _on_device(runner, Flat.of([first, second]))
+    try:
+        logits = runner.logits(flat)
+    except BaseModelError:
+        return None
+    for last in (None, layer):
+        runner._last = last
+        with contextlib.suppress(Exception):  # a model may do anything with an output layer that gives nothing
+            states = runner.hidden(flat)
+            found = torch.nn.functional.linear(states, weight, bias)
+            if logits.shape == found.shape and _error(found, logits) <= _bound(runner.model) / 10:
+                return weight, bias
+    runner._last = None
+    return None
+
+
+def _error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Relative L2 distance; infinite where anything is not finite."""
+    distance = (found.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30)
+    return float(distance) if torch.isfinite(distance) else float("inf")
+
+
+def _bound(model: torch.nn.Module) -> float:
+    return _BOUND.get(next(model.parameters()).dtype, _BOUND[torch.bfloat16])
+
+
+@contextlib.contextmanager
+def _eval(model: torch.nn.Module) -> Iterator[None]:
+    """Eval mode inside, every module's own mode after: dropout would make any two calls differ."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -1,0 +1,8 @@
+"""Training: two verbs (``forward_backward``, ``optim_step``), jobs that own everything but the base, and the run around them."""
+
+from __future__ import annotations
+
+from veneer.training.run.result import JobResult, RunResult
+from veneer.training.run.run import train
+
+__all__ = ["JobResult", "RunResult", "train"]

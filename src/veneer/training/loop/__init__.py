@@ -1,0 +1,1 @@
+"""The training step, a job and the trainer that runs several."""

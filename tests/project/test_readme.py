@@ -1,0 +1,77 @@
+"""What the documents tell people to type exists."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from tests.project.source import ROOT
+
+import veneer
+from veneer.cli.main import available, parser_of
+
+DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")])
+
+
+def blocks(language: str) -> list[tuple[str, str]]:
+    """(where, text) of every fenced block in a language."""
+    found = []
+    for path in DOCUMENTS:
+        for match in re.finditer(rf"^```{language}\n(.*?)^```", path.read_text(encoding="utf-8"), re.S | re.M):
+            found.append((str(path.relative_to(ROOT)), match.group(1)))
+    return found
+
+
+def lines(tool: str) -> list[str]:
+    """Every line in a shell block that calls a tool, without comments, continued lines joined."""
+    text = "\n".join(body.replace("\\\n", " ") for _, body in blocks("bash"))
+    return [line.strip() for line in text.splitlines() if line.strip().split(" ")[0] == tool]
+
+
+@pytest.mark.parametrize("line", lines("veneer"))
+def test_commands_can_be_typed(line: str) -> None:
+    """Each ``veneer`` line names a command that is there, and its flags are read by the command's own parser."""
+    words = shlex.split(line, comments=True)[1:]
+    for stop in ("|", ">", ">>", "&&", ";"):
+        words = words[: words.index(stop)] if stop in words else words
+    if words in (["--help"], ["--version"]):
+        return
+    known = available()
+    name = next(name for name in (" ".join(words[:2]), words[0]) if name in known)
+    parser, _ = parser_of(name)
+    rest = words[len(name.split()) :]
+    assert "--help" in rest or parser.parse_args(rest)
+
+
+@pytest.mark.parametrize("line", lines("make"))
+def test_targets_can_be_made(line: str) -> None:
+    """Each ``make`` line names a target of the Makefile."""
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+    words = [word for word in shlex.split(line, comments=True)[1:] if "=" not in word]
+    assert words and set(words) <= set(targets)
+
+
+@pytest.mark.parametrize(("where", "body"), blocks("python"))
+def test_python_is_python_and_names_what_is_there(where: str, body: str) -> None:
+    """Each Python block parses, and every ``veneer.x`` in it is public."""
+    syntax = ast.parse(body)
+    for node in ast.walk(syntax):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "veneer":
+            assert node.attr in veneer.__all__
+        if isinstance(node, ast.ImportFrom) and node.module == "veneer":
+            assert {alias.name for alias in node.names} <= set(veneer.__all__)
+
+
+def test_there_is_something_to_check() -> None:
+    """The documents have commands and code; an empty search would let everything pass."""
+    assert len(lines("veneer")) > 3 and len(lines("make")) >= 2 and blocks("python")
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(path: Path) -> None:
+    """Each relative link in a document names a file that is there."""
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8"))
+    assert [link for link in links if not (path.parent / link).exists()] == []

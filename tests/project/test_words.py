@@ -1,0 +1,78 @@
+"""Things that must not stand in the package: unfinished work, and ways to run what nobody wrote."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+from tests.project.source import ROOT, TESTS, dotted, imports, modules, tree
+
+UNFINISHED = re.compile(
+    "|".join(
+        ["TO" + "DO", "FIX" + "ME", r"\bXX" + r"X\b", "place" + "holder", "for " + "now", "NotImplemented" + "Error"]
+    )
+)
+MACHINE = re.compile("(?<![A-Za-z0-9._~$}/-])/(?:home|root|Users|work|tmp)/[a-z]")
+RUNS_CODE = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib", "telnetlib"}
+
+
+def texts() -> list[Path]:
+    """Every file that people read: the package, its tests and its documents."""
+    documents = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "pyproject.toml", ROOT / "Makefile"]
+    return [*modules(), *modules(TESTS), *documents]
+
+
+@pytest.mark.parametrize("path", texts(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_nothing_unfinished_is_left(path: Path) -> None:
+    """No mark of unfinished work, and no path of somebody's own machine."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert [f"{n}: {line}" for n, line in enumerate(lines, 1) if UNFINISHED.search(line)] == []
+    assert [f"{n}: {line}" for n, line in enumerate(lines, 1) if MACHINE.search(line)] == []
+
+
+def dangers(syntax: ast.Module, module: str) -> list[str]:
+    """Calls and imports that could run code which nobody of us wrote."""
+    found = [f"imports {name}" for name, _ in imports(syntax, module) if name.split(".")[0] in RUNS_CODE]
+    for node in ast.walk(syntax):
+        if not isinstance(node, ast.Call):
+            continue
+        name = ast.unparse(node.func)
+        if name in ("eval", "exec", "compile", "__import__", "os.system", "os.popen", "torch.load", "yaml.load"):
+            found.append(f"calls {name}")
+        for word in node.keywords:
+            off = isinstance(word.value, ast.Constant) and word.value.value is False
+            if word.arg in ("shell", "trust_remote_code", "allow_pickle") and not off:
+                found.append(f"{name}(... {word.arg} ...)")
+    return found
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: dotted(path))
+def test_nothing_runs_that_was_not_written_here(path: Path) -> None:
+    """No pickle, no evaluated text, no shell, no remote code."""
+    assert dangers(tree(path), dotted(path)) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "from pickle import loads",
+        "def f():\n    import dill",
+        "eval('1')",
+        "exec(text)",
+        "torch.load(path)",
+        "subprocess.run(x, shell=True)",
+        "load(name, trust_remote_code=flag)",
+        "numpy.load(path, allow_pickle=True)",
+    ],
+)
+def test_the_guard_sees_each_danger(source: str) -> None:
+    """The guard finds what it is for."""
+    assert len(dangers(ast.parse(source), "veneer.models.load")) == 1
+
+
+def test_the_guard_knows_what_is_harmless() -> None:
+    """A model's own eval() is no evaluated text, and a danger that is switched off is none."""
+    assert dangers(ast.parse("model.eval()\nload(name, trust_remote_code=False)\nre.compile('a')"), "veneer.x") == []
