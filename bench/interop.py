@@ -31,7 +31,7 @@ from veneer.checkpoints import attach
 from veneer.checkpoints.base_files import base_folder
 from veneer.cli.main import main as veneer
 from veneer.models.load import load_base
-from veneer.models.tiny import tiny, tiny_tokenizer
+from veneer.testing import tiny, tiny_tokenizer
 
 CASES = {
     "mlx": (

@@ -36,7 +36,7 @@ from veneer.data.example import Example
 from veneer.models.fast_modules import fuse
 from veneer.models.flat import FlatRunner
 from veneer.models.load import load_base
-from veneer.models.tiny import tiny
+from veneer.testing import tiny
 from veneer.training.acceleration import use_native
 from veneer.training.loop.job import Job
 from veneer.training.loop.step import Stepper

@@ -183,7 +183,7 @@ def answer_all() -> dict[str, str]:
 
 def _lay_out() -> None:
     """A base, the same without a chat template, another one, rows, and a finished run."""
-    from veneer.models.tiny import tiny, tiny_tokenizer
+    from veneer.testing import tiny, tiny_tokenizer
 
     tokenizer = tiny_tokenizer()
     for name, seed in (("base", 0), ("other", 1), ("plain", 0)):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from veneer.adapters import Bank, DoRA, LoRA, Route, attach
 from veneer.errors import RouteError, TargetError, VeneerError
-from veneer.models.tiny import ARCHS, tiny
+from veneer.testing import ARCHS, tiny
 
 ROWS: list[Any] = ["a", None, {"a": 0.5, "b": 0.5}, "b"]
 

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from veneer.adapters import Bank, DoRA, LoRA, Route, attach
 from veneer.errors import RouteError
-from veneer.models.tiny import tiny
+from veneer.testing import tiny
 
 KINDS = pytest.mark.parametrize("reentrant", [False, True], ids=["saved-hooks", "reentrant"])
 FUSED = pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])

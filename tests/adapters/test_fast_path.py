@@ -18,7 +18,7 @@ from veneer.adapters.bank import Bank
 from veneer.adapters.runtime import fast_path as fused_module
 from veneer.adapters.runtime.frozen import forget
 from veneer.adapters.runtime.route import Route
-from veneer.models.tiny import tiny
+from veneer.testing import tiny
 
 ROUTES: dict[str, Any] = {
     "lora": "lora",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from veneer.adapters import Bank, DoRA, LoRA, Route, attach
 from veneer.adapters.runtime import grouping as bundles
 from veneer.adapters.runtime.mapping import Charts
-from veneer.models.tiny import tiny
+from veneer.testing import tiny
 
 NAMES = [f"a{i}" for i in range(8)]
 ROWS: list[Any] = ["a0", "a3", None, "a5", "a1", "a0", "a7", "a2"]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from veneer.adapters import Bank, DoRA, LoRA, attach
 from veneer.kernels import cpp_library as native
-from veneer.models.tiny import tiny
+from veneer.testing import tiny
 
 RANKS = (1, 2, 7, 16, 64)
 METHODS: dict[str, LoRA | DoRA] = {

@@ -19,7 +19,7 @@ from torch import nn
 import veneer
 from veneer.adapters import DoRA, LoRA
 from veneer.errors import AdapterError
-from veneer.models.tiny import tiny
+from veneer.testing import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*")
 METHODS = {"lora": LoRA(r=4, lora_alpha=8), "dora": DoRA(r=4, lora_alpha=8)}

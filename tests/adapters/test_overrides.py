@@ -14,7 +14,7 @@ import veneer
 from veneer import DoRA, LoRA
 from veneer.adapters import Adapter
 from veneer.errors import AdapterError, TargetError
-from veneer.models.tiny import tiny
+from veneer.testing import tiny
 
 IDS = torch.arange(5, 26).reshape(3, 7)
 OPTIONS: dict[str, dict[str, Any]] = {

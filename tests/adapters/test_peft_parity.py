@@ -14,7 +14,7 @@ from tests.adapters.peers import inputs_of, peft_tensor, peft_twin
 from torch import Tensor, nn
 
 from veneer.adapters import Adapter, Bank, DoRA, LoRA, attach
-from veneer.models.tiny import tiny
+from veneer.testing import tiny
 
 ARCHS = ("llama", "qwen3", "gemma3", "gpt2", "opt", "phi3", "bert", "vit")
 LIMIT = 1e-5

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from veneer.adapters import Bank, DoRA, LoRA, Route, attach
 from veneer.errors import AdapterError, RouteError
-from veneer.models.tiny import tiny
+from veneer.testing import tiny
 
 ROWS: list[Any] = ["lora", None, {"lora": 0.7, "dora": -0.4}, "dora", "rs", {"rs": 0.5}, {"lora": 0.0}]
 

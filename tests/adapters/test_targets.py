@@ -11,7 +11,7 @@ from torch.nn.utils import prune
 
 from veneer.adapters import DoRA, LoRA, attach
 from veneer.errors import ConfigError, TargetError
-from veneer.models.tiny import tiny
+from veneer.testing import tiny
 
 Q0, Q1 = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"
 V0, V1 = "model.layers.0.self_attn.v_proj", "model.layers.1.self_attn.v_proj"

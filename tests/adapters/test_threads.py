@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from veneer.adapters import Bank, DoRA, LoRA, attach
 from veneer.errors import RouteError
-from veneer.models.tiny import tiny, tiny_tokenizer
+from veneer.testing import tiny, tiny_tokenizer
 
 
 def banked(arch: str = "llama", **overrides: Any) -> tuple[Any, Bank]:

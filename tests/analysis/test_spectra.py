@@ -25,7 +25,7 @@ from veneer.analysis.subspace import phi
 from veneer.checkpoints import attach, read_adapter
 from veneer.cli._spectra import add_spectra_arguments, run_spectra, wants_spectra
 from veneer.errors import ComposeError
-from veneer.models.tiny import tiny
+from veneer.testing import tiny
 
 SITE = "model.layers.1.mlp.up_proj"
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.models.tiny import tiny
+from veneer.testing import tiny
 
 TARGETS: dict[str, list[str]] = {
     "llama": ["q_proj", "v_proj", "down_proj"],

@@ -22,7 +22,7 @@ import veneer
 from veneer import LoRA
 from veneer.checkpoints import files, read_adapter
 from veneer.errors import CheckpointError
-from veneer.models.tiny import tiny
+from veneer.testing import tiny
 
 WEIGHTS = "adapter_model.safetensors"
 Trick = Callable[[Path, Path], None]

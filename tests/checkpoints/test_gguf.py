@@ -21,7 +21,7 @@ from veneer.checkpoints.foreign.gguf_adapter import (
     write_gguf,
 )
 from veneer.errors import ExportError
-from veneer.models.tiny import tiny
+from veneer.testing import tiny
 
 ARCHS = ("llama", "mistral", "qwen3", "gemma2", "gemma3", "phi3", "smollm3", "granite", "gpt2")
 

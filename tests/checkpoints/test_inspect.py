@@ -17,7 +17,7 @@ from veneer.checkpoints import read_adapter
 from veneer.checkpoints.inspect import unusual, view
 from veneer.checkpoints.logit_check import verify_logits
 from veneer.cli.main import main
-from veneer.models.tiny import tiny
+from veneer.testing import tiny
 
 METHODS = {"lora": LoRA(r=4), "rslora": LoRA(r=4, use_rslora=True), "dora": DoRA(r=4)}
 

@@ -19,7 +19,7 @@ import veneer
 from veneer.cli.main import main
 from veneer.errors import BaseModelError, CheckpointError, DataError
 from veneer.models.load import load_base
-from veneer.models.tiny import tiny, tiny_tokenizer
+from veneer.testing import tiny, tiny_tokenizer
 
 SYSTEM = os.system  # as it is before a test takes it away
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import veneer
 from veneer.errors import CheckpointError
-from veneer.models.tiny import tiny
+from veneer.testing import tiny
 
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
 BOMB = "(([a-z0-9_.])+)+!"

@@ -16,7 +16,7 @@ import veneer
 import veneer.checkpoints
 from veneer import DoRA, LoRA
 from veneer.errors import CheckpointError
-from veneer.models.tiny import tiny
+from veneer.testing import tiny
 
 LIMIT = 1e-5
 NO_RECEIPT = "no receipt: whether this is the base that the adapter was trained on is not known"

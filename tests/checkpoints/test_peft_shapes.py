@@ -14,7 +14,7 @@ from tests.checkpoints.helpers import load_peft, outputs, peft_model, save_peft,
 
 import veneer
 from veneer.errors import CheckpointError
-from veneer.models.tiny import tiny
+from veneer.testing import tiny
 
 LIMIT = 1e-5
 UNTIED: dict[str, Any] = {"tie_word_embeddings": False}

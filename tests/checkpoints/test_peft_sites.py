@@ -17,7 +17,7 @@ import veneer
 from veneer.checkpoints.peft.patterns import Table, ends_with, layer_of, lookup, matches_key, names_for, table_for
 from veneer.checkpoints.peft.tensor_names import Key, parse_key
 from veneer.errors import CheckpointError
-from veneer.models.tiny import tiny
+from veneer.testing import tiny
 
 PATHS = [
     "model.embed_tokens",

@@ -17,7 +17,7 @@ import veneer
 from veneer import DoRA, LoRA
 from veneer.checkpoints import read_adapter, receipt
 from veneer.errors import CheckpointError
-from veneer.models.tiny import tiny
+from veneer.testing import tiny
 
 METHODS = {
     "lora": LoRA(r=4, target_modules=("q_proj", "down_proj")),

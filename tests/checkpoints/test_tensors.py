@@ -19,7 +19,7 @@ from veneer import DoRA
 from veneer.checkpoints.files import Folder
 from veneer.checkpoints.tensors import Header, digest, read_header, read_tensors, to_buffers
 from veneer.errors import CheckpointError
-from veneer.models.tiny import tiny
+from veneer.testing import tiny
 
 WEIGHTS = "adapter_model.safetensors"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

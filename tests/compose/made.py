@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from veneer.adapters import Adapter, DoRA, LoRA, Method, attach
-from veneer.models.tiny import tiny
+from veneer.testing import tiny
 
 
 def saved(folder: Path, arch: str = "llama", *, dtype: torch.dtype = torch.float32, **settings: Any) -> nn.Module:

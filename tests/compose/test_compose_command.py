@@ -21,7 +21,7 @@ from veneer.cli.main import main
 from veneer.compose import search
 from veneer.compose.search import Searched
 from veneer.models.load import load_base
-from veneer.models.tiny import tiny_tokenizer
+from veneer.testing import tiny_tokenizer
 
 IDS = torch.arange(3, 40).reshape(1, -1)
 

@@ -19,7 +19,7 @@ from veneer.deltas.delta import SiteDelta, Weights, site_delta, weighted_sum
 from veneer.deltas.parents import Parent
 from veneer.deltas.svd import truncated
 from veneer.errors import ComposeError
-from veneer.models.tiny import tiny
+from veneer.testing import tiny
 
 SITE = "model.layers.0.mlp.up_proj"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from veneer.cli.main import main
-from veneer.models.tiny import tiny, tiny_tokenizer
+from veneer.testing import tiny, tiny_tokenizer
 
 Run = Callable[..., tuple[int, str, str]]
 GOOD = '{"messages": [{"role": "user", "content": "ask"}, {"role": "assistant", "content": "answer"}]}\n'

@@ -14,7 +14,7 @@ from veneer.checkpoints import attach, read_adapter, write_adapter
 from veneer.cli.main import main
 from veneer.errors import CheckpointError
 from veneer.models.load import load_base
-from veneer.models.tiny import tiny_tokenizer
+from veneer.testing import tiny_tokenizer
 
 
 def written(

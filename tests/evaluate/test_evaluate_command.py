@@ -17,7 +17,7 @@ from veneer.evaluate.general import general_text, pieces
 from veneer.evaluate.losses import compare, example_losses
 from veneer.models.flat import FlatRunner
 from veneer.models.load import load_base
-from veneer.models.tiny import tiny_tokenizer
+from veneer.testing import tiny_tokenizer
 
 
 @pytest.fixture

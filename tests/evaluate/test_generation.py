@@ -13,7 +13,7 @@ from veneer.evaluate.general import general_text, pieces
 from veneer.evaluate.generation import Generator, Sampling
 from veneer.evaluate.lm import RoutedModel
 from veneer.models.flat import FlatRunner
-from veneer.models.tiny import tiny, tiny_tokenizer
+from veneer.testing import tiny, tiny_tokenizer
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from veneer.data.example import Example
 from veneer.errors import DataError
 from veneer.evaluate.losses import Losses, _t95, compare, example_losses
 from veneer.models.flat import FlatRunner
-from veneer.models.tiny import tiny
+from veneer.testing import tiny
 
 
 def examples(count: int = 9) -> list[Example]:

@@ -19,7 +19,7 @@ from veneer.kernels.frozen_linear import linear, longest_product
 from veneer.kernels.lora.dora_norm import dora_norm_plain, dora_norms, squared_row_norms
 from veneer.kernels.lora.linear import Factors, Native, adapted_linear, fits
 from veneer.kernels.lora.native import agrees
-from veneer.models.tiny import tiny
+from veneer.testing import tiny
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 

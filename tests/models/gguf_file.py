@@ -9,7 +9,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-from veneer.models.tiny import tiny, tiny_tokenizer
+from veneer.testing import tiny, tiny_tokenizer
 
 _LAYER = {
     "attn_q": "self_attn.q_proj",

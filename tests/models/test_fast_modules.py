@@ -12,7 +12,7 @@ from torch import nn
 
 from veneer.adapters import LoRA, attach
 from veneer.models.fast_modules import fuse, unfuse
-from veneer.models.tiny import tiny
+from veneer.testing import tiny
 
 IDS = torch.arange(24).reshape(4, 6) % 60 + 1
 

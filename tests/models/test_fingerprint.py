@@ -13,7 +13,7 @@ from veneer.errors import BaseModelError
 from veneer.models import fingerprint
 from veneer.models.fingerprint import weight_fingerprints
 from veneer.models.load import load_base
-from veneer.models.tiny import tiny
+from veneer.testing import tiny
 
 Q = "model.layers.0.self_attn.q_proj.weight"
 K = "model.layers.1.self_attn.k_proj.weight"

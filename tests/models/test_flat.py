@@ -14,7 +14,7 @@ from veneer.errors import BaseModelError
 from veneer.kernels.attention import segmented as segment_attention
 from veneer.models.flat import Flat, FlatRunner
 from veneer.models.load import load_base
-from veneer.models.tiny import VOCAB, tiny
+from veneer.testing import VOCAB, tiny
 
 FLAT = (
     "llama",

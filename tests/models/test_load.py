@@ -15,7 +15,7 @@ from tests.models.gguf_file import write_gguf
 
 from veneer.errors import BaseModelError
 from veneer.models.load import load_base
-from veneer.models.tiny import tiny, tiny_tokenizer
+from veneer.testing import tiny, tiny_tokenizer
 
 IDS = torch.tensor([[5, 80, 33, 120, 7]])
 

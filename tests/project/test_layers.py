@@ -27,6 +27,7 @@ FLOOR = {
     "serve": 6,
     "cli": 7,
     "__main__": 8,
+    "testing": 8,
 }
 """Each room's height. The public face, ``veneer/__init__.py``, stands above all of them."""
 

@@ -17,7 +17,7 @@ from veneer.checkpoints.commit import newest
 from veneer.config import TrainOptions
 from veneer.data.example import Example
 from veneer.models.flat import FlatRunner
-from veneer.models.tiny import tiny, tiny_tokenizer
+from veneer.testing import tiny, tiny_tokenizer
 from veneer.training.loop.job import Job
 from veneer.training.loop.step import Stepper
 from veneer.training.loop.trainer import Listener, Request, Trainer

@@ -13,7 +13,7 @@ from veneer.data.batch import make_batch
 from veneer.data.example import Example
 from veneer.errors import ConfigError
 from veneer.models.flat import FlatRunner
-from veneer.models.tiny import tiny
+from veneer.testing import tiny
 from veneer.training.activation_checkpointing import layers_of, recomputed
 from veneer.training.loop.step import Stepper
 

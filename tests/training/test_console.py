@@ -9,7 +9,7 @@ from pathlib import Path
 from tests.training.made import figures, options
 
 from veneer.models.load import Base, load_base
-from veneer.models.tiny import tiny, tiny_tokenizer
+from veneer.testing import tiny, tiny_tokenizer
 from veneer.training import train
 from veneer.training.run.console import Screen
 

@@ -13,7 +13,7 @@ from veneer.data.example import Example
 from veneer.kernels import cpp_library as native
 from veneer.models.fast_modules import fuse
 from veneer.models.flat import FlatRunner
-from veneer.models.tiny import tiny
+from veneer.testing import tiny
 from veneer.training.loop.step import Stepper
 
 STEPS, ROWS = 20, 6

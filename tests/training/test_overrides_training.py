@@ -18,7 +18,7 @@ from veneer.data.chat.render import Renderer
 from veneer.data.dataset import load_examples
 from veneer.errors import CheckpointError, DataError
 from veneer.models.load import load_base
-from veneer.models.tiny import tiny, tiny_tokenizer
+from veneer.testing import tiny, tiny_tokenizer
 from veneer.training import train
 
 UNTIED, TIED = {"tie_word_embeddings": False}, {"tie_word_embeddings": True}

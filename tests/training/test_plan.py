@@ -15,7 +15,7 @@ from tests.training.made import QUIET, contents, digest, options
 
 from veneer.errors import MemoryPlanError
 from veneer.models.load import Base, load_base
-from veneer.models.tiny import tiny, tiny_tokenizer
+from veneer.testing import tiny, tiny_tokenizer
 from veneer.training import process_memory as memory
 from veneer.training import train
 from veneer.training.activation_checkpointing import layers_of

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from veneer.errors import BaseModelError
-from veneer.models.tiny import ARCHS, VOCAB, tiny, tiny_tokenizer
+from veneer.testing import ARCHS, VOCAB, tiny, tiny_tokenizer
 
 
 def _inputs(arch: str) -> dict[str, torch.Tensor]:

@@ -1,15 +1,13 @@
-"""Tiny random models and a tiny tokenizer, built in memory in milliseconds: for tests and for ``veneer doctor``.
+"""Tiny random models and a tiny tokenizer for tests, built in memory in milliseconds.
 
-    model = tiny("llama")                              # hidden 32, 2 layers, vocabulary 320
+    model = tiny("llama")                              # hidden size 32, 2 layers, vocabulary 320
     model = tiny("gemma3", tie_word_embeddings=False)  # any field of the architecture's config can be overridden
-    tokenizer = tiny_tokenizer()                       # byte-level BPE of the same 320 tokens, with ChatML
+    tokenizer = tiny_tokenizer()                       # byte-level BPE over the same 320 tokens, with ChatML
 
-A model library starts biases at zero, norms at one and weights so small that attention is uniform; a mistake in any
-of these then moves nothing and no test sees it. So weights here are drawn wider, every vector (bias or norm) gets
-noise, windows are shorter than the usual test sequence and soft caps are low enough to bend. Dropout is off unless
-asked for.
-
-Boundary: nothing here is read from a disk or a network, and the global random state is left alone.
+Default initialisation hides mistakes: biases are zero, norms are one and attention is uniform. So weights are drawn
+from a wider distribution, every vector (bias or norm) gets noise, sliding windows are shorter than usual test sequences, and
+soft caps are low enough to matter. Dropout is off unless requested. Nothing is read from a disk or the network, and the
+global random state does not change.
 """
 
 from __future__ import annotations
@@ -200,7 +198,7 @@ _TABLE: dict[str, tuple[str, str, Mapping[str, Any]]] = {
 
 ARCHS: tuple[str, ...] = tuple(_TABLE)
 
-# The usual shape of a chat template: a default system message, then every message between its control tokens.
+# A typical chat template: a default system message, then every message between control tokens.
 CHATML = (
     "{%- if not messages or messages[0]['role'] != 'system' -%}"
     "{{ '<|im_start|>system\\nYou answer in one line.<|im_end|>\\n' }}"
@@ -221,43 +219,43 @@ _SENTENCES = (
 
 
 def tiny(arch: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
-    """A random model of the named architecture (one of ``ARCHS``), in eval mode, its parameters still trainable.
+    """Build a random model in eval mode with trainable parameters.
 
     Args:
-        seed: decides every weight.
-        dtype: of the weights.
+        arch: one of ``ARCHS``.
+        seed: seed of the weights.
+        dtype: data type of the weights.
         overrides: fields of the architecture's config, for example ``num_hidden_layers=3``.
 
     Raises:
-        BaseModelError: the name is not one of ``ARCHS``.
+        BaseModelError: ``arch`` is unknown.
     """
     import transformers
 
     if arch not in _TABLE:
-        raise BaseModelError(f"There is no tiny model {arch!r}; choose one of {', '.join(ARCHS)}.")
+        raise BaseModelError(f"there is no tiny model {arch!r}; choose one of {', '.join(ARCHS)}")
     config_class, model_class, fields = _TABLE[arch]
     sized = {} if arch == "vit" else {"vocab_size": VOCAB}
     config = getattr(transformers, config_class)(**{**sized, **fields, **overrides})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = getattr(transformers, model_class)(config)
-        _roughen(model)
+        _add_noise_to_vectors(model)
     return model.to(dtype).eval()
 
 
 @torch.no_grad()
-def _roughen(model: torch.nn.Module) -> None:
-    """Add noise to every vector, so that no bias is zero and no norm is one."""
+def _add_noise_to_vectors(model: torch.nn.Module) -> None:
+    """Make every bias nonzero and every norm weight different from one."""
     for parameter in model.parameters():
         if parameter.dim() == 1:
             parameter.add_(0.1 * torch.randn_like(parameter))
 
 
 def tiny_tokenizer() -> Any:
-    """A real fast tokenizer of ``VOCAB`` tokens: byte-level BPE, so any text goes through, with ChatML control
-    tokens.
+    """Build a fast byte-level BPE tokenizer of ``VOCAB`` tokens with ChatML control tokens.
 
-    ``<|endoftext|>`` 0 (unknown), ``<|im_start|>`` 1 (begin), ``<|im_end|>`` 2 (end, padding). Nothing is added to
+    ``<|endoftext|>`` is 0 (unknown), ``<|im_start|>`` 1 (begin) and ``<|im_end|>`` 2 (end, padding). No token is added to
     a text.
     """
     from tokenizers import Tokenizer
