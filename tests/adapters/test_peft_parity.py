@@ -189,7 +189,7 @@ def test_dropout_of_dora_in_the_form_of_peft(has_bias: bool, conv: bool, monkeyp
     site = bank.sites["0"]
     own: dict[str, Tensor] = dict(bank["a"].tensors["0"])
     gain = site.layer_kind.per_output(
-        bank["a"].method.gain(own, bank["a"].method.norm(own, site.weight_2d, site.squared_norms(), 2.0))
+        bank["a"].method.magnitude_scale(own, bank["a"].method.norm(own, site.weight_2d, site.squared_norms(), 2.0))
     )
     bias = 0 if layer.bias is None else site.layer_kind.per_output(layer.bias)
     low = site.layer_kind.low(layer, x * mask, own["lora_A"], own["lora_B"]) * 2.0

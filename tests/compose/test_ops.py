@@ -44,7 +44,7 @@ def dense(adapter: Adapter, site: str, model: nn.Module) -> Tensor:
     weight = weights_of(model)(site).double()
     a, b = (value.detach().double().flatten(1) for value in list(adapter.tensors[site].values())[:2])
     moved = weight + adapter.scale(site) * b @ a
-    if not adapter.method.has_gain:
+    if not adapter.method.needs_base_weights:
         return moved - weight
     m = adapter.tensors[site]["lora_magnitude_vector"].detach().double()
     return (m / moved.norm(dim=1)).unsqueeze(1) * moved - weight
@@ -64,7 +64,7 @@ def test_sums_are_exact(model: nn.Module, one: str, other: str) -> None:
     """The sum of any two methods is within 1e-6 of the dense one as a value, and as near as fp32 can hold it as an adapter."""
     a, b = trained(model, METHODS[one], name="a"), trained(model, METHODS[other], name="b", seed=7)
     made = run("sum", model, (a, 0.7), (b, -0.4))
-    assert made.adapter.method.has_gain == ("dora" in (one, other))
+    assert made.adapter.method.needs_base_weights == ("dora" in (one, other))
     for site in a.tensors:
         wanted = 0.7 * dense(a, site, model) - 0.4 * dense(b, site, model)
         weight = weights_of(model)(site)

@@ -163,5 +163,5 @@ def test_dora_that_is_made_has_probes(tmp_path: Path, command: str) -> None:
     else:
         assert main(["inspect", str(a), "--reduce-intruders", out, "--threshold", "1", "--top-k", "2"]) == 0
     made = read_adapter(out)
-    assert made.method.has_gain and set(made.meta["receipt"]["probes"]) == set(made.tensors)
+    assert made.method.needs_base_weights and set(made.meta["receipt"]["probes"]) == set(made.tensors)
     attach(load_base(tmp_path / "base", dtype="float32").model).load(out, name="made")

@@ -14,10 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.adapters.layers.kinds import Geometry
 from veneer.adapters.layers.site import Site
 from veneer.adapters.methods import Method
-from veneer.adapters.methods.lora import factors_2d
 from veneer.adapters.targets import by_pattern
 from veneer.errors import AdapterError
 
@@ -65,8 +63,7 @@ class Adapter:
 
     def rank(self, site: str) -> int:
         """Rank at a site: the length of A's first dimension."""
-        own = self.tensors[site]
-        return int((own["lora_embedding_A"] if "lora_embedding_A" in own else own["lora_A"]).shape[0])
+        return int(self.tensors[site][self.method.factor_names(self.kinds[site])[0]].shape[0])
 
     def alpha(self, site: str) -> float:
         """lora_alpha at a site, alpha_pattern applied."""
@@ -116,17 +113,11 @@ class Adapter:
 
         Raises AdapterError where the base weight is needed and not given.
         """
-        wide = torch.float64 if weight_2d is not None and weight_2d.dtype == torch.float64 else torch.float32
-        own: dict[str, Tensor] = dict(self.tensors[site])
-        if not self.method.has_gain:
-            a, b = factors_2d(own, wide)
-            return self.scale(site) * (b @ a)
-        if weight_2d is None:
+        if weight_2d is None and self.method.needs_base_weights:
             raise AdapterError(
-                f"{self.name}: the change of a DoRA adapter at {site} depends on the base weight: pass it"
+                f"{self.name}: the change of a {self.method.label} adapter at {site} depends on the base weight; pass it"
             )
-        base = weight_2d.detach().to(wide)
-        return self.method.merged(base, own, self.scale(site)) - base
+        return self.method.delta(self.tensors[site], self.scale(site), weight_2d)
 
 
 def new_adapter(
@@ -148,19 +139,13 @@ def new_adapter(
         dtype = torch.promote_types(site.weight.dtype, torch.float32)
         if site.weight.is_meta:
             # A base without values: shapes are all there is, for counting and planning.
-            shapes = tensor_shapes(method, site.geometry, r)
+            shapes = method.tensor_shapes(site.geometry, r)
             tensors[site.name] = {key: torch.empty(shape, dtype=dtype, device="meta") for key, shape in shapes.items()}
             continue
         generator = torch.Generator().manual_seed(stream_seed(seed, site.name))
         tensors[site.name] = method.init(site.geometry, r, site.squared_norms, generator, dtype)
     kinds = {site.name: site.kind for site in sites}
     return Adapter(name, method, tensors, kinds, overrides=overrides, tokens=tokens, seed=seed)
-
-
-def tensor_shapes(method: Method, geometry: Geometry, r: int) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that a method of rank ``r`` keeps at a site."""
-    names = method.tensor_names(geometry.kind)
-    return dict(zip(names, (geometry.shape_a(r), geometry.shape_b(r), (geometry.out,)), strict=False))
 
 
 def stream_seed(*parts: object) -> int:

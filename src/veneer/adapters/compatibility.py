@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from veneer.adapters.adapter import Adapter, tensor_shapes
+from veneer.adapters.adapter import Adapter
 from veneer.adapters.layers.site import Site
 from veneer.adapters.methods import Method
 from veneer.adapters.overrides import problems_of
@@ -40,7 +40,7 @@ def _problems_at(adapter: Adapter, name: str, site: Site | None) -> list[str]:
     found += [f"{name}: {adapter.method.name} has no tensor {key}" for key in own if key not in names]
     if found:
         return found
-    expected = tensor_shapes(adapter.method, site.geometry, adapter.rank(name))
+    expected = adapter.method.tensor_shapes(site.geometry, adapter.rank(name))
     for key, tensor in own.items():
         if tuple(tensor.shape) != expected[key]:
             found.append(f"{name}.{key}: expected shape {expected[key]}, found {tuple(tensor.shape)}")
@@ -51,7 +51,7 @@ def check_tying(method: Method, names: list[str], sites: Mapping[str, Site]) -> 
     """Raise TargetError where an adapter shall act on a tied head through its embedding and cannot."""
     if not method.ensure_weight_tying:
         return
-    if method.has_gain and not method.modules_to_save:
+    if not method.serves_tied_head and not method.modules_to_save:
         raise TargetError(
             "ensure_weight_tying: a DoRA magnitude belongs to one side of the layer and cannot be shared with the head"
         )

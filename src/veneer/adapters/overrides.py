@@ -124,9 +124,11 @@ def problems_of(adapter: Adapter, name: str, site: Site | None) -> list[str]:
             found.append(f"{name}.rows: expected distinct tokens from 0 to {most - 1}, found {list(tokens)[:8]}")
     if WEIGHT in own and ROWS in own:
         found.append(f"{name}: an adapter cannot have both the weight and rows of it")
-    if site.name in adapter.tensors and (ROWS in own or (WEIGHT in own and adapter.method.has_gain)):
+    if site.name in adapter.tensors and (
+        ROWS in own or (WEIGHT in own and WEIGHT not in adapter.method.overrides_beside)
+    ):
         found.append(f"{name}: an adapter cannot both change this weight and have one of its own")
-    if LORA_BIAS in own and (name not in adapter.tensors or adapter.method.has_gain):
+    if LORA_BIAS in own and (name not in adapter.tensors or LORA_BIAS not in adapter.method.overrides_beside):
         found.append(f"{name}: a bias of B needs a LoRA change at the same site")
     if not found and site.kind == "place" and not _works_by_cells(module):
         found.append(

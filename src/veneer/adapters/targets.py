@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
 from veneer.adapters.layers.site import Site, Survey
-from veneer.adapters.methods.options import LowRankOptions
+from veneer.config import LowRankOptions
 from veneer.errors import Problems, TargetError
 
 ALL_LINEAR = "all-linear"

@@ -177,7 +177,7 @@ def probe_on(
     base_O = _times(weight_OK, v_K)
     blocks = zip(weight_OK.split(_ROWS), squared_O.float().cpu().split(_ROWS), b_OR.split(_ROWS), strict=True)
     norms = [dora_norm(rows.float().cpu(), squared, a_RK, b_part, scale) for rows, squared, b_part in blocks]
-    gain_O = adapter.method.gain(own, torch.cat(norms))
+    gain_O = adapter.method.magnitude_scale(own, torch.cat(norms))
     assert gain_O is not None
     return eight(gain_O * (base_O + change_O) - base_O, name)
 
@@ -207,7 +207,7 @@ def _times(weight_OK: Tensor, v_K: Tensor, dtype: torch.dtype | None = None) -> 
 
 def _own_options(adapter: Adapter) -> dict[str, Any]:
     """Options that adapter_config.json has no name for, where they are not the default."""
-    own = adapter.method.model_dump(include={"loraplus_lr_ratio", "dropout_form", "exact_norm_gradient"})
+    own = adapter.method.model_dump(include=set(adapter.method.beyond_peft))
     default = type(adapter.method)().model_dump()
     return {key: value for key, value in own.items() if value != default[key]}
 

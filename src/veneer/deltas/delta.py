@@ -163,7 +163,7 @@ def site_delta(adapter: Adapter, site: str, weights: Weights | None = None) -> S
     norms = [
         torch.addmm(weight.double(), rows, a_RK, alpha=scale).norm(dim=1) for rows, weight in _blocks(b_OR, weight_OK)
     ]
-    gain_O = method.gain({key: value.double() for key, value in own.items()}, torch.cat(norms))
+    gain_O = method.magnitude_scale({key: value.double() for key, value in own.items()}, torch.cat(norms))
     assert gain_O is not None
     return SiteDelta(geometry, (Term(scale, gain_O.unsqueeze(1) * b_OR, a_RK),), gain_O - 1)
 

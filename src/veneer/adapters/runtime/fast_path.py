@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from veneer.adapters.methods import Method
 from veneer.adapters.runtime.forward_pass import Pass
 from veneer.adapters.runtime.frozen import generation, keep, states
 from veneer.adapters.runtime.grouping import plan, recall, remember
@@ -226,24 +225,13 @@ def _can(host: AdaptedForward, current: Pass, part: Part) -> bool:
     if host.site.name not in host.bank[name].tensors:
         return False
     key = (name, id(weight))
-    knows = current.chart.plans.get(key)
-    if knows is None:
-        knows = current.chart.plans[key] = _knows(host.bank[name].method, current, weight)
+    support = current.chart.plans.get(key)
+    if support is None:
+        method = host.bank[name].method
+        support = current.chart.plans[key] = method.fast_support(weight, exclusive=current.chart.apart)
     # The output is kept for the gradient of a magnitude, so the model must not write over it.
-    return knows is True or (knows == "unless overwritten" and not (host.site.overwritten and torch.is_grad_enabled()))
-
-
-def _knows(method: Method, current: Pass, weight: float | Tensor) -> bool | str:
-    if not method.has_gain:
-        return True
-    simple = (
-        current.chart.apart
-        and isinstance(weight, float)
-        and weight == 1.0
-        and not getattr(method, "exact_norm_gradient", False)
-        and not (method.lora_dropout and getattr(method, "dropout_form", "") == "peft")
-    )
-    return "unless overwritten" if simple else False
+    kept = not (host.site.overwritten and torch.is_grad_enabled())
+    return support == "always" or (support == "unless_overwritten" and kept)
 
 
 def _siblings(host: AdaptedForward, current: Pass, parts: list[Part], x: Tensor) -> list[AdaptedForward]:
@@ -265,12 +253,12 @@ def _factors(host: AdaptedForward, current: Pass, adapter: Adapter) -> Factors |
     own = adapter.tensors.get(host.site.name)
     if own is None:
         return None
-    names = adapter.method.tensor_names(host.site.kind)
+    names = adapter.method.factor_names(host.site.kind)
     return Factors(
         own[names[0]],
         own[names[1]],
         adapter.scale(host.site.name),
-        own[names[2]] if adapter.method.has_gain else None,
+        adapter.method.magnitude(own),
         host.norm(current, adapter),
         host.dropout(current, adapter),
     )

@@ -15,7 +15,6 @@ from torch import Tensor
 from veneer.adapters.adapter import Adapter, stream_seed
 from veneer.adapters.layers.kinds import LAYER_KINDS, LayerKind
 from veneer.adapters.layers.site import Site
-from veneer.adapters.methods import DoRA
 from veneer.adapters.overrides import with_own
 from veneer.adapters.runtime.fast_path import again, fused
 from veneer.adapters.runtime.forward_pass import Pass
@@ -98,14 +97,14 @@ class AdaptedForward:
         if tensors is None:
             return self._tied_term(adapter, rows, weight, y)
         host, module = site.layer_kind, site.module
-        names = adapter.method.tensor_names(site.kind)
+        names = adapter.method.factor_names(site.kind)
         a, b = tensors[names[0]].to(y.dtype), tensors[names[1]].to(y.dtype)
         scale = adapter.scale(site.name)
         norm = self.norm(current, adapter)
-        gain = None if norm is None else adapter.method.gain(dict(tensors), norm)
+        gain = None if norm is None else adapter.method.magnitude_scale(tensors, norm)
         dropout = self.dropout(current, adapter)
         product = None
-        if dropout is not None and gain is not None and getattr(adapter.method, "dropout_form", "") == "peft":
+        if dropout is not None and adapter.method.drops_base_product:
             product = self._product
         return Term(
             rows,
@@ -133,11 +132,11 @@ class AdaptedForward:
         """||W + s B A||_row at this site for a method with a magnitude. Where it is a constant in backward it is computed once a pass,
         however often the layer runs in it."""
         method = adapter.method
-        if not method.has_gain:
+        if method.norms == "none":
             return None
         key = (adapter.name, self.site.name)
         norm = current.norms.get(key)
-        if norm is None and current.lasting and method.norm_is_constant:
+        if norm is None and current.lasting and method.norms == "constant":
             self._constant_norms(current)
             norm = current.norms[key]
         if norm is None:
@@ -149,9 +148,9 @@ class AdaptedForward:
         """The norms of all adapters of the pass at this site, in one go over its weight."""
         name, bank = self.site.name, self.bank
         here = [bank[one] for one in current.route.names if one in self.users and name in bank[one].tensors]
-        here = [one for one in here if one.method.has_gain and one.method.norm_is_constant]
+        here = [one for one in here if one.method.norms == "constant"]
         each = [(dict(one.tensors[name]), one.scale(name)) for one in here]
-        norms = DoRA.constant_norms(self.site.weight_2d, self.site.squared_norms(), each)
+        norms = here[0].method.constant_norms(self.site.weight_2d, self.site.squared_norms(), each)
         current.norms.update({(one.name, name): norm for one, norm in zip(here, norms, strict=True)})
 
     def dropout(self, current: Pass, adapter: Adapter) -> tuple[float, int] | None:

@@ -54,7 +54,7 @@ def plan(host: AdaptedForward, current: Pass, parts: list[Part]) -> Plan:
             alone.append(part)
         else:
             # A gain costs a layer its output, kept for backward; without one there is nothing to keep apart.
-            kind = (adapter.method.has_gain and trains, (len(rows) - 1).bit_length())
+            kind = (adapter.method.keeps_output and trains, (len(rows) - 1).bit_length())
             groups.setdefault(kind, []).append((rank, part))
     made: Plan = [(alone, None)] if alone else []
     for group in (bucket for every in groups.values() for bucket in buckets(every, width)):

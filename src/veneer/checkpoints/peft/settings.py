@@ -14,8 +14,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from veneer.adapters.methods.options import Alpha
 from veneer.checkpoints.findings import Findings, shown
+from veneer.config import Alpha
 
 MAX_RANK = 4096
 Name = Annotated[str, StringConstraints(min_length=1, max_length=512)]
