@@ -51,7 +51,7 @@ class LowRankMethod(LowRankOptions):
     @property
     def label(self) -> str:
         """Name of the method as the field writes it."""
-        raise NotImplementedError
+        return self.name
 
     def peft_flags(self) -> dict[str, bool]:
         """Keys of PEFT's ``adapter_config.json`` that tell this method from others."""
@@ -130,8 +130,8 @@ class LowRankMethod(LowRankOptions):
     def constant_norms(
         weight_2d: Tensor, squared: Tensor, adapters: Sequence[tuple[Mapping[str, Tensor], float]]
     ) -> list[Tensor]:
-        """`norm` of several adapters at one site, (tensors, scale) each, without gradients."""
-        raise NotImplementedError
+        """`norm` of several adapters at one site, (tensors, scale) each, without gradients; unused where `norms` is "none"."""
+        return []
 
     def magnitude(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
         """The trained magnitude m, [out], or None."""
