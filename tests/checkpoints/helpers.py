@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from veneer.checkpoints.commit import candidates, verified
 from veneer.testing import tiny
 
 TARGETS: dict[str, list[str]] = {
@@ -23,6 +24,11 @@ TARGETS: dict[str, list[str]] = {
     "bert": ["query", "value", "dense"],
     "vit": ["q_proj", "v_proj", "fc1"],
 }
+
+
+def newest(parent: Path) -> Path | None:
+    """The newest checkpoint that agrees with its manifest, or None."""
+    return next((folder for folder in candidates(parent) if verified(folder)), None)
 
 
 def inputs(model: nn.Module) -> dict[str, Tensor]:

@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 import torch
+from tests.checkpoints.helpers import newest
 
 from veneer.checkpoints import commit as protocol
-from veneer.checkpoints.commit import LATEST, MANIFEST, candidates, commit, newest, sweep, verified
+from veneer.checkpoints.commit import LATEST, MANIFEST, candidates, commit, sweep, verified
 from veneer.checkpoints.run_state import read_state, write_state
 from veneer.errors import CheckpointError
 

@@ -251,10 +251,11 @@ def test_odd_paths_are_one_sentence(path: str, tmp_path: Path) -> None:
 
 
 def test_a_file_for_a_folder_says_what_was_expected(tmp_path: Path) -> None:
-    """The weights' own path in place of their folder's."""
+    """The path of the weights means their folder; that of any other file is refused."""
     target = make_folder(tmp_path / "a")
+    assert read_adapter(target / WEIGHTS).tensors.keys() == read_adapter(target).tensors.keys()
     with pytest.raises(CheckpointError, match="is no folder; expected a folder with adapter_config"):
-        read_adapter(target / WEIGHTS)
+        read_adapter(target / "adapter_config.json")
 
 
 def test_a_file_cut_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,7 +272,7 @@ def test_a_file_cut_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pyt
     (target / "adapter_config.json").write_text(
         '{"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["x"]}'
     )
-    from veneer.checkpoints.peft.folders import read as peft_read
+    from veneer.checkpoints.peft import read as peft_read
 
     real = peft_read.read_tensors
 
@@ -287,7 +288,7 @@ def test_a_file_cut_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pyt
 def test_a_file_changed_after_it_was_looked_through_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Numbers are looked at again once they are kept: what is written into the file in between is seen, and so is a cut."""
     target = make_folder(tmp_path / "a")
-    from veneer.checkpoints.peft.folders import read as peft_read
+    from veneer.checkpoints.peft import read as peft_read
 
     real = peft_read.check_stored
 
@@ -403,7 +404,7 @@ def test_what_does_not_read_back_equal_is_an_error(tmp_path: Path, monkeypatch: 
     """A disk that lies is found out before the folder counts as written."""
     bank, _ = saved(tmp_path)
     real = builtins.open
-    from veneer.checkpoints.peft.folders import write as peft_write
+    from veneer.checkpoints.peft import write as peft_write
 
     write = peft_write.write_folder
 

@@ -14,7 +14,7 @@ import pytest
 
 from veneer.errors import BaseModelError
 from veneer.models import cache
-from veneer.models.cache import build_once, cache_root, write_atomically
+from veneer.models.cache import build_once, cache_root
 
 # A builder in a process of its own: it notes that it ran, takes its time, and writes two files.
 BUILDER = """
@@ -133,19 +133,3 @@ def test_a_cache_that_cannot_be_written_is_one_sentence_with_the_remedy(
         build_once("rooms/x", _build)
     assert "GB free" in str(caught.value)
     assert [p for p in (tmp_path / "full" / "rooms").iterdir() if p.is_dir()] == []
-
-
-def test_a_file_is_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A write that fails half-way leaves the old content and no second file."""
-    path = tmp_path / "new" / "file"
-    write_atomically(path, b"old")
-    write_atomically(path, b"newer")
-    assert path.read_bytes() == b"newer"
-
-    def fail(handle: int) -> None:
-        raise OSError(errno.EIO, "broken disk")
-
-    monkeypatch.setattr(cache.os, "fsync", fail)
-    with pytest.raises(OSError, match="broken disk"):
-        write_atomically(path, b"newest")
-    assert path.read_bytes() == b"newer" and [p.name for p in path.parent.iterdir()] == ["file"]

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from tests.checkpoints.helpers import newest
 
 from veneer.adapters import Bank, DoRA, LoRA, attach
-from veneer.checkpoints.commit import newest
 from veneer.config import TrainOptions
 from veneer.data.example import Example
 from veneer.models.flat import FlatRunner

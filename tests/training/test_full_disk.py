@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.checkpoints.helpers import newest
 from tests.training.killing import litter
 from tests.training.made import digest, options
 
 from veneer.checkpoints import tensors as tensor_files
-from veneer.checkpoints.commit import candidates, newest, verified
+from veneer.checkpoints.commit import candidates, verified
 from veneer.errors import VeneerError
 from veneer.models.load import Base
 from veneer.training import train

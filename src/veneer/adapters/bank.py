@@ -38,6 +38,10 @@ from veneer.errors import AdapterError, RouteError
 class FolderFormat(Protocol):
     """How adapters are read from and written to folders; handed in, so that this room knows no file format."""
 
+    def find(self, path: Path) -> tuple[str, Path]:
+        """(name, folder) of the adapter that a path means."""
+        ...
+
     def read(self, path: Path, name: str, bank: Bank, **options: Any) -> Adapter:
         """The adapter in a folder, checked against the bank's sites."""
         ...
@@ -167,9 +171,12 @@ class Bank:
         del self._slots[name], self._numbers[name]
 
     def load(self, path: str | Path, name: str | None = None, **options: Any) -> Adapter:
-        """Read an adapter folder (PEFT's format) into the bank, strictly. ``name`` defaults to the folder's."""
-        folder = Path(path)
-        name = name or _name_of(folder)
+        """Read an adapter into the bank, strictly. ``path`` is a PEFT folder, its .safetensors file, or a run.
+
+        ``name`` defaults to the name of the folder or run.
+        """
+        default, folder = self._format().find(Path(path))
+        name = name or default
         self._check_free(name)
         return self.insert(self._format().read(folder, name, self, **options))
 
@@ -298,10 +305,3 @@ class Bank:
         for name in parsed.names:
             self[name]
         return parsed.mixes[0]
-
-
-def _name_of(folder: Path) -> str:
-    """A folder's own name, or its parent's where it is one of the customary names inside a run."""
-    return (
-        folder.resolve().parent.name if folder.name in ("adapter", "best", "last", "final") else folder.resolve().name
-    )

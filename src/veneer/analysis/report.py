@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from veneer import __version__
+from veneer._files import replace_text
 from veneer.analysis.plots import figures, modules_of, picture_bytes
 from veneer.analysis.spectra import AdapterSpectra, SiteSpectrum
 from veneer.errors import ComposeError
-from veneer.models.cache import write_atomically
 
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#1a1a1a;background:#fff}
@@ -49,7 +49,8 @@ _OVERLAP_LEGEND = {
 
 def write_html(spectra: AdapterSpectra, file: Path) -> None:
     """Write the report, whole or not at all."""
-    write_atomically(file, html_report(spectra).encode())
+    file.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(file, html_report(spectra))
 
 
 def html_report(spectra: AdapterSpectra) -> str:

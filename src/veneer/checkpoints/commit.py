@@ -17,17 +17,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import secrets
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from veneer._files import ASIDE, aside, replace_text, sync, write_new
 from veneer.errors import CheckpointError
 
-MANIFEST, LATEST, _ASIDE = "MANIFEST.json", "LATEST", ".tmp-"
-_REPLACED = f"{_ASIDE}replaced"
+MANIFEST, LATEST = "MANIFEST.json", "LATEST"
+_REPLACED = f"{ASIDE}replaced"
 _CHUNK = 1 << 20
 
 
@@ -42,27 +41,28 @@ def commit(parent: Path, name: str, write: Callable[[Path], None], *, keep: int 
     then everything committed before is as it was.
     """
     parent.mkdir(parents=True, exist_ok=True)
-    aside = parent / f"{name}{_ASIDE}{secrets.token_hex(4)}"
     final, replaced = parent / name, parent / f"{name}{_REPLACED}"
+    beside = aside(final)
     try:
-        aside.mkdir()
+        beside.mkdir()
         at("made aside")
-        write(aside)
+        write(beside)
         at("files written")
-        for file in sorted(aside.iterdir()):
+        for file in sorted(beside.iterdir()):
             sync(file)
-        write_text(aside / MANIFEST, json.dumps({"files": _sums(aside)}, indent=1, sort_keys=True))
+        manifest = json.dumps({"files": _sums(beside)}, indent=1, sort_keys=True)
+        write_new(beside / MANIFEST, [manifest.encode()])
         at("manifest written")
-        sync(aside)
+        sync(beside)
         if final.exists():
             final.rename(replaced)
             at("older of the same name put aside")
-        aside.rename(final)
+        beside.rename(final)
         at("renamed")
         sync(parent)
         shutil.rmtree(replaced, ignore_errors=True)
     except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(beside, ignore_errors=True)
         _put_back(replaced, final)
         raise
     at("committed")
@@ -76,17 +76,12 @@ def commit(parent: Path, name: str, write: Callable[[Path], None], *, keep: int 
     return final
 
 
-def newest(parent: Path) -> Path | None:
-    """The newest checkpoint that agrees with its manifest, or None. What lies aside is not looked at."""
-    return next((folder for folder in candidates(parent) if verified(folder)), None)
-
-
 def candidates(parent: Path) -> list[Path]:
     """Committed checkpoints by name, newest first, verified or not."""
     if not parent.is_dir():
         return []
     return sorted(
-        (f for f in parent.iterdir() if f.is_dir() and _ASIDE not in f.name), key=lambda f: f.name, reverse=True
+        (f for f in parent.iterdir() if f.is_dir() and ASIDE not in f.name), key=lambda f: f.name, reverse=True
     )
 
 
@@ -96,7 +91,7 @@ def sweep(parent: Path) -> None:
         for folder in list(parent.iterdir()):
             if folder.name.endswith(_REPLACED):
                 _put_back(folder, folder.with_name(folder.name.removesuffix(_REPLACED)))
-            elif _ASIDE in folder.name:
+            elif ASIDE in folder.name:
                 shutil.rmtree(folder, ignore_errors=True) if folder.is_dir() else folder.unlink(missing_ok=True)
 
 
@@ -115,40 +110,6 @@ def verified(folder: Path) -> bool:
         return bool(manifest["files"] == _sums(folder))
     except (OSError, ValueError, KeyError, TypeError):
         return False
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file and sync it."""
-    try:
-        with path.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:  # of a file that is open already the system names no path
-        if error.filename is None and error.errno is not None:
-            raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
-        raise
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Replace a small file in one step: a reader sees the old one or the new one, whole."""
-    aside = path.with_name(f"{path.name}{_ASIDE}{secrets.token_hex(4)}")
-    try:
-        write_text(aside, text)
-        aside.replace(path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
-    sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Ask the system to put a file or folder on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _sums(folder: Path) -> dict[str, dict[str, Any]]:

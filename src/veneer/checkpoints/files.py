@@ -16,7 +16,6 @@ import contextlib
 import errno
 import json
 import os
-import secrets
 import shutil
 import stat
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,12 +23,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from veneer._files import ASIDE, aside, sync, write_new
 from veneer.checkpoints.findings import shown
 from veneer.errors import CheckpointError
 
 _FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 _NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
-_ASIDE = ".tmp-"
 
 
 class Folder:
@@ -176,8 +175,8 @@ def write_folder(path: Path, files: Mapping[str, Sequence[bytes | memoryview]]) 
             f"{path} cannot be written: {reason}; nothing was changed there: choose a folder that can be written and has room"
         ) from error
     try:
-        _flush(path)
-        _flush(path.parent)
+        sync(path)
+        sync(path.parent)
     except OSError as error:
         raise CheckpointError(
             f"{path} was written, but the disk did not confirm it ({error.strerror or error}), so it may be lost with the power: save again"
@@ -185,48 +184,30 @@ def write_folder(path: Path, files: Mapping[str, Sequence[bytes | memoryview]]) 
 
 
 def _write_new(path: Path, files: Mapping[str, Sequence[bytes | memoryview]]) -> None:
-    aside = path.parent / f"{path.name}{_ASIDE}{secrets.token_hex(4)}"
-    aside.mkdir()
+    beside = aside(path)
+    beside.mkdir()
     try:
         for name, pieces in files.items():
-            _write(aside / name, pieces)
-        aside.rename(path)
+            write_new(beside / name, pieces)
+        beside.rename(path)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def _write_into(path: Path, files: Mapping[str, Sequence[bytes | memoryview]]) -> None:
     for name in files:
-        for left in path.glob(f"{name}{_ASIDE}*"):  # by a process that was killed while it saved here
+        for left in path.glob(f"{name}{ASIDE}*"):  # by a process that was killed while it saved here
             left.unlink()
-    aside = {name: path / f"{name}{_ASIDE}{secrets.token_hex(4)}" for name in files}
+    beside = {name: aside(path / name) for name in files}
     try:
         for name, pieces in files.items():
-            _write(aside[name], pieces)
+            write_new(beside[name], pieces)
         for name in files:
-            aside[name].replace(path / name)
+            beside[name].replace(path / name)
     finally:
-        for left in aside.values():
+        for left in beside.values():
             with contextlib.suppress(OSError):
                 left.unlink()
-
-
-def _write(path: Path, pieces: Sequence[bytes | memoryview]) -> None:
-    with path.open("xb") as file:
-        for piece in pieces:
-            file.write(piece)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _flush(folder: Path) -> None:
-    if os.name == "nt":  # Windows cannot open a folder
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _kind(mode: int) -> str:

@@ -16,8 +16,8 @@ import contextlib
 import json
 import os
 import re
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +27,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from veneer._files import publish
 from veneer.checkpoints.tensors import save_tensors
 from veneer.errors import CheckpointError
 
@@ -129,7 +130,7 @@ class ModelWriter:
     def _flush(self) -> None:
         file = self.folder / f"shard-{len(self._shards):05d}"
         save_tensors(self._held, file, {"format": "pt"})
-        file.chmod(_usual_mode(self.folder))  # the library makes files that nobody else may read
+        file.chmod(self.folder.stat().st_mode & 0o666)  # the library makes files that nobody else may read
         with _open(file) as opened:
             for key, tensor in self._held.items():
                 # bits, not values: NaN is unequal to itself
@@ -159,9 +160,9 @@ def write_model(
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         _clear_unfinished(out)
-        aside = Path(tempfile.mkdtemp(prefix=f"{_UNFINISHED}{out.name}-", dir=out.parent))
+        aside = out.with_name(f"{_UNFINISHED}{out.name}-{secrets.token_hex(4)}")
+        aside.mkdir()
         held = _lock(aside)
-        aside.chmod(_usual_mode(aside) | 0o111)
         writer = ModelWriter(aside, shard_bytes)
         yield writer
         writer.finish()
@@ -169,6 +170,8 @@ def write_model(
         (aside / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         if check is not None:
             check(aside)
+        if out.is_dir():
+            out.rmdir()  # empty, or this fails and nothing is lost
         publish(aside, out)
     except OSError as error:
         if aside is not None and not _lies_in(error.filename, aside):
@@ -217,16 +220,6 @@ def check_free(out: Path) -> None:
     if out.exists():
         kind = "a folder that holds something" if out.is_dir() else "a file"
         raise CheckpointError(f"{out} is {kind} already; choose another folder to write to, or remove it")
-
-
-def publish(aside: Path, out: Path) -> None:
-    """Flush a finished folder to the disk and give it its name in one step."""
-    for path in [*aside.rglob("*"), aside]:
-        _sync(path)
-    if out.is_dir():
-        out.rmdir()  # empty, or this fails and nothing is lost
-    aside.rename(out)
-    _sync(out.parent)
 
 
 def copy_companions(source: Path, target: Path) -> None:
@@ -283,24 +276,5 @@ def _lies_in(name: object, folder: Path) -> bool:
     return name is None or Path(os.fsdecode(str(name))).is_relative_to(folder)
 
 
-def _usual_mode(folder: Path) -> int:
-    """The permissions that a new file gets here."""
-    probe = folder / ".mode"
-    probe.touch()
-    mode = probe.stat().st_mode & 0o777
-    probe.unlink()
-    return mode
-
-
 def _bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().reshape(-1).view(torch.uint8)
-
-
-def _sync(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():  # Windows cannot open a folder
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from veneer.checkpoints.locate import adapter_of_job
 from veneer.config import load_yaml
 from veneer.errors import CheckpointError, ConfigError
 
@@ -167,7 +168,7 @@ def _job(folder: Path, name: str, saved: dict[str, Any], base: str) -> dict[str,
         held_out = line.get("held_out_loss")
         if held_out is not None:
             best = held_out if best is None else min(best, held_out)
-    places = [folder / "adapters" / name, folder / "adapter"]
+    adapter = adapter_of_job(folder, name)
     return {
         "job": name,
         "state": saved.get("state", "running"),
@@ -177,7 +178,7 @@ def _job(folder: Path, name: str, saved: dict[str, Any], base: str) -> dict[str,
         "held_out": figures["held_out_loss"],
         "best": best,
         "base": base,
-        "adapter": next((str(p.relative_to(folder)) for p in places if (p / "adapter_config.json").is_file()), None),
+        "adapter": None if adapter is None else str(adapter.relative_to(folder)),
     }
 
 

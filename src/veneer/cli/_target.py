@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from veneer.checkpoints.locate import CONFIG, adapters_at, is_run
 from veneer.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 
     from veneer.adapters import Bank
     from veneer.models.load import Base
-
-CONFIG = "adapter_config.json"
 
 
 @dataclass
@@ -60,18 +59,14 @@ def adapter_folders(target: str) -> dict[str, Path]:
     """
     name, _, typed = target.rpartition("=")
     path = Path(typed)
+    found = adapters_at(path)
+    if found:
+        return {name: next(iter(found.values()))} if name and len(found) == 1 else found
     if not path.is_dir():
         if name:
             raise CheckpointError(f"{typed}: there is no such folder to name {name!r}")
         return {}
-    if (path / CONFIG).is_file():
-        return {name or _default_name(path): path}
-    if (path / "adapter" / CONFIG).is_file():
-        return {name or path.resolve().name: path / "adapter"}
-    below = sorted(folder.parent for folder in path.glob(f"adapters/*/{CONFIG}"))
-    if below:
-        return {folder.name: folder for folder in below}
-    if (path / "config.yaml").is_file() or (path / "checkpoints").is_dir():
+    if is_run(path):
         raise CheckpointError(
             f"{path} is a run that has not written an adapter yet; run its training command again to go on"
         )
@@ -176,8 +171,3 @@ def base_named_in(folder: Path) -> str:
             f"{folder / CONFIG} does not name its base (base_model_name_or_path); give it with --base"
         )
     return found
-
-
-def _default_name(path: Path) -> str:
-    resolved = path.resolve()
-    return resolved.parent.name if resolved.name in ("adapter", "best", "last", "final") else resolved.name

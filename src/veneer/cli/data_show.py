@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import sys
 from itertools import islice
@@ -85,15 +84,10 @@ def _print(shown: list[tuple[Rendered, list[Piece]]], *, ids: bool) -> None:
 
 
 def _write_page(path: Path, shown: list[tuple[Rendered, list[Piece]]], title: str, stated: list[str]) -> None:
+    from veneer._files import replace_text
     from veneer.data.preview import html_page
 
-    page = html_page(shown, title, stated)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        aside.write_text(page, encoding="utf-8")
-        aside.replace(path)
+        replace_text(path, html_page(shown, title, stated))
     except OSError as error:
-        raise DataError(f"{path} cannot be written: {error.strerror}; choose another place with --html") from error
-    finally:
-        with contextlib.suppress(OSError):
-            aside.unlink()
+        raise DataError(f"{path} cannot be written: {error.strerror}; choose another path with --html") from error

@@ -135,7 +135,7 @@ def _put(out: Path, rows_of: Mapping[Path, Sequence[Mapping[str, Any]]]) -> None
     """Write the files whole, or leave nothing of them. Raises CheckpointError where they cannot be written."""
     from contextlib import suppress
 
-    from veneer.checkpoints.commit import replace_text
+    from veneer._files import replace_text
 
     made = [folder for folder in (out / "data", out, *out.parents) if not folder.exists()]
     try:

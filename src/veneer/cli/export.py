@@ -171,10 +171,10 @@ def _source(args: argparse.Namespace, base: str) -> str:
 
 
 def _card(args: argparse.Namespace, parents: Sequence[Parent], folder: Path) -> dict[str, Any]:
+    from veneer._files import replace_text
     from veneer.checkpoints.model_folder import check_free
     from veneer.compose.card import model_card
     from veneer.deltas.parents import base_name
-    from veneer.models.cache import write_atomically
 
     if len(parents) > 1:
         raise ConfigError("a card is of one adapter; compose the mix first (veneer compose)")
@@ -182,7 +182,8 @@ def _card(args: argparse.Namespace, parents: Sequence[Parent], folder: Path) -> 
     command, figures = _of_run(args.run, parents[0].adapter.name)
     base = args.base or base_name([parents[0].adapter])
     text = model_card(parents[0].adapter, base=base, command=command, figures=figures, folder=str(folder))
-    write_atomically(args.out, text.encode())
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(args.out, text)
     return {"to": "card", "file": str(args.out), "bytes": len(text.encode()), "error": 0.0}
 
 

@@ -20,9 +20,10 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from veneer._files import publish
 from veneer.errors import BaseModelError
 
-__all__ = ["build_once", "cache_root", "write_atomically"]
+__all__ = ["build_once", "cache_root"]
 
 _UNFINISHED = ".unfinished-"
 
@@ -58,35 +59,16 @@ def build_once(relative: str, build: Callable[[Path], None]) -> Path:
     return final
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write ``data`` to ``path`` so that a reader sees the old content, or the new, and nothing between."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=_UNFINISHED, dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
 def _build(final: Path, build: Callable[[Path], None]) -> None:
     aside = Path(tempfile.mkdtemp(prefix=f"{_UNFINISHED}{final.name}-", dir=final.parent))
     try:
         build(aside)
-        for file in aside.rglob("*"):
-            _flush(file)
-        _flush(aside)
         try:
-            aside.rename(final)
+            publish(aside, final)
         except OSError as error:
             # without locks another process may have been first: its folder holds the same
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY) or not final.is_dir():
                 raise
-        _flush(final.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -95,16 +77,6 @@ def _sweep(final: Path) -> None:
     """Remove what killed builders of this folder left; the lock says that none of them is alive."""
     for leftover in final.parent.glob(f"{_UNFINISHED}{final.name}-*"):
         shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():  # Windows cannot open a folder
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextlib.contextmanager

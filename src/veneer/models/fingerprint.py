@@ -25,8 +25,9 @@ from typing import Any
 
 import torch
 
+from veneer._files import replace_text
 from veneer.errors import BaseModelError
-from veneer.models.cache import cache_root, write_atomically
+from veneer.models.cache import cache_root
 from veneer.models.load import Base
 from veneer.models.names import stored_names
 
@@ -184,4 +185,6 @@ def _read_known(file: Path) -> dict[str, str]:
 def _write_known(file: Path, known: dict[str, str]) -> None:
     with contextlib.suppress(OSError):  # a cache only: without it the next call computes again
         merged = {**_read_known(file), **known}
-        write_atomically(_cache_file(file), json.dumps(merged, sort_keys=True).encode())
+        cached = _cache_file(file)
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(cached, json.dumps(merged, sort_keys=True))

@@ -15,8 +15,6 @@ Boundary: LoRA at linear layers. Names and orders are known for the families bel
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +24,7 @@ import torch
 from torch import Tensor
 
 from veneer import __version__
+from veneer._files import replacing, sync
 from veneer.adapters.adapter import Adapter
 from veneer.adapters.methods.lora import factors_2d
 from veneer.errors import ExportError, Problems
@@ -145,16 +144,10 @@ def write_gguf(
         if not bool(torch.isfinite(value).all()):
             raise ExportError(f"{key} does not fit the range of {dtype}; take f32")
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=".unfinished-", suffix=".gguf", dir=path.parent)
-    os.close(handle)
-    aside = Path(name)
-    try:
-        _write(aside, adapter.name, layout.family, alpha, stored, base_name)
-        _check(aside, stored)
-        aside.chmod(0o644)
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with replacing(path) as beside:
+        _write(beside, adapter.name, layout.family, alpha, stored, base_name)
+        _check(beside, stored)
+        sync(beside)
     return path.stat().st_size
 
 

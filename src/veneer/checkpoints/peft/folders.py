@@ -18,6 +18,7 @@ from torch import nn
 from veneer.adapters.adapter import Adapter
 from veneer.adapters.attach import attach as attach_bank
 from veneer.adapters.bank import Bank
+from veneer.checkpoints.locate import adapters_at, find_adapter
 from veneer.checkpoints.peft.read import read_adapter_folder
 from veneer.checkpoints.peft.write import write_adapter_folder
 from veneer.errors import CheckpointError
@@ -26,6 +27,13 @@ from veneer.errors import CheckpointError
 @dataclass(frozen=True)
 class PeftFolders:
     """Reads and writes a bank's adapters as PEFT folders. Holds no state."""
+
+    def find(self, path: Path) -> tuple[str, Path]:
+        """(default name, folder) of the adapter that a path means; a path without one is left to `read` to explain.
+
+        Raises CheckpointError where the path holds several adapters.
+        """
+        return find_adapter(path) if adapters_at(path) else (path.name or "adapter", path)
 
     def read(self, path: Path, name: str, bank: Bank, **options: Any) -> Adapter:
         """The adapter in a folder, held against the bank's base. Options: ``force`` and ``convert``, see `read_adapter_folder`.
@@ -58,7 +66,7 @@ def read_adapter(path: str | Path, name: str | None = None, *, force: str | Iter
 
     name: by default "adapter". Raises CheckpointError with everything that is wrong with the folder.
     """
-    return read_adapter_folder(Path(path), name or "adapter", None, force=force)
+    return read_adapter_folder(PeftFolders().find(Path(path))[1], name or "adapter", None, force=force)
 
 
 def write_adapter(

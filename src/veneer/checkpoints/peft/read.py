@@ -17,6 +17,7 @@ from veneer.adapters.bank import Bank
 from veneer.checkpoints import receipt as receipts
 from veneer.checkpoints.files import Folder, parse_json
 from veneer.checkpoints.findings import Findings, shown
+from veneer.checkpoints.locate import CONFIG, WEIGHTS
 from veneer.checkpoints.peft.build import build, check_init
 from veneer.checkpoints.peft.consistency import check_agreement
 from veneer.checkpoints.peft.overrides_in import plan_whole, take_copies
@@ -26,8 +27,6 @@ from veneer.checkpoints.peft.value_checks import check_stored, check_values
 from veneer.checkpoints.tensors import Header, read_header, read_tensors
 from veneer.errors import CheckpointError
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
 TEMPLATE = "chat_template.jinja"
 MAX_CONFIG = 2 << 20
 MAX_TEMPLATE = 1 << 20

@@ -26,10 +26,11 @@ from veneer.adapters.bank import Bank
 from veneer.checkpoints import receipt as receipts
 from veneer.checkpoints.files import Folder, write_folder
 from veneer.checkpoints.findings import listed
+from veneer.checkpoints.locate import CONFIG, WEIGHTS
 from veneer.checkpoints.logit_check import logits_record
 from veneer.checkpoints.peft.overrides_out import own_settings, stored_own
 from veneer.checkpoints.peft.patterns import names_for, table_for
-from veneer.checkpoints.peft.read import CONFIG, MAX_CONFIG, TEMPLATE, WEIGHTS
+from veneer.checkpoints.peft.read import MAX_CONFIG, TEMPLATE
 from veneer.checkpoints.peft.settings import settings_for
 from veneer.checkpoints.peft.tensor_names import MAGNITUDE, key_of
 from veneer.checkpoints.tensors import digest, read_header, read_tensors, to_buffers

@@ -13,8 +13,9 @@ from typing import Any
 
 from torch import Tensor
 
+from veneer._files import sync
 from veneer.adapters import Bank
-from veneer.checkpoints.commit import candidates, commit, sync, verified
+from veneer.checkpoints.commit import candidates, commit, verified
 from veneer.checkpoints.run_state import job_tensors, read_state, restore_job, write_state
 from veneer.errors import CheckpointError, VeneerError
 from veneer.training.loop.job import Job, Progress, State

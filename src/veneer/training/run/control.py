@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from veneer.checkpoints.commit import replace_text
+from veneer._files import replace_text
 from veneer.errors import TrainingError
 from veneer.training.loop.trainer import Request, Verb
 

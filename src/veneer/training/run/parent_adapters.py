@@ -16,33 +16,11 @@ from typing import Any
 
 from veneer.adapters import Adapter, Bank
 from veneer.adapters.adapter import stream_seed
+from veneer.checkpoints.locate import CONFIG, WEIGHTS, find_adapter
 from veneer.checkpoints.peft.folders import PeftFolders
 from veneer.config import TrainOptions
-from veneer.errors import CheckpointError
 from veneer.training.loop.job import Job
 from veneer.training.loop.orthogonal import Penalty, Projection
-
-_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-
-
-def find(path: Path) -> tuple[str, Path]:
-    """(name, folder) of the adapter that a path means: its own folder, or a run with one adapter.
-
-    Raises CheckpointError for anything else.
-    """
-    if (path / _CONFIG).is_file():
-        whole = path.resolve()
-        return whole.parent.name if whole.name in ("adapter", "best") else whole.name, path
-    if (path / "adapter" / _CONFIG).is_file():
-        return path.resolve().name, path / "adapter"
-    below = sorted(folder.parent.name for folder in path.glob(f"adapters/*/{_CONFIG}"))
-    if below:
-        raise CheckpointError(
-            f"{path} is a run of several adapters ({', '.join(below)}); name one of their folders, {path}/adapters/{below[0]}"
-        )
-    raise CheckpointError(
-        f"{path} holds no adapter ({_CONFIG}); name an adapter's folder, or a run that has written one"
-    )
 
 
 def build_on(jobs: Sequence[Job], bank: Bank) -> None:
@@ -64,7 +42,7 @@ def build_on(jobs: Sequence[Job], bank: Bank) -> None:
             projection = Projection(bank[job.name], old)
             projection.begin()
             job.shaper = projection
-        job.built_on = built_on(options, {path: acting[find(path)[1]] for path in options.on_top_of})
+        job.built_on = built_on(options, {path: acting[find_adapter(path)[1]] for path in options.on_top_of})
 
 
 def seed_of(options: TrainOptions) -> int:
@@ -90,7 +68,7 @@ def built_on(options: TrainOptions, names: Mapping[Path, str]) -> dict[str, Any]
 
 def _act(path: Path, bank: Bank, acting: dict[Path, str]) -> str:
     """The name under which an adapter acts in the bank, loaded when it is first asked for."""
-    name, folder = find(path)
+    name, folder = find_adapter(path)
     if folder not in acting:
         free = next(n for n in (name, *(f"{name}-{i}" for i in range(2, 1000))) if n not in bank)
         bank.load(folder, name=free)
@@ -100,7 +78,7 @@ def _act(path: Path, bank: Bank, acting: dict[Path, str]) -> str:
 
 
 def _read(path: Path, bank: Bank, acting: Mapping[Path, str], read: dict[Path, Adapter]) -> Adapter:
-    name, folder = find(path)
+    name, folder = find_adapter(path)
     if folder in acting:
         return bank[acting[folder]]
     if folder not in read:
@@ -109,9 +87,9 @@ def _read(path: Path, bank: Bank, acting: Mapping[Path, str], read: dict[Path, A
 
 
 def _origin(path: Path) -> dict[str, str]:
-    folder = find(path)[1]
+    folder = find_adapter(path)[1]
     digest = hashlib.sha256()
-    for name in (_CONFIG, _WEIGHTS):
+    for name in (CONFIG, WEIGHTS):
         with (folder / name).open("rb") as file:
             while chunk := file.read(1 << 20):
                 digest.update(chunk)

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from veneer import __version__
+from veneer._files import replace_text
 from veneer.adapters import Bank
 from veneer.checkpoints import attach
-from veneer.checkpoints.commit import replace_text
 from veneer.checkpoints.run_state import Lock
 from veneer.config import TrainOptions, plain, resolve, to_yaml
 from veneer.errors import CheckpointError, ConfigError, TrainingError

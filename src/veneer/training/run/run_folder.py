@@ -20,7 +20,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from veneer.checkpoints.commit import LATEST, candidates, replace_text, sweep
+from veneer._files import replace_text
+from veneer.checkpoints.commit import LATEST, candidates, sweep
 
 CONFIG, FACTS = "config.yaml", "run.json"
 

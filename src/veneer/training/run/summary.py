@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from veneer.checkpoints.commit import replace_text
+from veneer._files import replace_text, replacing
 
 if TYPE_CHECKING:
     from veneer.training.run.result import JobResult, RunResult
@@ -123,9 +123,8 @@ def draw(result: RunResult, path: Path) -> bool:
     axes.set_xlabel("rank" if across == "r" else "learning rate")
     axes.set_ylabel("held-out loss at the end (hollow: stopped before)")
     axes.legend(fontsize="small")
-    aside = path.with_name(f"{path.name}.tmp-{path.suffix}")
-    figure.savefig(aside, format="svg", metadata={"Date": None})
-    aside.replace(path)
+    with replacing(path) as beside:
+        figure.savefig(beside, format="svg", metadata={"Date": None})
     return True
 
 

@@ -1,0 +1,74 @@
+"""One answer to what a path means: ``bank.load``, training options and commands agree."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tests.checkpoints.helpers import make_folder
+
+import veneer
+from veneer.checkpoints import read_adapter
+from veneer.checkpoints.locate import adapter_of_job, adapters_at, find_adapter
+from veneer.cli._target import adapter_folders
+from veneer.errors import CheckpointError
+from veneer.testing import tiny
+
+
+def run(folder: Path, *adapters: str) -> Path:
+    """The folder of a run with these adapters."""
+    for adapter in adapters:
+        make_folder(folder / adapter)
+    (folder / "config.yaml").write_text("base: x\n")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "folder"),
+    [
+        ("out", "out", "out"),
+        ("out/adapter_model.safetensors", "out", "out"),
+        ("one", "one", "one/adapter"),
+        ("one/adapter", "one", "one/adapter"),
+        ("one/best", "one", "one/best"),
+        ("two/adapters/b", "b", "two/adapters/b"),
+        ("two/best/a", "a", "two/best/a"),
+    ],
+)
+def test_a_path_means_one_adapter(tmp_path: Path, path: str, name: str, folder: str) -> None:
+    """Folders, files and runs give the same name and folder to every reader, and load."""
+    make_folder(tmp_path / "out")
+    run(tmp_path / "one", "adapter", "best")
+    run(tmp_path / "two", "adapters/a", "adapters/b", "best/a", "best/b")
+    assert find_adapter(tmp_path / path) == (name, tmp_path / folder)
+    assert adapter_folders(str(tmp_path / path)) == {name: tmp_path / folder}
+    bank = veneer.attach(tiny("llama"))
+    assert bank.load(tmp_path / path).name == name
+    assert read_adapter(tmp_path / path).meta["path"] == str(tmp_path / folder)
+
+
+def test_a_path_may_mean_several(tmp_path: Path) -> None:
+    """A run of several jobs, and a folder of folders, give each adapter under its own name; a reader of one refuses them."""
+    two = run(tmp_path / "two", "adapters/a", "adapters/b", "best/a", "best/b")
+    for path, inside in ((two, "adapters"), (two / "best", "best"), (two / "adapters", "adapters")):
+        assert adapters_at(path) == {name: two / inside / name for name in ("a", "b")}
+        for read in (find_adapter, veneer.attach(tiny("llama")).load):
+            with pytest.raises(
+                CheckpointError, match=r"holds several adapters \(a, b\); give the folder of one, such as"
+            ):
+                read(path)
+    assert adapter_of_job(two, "b") == two / "adapters" / "b" and adapter_of_job(two, "c") is None
+
+
+def test_a_path_may_mean_none(tmp_path: Path) -> None:
+    """A run before its first adapter, a base and a missing folder hold none, and loading says why."""
+    run(tmp_path / "new", "best/a")
+    (tmp_path / "model" / "extra").mkdir(parents=True)
+    (tmp_path / "model" / "config.json").write_text("{}")
+    make_folder(tmp_path / "model" / "extra")
+    for name, says in (("new", "holds no"), ("model", "holds a base model"), ("gone", "does not exist")):
+        assert adapters_at(tmp_path / name) == {}
+        with pytest.raises(CheckpointError, match="holds no adapter"):
+            find_adapter(tmp_path / name)
+        with pytest.raises(CheckpointError, match=says):
+            veneer.attach(tiny("llama")).load(tmp_path / name)
