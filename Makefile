@@ -1,5 +1,6 @@
-# Two commands matter: `make demo` and `make test`. Each makes .venv and installs what it needs; the second time is quick.
-# PYTHON chooses the interpreter (3.11 or later), VENV the folder, PEERS that of the benchmark's peers, BENCH its arguments.
+# The main targets are `make demo` and `make test`. Each creates .venv and installs its dependencies on first use.
+# Variables: PYTHON (interpreter, 3.11 or later), VENV (environment), PEERS (environment of the benchmark's peers),
+# BENCH (arguments of the benchmark).
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -17,10 +18,10 @@ export PIP_ROOT_USER_ACTION ?= ignore
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' $(MAKEFILE_LIST)
 
-demo: $(VENV)/.installed ## train, judge and try an adapter on the embedded model, in a few minutes
+demo: $(VENV)/.installed ## train, evaluate and try an adapter on the embedded model, in a few minutes
 	$(BIN)/veneer demo
 
-test: lint ## everything that guards the project: style, types, layering, tests
+test: lint ## style, types, structure and tests
 	$(BIN)/python -m pytest -q
 	$(BIN)/python -m pytest -q -m "real and not slow"
 
@@ -29,21 +30,21 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check src tests bench docs
 	$(BIN)/mypy
 
-test-real: $(VENV)/.installed-test ## the tests on the embedded model only
+test-real: $(VENV)/.installed-test ## only the tests that use the embedded model
 	$(BIN)/python -m pytest -q -m "real and not slow"
 
-torture: $(VENV)/.installed-test ## the slow tests: kills, long forms, repeats
+torture: $(VENV)/.installed-test ## slow tests: kills, long variants, repeats
 	$(BIN)/python -m pytest -q -m slow --timeout 3600
 
-bench: $(VENV)/.installed-test $(PEERS)/.installed ## the training step beside its peers, in an environment of theirs: BENCH="ragged --rounds 4"
+bench: $(VENV)/.installed-test $(PEERS)/.installed ## benchmark the training step against its peers (own environment): BENCH="ragged --rounds 4"
 	$(BIN)/python -m bench.step $(BENCH) --peers $(PEERS)/bin/python
 
-clean: ## remove the environment and the caches of tools
+clean: ## remove the environments and tool caches
 	rm -rf $(VENV) $(PEERS) .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/.torch: constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo 'Python 3.11 or later is needed; name one with: make PYTHON=/path/to/python3 ...' >&2; exit 1; }
+		{ echo 'Python 3.11 or later is required; choose one with: make PYTHON=/path/to/python3 ...' >&2; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || \
 		{ echo 'python3 -m venv failed; on Debian and Ubuntu: apt-get install python3-venv' >&2; exit 1; }
 	$(PIP) install -q -c constraints.txt $(TORCH)

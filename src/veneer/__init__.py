@@ -17,6 +17,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from veneer._version import __version__ as __version__
+
 if TYPE_CHECKING:
     from veneer import errors
     from veneer.adapters import Adapter, Bank, DoRA, LoRA, Route, bank_of
@@ -24,7 +26,6 @@ if TYPE_CHECKING:
     from veneer.models.load import Base, load_base
     from veneer.training import train
 
-__version__ = "0.1.0"
 __all__ = [
     "Adapter",
     "Bank",

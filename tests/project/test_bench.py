@@ -1,4 +1,4 @@
-"""The bench keeps step with the package: its cases name who is there."""
+"""The benchmark's cases are consistent."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from bench.cases import CASES, Case
 
 @pytest.mark.parametrize("case", CASES.values(), ids=lambda case: case.name)
 def test_claims_are_about_contestants(case: Case) -> None:
-    """Names are given once, and every claim is about two contestants of its case."""
+    """Names within a case are unique, and every claim is about two of its contestants."""
     names = [one.name for one in (*case.contestants, *case.extra)]
     assert len(names) == len(set(names))
     assert {name for claim in case.claims for name in (claim.over, claim.under)} <= set(names)

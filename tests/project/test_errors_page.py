@@ -1,4 +1,4 @@
-"""The page of mistakes is what Veneer really answers."""
+"""docs/errors.md shows the messages that Veneer prints."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import pytest
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_the_page_of_mistakes_is_true(capsys: pytest.CaptureFixture[str]) -> None:
-    """Each of the twenty mistakes is refused, and answered as docs/errors.md says."""
+def test_the_page_of_errors_is_current(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each of the twenty mistakes is refused with the message in docs/errors.md."""
     script = runpy.run_path(str(Path(__file__).parents[2] / "docs" / "scripts" / "errors.py"))
     answers = script["answer_all"]()
     page = script["PAGE"].read_text(encoding="utf-8")
-    told = [title for title, answer in answers.items() if f"## {title}\n" not in page or answer not in page]
-    assert len(answers) == 20 and not told, f"docs/errors.md is out of date for {told}; run docs/scripts/errors.py"
+    outdated = [title for title, answer in answers.items() if f"## {title}\n" not in page or answer not in page]
+    assert len(answers) == 20 and not outdated, (
+        f"docs/errors.md is out of date for {outdated}; run docs/scripts/errors.py"
+    )

@@ -1,4 +1,4 @@
-"""What the documents tell people to type exists."""
+"""Commands, code and links in the documents are valid."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.project.source import ROOT
 import veneer
 from veneer.cli.main import available, parser_of
 
-DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")])
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 
 
 def blocks(language: str) -> list[tuple[str, str]]:
@@ -25,15 +25,20 @@ def blocks(language: str) -> list[tuple[str, str]]:
     return found
 
 
+def links_of(path: Path) -> list[str]:
+    """Targets of the relative links in a document."""
+    return re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8"))
+
+
 def lines(tool: str) -> list[str]:
-    """Every line in a shell block that calls a tool, without comments, continued lines joined."""
+    """Every line of a shell block that calls a tool, continued lines joined."""
     text = "\n".join(body.replace("\\\n", " ") for _, body in blocks("bash"))
     return [line.strip() for line in text.splitlines() if line.strip().split(" ")[0] == tool]
 
 
 @pytest.mark.parametrize("line", lines("veneer"))
-def test_commands_can_be_typed(line: str) -> None:
-    """Each ``veneer`` line names a command that is there, and its flags are read by the command's own parser."""
+def test_commands_parse(line: str) -> None:
+    """Each ``veneer`` line names an existing command, whose parser accepts its flags."""
     words = shlex.split(line, comments=True)[1:]
     for stop in ("|", ">", ">>", "&&", ";"):
         words = words[: words.index(stop)] if stop in words else words
@@ -47,7 +52,7 @@ def test_commands_can_be_typed(line: str) -> None:
 
 
 @pytest.mark.parametrize("line", lines("make"))
-def test_targets_can_be_made(line: str) -> None:
+def test_make_targets_exist(line: str) -> None:
     """Each ``make`` line names a target of the Makefile."""
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
     words = [word for word in shlex.split(line, comments=True)[1:] if "=" not in word]
@@ -55,7 +60,7 @@ def test_targets_can_be_made(line: str) -> None:
 
 
 @pytest.mark.parametrize(("where", "body"), blocks("python"))
-def test_python_is_python_and_names_what_is_there(where: str, body: str) -> None:
+def test_python_blocks_use_public_names(where: str, body: str) -> None:
     """Each Python block parses, and every ``veneer.x`` in it is public."""
     syntax = ast.parse(body)
     for node in ast.walk(syntax):
@@ -65,13 +70,13 @@ def test_python_is_python_and_names_what_is_there(where: str, body: str) -> None
             assert {alias.name for alias in node.names} <= set(veneer.__all__)
 
 
-def test_there_is_something_to_check() -> None:
-    """The documents have commands and code; an empty search would let everything pass."""
-    assert len(lines("veneer")) > 3 and len(lines("make")) >= 2 and blocks("python")
+def test_documents_have_something_to_check() -> None:
+    """The documents have commands, code and links, so that the tests above check something."""
+    assert len(lines("veneer")) > 20 and len(lines("make")) > 5 and len(blocks("python")) >= 2
+    assert sum(len(links_of(path)) for path in DOCUMENTS) > 5
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_links_lead_somewhere(path: Path) -> None:
-    """Each relative link in a document names a file that is there."""
-    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8"))
-    assert [link for link in links if not (path.parent / link).exists()] == []
+def test_links_resolve(path: Path) -> None:
+    """Each relative link in a document names an existing file."""
+    assert [link for link in links_of(path) if not (path.parent / link).exists()] == []

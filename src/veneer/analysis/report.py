@@ -10,8 +10,8 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from veneer import __version__
 from veneer._files import replace_text
+from veneer._version import __version__
 from veneer.analysis.plots import figures, modules_of, picture_bytes
 from veneer.analysis.spectra import AdapterSpectra, SiteSpectrum
 from veneer.errors import ComposeError

@@ -27,7 +27,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from veneer import __version__
+from veneer._version import __version__
 from veneer.adapters.adapter import Adapter
 from veneer.adapters.bank import Bank
 from veneer.adapters.layers.site import Site

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
-from veneer import __version__
+from veneer._version import __version__
 from veneer.cli._failure import explain
 from veneer.cli._parser import Parser
 from veneer.config import near_miss

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from veneer import __version__
+from veneer._version import __version__
 from veneer.adapters.adapter import Adapter
 
 _RECEIPT = {

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from veneer import __version__
 from veneer._files import replacing, sync
+from veneer._version import __version__
 from veneer.adapters.adapter import Adapter
 from veneer.adapters.methods.lora import factors_2d
 from veneer.errors import ExportError, Problems

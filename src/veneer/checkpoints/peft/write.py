@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from veneer import __version__
+from veneer._version import __version__
 from veneer.adapters.adapter import Adapter
 from veneer.adapters.bank import Bank
 from veneer.checkpoints import receipt as receipts

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from veneer.training.loop.step import Share
 _SHOWN = 3
 
 
-class State(str, Enum):
+class State(StrEnum):
     """Where a job stands."""
 
     RUNNING = "running"

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from veneer import __version__
+from veneer._version import __version__
 from veneer.adapters import Bank
 from veneer.data.hashing import data_hash
 from veneer.errors import CheckpointError

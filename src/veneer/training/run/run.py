@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from veneer import __version__
 from veneer._files import replace_text
+from veneer._version import __version__
 from veneer.adapters import Bank
 from veneer.checkpoints import attach
 from veneer.checkpoints.run_state import Lock
