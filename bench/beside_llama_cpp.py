@@ -26,7 +26,7 @@ from torch import Tensor
 from veneer.adapters import Adapter, DoRA, LoRA
 from veneer.checkpoints import attach, read_adapter
 from veneer.cli.main import main as veneer
-from veneer.compose.combine import compose
+from veneer.compose.combine import combine
 from veneer.deltas.parents import Parent, copy_as
 from veneer.evaluate.general import general_text, pieces
 from veneer.models.embedded import find_embedded
@@ -88,7 +88,7 @@ def cases(work: Path, bank: Any) -> list[tuple[str, list[str], list[str], Any]]:
     named.append(("lora-f16", [str(work / "lora")], ["--dtype", "f16"], "lora"))
     named.append(("mix", [f"{work / name}:{weight}" for name, weight in mix.items()], [], mix))
     weights = {name: site.weight_2d for name, site in bank.sites.items()}
-    cut = compose(
+    cut = combine(
         "sum", [Parent(read_adapter(work / "dora", "dora"))], weights=weights.__getitem__, rank=64, form="lora"
     )
     bank.insert(copy_as(cut.adapter, "dora-as-lora"))

@@ -25,8 +25,8 @@ from three_tasks import BASE, TASKS, Judge, cached, write_tasks
 import veneer
 from veneer.adapters import Adapter
 from veneer.checkpoints import read_adapter
-from veneer.compose.combine import Composition, compose
-from veneer.compose.ops import Settings
+from veneer.compose.combine import Composition, combine
+from veneer.compose.ops import OperationSettings
 from veneer.compose.search import search_weights
 from veneer.deltas.parents import Parent, copy_as
 
@@ -72,16 +72,16 @@ def train(work: Path, files: dict[str, dict[str, Path]], only: str | None) -> No
 
 
 def _of(
-    adapters: list[Adapter], op: str, weight: float = 1.0, settings: Settings | None = None, **more: Any
+    adapters: list[Adapter], op: str, weight: float = 1.0, settings: OperationSettings | None = None, **more: Any
 ) -> Composition:
-    return compose(op, [Parent(adapter, weight) for adapter in adapters], settings=settings, **more)
+    return combine(op, [Parent(adapter, weight) for adapter in adapters], settings=settings, **more)
 
 
 def _outside(adapters: list[Adapter]) -> Composition:
     """Each adapter without what the ones before it read and write, then the sum."""
     kept = [adapters[0]]
     for place, adapter in enumerate(adapters[1:], 1):
-        made = compose("outside", [Parent(adapter), *(Parent(other) for other in adapters[:place])])
+        made = combine("outside", [Parent(adapter), *(Parent(other) for other in adapters[:place])])
         kept.append(copy_as(made.adapter, adapter.name))
     return _of(kept, "sum")
 
@@ -91,8 +91,8 @@ OPERATIONS: dict[str, tuple[str, Make]] = {
     "sum": ("sum", lambda a: _of(a, "sum")),
     "sum-rank": (f"sum, cut to rank {RANK}", lambda a: _of(a, "sum", rank=RANK)),
     "average-rank": (f"average, cut to rank {RANK}", lambda a: _of(a, "sum", 1 / 3, rank=RANK)),
-    "ties": ("TIES, density 0.2", lambda a: _of(a, "ties", settings=Settings(density=0.2))),
-    "dare": ("DARE, drop 0.9, average", lambda a: _of(a, "dare", 1 / 3, Settings(drop=0.9))),
+    "ties": ("TIES, density 0.2", lambda a: _of(a, "ties", settings=OperationSettings(density=0.2))),
+    "dare": ("DARE, drop 0.9, average", lambda a: _of(a, "dare", 1 / 3, OperationSettings(drop=0.9))),
     "iso-c": ("Iso-C", lambda a: _of(a, "iso-c")),
     "outside": ("each outside the ones before it, then the sum", _outside),
     "peft-linear": ("PEFT's sum of factors, weights 1/3", lambda a: _of(a, "peft_linear", 1 / 3)),

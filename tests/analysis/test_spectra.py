@@ -20,7 +20,7 @@ from veneer.adapters import Adapter, DoRA, LoRA
 from veneer.analysis.intruders import find_intruders, reduce_intruders
 from veneer.analysis.plots import FIGURES, figures, write_plots
 from veneer.analysis.report import html_report
-from veneer.analysis.spectra import adapter_spectra, pearson, place_of
+from veneer.analysis.spectra import adapter_spectra, pearson, position_of
 from veneer.analysis.subspace import phi
 from veneer.checkpoints import attach, read_adapter
 from veneer.cli._spectra import add_spectra_arguments, run_spectra, wants_spectra
@@ -77,7 +77,10 @@ def test_known_spectra() -> None:
     assert stable_rank(torch.zeros(3)) == effective_rank(torch.zeros(3)) == 0
     assert pearson([1, 2, 3], [2, 4, 6]) == pytest.approx(1) and pearson([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
     assert pearson([1, 2], [1, 2]) is None and pearson([1, 1, 1], [1, 2, 3]) is None
-    assert place_of("transformer.h.11.attn.c_attn") == (11, "attn.c_attn") and place_of("lm_head") == (None, "lm_head")
+    assert position_of("transformer.h.11.attn.c_attn") == (11, "attn.c_attn") and position_of("lm_head") == (
+        None,
+        "lm_head",
+    )
 
 
 def test_phi_is_a_similarity() -> None:
@@ -136,7 +139,7 @@ def test_planted_intruders_are_found() -> None:
     """Strong directions that the base lacks are found at their places; a base has none against itself, nor after a change along it."""
     base, change = planted()
     found = find_intruders(base, base + change)
-    assert found.count == 2 and set(found.places) == {0, 1}
+    assert found.count == 2 and set(found.indices) == {0, 1}
     assert find_intruders(base, base).count == 0 and find_intruders(base, 1.5 * base).count == 0
     assert min(find_intruders(base, base).cosines) == pytest.approx(1)
     assert find_intruders(base, base + 0.01 * change).count == 0
@@ -157,7 +160,7 @@ def test_reducing_intruders(model: nn.Module) -> None:
     for site in adapter.tensors:
         tuned = weights(site).double() + dense(adapter, site, model)
         u, s, vt = torch.linalg.svd(tuned, full_matrices=False)
-        places = list(find_intruders(weights(site).double(), tuned, threshold=0.6).places)
+        places = list(find_intruders(weights(site).double(), tuned, threshold=0.6).indices)
         assert places
         wanted = s.clone()
         wanted[places] *= 0.3

@@ -349,14 +349,14 @@ def test_own_values_train_save_and_load(tmp_path: Path) -> None:
 
 def test_what_is_its_own_is_not_composed(tmp_path: Path) -> None:
     """Adding up changes would lose a head of the adapter's own: refused, and told."""
-    from veneer.compose.combine import compose
+    from veneer.compose.combine import combine
     from veneer.deltas.parents import Parent
     from veneer.errors import ComposeError
 
     save_peft(peft_model(tiny("llama", **UNTIED), **QV, modules_to_save=["lm_head"]), tmp_path / "a")
     adapter = veneer.attach(tiny("llama", **UNTIED)).load(tmp_path / "a")
     with pytest.raises(ComposeError, match=r'the adapter "a" has its own weight at lm_head, which cannot be composed'):
-        compose("sum", [Parent(adapter)])
+        combine("sum", [Parent(adapter)])
 
 
 LEGACY: dict[str, Callable[[str], str]] = {

@@ -19,7 +19,7 @@ from veneer.adapters import LoRA
 from veneer.checkpoints import attach, read_adapter, write_adapter
 from veneer.cli.main import main
 from veneer.compose import search
-from veneer.compose.search import Searched
+from veneer.compose.search import SearchResult
 from veneer.models.load import load_base
 from veneer.testing import tiny_tokenizer
 
@@ -121,7 +121,7 @@ def test_names_and_wishes_of_the_search(
     assert main(["compose", f"{made}/lora", f"{made}/twin/lora", *data, "--json", "--out", f"{made}/x"]) == 0
     assert list(report_of(capsys)["losses"]) == ["base", "lora", "lora (2)", "average", "result"]
     words = ["compose", f"{made}/lora", f"{made}/rslora", *data, "--out", f"{made}/out"]
-    monkeypatch.setattr(search, "search_weights", lambda *args, **more: Searched((0.0, 0.0), 1.5, ()))
+    monkeypatch.setattr(search, "search_weights", lambda *args, **more: SearchResult((0.0, 0.0), 1.5, ()))
     for command, says, code in (
         (["compose", f"{made}/lora:0.5", *words[2:], "--search"], "--search finds the weights itself", 2),
         ([*words, "--limit", "0"], "--limit: expected 1 or more, found 0", 2),
@@ -136,7 +136,7 @@ def test_operations_from_the_command_line(made: Path, capsys: pytest.CaptureFixt
     for op, more in (
         ("ties", ["--density", "0.5", "--rank", "6"]),
         ("dare", ["--drop", "0.5", "--seed", "3", "--energy", "0.9"]),
-        ("iso-c", []),
+        ("iso-c", ["--rank", "20"]),
         ("outside", ["--side", "in"]),
     ):
         assert main(["compose", f"{made}/lora", f"{made}/dora", "--op", op, *more, "--out", f"{made}/{op}"]) == 0, op
@@ -159,9 +159,11 @@ def test_mistakes_are_one_sentence(made: Path, capsys: pytest.CaptureFixture[str
     write_adapter(broken, made / "broken")
     for words, says, code in (
         (["lora", "--rank", "0"], "--rank: expected 1 or more", 2),
-        (["lora", "--rank", "5"], "rank 5 is above what the result can have: 4 at most", 1),
+        (["lora", "--rank", "5"], "rank 5 is above the maximum of the result, 4", 1),
         (["lora", "foreign"], "were made on different bases", 1),
         (["lora:1", "lora:-1"], "nothing is left", 1),
+        (["lora", "dora", "--op", "iso-c"], "iso-c makes all singular values equal", 1),
+        (["lora", "dora", "--op", "outside"], "nothing is left: the change of the DoRA adapter", 1),
         (["lora", "--search"], "give --data FILE", 2),
         (["lora", "--base", f"{made}/other"], "was made on another base", 1),
         (["dora", "--base", f"{made}/lora"], "holds an adapter and no base model", 1),

@@ -19,7 +19,7 @@ from veneer.checkpoints.base_files import skeleton
 from veneer.cli.main import main
 from veneer.compose.extract import Extraction, extract
 from veneer.errors import ComposeError, TargetError
-from veneer.merge.merge import merge_to_folder
+from veneer.merge.folder import merge_to_folder
 
 
 def dense(adapter: Adapter, site: str, model: nn.Module) -> Tensor:
@@ -161,7 +161,7 @@ def test_mistakes_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture
     model = saved(tmp_path / "base")
     saved(tmp_path / "wide", intermediate_size=48)
     base = tmp_path / "base"
-    with pytest.raises(ComposeError, match="no fine-tuned copy"):
+    with pytest.raises(ComposeError, match="not a fine-tuned copy"):
         found(base, tmp_path / "wide", rank=2)
     with pytest.raises(ComposeError, match="same weights at all 14 sites"):
         found(base, base, rank=2)

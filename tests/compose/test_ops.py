@@ -12,8 +12,8 @@ from tests.compose.made import METHODS, trained
 from torch import Tensor, nn
 
 from veneer.adapters import Adapter, DoRA, LoRA
-from veneer.compose.combine import Composition, compose
-from veneer.compose.ops import OPERATIONS, Settings
+from veneer.compose.combine import Composition, combine
+from veneer.compose.ops import OPERATIONS, OperationSettings
 from veneer.deltas.build import assemble, site_tensors
 from veneer.deltas.delta import SiteDelta, Weights, site_delta, weighted_sum
 from veneer.deltas.parents import Parent
@@ -56,7 +56,7 @@ def relative(found: Tensor, wanted: Tensor) -> float:
 
 def run(operation: str, model: nn.Module, *parents: tuple[Adapter, float], **options: object) -> Composition:
     made = [Parent(adapter, weight) for adapter, weight in parents]
-    return compose(operation, made, weights=weights_of(model), **options)  # type: ignore[arg-type]
+    return combine(operation, made, weights=weights_of(model), **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("one", "other"), list(itertools.combinations_with_replacement(METHODS, 2)))
@@ -202,7 +202,9 @@ def slow_ties(changes: list[Tensor], density: float) -> Tensor:
 def test_ties_is_the_papers(model: nn.Module, weights: tuple[float, ...]) -> None:
     """Trim, elect and disjoint mean as in Yadav et al., for LoRA and DoRA; equal weights of any size are the plain mean."""
     parts = [trained(model, METHODS[m], name=m, seed=i) for i, m in enumerate(("lora", "dora", "rslora"))]
-    made = run("ties", model, *zip(parts, weights, strict=True), settings=Settings(density=0.3, scale=1.5), rank=32)
+    made = run(
+        "ties", model, *zip(parts, weights, strict=True), settings=OperationSettings(density=0.3, scale=1.5), rank=32
+    )
     wanted = 1.5 * slow_ties([dense(part, SITE, model) for part in parts], 0.3)
     assert relative(dense(made.adapter, SITE, model), wanted) < 1e-5
 
@@ -212,9 +214,9 @@ def test_ties_weighs_votes(model: nn.Module) -> None:
     geometry = site_delta(trained(model), SITE).geometry
     up, down = torch.ones(geometry.out, geometry.in_), -0.5 * torch.ones(geometry.out, geometry.in_)
     parts = [SiteDelta(geometry, dense_OK=up), SiteDelta(geometry, dense_OK=down)]
-    from veneer.compose.ops import Place
+    from veneer.compose.ops import SiteContext
 
-    place = Place(SITE, Settings(density=1.0), lambda: None)
+    place = SiteContext(SITE, OperationSettings(density=1.0), lambda: None)
     ties = OPERATIONS["ties"].function
     assert torch.equal(ties(parts, [1, 1], place).dense(), up.double())
     assert torch.equal(ties(parts, [1, 3], place).dense(), down.double())
@@ -228,10 +230,12 @@ def test_dare_is_the_sum_on_average(model: nn.Module) -> None:
     assert isinstance(wanted, Tensor)
     draws = []
     for seed in range(80):
-        made = run("dare", model, *((x, w) for x, w in _only(parts)), settings=Settings(drop=0.5, seed=seed), rank=32)
+        made = run(
+            "dare", model, *((x, w) for x, w in _only(parts)), settings=OperationSettings(drop=0.5, seed=seed), rank=32
+        )
         draws.append(dense(made.adapter, SITE, model))
         if seed == 0:
-            single = run("dare", model, _only(parts)[0], settings=Settings(drop=0.5), rank=32)
+            single = run("dare", model, _only(parts)[0], settings=OperationSettings(drop=0.5), rank=32)
             found, whole = dense(single.adapter, SITE, model), 0.6 * dense(parts[0][0], SITE, model)
             dropped = found.abs() < 1e-6 * whole.abs().max()
             assert 0.45 < float(dropped.float().mean()) < 0.55
@@ -239,7 +243,11 @@ def test_dare_is_the_sum_on_average(model: nn.Module) -> None:
     assert relative(torch.stack(draws).mean(0), wanted) < 0.17
     assert torch.equal(
         draws[3],
-        dense(run("dare", model, *_only(parts), settings=Settings(drop=0.5, seed=3), rank=32).adapter, SITE, model),
+        dense(
+            run("dare", model, *_only(parts), settings=OperationSettings(drop=0.5, seed=3), rank=32).adapter,
+            SITE,
+            model,
+        ),
     )
 
 
@@ -266,6 +274,8 @@ def test_iso_c_is_the_papers(model: nn.Module) -> None:
     u, s, vt = torch.linalg.svd(wanted, full_matrices=False)
     slow = float(s[:6].mean()) * u[:, :6] @ vt[:6]
     assert relative(dense(made.adapter, SITE, model), slow) < 1e-5
+    with pytest.raises(ComposeError, match=r'iso-c .* "d" .* 32 of them .* rank 3 would keep 9% of the result'):
+        run("iso-c", model, (trained(model, METHODS["dora"], name="d"), 1.0))
     full = run("iso-c", model, (trained(model, METHODS["dora"], name="d"), 1.0), rank=32)
     u, s, vt = torch.linalg.svd(dense(trained(model, METHODS["dora"]), SITE, model), full_matrices=False)
     assert relative(dense(full.adapter, SITE, model), float(s.mean()) * u @ vt) < 1e-4
@@ -275,7 +285,7 @@ def test_iso_c_is_the_papers(model: nn.Module) -> None:
 def test_outside_is_orthogonal(model: nn.Module, side: str) -> None:
     """What is left of the first is orthogonal to the others on the sides asked for, and what is already outside stays."""
     a, b, c = (trained(model, name=n, seed=i) for i, n in enumerate("abc"))
-    made = run("outside", model, (a, 1.0), (b, 1.0), (c, 1.0), settings=Settings(side=side))  # type: ignore[arg-type]
+    made = run("outside", model, (a, 1.0), (b, 1.0), (c, 1.0), settings=OperationSettings(side=side))  # type: ignore[arg-type]
     left = dense(made.adapter, SITE, model)
     size = float(dense(a, SITE, model).norm())
     assert float(left.norm()) > 0.1 * size
@@ -284,10 +294,38 @@ def test_outside_is_orthogonal(model: nn.Module, side: str) -> None:
             assert float((other.T @ left).norm()) < 1e-5 * size * float(other.norm())
         if side != "out":
             assert float((left @ other.T).norm()) < 1e-5 * size * float(other.norm())
-    again = run("outside", model, (made.adapter, 1.0), (b, 1.0), settings=Settings(side=side))  # type: ignore[arg-type]
+    again = run("outside", model, (made.adapter, 1.0), (b, 1.0), settings=OperationSettings(side=side))  # type: ignore[arg-type]
     assert relative(dense(again.adapter, SITE, model), left) < 1e-5
     with pytest.raises(ComposeError, match="nothing is left"):
-        run("outside", model, (a, 1.0), (a, 1.0), settings=Settings(side=side))  # type: ignore[arg-type]
+        run("outside", model, (a, 1.0), (a, 1.0), settings=OperationSettings(side=side))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("side", ["out", "in"])
+def test_outside_a_delta_of_full_rank(model: nn.Module, side: str) -> None:
+    """DoRA leaves nothing outside itself on both sides, nor where it spans the side asked for; elsewhere the rest is the projection of
+    the first delta, LoRA or DoRA, cut to the parents' ranks."""
+    dora, lora = trained(model, METHODS["dora"], name="d"), trained(model, name="l", seed=7)
+    with pytest.raises(ComposeError, match='"d" has full rank, so no part of "l" lies outside it; give --side out'):
+        run("outside", model, (lora, 1.0), (dora, 1.0))
+    settings = OperationSettings(side=side)  # type: ignore[arg-type]
+    made = run("outside", model, (lora, 1.0), (dora, 1.0), settings=settings)
+    shapes = {site: weights_of(model)(site).shape for site in lora.tensors}
+    assert set(made.adapter.tensors) == {s for s, (o, k) in shapes.items() if (o > k if side == "out" else k > o)}
+    for site in made.adapter.tensors:
+        one, other = dense(lora, site, model), dense(dora, site, model)
+        one, other = (one, other) if side == "out" else (one.T, other.T)
+        basis = torch.linalg.qr(other).Q
+        wanted = one - basis @ (basis.T @ one)
+        found = dense(made.adapter, site, model)
+        assert relative(found if side == "out" else found.T, wanted) < 1e-5
+    made = run("outside", model, (dora, 1.0), (lora, 1.0), settings=settings)
+    for site in made.sites:
+        one, other = dense(dora, site.site, model), dense(lora, site.site, model)
+        one, other = (one, other) if side == "out" else (one.T, other.T)
+        basis = torch.linalg.svd(other, full_matrices=False).U[:, :4]
+        wanted = one - basis @ (basis.T @ one)
+        s = torch.linalg.svdvals(wanted)
+        assert site.rank == 7 and site.error == pytest.approx(float(s[7:].norm() / s.norm()), abs=1e-5)
 
 
 def test_peft_linear_says_how_wrong_it_is(model: nn.Module) -> None:
@@ -314,8 +352,8 @@ def test_gains_may_turn_and_vanish(model: nn.Module) -> None:
     gain = delta.gain_O.clone()
     gain[:3] = torch.tensor([-1.0, -1.5, -1 - 1e-9], dtype=torch.float64)
     change = SiteDelta(delta.geometry, delta.terms, gain)
-    tensors = site_tensors(SITE, change, weights_of(model)(SITE))
-    made = assemble({SITE: tensors}, {SITE: "linear"}, "x")
+    tensors = site_tensors(SITE, change, DoRA(), weights_of(model)(SITE))
+    made = assemble({SITE: tensors}, {SITE: "linear"}, "x", method=DoRA())
     assert relative(dense(made, SITE, model), change.dense(weights_of(model)(SITE))) < 1e-5
 
 
@@ -340,28 +378,33 @@ def test_bad_inputs_are_one_sentence(model: nn.Module) -> None:
         adapter.meta["receipt"] = {"base": {SITE: {"sketch": [value] * 8, "sha256": str(value)}}}
     for says, operation, parents, options in (
         ("rank: expected 1 or more, found 0", "sum", [(a, 1.0)], {"rank": 0}),
-        ("rank 9 is above what the result can have: 4 at most", "sum", [(a, 1.0)], {"rank": 9}),
+        ("rank 9 is above the maximum of the result, 4", "sum", [(a, 1.0)], {"rank": 9}),
         ("energy: expected a share", "sum", [(a, 1.0)], {"energy": 0.0}),
         ("holds values that are not finite", "sum", [(a, 1.0), (broken, 1.0)], {}),
         ("changes nothing", "ties", [(fresh, 1.0), (a, 1.0)], {}),
         ("layers of different shapes", "sum", [(a, 1.0), (other, 1.0)], {}),
         ("were made on different bases", "sum", [(a, 1.0), (foreign, 1.0)], {}),
         ("there is nothing to compose", "sum", [], {}),
-        ("there is no operation 'mean'; there are sum", "mean", [(a, 1.0)], {}),
+        ("there is no operation 'mean'; choose from sum", "mean", [(a, 1.0)], {}),
         ("expected a finite number", "sum", [(a, math.inf)], {}),
-        ("density: expected", "ties", [(a, 1.0)], {"settings": Settings(density=0)}),
-        ("drop: expected", "dare", [(a, 1.0)], {"settings": Settings(drop=1)}),
-        ("scale: expected a finite number", "sum", [(a, 1.0)], {"settings": Settings(scale=math.nan)}),
+        ("density: expected", "ties", [(a, 1.0)], {"settings": OperationSettings(density=0)}),
+        ("drop: expected", "dare", [(a, 1.0)], {"settings": OperationSettings(drop=1)}),
+        ("scale: expected a finite number", "sum", [(a, 1.0)], {"settings": OperationSettings(scale=math.nan)}),
         ("the change is larger than fp32 can hold", "sum", [(a, 1e300)], {}),
         ("the change is smaller than fp32 can hold", "sum", [(a, 1e-60)], {}),
         ("nothing is left", "outside", [(a, 0.0), (trained(model, seed=2), 1.0)], {}),
-        ("side: expected", "outside", [(a, 1.0), (trained(model, seed=2), 1.0)], {"settings": Settings(side="x")}),
+        (
+            "side: expected",
+            "outside",
+            [(a, 1.0), (trained(model, seed=2), 1.0)],
+            {"settings": OperationSettings(side="x")},
+        ),
     ):
         with pytest.raises(ComposeError) as caught:
             run(operation, model, *parents, **options)  # type: ignore[arg-type]
         assert says in str(caught.value), says
     with pytest.raises(ComposeError, match="depends on the base weights"):
-        compose("sum", [Parent(trained(model, METHODS["dora"], name="d"))])
+        combine("sum", [Parent(trained(model, METHODS["dora"], name="d"))])
 
 
 def test_tied_heads_are_not_forgotten() -> None:

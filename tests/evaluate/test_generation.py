@@ -1,8 +1,6 @@
-"""Generation under routes, and the three methods of evaluation harnesses."""
+"""Generation under routes."""
 
 from __future__ import annotations
-
-import math
 
 import pytest
 import torch
@@ -11,8 +9,6 @@ from veneer.adapters import Bank, LoRA, attach
 from veneer.errors import BaseModelError
 from veneer.evaluate.general import general_text, pieces
 from veneer.evaluate.generation import Generator, Sampling
-from veneer.evaluate.lm import RoutedModel
-from veneer.models.flat import FlatRunner
 from veneer.testing import tiny, tiny_tokenizer
 
 
@@ -83,31 +79,6 @@ def test_what_cannot_write_is_refused() -> None:
         Generator(tiny("llama"), None)
     with pytest.raises(BaseModelError, match="does not write text"):
         Generator(torch.nn.Linear(2, 2), tiny_tokenizer())
-
-
-def test_loglikelihoods_are_sums_of_log_probabilities(generator: Generator) -> None:
-    """Scores equal the model's own log-softmax; greedy is said exactly when each token is the likeliest."""
-    model = RoutedModel(generator, FlatRunner(generator.model), "a")
-    tokenizer = generator.tokenizer
-    ids = tokenizer("the sea is wide")["input_ids"]
-    given = len(tokenizer("the sea")["input_ids"])
-    with torch.no_grad(), generator.bank.use("a"):
-        logp = generator.model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
-    expected = sum(float(logp[t - 1, ids[t]]) for t in range(given, len(ids)))
-    (score, greedy), (nothing, _) = model.loglikelihood([("the sea", " is wide"), ("", "t")])
-    assert math.isclose(score, expected, rel_tol=1e-5) and nothing <= 0
-    assert greedy == all(int(logp[t - 1].argmax()) == ids[t] for t in range(given, len(ids)))
-    rolling = sum(float(logp[t - 1, ids[t]]) for t in range(1, len(ids)))
-    assert math.isclose(model.loglikelihood_rolling(["the sea is wide"])[0], rolling, rel_tol=1e-5)
-
-
-def test_generation_stops_before_a_stop_string(generator: Generator) -> None:
-    """Text ends before the first stop string that comes."""
-    model = RoutedModel(generator, FlatRunner(generator.model), "a")
-    (whole,) = model.generate_until([("the sea", [])], 12)
-    stop = whole[3:5]
-    (cut,) = model.generate_until([("the sea", [stop, "never there"])], 12)
-    assert cut == whole[: whole.find(stop)]
 
 
 def test_general_text_is_cut_evenly() -> None:

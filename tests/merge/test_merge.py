@@ -20,7 +20,7 @@ from veneer.checkpoints.base_files import skeleton
 from veneer.checkpoints.model_folder import ModelFolder, write_model
 from veneer.errors import CheckpointError, ComposeError
 from veneer.merge.fidelity import compare_logits
-from veneer.merge.merge import MergeReport, merge_to_folder
+from veneer.merge.folder import MergeReport, merge_to_folder
 from veneer.models.load import load_base
 
 IDS = torch.arange(3, 40).reshape(1, -1)

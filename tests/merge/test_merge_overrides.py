@@ -13,10 +13,10 @@ from veneer.adapters import Adapter, LoRA, attach
 from veneer.checkpoints import attach as attach_with_folders
 from veneer.checkpoints.base_files import skeleton
 from veneer.cli.main import main
-from veneer.compose.combine import compose
+from veneer.compose.combine import combine
 from veneer.deltas.parents import Parent
 from veneer.errors import ComposeError
-from veneer.merge.merge import merge_to_folder
+from veneer.merge.folder import merge_to_folder
 from veneer.models.load import load_base
 
 IDS = torch.arange(3, 40).reshape(1, -1)
@@ -87,4 +87,4 @@ def test_from_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert main(["compose", f"{tmp_path}/a", "--out", f"{tmp_path}/c"]) == 1
     assert "has its own weight at lm_head, which cannot be composed; veneer merge" in capsys.readouterr().err
     with pytest.raises(ComposeError, match="cannot be composed"):
-        compose("sum", [Parent(trained(saved(tmp_path / "u"), OWN["norms"]))])
+        combine("sum", [Parent(trained(saved(tmp_path / "u"), OWN["norms"]))])

@@ -25,9 +25,6 @@ KNOWN: set[str] = {
     "veneer.checkpoints.peft.placement",
     "veneer.checkpoints.peft.value_checks",
     "veneer.checkpoints.peft.write",
-    "veneer.compose.combine",
-    "veneer.compose.extract",
-    "veneer.deltas.build",
 }
 """Modules that still ask."""
 

@@ -31,27 +31,21 @@ KNOWN_CIRCLES: set[str] = {
 
 KNOWN_CLASSES: set[str] = {
     "Call",
-    "Difference",
     "Factors",
     "Layout",
     "LowRankOptions",
     "Piece",
     "Plan",
     "Row",
-    "Rows",
     "Seen",
-    "Settings",
     "Share",
     "Source",
     "State",
-    "Term",
-    "Whole",
     "_Fused",
     "_Gated",
     "_Norm",
     "_Rotary",
     "_State",
-    "_Work",
 }
 """Class names that are still used more than once."""
 

@@ -1,17 +1,17 @@
-"""Looking inside adapters: how large a change is, how many directions it uses, and what they do to the base.
+"""Spectra of adapters: the size of each delta, the number of directions that it uses, and their relation to the base.
 
-Per site, for a change d with singular values s_1 >= s_2 >= ... and the base weight W:
+Per site, for a delta d with singular values s_1 >= s_2 >= ... and the base weight W:
 
     stable rank       ||d||_F^2 / s_1^2
     effective rank    exp(-sum p log p), p = s / sum s                      (Roy and Vetterli 2007)
     ratio             ||d||_F / ||W||_F
-    amplification     ||d||_F / ||U^T W V||_F, U and V the leading r singular vectors of d, r the adapter's rank: how much more the
-                      change does in its directions than the base does there  (LoRA, arXiv 2106.09685, section 7.3)
+    amplification     ||d||_F / ||U^T W V||_F, U and V the leading r singular vectors of d, r the adapter's rank: the delta's size in its
+                      directions against the base's there                     (LoRA, arXiv 2106.09685, section 7.3)
     magnitude change  mean over outputs of | ||W'_o|| - ||W_o|| |
     direction change  mean over outputs of 1 - cos(W'_o, W_o)               (DoRA, arXiv 2402.09353, section 3)
 
-Across sites, the correlation of magnitude and direction change says whether a fine-tune is of LoRA's kind (they rise together) or of
-full fine-tuning's (they do not). Everything is returned as plain data.
+Across sites, magnitude and direction change correlate in LoRA fine-tunes and not in full fine-tunes. Everything is returned as plain
+data.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,14 +30,14 @@ from veneer.adapters.adapter import Adapter
 from veneer.analysis.intruders import Intruders, find_intruders
 from veneer.analysis.subspace import Subspaces, subspaces
 from veneer.deltas.delta import SiteDelta, Weights, site_delta
-from veneer.deltas.svd import alive, svd_of
+from veneer.deltas.svd import inner_product, nonzero, spectrum_of, svd_of
 
 _BLOCK = re.compile(r"(?:^|\.)(\d+)\.(.+)$")
 
 
 @dataclass(frozen=True)
 class SiteSpectrum:
-    """One site. block and module: where it stands ("model.layers.3.mlp.up_proj" -> 3, "mlp.up_proj"). What needs the base is None
+    """One site. block and module: its position ("model.layers.3.mlp.up_proj" -> 3, "mlp.up_proj"). Values that need the base are None
     without it."""
 
     site: str
@@ -56,7 +57,7 @@ class SiteSpectrum:
 
 @dataclass(frozen=True)
 class AdapterSpectra:
-    """All sites of an adapter, what holds for them together, and how they lie to another adapter's."""
+    """All sites of an adapter, their summary, and their overlap with another adapter's."""
 
     name: str
     method: str
@@ -64,12 +65,14 @@ class AdapterSpectra:
     correlation: float | None = None
     against: str | None = None
     subspaces: dict[str, Subspaces] = field(default_factory=dict)
+    one_seed: bool = False
+    """Whether both adapters were initialised from one seed, so that their input directions overlap from the start."""
     magnitudes: dict[str, tuple[float, ...]] = field(default_factory=dict)
     """Relative magnitude change of each output, ||W'_o|| / ||W_o|| - 1, by site."""
 
     @property
     def intruders(self) -> int | None:
-        """How many intruder dimensions there are at all sites together; None without the base."""
+        """Number of intruder dimensions over all sites; None without the base."""
         counts = [site.intruders.count for site in self.sites if site.intruders is not None]
         return sum(counts) if counts else None
 
@@ -88,28 +91,38 @@ def adapter_spectra(
     top_k: int = 10,
     threshold: float = 0.5,
 ) -> AdapterSpectra:
-    """Everything that this file knows of an adapter.
+    """Compute the spectra of an adapter.
 
-    weights: the base's weights; DoRA needs them, and without them nothing is said of the base. against: another adapter, whose
-    subspaces are compared at the sites that both have. top_k, threshold: of intruder dimensions.
-    Raises ComposeError for a DoRA adapter without its base.
+    Args:
+        adapter: the adapter.
+        weights: the base's weights; without them the values that need the base are None.
+        against: another adapter, whose subspaces are compared at the sites that both have.
+        top_k: number of leading directions that are checked for intruders.
+        threshold: cosine below which a direction is an intruder.
+
+    Raises:
+        ComposeError: the delta depends on the base weights and ``weights`` is not given.
     """
     sites: list[SiteSpectrum] = []
     pairs: dict[str, Subspaces] = {}
     magnitudes: dict[str, tuple[float, ...]] = {}
     for site in adapter.tensors:
         weight_OK = None if weights is None else weights(site).double()
-        change = site_delta(adapter, site, weights)
-        u, s, vt = svd_of(change, weight_OK)
-        keep = min(int(alive(s).sum()), adapter.rank(site))
-        spectrum = _spectrum(site, change, s)
+        known: Weights | None = None if weight_OK is None else partial(_same, weight_OK)
+        delta = site_delta(adapter, site, known)
+        u, s, vt = spectrum_of(delta, weight_OK, adapter.rank(site))
+        keep = min(int(nonzero(s).sum()), u.shape[1])
+        spectrum = _spectrum(site, delta, s)
         if weight_OK is not None:
             directions = u[:, :keep], vt[:keep]
-            spectrum, magnitudes[site] = _against_base(spectrum, change, weight_OK, directions, top_k, threshold)
+            spectrum, magnitudes[site] = _against_base(spectrum, delta, weight_OK, directions, top_k, threshold)
         sites.append(spectrum)
         if against is not None and site in against.tensors:
-            other = site_delta(against, site, weights)
-            pairs[site] = subspaces((u, s, vt), svd_of(other, weight_OK), adapter.rank(site), against.rank(site))
+            other = site_delta(against, site, known)
+            leading = svd_of(other, weight_OK, against.rank(site))
+            size = spectrum.norm * other.norm(weight_OK)
+            cosine = inner_product(delta, other, weight_OK) / size if size else 0.0
+            pairs[site] = subspaces((u, s, vt), leading, cosine)
     return AdapterSpectra(
         adapter.name,
         adapter.method.name,
@@ -117,18 +130,19 @@ def adapter_spectra(
         _correlation(sites),
         None if against is None else against.name,
         pairs,
+        against is not None and _one_seed(adapter, against),
         magnitudes,
     )
 
 
 def stable_rank(s: Tensor) -> float:
     """||d||_F^2 / s_1^2; 0 for no change."""
-    return float(s.square().sum() / s.max().square()) if bool(alive(s).any()) else 0.0
+    return float(s.square().sum() / s.max().square()) if bool(nonzero(s).any()) else 0.0
 
 
 def effective_rank(s: Tensor) -> float:
-    """exp of the entropy of the singular values' shares; 0 for no change."""
-    some = s[alive(s)]
+    """exp of the entropy of the normalised singular values; 0 for no change."""
+    some = s[nonzero(s)]
     if not len(some):
         return 0.0
     p = some / some.sum()
@@ -136,7 +150,7 @@ def effective_rank(s: Tensor) -> float:
 
 
 def amplification(norm: float, weight_OK: Tensor, u: Tensor, vt: Tensor) -> float:
-    """||d||_F / ||U^T W V||_F; infinite where the base does nothing in the change's directions."""
+    """||d||_F / ||U^T W V||_F; infinite where the base is zero in the delta's directions."""
     base = float((u.T @ weight_OK @ vt.T).norm())
     return norm / base if base else math.inf
 
@@ -152,28 +166,28 @@ def pearson(x: Sequence[float], y: Sequence[float]) -> float | None:
     return float(a @ b) / size if size else None
 
 
-def place_of(site: str) -> tuple[int | None, str]:
-    """(block, module) of a site: the first number in its path and what stands behind it."""
+def position_of(site: str) -> tuple[int | None, str]:
+    """(block, module) of a site: the first number in its path and the rest after it."""
     found = _BLOCK.search(site)
     return (int(found[1]), found[2]) if found else (None, site)
 
 
-def _spectrum(site: str, change: SiteDelta, s: Tensor) -> SiteSpectrum:
-    block, module = place_of(site)
-    values = tuple(float(f"{value:.6g}") for value in s[alive(s)].tolist())
-    rank = change.rank if change.factored else len(values)
+def _spectrum(site: str, delta: SiteDelta, s: Tensor) -> SiteSpectrum:
+    block, module = position_of(site)
+    values = tuple(float(f"{value:.6g}") for value in s[nonzero(s)].tolist())
+    rank = delta.rank if delta.factored else len(values)
     return SiteSpectrum(site, block, module, rank, values, float(s.norm()), stable_rank(s), effective_rank(s))
 
 
 def _against_base(
     spectrum: SiteSpectrum,
-    change: SiteDelta,
+    delta: SiteDelta,
     weight_OK: Tensor,
     directions: tuple[Tensor, Tensor],
     top_k: int,
     threshold: float,
 ) -> tuple[SiteSpectrum, tuple[float, ...]]:
-    tuned_OK = weight_OK + change.dense(weight_OK)
+    tuned_OK = weight_OK + delta.dense(weight_OK)
     before, after = weight_OK.norm(dim=1), tuned_OK.norm(dim=1)
     cosine = (weight_OK * tuned_OK).sum(1) / (before * after).clamp_min(1e-300)
     size = float(before.norm())
@@ -196,3 +210,13 @@ def _correlation(sites: Sequence[SiteSpectrum]) -> float | None:
         if site.direction_change is not None and site.magnitude_change is not None
     ]
     return pearson([d for d, _ in pairs], [m for _, m in pairs])
+
+
+def _same(weight_OK: Tensor, site: str) -> Tensor:
+    return weight_OK
+
+
+def _one_seed(one: Adapter, other: Adapter) -> bool:
+    """Whether two different adapters record one seed for their initial values."""
+    seeds = [(adapter.meta.get("receipt") or {}).get("seed") for adapter in (one, other)]
+    return one is not other and seeds[0] is not None and seeds[0] == seeds[1]

@@ -76,8 +76,8 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     from veneer.checkpoints import write_adapter
     from veneer.checkpoints.model_folder import check_free
-    from veneer.compose.combine import compose
-    from veneer.compose.ops import Settings
+    from veneer.compose.combine import combine
+    from veneer.compose.ops import OperationSettings
     from veneer.deltas.parents import Parent, base_name, read_parents
 
     check_free(args.out)
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
             raise ComposeError(
                 f"on these examples no mix of the adapters is better than the base alone (loss {searched['loss']:.4f}); nothing was written"
             )
-    composition = compose(
+    composition = combine(
         args.op,
         parents,
         name=args.name or args.out.resolve().name,
@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
         rank=args.rank,
         energy=args.energy,
         form=args.form,
-        settings=Settings(args.scale, args.density, args.drop, args.side, args.seed),
+        settings=OperationSettings(args.scale, args.density, args.drop, args.side, args.seed),
         any_base="base" in args.force,
     )
     losses = judge.losses(composition) if judge else {}

@@ -19,7 +19,7 @@ from veneer.errors import CheckpointError, ConfigError
 if TYPE_CHECKING:
     from veneer.adapters import Bank
     from veneer.evaluate.generation import Generator
-    from veneer.evaluate.losses import Difference, Losses
+    from veneer.evaluate.losses import LossDifference, Losses
     from veneer.models.load import Base
 
 NAME = "docstrings"
@@ -201,7 +201,7 @@ def _train(args: argparse.Namespace, out: Path, files: dict[str, Path], base: Ba
     return result.adapter
 
 
-def _judge(base: Base, bank: Bank, file: Path) -> tuple[Losses, Losses, Difference]:
+def _judge(base: Base, bank: Bank, file: Path) -> tuple[Losses, Losses, LossDifference]:
     from veneer.data.chat.render import Renderer
     from veneer.data.dataset import load_examples
     from veneer.evaluate.losses import compare, example_losses

@@ -137,7 +137,7 @@ def _as_lora(parents: Sequence[Parent], base: Skeleton, rank: int | None) -> tup
 
     A LoRA adapter alone is taken as it is, and a mix of LoRA adapters is one exactly; what has gains is approximated, if asked.
     """
-    from veneer.compose.combine import compose
+    from veneer.compose.combine import combine
 
     alone = parents[0].adapter
     gains = any(parent.adapter.method.needs_base_weights for parent in parents)
@@ -150,7 +150,7 @@ def _as_lora(parents: Sequence[Parent], base: Skeleton, rank: int | None) -> tup
             "give --rank R for its best approximation, whose error is told, or merge it (veneer merge) and convert the whole model"
         )
     name = "-".join(parent.adapter.name for parent in parents)[:100]
-    made = compose("sum", parents, name=name, weights=base.weight_2d, rank=rank, form="lora")
+    made = combine("sum", parents, name=name, weights=base.weight_2d, rank=rank, form="lora")
     return made.adapter, made.error
 
 
@@ -181,7 +181,7 @@ def _card(args: argparse.Namespace, parents: Sequence[Parent], folder: Path) -> 
     check_free(args.out)
     command, figures = _of_run(args.run, parents[0].adapter.name)
     base = args.base or base_name([parents[0].adapter])
-    text = model_card(parents[0].adapter, base=base, command=command, figures=figures, folder=str(folder))
+    text = model_card(parents[0].adapter, base=base, command=command, metrics=figures, folder=str(folder))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     replace_text(args.out, text)
     return {"to": "card", "file": str(args.out), "bytes": len(text.encode()), "error": 0.0}

@@ -15,7 +15,7 @@ from veneer.errors import ConfigError
 if TYPE_CHECKING:
     from veneer.adapters import Adapter
     from veneer.deltas.parents import Parent
-    from veneer.merge.merge import MergeReport
+    from veneer.merge.folder import MergeReport
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     from veneer.checkpoints.base_files import base_folder, skeleton
     from veneer.checkpoints.model_folder import check_free
     from veneer.deltas.parents import check_base, read_parents
-    from veneer.merge.merge import merge_to_folder
+    from veneer.merge.folder import merge_to_folder
 
     shard_bytes = parse_size(args.shard_size)
     check_free(args.out)
@@ -124,10 +124,10 @@ def _comparison(parents: Sequence[Parent], base: Path, stored_bytes: int, skip: 
     if skip:
         return None
     from veneer.checkpoints import read_adapter
-    from veneer.merge.fidelity import compare_logits, room_for
+    from veneer.merge.fidelity import compare_logits, fits_in_memory
 
     def compare(folder: Path, report: MergeReport) -> None:
-        if not room_for(2 * stored_bytes):
+        if not fits_in_memory(2 * stored_bytes):
             report.notes.append("logits were not compared: there is not enough memory to run the model in float32")
             return
         residual = folder / "residual"

@@ -1,7 +1,6 @@
-"""A model card: what an adapter is, what it was made on and from, its figures, and how to use it.
+"""A model card: an adapter's method, base, origin, metrics and use, as Markdown with the front matter that model hubs read.
 
-Everything in it comes from the adapter's folder, its receipt and, where given, its run. What is not known is left out; nothing is
-invented. Markdown with the front matter that model hubs read.
+Everything in it comes from the adapter's folder, its receipt and, where given, its run. Unknown entries are left out.
 """
 
 from __future__ import annotations
@@ -32,10 +31,10 @@ def model_card(
     *,
     base: str | None,
     command: str | None = None,
-    figures: Mapping[str, Any] | None = None,
+    metrics: Mapping[str, Any] | None = None,
     folder: str = "path/to/this/folder",
 ) -> str:
-    """The card as Markdown. command: what made it. figures: name -> number, shown as they are."""
+    """The card as Markdown. command: the command that made the adapter. metrics: name -> number, shown unchanged."""
     receipt: Mapping[str, Any] = adapter.meta.get("receipt") or {}
     lines = [*_front_matter(adapter, base), f"# {adapter.name}", "", _sentence(adapter, base), ""]
     lines += ["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in _facts(adapter).items()), ""]
@@ -49,9 +48,9 @@ def model_card(
     if receipt.get("made_by"):
         how = ", ".join(f"{key} {value}" for key, value in receipt["made_by"].items())
         lines += [f"By: {how}", ""]
-    if figures:
-        lines += ["## Figures", "", "| | |", "| --- | --- |"]
-        lines += [f"| {_cell(name)} | {_cell(value)} |" for name, value in figures.items()] + [""]
+    if metrics:
+        lines += ["## Metrics", "", "| | |", "| --- | --- |"]
+        lines += [f"| {_cell(name)} | {_cell(value)} |" for name, value in metrics.items()] + [""]
     if command:
         lines += ["## Command", "", "```", command, "```", ""]
     return "\n".join([*lines, *_use(adapter, base, folder)])
@@ -82,7 +81,9 @@ def _facts(adapter: Adapter) -> dict[str, str]:
         "parameters": f"{adapter.num_parameters():,}",
     }
     if adapter.overrides:
-        facts["of its own"] = ", ".join(f"{place} ({', '.join(own)})" for place, own in adapter.overrides.items())
+        facts["replaced or added"] = ", ".join(
+            f"{name} ({', '.join(held)})" for name, held in adapter.overrides.items()
+        )
     return facts
 
 

@@ -1,15 +1,15 @@
-"""An adapter from two sets of full weights: what fine-tuning changed, as its best approximation of a rank at every site.
+"""An adapter from two sets of full weights: the best approximation of a fine-tune's delta, of a given rank at every site.
 
     LoRA    W_t - W                ~  B A                       Eckart and Young: the rank-r optimum
     DoRA    W_t - W                ~  diag(g) W + B A           the two parts fitted in turn
 
 For DoRA the gain is least squares given the factors, g_o = <(d - B A)_o, W_o> / ||W_o||^2, and the factors are the rank-r optimum given
-the gain. Each turn lowers the error. They begin with the gain that fits the whole change, from where a change that is a DoRA adapter comes
-back exactly after a few turns; where that ends above the LoRA optimum they begin again from there, so that at the same rank a DoRA
-extraction is never worse. Magnitudes follow from gain and factors (`build.py`).
+the gain. Each turn lowers the error. The first gain is the one that fits the whole delta, and the delta of a DoRA adapter comes back
+exactly after a few turns. Where that ends above the LoRA optimum, fitting starts again from a gain of zero, so at the same rank a DoRA
+extraction is never worse. Magnitudes follow from gain and factors.
 
-Sites are read from both folders one by one; neither model is ever whole in memory. Tensors that differ and are no site of the adapter
-(norms, embeddings unless asked for) cannot be held by it and are told.
+Sites are read from both folders one by one; neither model is ever in memory as a whole. Tensors that differ and are not a site of the
+adapter (norms, embeddings unless targeted) are reported.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ import torch
 from torch import Tensor
 
 from veneer.adapters.adapter import Adapter
-from veneer.adapters.methods import LoRA
+from veneer.adapters.methods import METHODS, LoRA, Method
 from veneer.adapters.targets import select
 from veneer.checkpoints.base_files import Skeleton
 from veneer.deltas.build import MAX_RANK, Tensors, assemble, site_tensors
 from veneer.deltas.delta import SiteDelta
 from veneer.deltas.linalg import Svd, dense_svd
 from veneer.deltas.parents import probes_on, records_of
-from veneer.deltas.svd import alive, from_svd, rank_for
+from veneer.deltas.svd import from_svd, nonzero, rank_for
 from veneer.errors import ComposeError, Problems
 
 _TURNS, _MORE = 30, 8
@@ -38,7 +38,7 @@ _TURNS, _MORE = 30, 8
 
 @dataclass(frozen=True)
 class SiteExtract:
-    """One site: the rank taken, ||W_t - W||_F and its ratio to ||W||_F, the kept share of ||d||_F^2, and the largest singular values."""
+    """One site: its rank, ||W_t - W||_F and the ratio to ||W||_F, the kept share of ||d||_F^2, and the largest singular values."""
 
     site: str
     rank: int
@@ -50,8 +50,7 @@ class SiteExtract:
 
 @dataclass
 class Extraction:
-    """The adapter and what it holds of the change. kept: share of ||d||^2 over all its sites. outside: tensors that differ and that
-    it cannot hold, with their ||d||."""
+    """The adapter and the share of the delta that it holds. outside: tensors that differ and that it cannot hold, with their ||d||."""
 
     adapter: Adapter
     sites: list[SiteExtract]
@@ -70,13 +69,13 @@ class Extraction:
 
     @property
     def outside_share(self) -> float:
-        """The share of ||d||^2 over all tensors that lies outside its sites."""
+        """The share of ||d||^2, over all tensors, outside its sites."""
         lost = math.fsum(norm**2 for norm in self.outside.values())
         total = lost + math.fsum(site.norm**2 for site in self.sites)
         return lost / total if total else 0.0
 
     def receipt(self) -> dict[str, Any]:
-        """What the folder's receipt says of its origin."""
+        """The folder's receipt of its origin."""
         made = {**self.made_by, "kept": float(f"{self.kept:.6g}")}
         probes = {"probes": self.probes} if self.probes else {}
         return {"made_by": made, "base": self.base_weights, **probes}
@@ -105,40 +104,48 @@ def extract(
     method: Literal["lora", "dora"] = "lora",
     target_modules: str | Sequence[str] = "all-linear",
 ) -> Extraction:
-    """What ``tuned`` has over ``base``, as an adapter.
+    """Extract the difference of ``tuned`` and ``base`` as an adapter.
 
-    rank: at every site at most this; energy: the least rank that keeps this share of ||d||^2 (for DoRA: of what
-    the gain leaves).
+    Args:
+        base: the base model's files.
+        tuned: the fine-tuned model's files.
+        name: the new adapter's name.
+        rank: the largest rank at every site.
+        energy: keep the least rank with this share of ||d||^2 (for DoRA: of the part that the gain leaves).
+        method: the form of the adapter.
+        target_modules: sites, as for training.
 
-    Raises ComposeError for models that do not match, weights that are not finite, ranks that make no sense, and where nothing differs.
+    Raises:
+        ComposeError: models that do not match, weights that are not finite, impossible ranks, or models without a difference.
     """
-    _check_wish(rank, energy)
+    _check_request(rank, energy)
     targets = target_modules if isinstance(target_modules, str) else tuple(target_modules)
     options = LoRA(target_modules=targets)
-    sites = select(base.survey, options, options.kinds)
+    sites, form = select(base.survey, options, options.kinds), METHODS[method]()
     _check_match(base, tuned, sites)
     tensors: dict[str, Tensors] = {}
     found: list[SiteExtract] = []
     for site in sites:
-        own, entry = _site(base, tuned, site, rank, energy, method)
-        tensors[site] = own
-        if own:
+        tensors[site], entry = _site(base, tuned, site, rank, energy, form)
+        if tensors[site]:
             found.append(entry)
     outside, unlike = _outside(base, tuned, list(sites))
     if not found:
-        more = f"; {', '.join(list(outside)[:3])} differ, which this adapter does not cover" if outside else ""
+        more = (
+            f"; only {', '.join(list(outside)[:3])} differ, and these are no sites of this adapter" if outside else ""
+        )
         raise ComposeError(
             f"there is nothing to extract: both models have the same weights at all {len(sites)} sites{more}"
         )
-    adapter = assemble(tensors, {site: base.sites[site].kind for site in sites}, name)
+    adapter = assemble(tensors, {site: base.sites[site].kind for site in sites}, name, method=form)
     records = records_of(base, adapter.tensors)
-    wish = {"rank": rank} if rank is not None else {"energy": energy}
+    request = {"rank": rank} if rank is not None else {"energy": energy}
     probes = probes_on(adapter, base.weight_2d) if adapter.method.needs_base_weights else {}
-    return Extraction(adapter, found, outside, records, {"operation": "extract", **wish}, probes, unlike)
+    return Extraction(adapter, found, outside, records, {"operation": "extract", **request}, probes, unlike)
 
 
 def _site(
-    base: Skeleton, tuned: Skeleton, site: str, rank: int | None, energy: float | None, method: str
+    base: Skeleton, tuned: Skeleton, site: str, rank: int | None, energy: float | None, method: Method
 ) -> tuple[Tensors, SiteExtract]:
     weight_OK = base.weight_2d(site).double()
     change = tuned.weight_2d(site).double() - weight_OK
@@ -146,13 +153,13 @@ def _site(
         raise ComposeError(f"{site}: the weights hold values that are not finite")
     norm, size = float(change.norm()), float(weight_OK.norm())
     gain_O, rest = None, change
-    if method == "dora" and norm:
+    if method.needs_base_weights and norm:
         gain_O = _fitted_gain(change, weight_OK, rank)
         rest = change - gain_O.unsqueeze(1) * weight_OK
     u, s, vt = _leading(rest, rank, energy)
     like = SiteDelta(base.sites[site].geometry)
     cut = SiteDelta(like.geometry, from_svd(like, u, s, vt).terms if len(s) else (), gain_O)
-    tensors = site_tensors(site, cut, weight_OK if gain_O is not None else None) if norm else {}
+    tensors = site_tensors(site, cut, method, weight_OK) if norm else {}
     lost = max(0.0, float(rest.square().sum() - s.square().sum()))
     kept = 1 - lost / norm**2 if norm else 1.0
     values = tuple(float(f"{value:.6g}") for value in s.tolist())
@@ -162,7 +169,7 @@ def _site(
 
 
 def _fitted_gain(change: Tensor, weight_OK: Tensor, rank: int | None) -> Tensor:
-    """The gain that goes with the best factors of a rank, [O]; where a share of energy chooses the rank, with those of rank 16."""
+    """The gain that fits best beside factors of a rank, [O]; rank 16 where a share of energy chooses the rank."""
     rank = min(16 if rank is None else rank, *change.shape)
     squared = weight_OK.square().sum(1).clamp_min(1e-300)
     gain_O, error = _turns(change, weight_OK, (change * weight_OK).sum(1) / squared, rank)
@@ -172,7 +179,7 @@ def _fitted_gain(change: Tensor, weight_OK: Tensor, rank: int | None) -> Tensor:
 
 
 def _turns(change: Tensor, weight_OK: Tensor, gain_O: Tensor, rank: int) -> tuple[Tensor, float]:
-    """Gain and factors fitted in turn from a first gain: (the gain, the error that is left).
+    """Fit gain and factors in turn from a first gain: (the gain, the remaining error).
 
     Factors follow by one step of subspace iteration a turn, with a few directions more than the rank.
     """
@@ -198,7 +205,7 @@ def _leading(rest: Tensor, rank: int | None, energy: float | None) -> Svd:
     if energy is None:
         assert rank is not None
         u, s, vt = dense_svd(rest, min(rank, full))
-        keep = int(alive(s).sum())
+        keep = int(nonzero(s).sum())
         return u[:, :keep], s[:keep], vt[:keep]
     total, ask = float(rest.square().sum()), min(full, 64)
     while True:
@@ -208,15 +215,15 @@ def _leading(rest: Tensor, rank: int | None, energy: float | None) -> Svd:
         ask = min(full, 4 * ask)
     if not total:
         return u[:, :0], s[:0], vt[:0]
-    # The values that were not asked for count as one more, so that the share is of the whole.
-    whole = torch.cat([s, s.new_tensor([math.sqrt(max(0.0, total - float(s.square().sum())))])])
-    keep = min(rank_for(whole, energy), int(alive(s).sum()), MAX_RANK)
+    # The values that were not computed count as one more, so the share is of the total.
+    padded = torch.cat([s, s.new_tensor([math.sqrt(max(0.0, total - float(s.square().sum())))])])
+    keep = min(rank_for(padded, energy), int(nonzero(s).sum()), MAX_RANK)
     return u[:, :keep], s[:keep], vt[:keep]
 
 
-def _check_wish(rank: int | None, energy: float | None) -> None:
+def _check_request(rank: int | None, energy: float | None) -> None:
     if (rank is None) == (energy is None):
-        raise ComposeError("say how much to keep: a rank, or a share of energy, and not both")
+        raise ComposeError("expected either a rank or a share of energy to keep; give one of them")
     if rank is not None and not 1 <= rank <= MAX_RANK:
         raise ComposeError(f"rank: expected 1 to {MAX_RANK}, found {rank}")
     if energy is not None and not 0 < energy <= 1:
@@ -228,25 +235,25 @@ def _check_match(base: Skeleton, tuned: Skeleton, sites: Sequence[str]) -> None:
     for site in sites:
         other = tuned.sites.get(site)
         if other is None:
-            problems.add(f"{site} is in the base and not in the other")
+            problems.add(f"{site} is in the base and not in the fine-tuned model")
         elif other.geometry != base.sites[site].geometry:
-            problems.add(f"{site}: {base.sites[site].geometry} in the base, {other.geometry} in the other")
+            problems.add(f"{site}: {base.sites[site].geometry} in the base, {other.geometry} in the fine-tuned model")
     problems.raise_if_any(
         ComposeError,
-        f"{tuned.folder.path} is no fine-tuned copy of {base.folder.path}: their layers differ",
+        f"{tuned.folder.path} is not a fine-tuned copy of {base.folder.path}: their layers differ",
         limit=5,
     )
 
 
 def _outside(base: Skeleton, tuned: Skeleton, sites: Sequence[str]) -> tuple[dict[str, float], list[str]]:
-    """Tensors that differ and that the adapter does not cover, with the norm of the difference, largest first; and those that cannot be
-    compared, because one model lacks them or has them in another shape."""
+    """Tensors that differ outside the adapter's sites, with the norm of the difference, largest first; and those that cannot be compared,
+    because one model lacks them or has them in another shape."""
     found: dict[str, float] = {}
     unlike: list[str] = []
     done = {(base.key(site), tuned.key(site)) for site in sites}
     names = dict.fromkeys([*base.names, *tuned.names])
     pairs = [(base.parameter_key(name), tuned.parameter_key(name)) for name in names]
-    # what stands in both files and in neither model (tables that are made while loading)
+    # tensors that are in both files and in neither model (tables that are computed while loading)
     pairs += [(key, key) for key in base.folder.files if key in tuned.folder.files and key not in base.names.values()]
     for key, other in pairs:
         if (key, other) in done:

@@ -1,63 +1,52 @@
-"""From changes back to an adapter: as LoRA where they are factors, as DoRA where they have gains too.
+"""From deltas back to an adapter: as LoRA where they are factors, as a method with a magnitude where they have a gain.
 
-A change B A + g W is a DoRA adapter exactly, whatever number of LoRA and DoRA adapters it was summed from: with S = 1 + g
+A delta B A + diag(g) W is a DoRA adapter exactly, no matter how many LoRA and DoRA adapters were summed to get it: with S = 1 + g
 
-    W' = W + g W + B A = S (W + B' A),      B' = B / S,      m = S ||W + B' A||_row
+    W' = W + diag(g) W + B A = S (W + B' A),      B' = B / S,      m = S ||W + B' A||_row
 
-So sums of DoRA adapters need no decomposition and lose nothing. What is dense becomes LoRA by its best approximation of a rank.
+So sums of DoRA adapters need no decomposition and lose nothing. A dense delta becomes LoRA through its best approximation of a rank.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from veneer.adapters.adapter import Adapter
-from veneer.adapters.layers.kinds import Geometry
-from veneer.adapters.methods import DoRA, LoRA
-from veneer.adapters.methods.dora import MAGNITUDE
+from veneer.adapters.methods import LoRA, Method
 from veneer.deltas.delta import SiteDelta
 from veneer.errors import ComposeError
 
 Form = Literal["auto", "lora", "dora"]
 Tensors = dict[str, Tensor]
 MAX_RANK = 4096
-_SMALLEST_GAIN = 1e-6
-_ELEMENTS_AT_ONCE = 1 << 22
 
 
-def site_tensors(site: str, change: SiteDelta, weight_OK: Tensor | None = None) -> Tensors:
-    """A site's tensors at scale one, fp32: LoRA's, or DoRA's where the base weight is given. Empty where there is no change.
+def site_tensors(site: str, delta: SiteDelta, method: Method, weight_OK: Tensor | None = None) -> Tensors:
+    """A site's tensors at scale one, fp32, in the form of a method; empty where there is no change.
 
-    Raises ComposeError for a change that has no factors, for ranks above what adapters can have, and for numbers that fp32 cannot hold.
+    Raises:
+        ComposeError: the method cannot hold the delta, its rank is too large, or fp32 cannot hold its values.
     """
-    if not change.rank and change.gain_O is None and change.dense_OK is None:
+    if not delta.rank and delta.gain_O is None and delta.dense_OK is None:
         return {}
-    if change.dense_OK is not None or (weight_OK is None and change.gain_O is not None):
-        raise ComposeError(f"{site}: the change is dense; an adapter needs a rank")
-    if change.rank > MAX_RANK:
-        raise ComposeError(f"{site}: the rank is {change.rank}, and {MAX_RANK} is the most; give --rank")
-    b_OR, a_RK = change.factors()
-    if not change.rank:  # a gain alone: factors of rank one that do nothing
-        b_OR, a_RK = torch.zeros(change.shape[0], 1), torch.zeros(1, change.shape[1])
-    if weight_OK is None:
-        return _shaped(site, change.geometry, b_OR, a_RK)
-    gain_O = torch.ones(change.shape[0], dtype=torch.float64) if change.gain_O is None else 1 + change.gain_O
-    # A row that is scaled to nothing cannot be divided by its gain; it keeps a millionth of itself.
-    gain_O = torch.where(gain_O.abs() < _SMALLEST_GAIN, torch.full_like(gain_O, _SMALLEST_GAIN), gain_O)
-    b_OR = (b_OR / gain_O.unsqueeze(1)).float()
-    a_RK = a_RK.float()
-    # The norm is taken of the factors as they are stored, so that rounding them does not move the gain.
-    step = max(1, _ELEMENTS_AT_ONCE // change.shape[1])
-    norms = [
-        torch.addmm(rows.double(), b.double(), a_RK.double()).norm(dim=1)
-        for rows, b in zip(weight_OK.split(step), b_OR.split(step), strict=True)
-    ]
-    return {**_shaped(site, change.geometry, b_OR, a_RK), MAGNITUDE: (gain_O * torch.cat(norms)).float()}
+    if delta.dense_OK is not None or (delta.gain_O is not None and not method.needs_base_weights):
+        raise ComposeError(f"{site}: the change is dense, and an adapter needs a rank; give --rank")
+    if delta.rank > MAX_RANK:
+        raise ComposeError(f"{site}: the rank is {delta.rank}, and the maximum is {MAX_RANK}; give --rank")
+    b_OR, a_RK = delta.factors()
+    if not delta.rank:  # a gain alone: factors of rank one that do nothing
+        b_OR, a_RK = torch.zeros(delta.shape[0], 1), torch.zeros(1, delta.shape[1])
+    tensors = method.tensors_of_delta(delta.geometry, delta.gain_O, a_RK, b_OR, weight_OK)
+    if not all(bool(torch.isfinite(value).all()) for value in tensors.values()):
+        raise ComposeError(
+            f"{site}: the change is larger than fp32 can hold; give smaller weights, or a smaller --scale"
+        )
+    return tensors
 
 
 def assemble(
@@ -65,12 +54,17 @@ def assemble(
     kinds: Mapping[str, str],
     name: str,
     *,
+    method: Method | None = None,
     tied: bool = False,
-    meta: Mapping[str, Any] | None = None,
 ) -> Adapter:
-    """The adapter of scale one with these tensors; sites without any are left out. tied: it acts on the tied head too.
+    """The adapter of scale one with these tensors; sites without any are left out.
 
-    Raises ComposeError where nothing is left.
+    Args:
+        method: the method whose tensors these are (default: LoRA); its options are not used.
+        tied: the adapter also acts on the tied head.
+
+    Raises:
+        ComposeError: no site has tensors.
     """
     kept = {site: own for site, own in tensors.items() if own}
     if not kept:
@@ -78,8 +72,7 @@ def assemble(
     ranks = {site: int(next(iter(own.values())).shape[0]) for site, own in kept.items()}
     usual = Counter(ranks.values()).most_common(1)[0][0]
     others = {site: rank for site, rank in ranks.items() if rank != usual}
-    dora = any(MAGNITUDE in own for own in kept.values())
-    method = (DoRA if dora else LoRA)(
+    made = type(method or LoRA())(
         r=usual,
         lora_alpha=usual,
         rank_pattern=others,
@@ -87,21 +80,4 @@ def assemble(
         target_modules=tuple(ranks),
         ensure_weight_tying=tied,
     )
-    return Adapter(name, method, kept, {site: kinds[site] for site in kept}, meta=meta)
-
-
-def _shaped(site: str, geometry: Geometry, b_OR: Tensor, a_RK: Tensor) -> Tensors:
-    """Factors in the names and shapes of files, fp32."""
-    names = LoRA().tensor_names(geometry.kind)
-    rank = a_RK.shape[0]
-    shapes = (geometry.shape_a(rank), geometry.shape_b(rank))
-    made = {
-        name: value.float().reshape(shape).contiguous()
-        for name, value, shape in zip(names, (a_RK, b_OR), shapes, strict=True)
-    }
-    for value in made.values():
-        if not bool(torch.isfinite(value).all()):
-            raise ComposeError(
-                f"{site}: the change is larger than fp32 can hold; give smaller weights, or another --scale"
-            )
-    return made
+    return Adapter(name, made, kept, {site: kinds[site] for site in kept})

@@ -1,15 +1,15 @@
-"""A delta as a value: what an adapter changes at a site, in a form that is closed under sums and scaling.
+"""The delta of an adapter at a site, as a value that is closed under sums and scaling.
 
     W' - W  =  sum_i c_i B_i A_i  +  diag(g) W  +  D
 
-LoRA is one term, c = s. DoRA is one term and a gain: with S = m / ||W + s B A||_row its change is (S - 1) W + S s B A, so g = S - 1 and
-its B takes S. Both stay factors: sums concatenate terms and add gains, exactly, and nothing of size out x in is made. D is for what
-is dense by its nature (an elementwise operation, a difference of weights).
+LoRA is one term, c = s. DoRA is one term and a gain: with S = m / ||W + s B A||_row its delta is (S - 1) W + S s B A, so g = S - 1 and
+its B takes S. Both stay factored: sums concatenate terms and add gains, exactly, without a matrix of size out x in. D is for deltas that
+are dense by nature (an elementwise operation, a difference of weights).
 
-A term keeps the tensors that it came from and a coefficient beside them, so that a parent taken out of a sum cancels to nothing, and
+A term keeps the tensors that it came from and a coefficient beside them, so a parent that is subtracted from a sum cancels exactly, and
 weights are not rounded into factors before they are written.
 
-Shapes: O out, K in (times the kernel), R rank; W seen as [O, K] as hosts see it. What is computed here is fp64.
+Shapes: O out, K in (times the kernel), R rank; W is seen as [O, K], as layer kinds see it. Everything computed here is fp64.
 """
 
 from __future__ import annotations
@@ -22,17 +22,15 @@ from torch import Tensor
 
 from veneer.adapters.adapter import Adapter
 from veneer.adapters.layers.kinds import Geometry
-from veneer.adapters.methods.lora import factors_2d
 from veneer.deltas.linalg import factored_norm
 from veneer.errors import ComposeError
 
 Weights = Callable[[str], Tensor]
-"""A site's base weight as [out, in], in any dtype; called when it is needed, so that one weight at a time is in memory."""
-_ELEMENTS_AT_ONCE = 1 << 22
+"""A site's base weight as [out, in], in any dtype; called when it is needed, so one weight at a time is in memory."""
 
 
 @dataclass(frozen=True, eq=False)
-class Term:
+class LowRankTerm:
     """coefficient * b @ a."""
 
     coefficient: float
@@ -47,10 +45,10 @@ class Term:
 
 @dataclass(frozen=True, eq=False)
 class SiteDelta:
-    """The change at one site. ``gain_O`` multiplies the rows of the base weight, fp64."""
+    """The delta at one site. ``gain_O`` multiplies the rows of the base weight, fp64."""
 
     geometry: Geometry
-    terms: tuple[Term, ...] = ()
+    terms: tuple[LowRankTerm, ...] = ()
     gain_O: Tensor | None = None
     dense_OK: Tensor | None = None
 
@@ -61,21 +59,16 @@ class SiteDelta:
 
     @property
     def rank(self) -> int:
-        """Columns that its factors have together; the rank of a dense part is not counted."""
+        """Columns of all factors together; a gain and a dense part are not counted."""
         return sum(term.rank for term in self.terms)
 
     @property
     def factored(self) -> bool:
-        """Whether it is factors and nothing else."""
+        """Whether the delta has factors only."""
         return self.gain_O is None and self.dense_OK is None
 
-    @property
-    def needs_base(self) -> bool:
-        """Whether the base weight is needed to know the change."""
-        return self.gain_O is not None
-
     def factors(self) -> tuple[Tensor, Tensor]:
-        """(b [O, R], a [R, K]) with b @ a the factored part, fp64; the coefficients stand in a."""
+        """(b [O, R], a [R, K]) with b @ a the factored part, fp64; the coefficients are in a."""
         if not self.terms:
             out, in_ = self.shape
             return torch.zeros(out, 0, dtype=torch.float64), torch.zeros(0, in_, dtype=torch.float64)
@@ -84,24 +77,23 @@ class SiteDelta:
         return b_OR, a_RK
 
     def dense(self, weight_OK: Tensor | None = None) -> Tensor:
-        """The change as a matrix [O, K], fp64. Raises ComposeError where the base weight is needed and not given."""
+        """The delta as a matrix [O, K], fp64. Raises ComposeError where the base weight is needed and not given."""
         b_OR, a_RK = self.factors()
-        change = b_OR @ a_RK
+        delta = b_OR @ a_RK
         if self.dense_OK is not None:
-            change += self.dense_OK.double()
+            delta += self.dense_OK.double()
         if self.gain_O is not None:
             if weight_OK is None:
-                raise ComposeError("the change of a DoRA adapter depends on the base weight; give the base")
-            for rows, gain, weight in _blocks(change, self.gain_O, weight_OK):
-                rows += gain.unsqueeze(1) * weight.double()
-        return change
+                raise ComposeError("the change depends on the base weights; give the base (--base MODEL)")
+            delta.addcmul_(self.gain_O.unsqueeze(1), weight_OK.double())
+        return delta
 
     def norm(self, weight_OK: Tensor | None = None) -> float:
-        """Frobenius norm; through the factors where there is nothing else."""
+        """Frobenius norm, through the factors where there is nothing else."""
         return factored_norm(*self.factors()) if self.factored else float(self.dense(weight_OK).norm())
 
     def scaled(self, by: float) -> SiteDelta:
-        """This change times a number."""
+        """This delta times a number."""
         if by == 0:
             return SiteDelta(self.geometry)
         return SiteDelta(
@@ -112,16 +104,16 @@ class SiteDelta:
         )
 
     def __add__(self, other: SiteDelta) -> SiteDelta:
-        """The sum, exact: terms stand beside each other, and a term that both have counts once, with both coefficients."""
+        """The exact sum: terms are concatenated, and a term of both is counted once with both coefficients."""
         if self.geometry != other.geometry:
             raise ComposeError(
-                f"changes of layers of other shapes cannot be added: {self.geometry} and {other.geometry}"
+                f"changes of layers of different shapes cannot be added: {self.geometry}, {other.geometry}"
             )
-        terms: dict[tuple[int, int], Term] = {}
+        terms: dict[tuple[int, int], LowRankTerm] = {}
         for term in (*self.terms, *other.terms):
             key = (id(term.b_OR), id(term.a_RK))
-            seen = terms.get(key)
-            terms[key] = term if seen is None else replace(seen, coefficient=seen.coefficient + term.coefficient)
+            first = terms.get(key)
+            terms[key] = term if first is None else replace(first, coefficient=first.coefficient + term.coefficient)
         kept = tuple(term for term in terms.values() if term.coefficient)
         return SiteDelta(self.geometry, kept, _plus(self.gain_O, other.gain_O), _plus(self.dense_OK, other.dense_OK))
 
@@ -131,41 +123,33 @@ class SiteDelta:
 
 def geometry_of(adapter: Adapter, site: str) -> Geometry:
     """The shapes of a site, from the adapter's own tensors."""
-    own, kind = adapter.tensors[site], adapter.kinds[site]
-    a = own["lora_embedding_A"] if kind == "embedding" else own["lora_A"]
-    b = own["lora_embedding_B"] if kind == "embedding" else own["lora_B"]
+    kind = adapter.kinds[site]
+    a, b = (adapter.tensors[site][name] for name in adapter.method.factor_names(kind))
     kernel = (int(a.shape[2]), int(a.shape[3])) if kind == "conv2d" else (1, 1)
     return Geometry(kind, int(b.shape[0]), int(a.shape[1]), kernel)
 
 
 def site_delta(adapter: Adapter, site: str, weights: Weights | None = None) -> SiteDelta:
-    """What an adapter changes at a site. DoRA needs the base weight.
+    """The delta of an adapter at a site.
 
-    The terms hold the adapter's own tensors, so two deltas of one adapter are known to be the same.
-    Raises ComposeError where a DoRA adapter comes without its base.
+    Terms hold the adapter's own tensors where they can, so two deltas of one adapter are known to be the same.
+
+    Raises:
+        ComposeError: the delta depends on the base weights and ``weights`` is not given.
     """
-    geometry, scale = geometry_of(adapter, site), adapter.scale(site)
-    own: dict[str, Tensor] = {key: value.detach() for key, value in adapter.tensors[site].items()}
     method = adapter.method
-    if not method.needs_base_weights:
-        first, second = method.tensor_names(geometry.kind)[:2]
-        tensors = adapter.tensors[site]
-        a, b = tensors[first], tensors[second]
-        if geometry.kind == "conv2d":
-            a, b = a.flatten(1), b.flatten(1)  # type: ignore[assignment]
-        return SiteDelta(geometry, (Term(scale, b, a),))
-    if weights is None:
-        raise ComposeError(
-            f'the change of the DoRA adapter "{adapter.name}" depends on the base weights; give the base (--base MODEL)'
-        )
-    weight_OK = weights(site)
-    a_RK, b_OR = factors_2d(own, torch.float64)
-    norms = [
-        torch.addmm(weight.double(), rows, a_RK, alpha=scale).norm(dim=1) for rows, weight in _blocks(b_OR, weight_OK)
-    ]
-    gain_O = method.magnitude_scale({key: value.double() for key, value in own.items()}, torch.cat(norms))
-    assert gain_O is not None
-    return SiteDelta(geometry, (Term(scale, gain_O.unsqueeze(1) * b_OR, a_RK),), gain_O - 1)
+    if method.needs_base_weights and weights is None:
+        raise needs_base(adapter)
+    weight_OK = weights(site) if method.needs_base_weights and weights is not None else None
+    gain_O, a_RK, b_OR, coefficient = method.delta_parts(adapter.tensors[site], adapter.scale(site), weight_OK)
+    return SiteDelta(geometry_of(adapter, site), (LowRankTerm(coefficient, b_OR, a_RK),), gain_O)
+
+
+def needs_base(adapter: Adapter) -> ComposeError:
+    """The error for an adapter whose delta cannot be known without the base."""
+    return ComposeError(
+        f'the change of the {adapter.method.label} adapter "{adapter.name}" depends on the base weights; give the base (--base MODEL)'
+    )
 
 
 def weighted_sum(parts: Sequence[SiteDelta], weights: Sequence[float]) -> SiteDelta:
@@ -181,10 +165,3 @@ def _plus(one: Tensor | None, other: Tensor | None) -> Tensor | None:
         return other if one is None else one
     total = one + other
     return total if bool(total.any()) else None
-
-
-def _blocks(*matrices: Tensor) -> list[tuple[Tensor, ...]]:
-    """The same rows of several matrices, a block at a time."""
-    widest = max(matrix.shape[1] if matrix.dim() > 1 else 1 for matrix in matrices)
-    step = max(1, _ELEMENTS_AT_ONCE // widest)
-    return list(zip(*(matrix.split(step) for matrix in matrices), strict=True))

@@ -51,7 +51,7 @@ class Losses:
 
 
 @dataclass(frozen=True)
-class Difference:
+class LossDifference:
     """Mean loss of one route less another's, with a 95 % interval, in nats per token."""
 
     mean: float
@@ -96,7 +96,7 @@ def example_losses(
     return Losses(sums, weights)
 
 
-def compare(one: Losses, other: Losses) -> Difference:
+def compare(one: Losses, other: Losses) -> LossDifference:
     """``one`` less ``other``, over the same examples.
 
     Raises DataError where the two do not speak of the same examples.
@@ -107,10 +107,10 @@ def compare(one: Losses, other: Losses) -> Difference:
     apart = one.sums - other.sums
     mean = float(apart.sum()) / total
     if n < 2:
-        return Difference(mean, -math.inf, math.inf)
+        return LossDifference(mean, -math.inf, math.inf)
     spread = float(((apart - mean * one.weights) ** 2).sum())
     half = _t95(n - 1) * math.sqrt(n / (n - 1) * spread) / total
-    return Difference(mean, mean - half, mean + half)
+    return LossDifference(mean, mean - half, mean + half)
 
 
 def _groups(examples: Sequence[Example], budget: int) -> Iterator[list[int]]:

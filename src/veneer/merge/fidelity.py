@@ -1,10 +1,9 @@
-"""Does the merged model answer like the adapted one? Both are run on a probe text in fp32, one after the other.
+"""Comparison of a merged model's logits with the adapted model's on a probe text in fp32, one model after the other.
 
-In fp32 the only difference left between them is what rounding the stored weights cost; a merge stored in fp32 agrees to about 1e-6
-of the logits. Beside the largest difference stands how much the adapters change the logits at all, which is what it must be
-compared with.
+In fp32 the only difference between them is the rounding of the stored weights; a merge stored in fp32 agrees to about 1e-6 of the logits.
+The comparison also gives the size of the adapters' own change of the logits, as the scale for that difference.
 
-Boundary: needs one model in memory at a time; `room_for` says beforehand whether there is room.
+One model at a time is in memory; `fits_in_memory` checks beforehand.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ PROBE_TEXT = (
     "Thursday leaves an hour early. Question: how long is it from high to low water? Answer: 6 hours and 15 minutes."
 )
 WRONG = 1e-3
-"""Difference relative to the largest logit above which a merge stored in fp32 is not rounding but a mistake."""
+"""Difference relative to the largest logit above which a merge stored in fp32 is wrong and not just rounded."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +52,8 @@ class LogitComparison:
         return asdict(self)
 
 
-def room_for(weight_bytes: int) -> bool:
-    """Whether a model of this size (bytes in fp32) fits in the memory that is free now; True where the system does not tell."""
+def fits_in_memory(weight_bytes: int) -> bool:
+    """Whether a model of this size (bytes in fp32) fits in the free memory; True where the system does not report it."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
@@ -66,9 +65,13 @@ def room_for(weight_bytes: int) -> bool:
 def compare_logits(
     base: Path, merged: Path, mix: Mix, *, text: str = PROBE_TEXT, residual: Adapter | None = None
 ) -> LogitComparison | None:
-    """Run base, base with ``mix``, and merged model on a text, in fp32; None where the model takes no token ids alone.
+    """Compare the logits of the base, the base with ``mix`` and the merged model on a text, in fp32.
 
-    Raises ComposeError where a merged model stored in fp32 computes something else than the adapted one.
+    Returns:
+        None for a model that does not run on token ids alone.
+
+    Raises:
+        ComposeError: a merged model stored in fp32 computes something else than the adapted one.
     """
     loaded = load_base(base, dtype="float32")
     config: Any = loaded.model.config
@@ -96,7 +99,7 @@ def compare_logits(
     if ModelFolder(merged).dtypes() <= {"F64", "F32"} and not difference <= WRONG * scale:
         raise ComposeError(
             f"the merged model in fp32 does not compute what the adapted one does (logits differ by {difference:.3g} of {scale:.3g}); "
-            "nothing was written: this model uses a merged weight in a way that is not known here"
+            "nothing was written, because this model uses a merged weight in a way that is not supported"
         )
     return comparison
 
@@ -117,7 +120,7 @@ def _logits(model: Any, ids: Tensor) -> Tensor:
 
 
 def _adapted(model: Any, ids: Tensor, mix: Mix) -> Tensor:
-    """Logits under a weighted mix; the model is left as it was."""
+    """Logits under a weighted mix; the model is left unchanged."""
     bank = attach(model)
     try:
         route = {}

@@ -1,14 +1,13 @@
-"""Rounding a merged weight to the dtype in which it is stored, and what that costs.
+"""Rounding a merged weight to the dtype in which it is stored, and the cost of it.
 
-A weight W in bf16 keeps 8 bits. A change d much smaller than W falls between two of them: at ||d||/||W|| = 0.1 the change that is
-stored differs from d by 1.7 %, at 0.01 by 17 %, at 0.003 by half, at 0.001 by four fifths. Two figures say what happened to d, where
-k = round(W + d) - round(W) is the change that was stored:
+A weight W in bf16 keeps 8 bits. A delta d much smaller than W falls between two of its values: at ||d||/||W|| = 0.1 the stored delta
+differs from d by 1.7 %, at 0.01 by 17 %, at 0.003 by half, at 0.001 by four fifths. With k = round(W + d) - round(W), the stored delta,
 
     error   ||k - d|| / ||d||      everything that differs, noise included
-    kept    <k, d> / ||d||^2       how much of d itself is still there
+    kept    <k, d> / ||d||^2       the share of d itself that is still there
 
 "nearest" rounds to the nearest number. "stochastic" rounds up or down with probabilities that make the mean exact: kept stays at one
-for changes that nearest would lose, and the noise is larger.
+for deltas that nearest would lose, and the noise is larger.
 """
 
 from __future__ import annotations
@@ -31,34 +30,34 @@ def round_to(wide: Tensor, dtype: torch.dtype, generator: torch.Generator | None
 
 
 @dataclass
-class Kept:
+class RoundingTotals:
     """Sums over the elements of one weight, added to block by block."""
 
     delta: float = 0.0
     lost: float = 0.0
     along: float = 0.0
     weight: float = 0.0
-    meant: int = 0
+    changed: int = 0
     unmoved: int = 0
 
     def add(self, base: Tensor, delta: Tensor, stored: Tensor) -> None:
-        """Take in one block: the base weight and the meant change (fp32 or wider) and what is stored."""
+        """Add one block: the base weight, the exact delta (fp32 or wider) and the stored weight."""
         kept = stored.to(delta.dtype) - base.to(stored.dtype).to(delta.dtype)
         self.delta += float(delta.double().square().sum())
         self.lost += float((kept - delta).double().square().sum())
         self.along += float((kept.double() * delta.double()).sum())
         self.weight += float(base.double().square().sum())
         moved = delta != 0
-        self.meant += int(moved.sum())
+        self.changed += int(moved.sum())
         self.unmoved += int((moved & (kept == 0)).sum())
 
-    def __add__(self, other: Kept) -> Kept:
-        return Kept(
+    def __add__(self, other: RoundingTotals) -> RoundingTotals:
+        return RoundingTotals(
             self.delta + other.delta,
             self.lost + other.lost,
             self.along + other.along,
             self.weight + other.weight,
-            self.meant + other.meant,
+            self.changed + other.changed,
             self.unmoved + other.unmoved,
         )
 
@@ -79,5 +78,5 @@ class Kept:
 
     @property
     def unchanged(self) -> float:
-        """Share of the elements with a change whose stored value did not change."""
-        return self.unmoved / self.meant if self.meant else 0.0
+        """Share of the elements with a nonzero delta whose stored value did not change."""
+        return self.unmoved / self.changed if self.changed else 0.0

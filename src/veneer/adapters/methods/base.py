@@ -154,6 +154,27 @@ class LowRankMethod(LowRankOptions):
         a, b = factors_2d(tensors, wide)
         return scale * (b @ a)
 
+    def delta_parts(
+        self, tensors: Mapping[str, Tensor], scale: float, weight_2d: Tensor | None
+    ) -> tuple[Tensor | None, Tensor, Tensor, float]:
+        """(gain [out] or None, A [r, in], B [out, r], coefficient) with W' - W = diag(gain) W + coefficient * B A.
+
+        Computed parts are fp64. A and B are the adapter's own tensors where nothing has to be computed.
+        """
+        return None, *factors_of(tensors), scale
+
+    def tensors_of_delta(
+        self, geometry: Geometry, gain: Tensor | None, a: Tensor, b: Tensor, weight_2d: Tensor | None
+    ) -> dict[str, Tensor]:
+        """The inverse of `delta_parts`: fp32 tensors of a site at scale one. Methods without a magnitude hold no gain."""
+        shapes = geometry.shape_a(a.shape[0]), geometry.shape_b(a.shape[0])
+        factors = [value.float().reshape(shape).contiguous() for value, shape in zip((a, b), shapes, strict=True)]
+        return dict(zip(self.factor_names(geometry.kind), factors, strict=True))
+
+    def changes_nothing(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Whether a site's tensors alone show that its delta is zero."""
+        return not all(bool(factor.any()) for factor in factors_of(tensors))
+
 
 def factors_2d(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(A [r, in], B [out, r]) of a site as detached matrices, for every layer kind."""

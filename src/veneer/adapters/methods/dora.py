@@ -20,6 +20,8 @@ from veneer.adapters.methods.base import LowRankMethod, SquaredNorms, factors_2d
 from veneer.kernels.lora.dora_norm import dora_norm, dora_norms
 
 MAGNITUDE = "lora_magnitude_vector"
+_SMALLEST_SCALE = 1e-6
+_ELEMENTS_AT_ONCE = 1 << 22
 
 
 @final
@@ -112,6 +114,43 @@ class DoRA(LowRankMethod):
             raise ValueError("the delta of a DoRA adapter depends on the base weight")
         base = weight_2d.detach().to(torch.promote_types(weight_2d.dtype, torch.float32))
         return self.merged(base, tensors, scale) - base
+
+    def delta_parts(
+        self, tensors: Mapping[str, Tensor], scale: float, weight_2d: Tensor | None
+    ) -> tuple[Tensor | None, Tensor, Tensor, float]:
+        """(S - 1, A, S B, s): the delta (S - 1) W + S s B A keeps its factors, fp64."""
+        if weight_2d is None:
+            raise ValueError("the delta of a DoRA adapter depends on the base weight")
+        a, b = factors_2d(tensors, torch.float64)
+        magnitude_scale: Tensor = tensors[MAGNITUDE].detach().double() / _row_norms(weight_2d, scale * b, a)
+        return magnitude_scale - 1, a, magnitude_scale.unsqueeze(1) * b, scale
+
+    def tensors_of_delta(
+        self, geometry: Geometry, gain: Tensor | None, a: Tensor, b: Tensor, weight_2d: Tensor | None
+    ) -> dict[str, Tensor]:
+        """The inverse of `delta_parts`: fp32 tensors of a site at scale one, with m = S ||W + B A||_row."""
+        if weight_2d is None:
+            raise ValueError("the magnitude of a DoRA adapter depends on the base weight")
+        magnitude_scale = torch.ones(geometry.out, dtype=torch.float64) if gain is None else 1 + gain
+        # A row that is scaled to nothing cannot be divided by its scale; it keeps a millionth of itself.
+        least = torch.full_like(magnitude_scale, _SMALLEST_SCALE)
+        magnitude_scale = torch.where(magnitude_scale.abs() < _SMALLEST_SCALE, least, magnitude_scale)
+        a, b = a.float(), (b / magnitude_scale.unsqueeze(1)).float()
+        # The norm is taken of the factors as they are stored, so that rounding them does not move the scale.
+        norms = _row_norms(weight_2d, b.double(), a.double())
+        factors = super().tensors_of_delta(geometry, None, a, b, None)
+        return {**factors, MAGNITUDE: (magnitude_scale * norms).float()}
+
+    def changes_nothing(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Never known from the tensors alone: the magnitude must be compared with the base weight."""
+        return False
+
+
+def _row_norms(weight_2d: Tensor, b: Tensor, a: Tensor) -> Tensor:
+    """||W + B A||_row in fp64, a block of rows at a time."""
+    step = max(1, _ELEMENTS_AT_ONCE // weight_2d.shape[1])
+    blocks = zip(weight_2d.split(step), b.split(step), strict=True)
+    return torch.cat([torch.addmm(weight.double(), rows, a).norm(dim=1) for weight, rows in blocks])
 
 
 def _wide(weight_2d: Tensor) -> AbstractContextManager[object]:

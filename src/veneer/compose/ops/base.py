@@ -1,4 +1,4 @@
-"""What an operation is: a function of the changes at one site, and what surrounds it."""
+"""An operation: a function of the deltas at one site, and the context that it runs in."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from veneer.adapters.adapter import stream_seed
+from veneer.adapters.adapter import Adapter, stream_seed
 from veneer.deltas.delta import SiteDelta
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Numbers that operations take; each reads what it knows. Their meaning stands in the operation's file."""
+class OperationSettings:
+    """Numbers that operations take; each operation reads those in its ``options``. Their meaning is in the operation's file."""
 
     scale: float = 1.0
     """Factor on the result (the lambda of task arithmetic and TIES)."""
@@ -26,28 +26,32 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Place:
-    """The site that is worked on: its name and, where it is known, its base weight."""
+class SiteContext:
+    """The current site: its name, the settings and, where it is known, its base weight."""
 
     site: str
-    settings: Settings
+    settings: OperationSettings
     weight: Callable[[], Tensor | None]
 
     def generator(self) -> torch.Generator:
-        """A stream of random numbers that is a function of seed and site alone."""
+        """A random stream that is a function of seed and site alone."""
         return torch.Generator().manual_seed(stream_seed(self.settings.seed, self.site))
 
 
-Function = Callable[[Sequence[SiteDelta], Sequence[float], Place], SiteDelta]
-"""(changes of the parents that act at the site, their weights, the site) -> one change, before ``scale``."""
+Function = Callable[[Sequence[SiteDelta], Sequence[float], SiteContext], SiteDelta]
+"""(deltas of the parents that act at the site, their weights, the site) -> one delta, before ``scale``."""
+
+Check = Callable[[Sequence[Adapter], OperationSettings, Callable[[str], float]], None]
+"""(parents, settings, the largest rank that the result can have at a site); raises ComposeError where nothing useful can come out."""
 
 
 @dataclass(frozen=True)
 class Operation:
-    """One way to make one change of several.
+    """One way to make one delta from several.
 
-    over: "all" the sites at which any parent acts, or only those of the "first". exact: the result is the weighted sum itself.
-    factor_wise: it works on factors, so that its result is not a function of the changes.
+    over: the sites at which any parent acts ("all"), or those of the "first". exact: the result is the weighted sum itself.
+    factor_wise: it works on factors, so its result is not a function of the deltas. dense: its result has full rank. options: the
+    settings that it reads besides ``scale``.
     """
 
     name: str
@@ -56,3 +60,6 @@ class Operation:
     over: Literal["all", "first"] = "all"
     exact: bool = False
     factor_wise: bool = False
+    dense: bool = False
+    options: tuple[str, ...] = ()
+    check: Check | None = None
