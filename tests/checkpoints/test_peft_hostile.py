@@ -86,7 +86,12 @@ CASES: list[Case] = [
         None,
         "lm_head.weight differs from the base's",
     ),
-    ("extra head of another size", with_name("base_model.model.lm_head.weight"), None, "resize_token_embeddings"),
+    (
+        "extra head of another size",
+        {**q_tensors(), "base_model.model.lm_head.weight": torch.zeros(330, 32)},
+        None,
+        "resize_token_embeddings",
+    ),
     ("base layer's weight", with_name(f"{Q0}.base_layer.weight"), None, "base_layer.weight is not part of"),
     ("base layer's bias", with_name(f"{Q0}.base_layer.bias"), None, "base_layer.bias is not part of"),
     ("buffer", with_name("base_model.model.model.rotary_emb.inv_freq"), None, "inv_freq is not part of"),

@@ -310,7 +310,7 @@ def test_a_head_of_other_labels_says_what_to_do(tmp_path: Path) -> None:
         peft_model(tiny("bert_classifier", num_labels=5), target_modules=["query"], task_type="SEQ_CLS"), tmp_path / "a"
     )
     with pytest.raises(
-        CheckpointError, match=r"expected shape \(3, 32\), found \(5, 32\); make the base with as many labels"
+        CheckpointError, match=r"expected shape \(3, 32\), found \(5, 32\); load the base with that number of labels"
     ):
         veneer.attach(tiny("bert_classifier")).load(tmp_path / "a")
 

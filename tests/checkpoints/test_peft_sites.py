@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from tests.checkpoints.helpers import config, make_folder
 
 import veneer
-from veneer.checkpoints.peft.patterns import Table, ends_with, layer_of, lookup, matches_key, names_for, table_for
+from veneer.checkpoints.peft import checks
+from veneer.checkpoints.peft.patterns import PatternTable, ends_with, layer_of, matches_key, names_for, table_for
 from veneer.checkpoints.peft.tensor_names import Key, parse_key
 from veneer.errors import CheckpointError
 from veneer.testing import tiny
@@ -83,7 +84,7 @@ def test_any_understood_key_means_what_peft_means(key: str, path: str, start: st
 def test_other_keys_are_not_understood(key: str) -> None:
     """What needs an expression engine is told apart, never guessed."""
     assert matches_key(key, "model.q_proj") is None
-    value, unclear = lookup({key: 3, "q_proj": 5}, "model.q_proj", 1)
+    value, unclear = PatternTable({key: 3, "q_proj": 5}).get("model.q_proj", 1)
     assert (value, unclear) == (5, [key])
 
 
@@ -202,7 +203,7 @@ def test_other_names_are_none(name: str) -> None:
 
 @given(st.data())
 def test_a_table_answers_as_its_first_matching_key(data: st.DataObject) -> None:
-    """Filing keys by length and dots changes no answer: the first key that PEFT would match gives the value."""
+    """Looking keys up changes no answer: the first key that PEFT would match gives the value."""
     letters = st.sampled_from(["a", "b", "1", "_"])
     path = st.lists(st.text(letters, min_size=1, max_size=2), min_size=1, max_size=4).map(".".join)
     part = st.sampled_from(["a", "b", "1", "_", ".", ".", "\\.", ".*"])
@@ -212,11 +213,11 @@ def test_a_table_answers_as_its_first_matching_key(data: st.DataObject) -> None:
     table = {pattern: number for number, pattern in enumerate(data.draw(st.lists(key, max_size=6, unique=True)))}
     for one in data.draw(st.lists(path, min_size=1, max_size=5)):
         expected = next((number for pattern, number in table.items() if re.match(rf"(.*\.)?({pattern})$", one)), -1)
-        assert Table(table).get(one, -1) == (expected, [])
+        assert PatternTable(table).get(one, -1) == (expected, [])
 
 
-def test_large_tables_and_lists_take_little_time(tmp_path: Path) -> None:
-    """Twenty thousand names for thousands of sites: found by hashing, not one by one."""
+def test_large_tables_and_lists_take_little_time() -> None:
+    """A table of thousands of sites is written so that its keys are looked up, not tried one by one."""
     sites = [
         f"model.layers.{layer}.mlp.experts.{expert}.w{part}"
         for layer in range(48)
@@ -224,13 +225,21 @@ def test_large_tables_and_lists_take_little_time(tmp_path: Path) -> None:
         for part in range(2)
     ]
     start = time.process_time()
-    table = Table({site: number for number, site in enumerate(sites)})
-    assert [table.get(site, -1)[0] for site in sites] == list(range(len(sites)))
     values = {site: 4 + number % 5 for number, site in enumerate(sites)}
-    written = table_for(values, 4)
-    assert all(Table(written).get(site, 4)[0] == value for site, value in list(values.items())[:50])
+    written = PatternTable(table_for(values, 4))
+    assert all(written.get(site, 4)[0] == value for site, value in values.items())
     assert names_for(sites, sites) == ["w0", "w1"]
     assert time.process_time() - start < 5
+
+
+def test_too_many_patterns_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Patterns that would be tried more often than the limit allows are refused with the remedy; names that are looked up are not."""
+    monkeypatch.setattr(checks, "MAX_TRIES", 5)
+    bank = veneer.attach(tiny("llama"))
+    tables = {f"x{number}": 4 for number in range(3)}
+    with pytest.raises(CheckpointError, match="hold too many patterns; write full layer names as"):
+        bank.load(make_folder(tmp_path / "a", None, config(rank_pattern=tables)))
+    bank.load(make_folder(tmp_path / "b", None, config(rank_pattern={f"^{name}": 4 for name in tables})))
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ Without a base: method, sites, ranks, scales, sizes, the size of the change at e
 
     ||B A||_F^2 = tr((B^T B)(A A^T))
 
-Against a base the loader's own checks have run (`peft_read`), and the change is also told as a share of ||W||_F.
+Against a base the loader's own checks have run (`read_adapter_folder`), and the change is also told as a share of ||W||_F.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from torch import Tensor
 from veneer.adapters.adapter import Adapter
 from veneer.adapters.bank import Bank
 from veneer.adapters.methods.lora import factors_2d
-from veneer.adapters.overrides import LORA_BIAS, ROWS, WEIGHT
+from veneer.adapters.overrides import ROWS, WEIGHT
+from veneer.checkpoints.base_view import BaseView, base_view
 from veneer.checkpoints.findings import listed
-from veneer.checkpoints.peft.tensor_names import MAGNITUDE
 from veneer.checkpoints.receipt import Receipt
 
 
@@ -89,8 +89,8 @@ class View:
 
 def view(adapter: Adapter, bank: Bank | None = None) -> View:
     """Look into an adapter that was read from a folder (with `read_adapter`, or with ``bank.load``, then ``bank`` is that bank)."""
-    path = Path(adapter.meta.get("path", "."))
-    sites = [_site(adapter, name, bank) for name in adapter.tensors]
+    path, base = Path(adapter.meta.get("path", ".")), base_view(bank)
+    sites = [_site(adapter, name, base) for name in adapter.tensors]
     settings = adapter.meta.get("settings") or {}
     options = {
         key: value
@@ -100,24 +100,18 @@ def view(adapter: Adapter, bank: Bank | None = None) -> View:
     }
     found = View(
         str(path),
-        method_name(adapter),
+        adapter.method.label,
         settings.get("base_model_name_or_path"),
         adapter.num_parameters(),
         sum(file.stat().st_size for file in path.glob("adapter_*") if file.is_file()),
         sites,
         {"r": adapter.method.r, "lora_alpha": adapter.method.lora_alpha, **options},
         adapter.meta.get("receipt"),
-        [_own(adapter, place, key, bank) for place, parts in adapter.overrides.items() for key in parts],
+        [_override(adapter, layer, key, base) for layer, keys in adapter.overrides.items() for key in keys],
         list(adapter.meta.get("notes", ())),
     )
     found.unusual = list(unusual(sites))
     return found
-
-
-def method_name(adapter: Adapter) -> str:
-    """LoRA, rsLoRA or DoRA."""
-    plain = adapter.method.label
-    return f"rs{plain}" if adapter.method.use_rslora else plain
 
 
 def unusual(sites: list[SiteView]) -> list[str]:
@@ -158,26 +152,25 @@ def unusual(sites: list[SiteView]) -> list[str]:
     return said
 
 
-def _own(adapter: Adapter, place: str, key: str, bank: Bank | None) -> OwnView:
-    value = adapter.overrides[place][key].detach()
-    tokens = adapter.tokens.get(place) if key == ROWS else None
-    moved = None
-    if bank is not None and key != LORA_BIAS:
-        base: Any = getattr((bank.sites.get(place) or bank.vector_layers[place]).module, WEIGHT if key == ROWS else key)
-        then = (base if tokens is None else base[list(tokens)]).detach().to(value)
+def _override(adapter: Adapter, layer: str, key: str, base: BaseView) -> OwnView:
+    value = adapter.overrides[layer][key].detach()
+    tokens = adapter.tokens.get(layer) if key == ROWS else None
+    moved, before = None, base.parameters_of(layer).get(WEIGHT if key == ROWS else key)
+    if before is not None:
+        then = (before if tokens is None else before[list(tokens)]).detach().to(value)
         moved = float((value - then).norm() / then.norm().clamp_min(1e-12))
-    return OwnView(place, key, tuple(value.shape), None if tokens is None else len(tokens), moved)
+    return OwnView(layer, key, tuple(value.shape), None if tokens is None else len(tokens), moved)
 
 
-def _site(adapter: Adapter, name: str, bank: Bank | None) -> SiteView:
+def _site(adapter: Adapter, name: str, base: BaseView) -> SiteView:
     own: dict[str, Tensor] = {key: value.detach() for key, value in adapter.tensors[name].items()}
     a_RK, b_OR = factors_2d(own, torch.float64)
     norm = adapter.scale(name) * math.sqrt(max(0.0, float(((b_OR.T @ b_OR) * (a_RK @ a_RK.T)).sum())))
     share = None
-    if bank is not None:
-        size = float(bank.sites[name].squared_norms().sum().sqrt())
+    if name in base.sites:
+        size = float(base.sites[name].squared_norms().sum().sqrt())
         share = norm / size if size > 0 else None
-    magnitude = own.get(MAGNITUDE)
+    magnitude = adapter.method.magnitude(own)
     return SiteView(
         name,
         adapter.kinds[name],

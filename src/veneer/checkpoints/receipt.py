@@ -29,9 +29,9 @@ from torch import Tensor, nn
 
 from veneer._version import __version__
 from veneer.adapters.adapter import Adapter
-from veneer.adapters.bank import Bank
 from veneer.adapters.layers.site import Site
 from veneer.adapters.methods.lora import factors_2d
+from veneer.checkpoints.base_view import BaseView, named
 from veneer.checkpoints.findings import Findings, listed, shown
 from veneer.errors import BaseModelError
 from veneer.kernels.lora.dora_norm import dora_norm
@@ -55,8 +55,8 @@ Record = dict[str, Any]
 _WEIGHTS: WeakKeyDictionary[nn.Module, tuple[object, Record]] = WeakKeyDictionary()
 
 
-def make_receipt(adapter: Adapter, bank: Bank | None, digest: str, extra: Mapping[str, Any] | None = None) -> Receipt:
-    """The receipt of an adapter whose file's tensors have ``digest``; what needs the base is left out without a bank."""
+def make_receipt(adapter: Adapter, base: BaseView, digest: str, extra: Mapping[str, Any] | None = None) -> Receipt:
+    """The receipt of an adapter whose file's tensors have ``digest``. An unknown base leaves out the entries that need it."""
     receipt: Receipt = {
         "format": FORMAT,
         "version": __version__,
@@ -66,37 +66,33 @@ def make_receipt(adapter: Adapter, bank: Bank | None, digest: str, extra: Mappin
     }
     receipt["options"] = _own_options(adapter)
     if adapter.overrides:
-        receipt["own"] = _own_record(adapter)
+        receipt["own"] = _override_record(adapter)
     receipt["kinds"] = {site: kind for site, kind in adapter.kinds.items() if kind == "conv1d"}
-    sites = {} if bank is None else {name: bank.sites[name] for name in adapter.tensors}
-    if bank is not None:
-        receipt["base"] = weight_records(bank, sites)
-    if bank is not None or not adapter.method.needs_base_weights:
-        receipt["probes"] = {name: probe(adapter, name, sites.get(name)) for name in adapter.tensors}
+    if base.sites:
+        receipt["base"] = weight_records(base, adapter.tensors)
+    if base.sites or not adapter.method.needs_base_weights:
+        receipt["probes"] = {name: probe(adapter, name, base.sites.get(name)) for name in adapter.tensors}
     return receipt
 
 
-def verify(
-    receipt: Receipt, adapter: Adapter, digest: str, bank: Bank | None, base_agrees: bool, found: Findings
-) -> None:
-    """Hold an adapter that was just read against its receipt. base_agrees: what `verify_base` said."""
+def verify(receipt: Receipt, adapter: Adapter, digest: str, base: BaseView, base_agrees: bool, found: Findings) -> None:
+    """Check an adapter that was just read against its receipt. base_agrees: the answer of `verify_base`."""
     if receipt.get("tensors") != digest:
         found.refuse(
             "the tensors are not those that were written: their checksum differs from the receipt's (a damaged or edited file)",
             "receipt",
         )
         return
-    if receipt.get("own", {}) != _own_record(adapter):
+    if receipt.get("own", {}) != _override_record(adapter):
         found.refuse(
-            "what the adapter has of its own is not what the receipt recorded: adapter_config.json was altered after training "
+            "the adapter's overrides are not those that the receipt recorded: adapter_config.json was altered after training "
             "(modules_to_save, trainable_token_indices or bias)",
             "receipt",
         )
         return
-    base = receipt.get("base")
-    records = base if isinstance(base, dict) else {}
-    bare = [name for name in adapter.tensors if not _is_record(records.get(name))]
-    if bare and bank is not None and isinstance(base, dict):
+    records = receipt.get("base")
+    bare = [name for name in adapter.tensors if not (isinstance(records, dict) and _is_record(records.get(name)))]
+    if bare and base.sites and isinstance(records, dict):
         found.refuse(f"the receipt holds no usable record of the base's weight at {listed(bare)}", "receipt")
         base_agrees = False
     probes = receipt.get("probes")
@@ -105,9 +101,8 @@ def verify(
     if set(probes) != set(adapter.tensors):
         found.refuse("the receipt's probes are of other sites than the tensors", "receipt")
         return
-    wrong = [
-        name for name in adapter.tensors if not _probe_agrees(probes[name], adapter, name, bank, records.get(name))
-    ]
+    known = records if isinstance(records, dict) else {}
+    wrong = [name for name in adapter.tensors if not _probe_agrees(probes[name], adapter, name, base, known.get(name))]
     if wrong:
         found.refuse(
             f"the change at {listed(wrong)} is not what the receipt's probe recorded: adapter_config.json was altered after training "
@@ -116,20 +111,20 @@ def verify(
         )
 
 
-def _own_record(adapter: Adapter) -> dict[str, list[Any]]:
-    """{place: [names of its values, tokens]} of what is the adapter's own; the values themselves are in the checksum."""
-    return {place: [sorted(own), list(adapter.tokens.get(place, ()))] for place, own in adapter.overrides.items()}
+def _override_record(adapter: Adapter) -> dict[str, list[Any]]:
+    """{layer: [names, tokens]} of the overrides; their values are in the checksum."""
+    return {layer: [sorted(own), list(adapter.tokens.get(layer, ()))] for layer, own in adapter.overrides.items()}
 
 
-def weight_records(bank: Bank, names: Iterable[str]) -> dict[str, Record]:
+def weight_records(base: BaseView, names: Iterable[str]) -> dict[str, Record]:
     """{site: {"sha256", "dtype", "sketch"}} of base weights, computed once for a weight as it stands.
 
     The fingerprint is that of the file which the model names as its source, where there is one; the sketch is always of what is in
     memory, so that weights which were changed after loading are seen.
     """
-    sites = {name: bank.sites[name] for name in names}
+    sites = {name: base.sites[name] for name in names}
     fresh = {name: site for name, site in sites.items() if _WEIGHTS.get(site.module, (None,))[0] != _identity(site)}
-    hashes = _fingerprints(bank.model, fresh)
+    hashes = _fingerprints(base.model, fresh)
     for name, site in fresh.items():
         dtype = str(site.weight_2d.dtype).removeprefix("torch.")
         record = {"sha256": hashes[name], "dtype": dtype, "sketch": sketch_of(site.weight_2d, name)}
@@ -142,11 +137,13 @@ def _identity(site: Site) -> object:
     return (site.name, weight.data_ptr(), weight._version, weight.dtype, tuple(weight.shape))
 
 
-def _fingerprints(model: nn.Module, sites: Mapping[str, Site]) -> dict[str, str]:
+def _fingerprints(model: nn.Module | None, sites: Mapping[str, Site]) -> dict[str, str]:
     names = {name: f"{name}.weight" if name else "weight" for name in sites}
-    source = getattr(model, "name_or_path", "")
-    folder = Path(source) if isinstance(source, str) and source and Path(source).is_dir() else None
+    source = named(model)
+    folder = Path(source) if source and Path(source).is_dir() else None
     found: dict[str, str] = {}
+    if model is None:
+        return found
     if names and folder is not None:
         with contextlib.suppress(BaseModelError):  # files that have changed or gone since: what is in memory counts
             found = weight_fingerprints(Base(model, None, str(source), folder, torch.float32), names.values())
@@ -212,13 +209,13 @@ def _own_options(adapter: Adapter) -> dict[str, Any]:
     return {key: value for key, value in own.items() if value != default[key]}
 
 
-def _probe_agrees(recorded: object, adapter: Adapter, name: str, bank: Bank | None, known: object) -> bool:
-    """Whether the change at a site is what its probe recorded. ``known`` is the receipt's record of the base weight there."""
-    now = probe(adapter, name, None if bank is None else bank.sites[name])
+def _probe_agrees(recorded: object, adapter: Adapter, name: str, base: BaseView, known: object) -> bool:
+    """The change at a site is the one that its probe recorded. ``known`` is the receipt's record of the base weight there."""
+    now = probe(adapter, name, base.sites.get(name))
     floor = 0.0
-    if adapter.method.needs_base_weights and bank is not None:
-        # DoRA's change is a small difference of large numbers; its rounding is that of the base's own product.
-        record = weight_records(bank, [name])[name]
+    if adapter.method.needs_base_weights and base.sites:
+        # The change is a small difference of large numbers; its rounding is that of the base's own product.
+        record = weight_records(base, [name])[name]
         dtype = known.get("dtype") if isinstance(known, dict) else None
         floor = rounding_between(dtype, record["dtype"]) * math.hypot(*record["sketch"])
     return same_probe(recorded, now, floor)
@@ -236,18 +233,20 @@ def _is_eight(value: object) -> bool:
     return isinstance(value, list) and len(value) == NUMBERS and all(type(x) in (int, float) for x in value)
 
 
-def verify_base(receipt: Receipt, sites: Iterable[str], bank: Bank, found: Findings) -> bool:
-    """Whether the base's weights at ``sites`` are those of the receipt, in any precision; needs none of the adapter's tensors."""
+def verify_base(receipt: Receipt, sites: Iterable[str], base: BaseView, found: Findings) -> bool:
+    """The base is known, and its weights at ``sites`` are those of the receipt in any precision. Needs no tensor of the adapter."""
     recorded = receipt.get("base")
+    if not base.sites:
+        return False
     if not isinstance(recorded, dict):
         found.note("the receipt says nothing of the base's weights, so whether this is the right base is not known")
         return True
     names = [name for name in sites if _is_record(recorded.get(name))]
     differs: dict[str, float] = {}
     rounded: dict[str, str] = {}
-    for name, now in weight_records(bank, names).items():
+    for name, now in weight_records(base, names).items():
         known = recorded[name]
-        distance = base_distance(known, now["sketch"], bank.sites[name].weight_2d, name)
+        distance = base_distance(known, now["sketch"], base.sites[name].weight_2d, name)
         if distance is not None:
             differs[name] = distance
         elif known.get("sha256") != now["sha256"] or known.get("dtype") != now["dtype"]:
@@ -255,7 +254,7 @@ def verify_base(receipt: Receipt, sites: Iterable[str], bank: Bank, found: Findi
     for there, here in rounded.items():
         found.note(f"the base is in {here} here and was in {shown(there, 20)} where the adapter was made; {ROUNDED}")
     if differs:
-        _tell_other_base(differs, len(names), bank, found)
+        _refuse_other_base(differs, len(names), base, found)
     return not differs
 
 
@@ -264,10 +263,10 @@ def _is_record(value: object) -> bool:
     return isinstance(value, dict) and _is_eight(value.get("sketch"))
 
 
-def _tell_other_base(differs: dict[str, float], sites: int, bank: Bank, found: Findings) -> None:
+def _refuse_other_base(differs: dict[str, float], sites: int, base: BaseView, found: Findings) -> None:
     mean = math.sqrt(sum(min(distance, 10.0) ** 2 for distance in differs.values()) / len(differs))
     count = f"{len(differs)} of {sites} adapted weights differ, by {mean:.1%} on average"
-    quantised = getattr(getattr(bank.model, "config", None), "quantization_config", None) is not None
+    quantised = getattr(getattr(base.model, "config", None), "quantization_config", None) is not None
     if mean < 0.25 and quantised:
         found.note(f"the base is quantised and is not what the adapter was made on: {count}")
     elif mean < 0.25:

@@ -45,7 +45,7 @@ class DoRA(LowRankMethod):
     @property
     def label(self) -> str:
         """Name of the method as the field writes it."""
-        return "DoRA"
+        return "rsDoRA" if self.use_rslora else "DoRA"
 
     def tensor_names(self, kind: str) -> tuple[str, ...]:
         """Names on disk of all of a site's tensors, A and B first."""

@@ -18,7 +18,9 @@ from torch import nn
 from veneer.adapters.adapter import Adapter
 from veneer.adapters.attach import attach as attach_bank
 from veneer.adapters.bank import Bank
+from veneer.checkpoints.base_view import BaseView, base_view
 from veneer.checkpoints.locate import adapters_at, find_adapter
+from veneer.checkpoints.logit_check import logits_record
 from veneer.checkpoints.peft.read import read_adapter_folder
 from veneer.checkpoints.peft.write import write_adapter_folder
 from veneer.errors import CheckpointError
@@ -36,37 +38,53 @@ class PeftFolders:
         return find_adapter(path) if adapters_at(path) else (path.name or "adapter", path)
 
     def read(self, path: Path, name: str, bank: Bank, **options: Any) -> Adapter:
-        """The adapter in a folder, held against the bank's base. Options: ``force`` and ``convert``, see `read_adapter_folder`.
+        """Read the adapter in a folder for the bank's base. Options: ``force`` and ``convert``, see `read_adapter_folder`.
 
         Raises CheckpointError with everything that is wrong with the folder.
         """
         _check_options("load", options, ("force", "convert"))
-        return read_adapter_folder(path, name, bank, **options)
+        return read_adapter_folder(path, name, base_view(bank), **options)
 
     def write(self, adapter: Adapter, path: Path, bank: Bank, **options: Any) -> None:
-        """Write an adapter as a folder. Options: those of `peft_write.write_adapter_folder`.
+        """Write an adapter as a folder.
+
+        Options: those of `write_adapter_folder`, and ``logits``: run the model once and record eight numbers of the adapter's logits in
+        the receipt, for ``veneer inspect --verify``.
 
         Raises CheckpointError when it cannot be written or does not read back equal.
         """
         _check_options("save", options, ("base_name", "task_type", "receipt", "logits", "template"))
-        write_adapter_folder(adapter, path, bank, **options)
+        receipt = dict(options.pop("receipt", None) or {})
+        if options.pop("logits", False):
+            receipt["logits"] = logits_record(bank, adapter.name)
+        write_adapter_folder(adapter, path, base_view(bank), receipt=receipt, **options)
 
 
 def attach(model: nn.Module, example: dict[str, Any] | None = None) -> Bank:
-    """Make any ``nn.Module`` ready for adapters, in memory and in PEFT folders. The model goes on being used as before.
+    """Make any ``nn.Module`` ready for adapters, in memory and in PEFT folders. Use the model as before.
 
-    example: keyword arguments for one forward, for the probe of a model whose inputs cannot be guessed.
-    Raises AdapterError if a bank is attached already.
+    Args:
+        model: the base. It is not changed.
+        example: keyword arguments for one forward, needed if the inputs of the model cannot be guessed.
+
+    Raises:
+        AdapterError: a bank is attached already.
     """
     return attach_bank(model, example=example, folders=PeftFolders())
 
 
 def read_adapter(path: str | Path, name: str | None = None, *, force: str | Iterable[str] = ()) -> Adapter:
-    """The adapter in a PEFT folder, without a model: what a file can say by itself is checked, the base is not.
+    """Read the adapter at a path without a model. The folder is checked by itself, not against a base.
 
-    name: by default "adapter". Raises CheckpointError with everything that is wrong with the folder.
+    Args:
+        path: a PEFT folder, its .safetensors file, or a run.
+        name: the adapter's name, "adapter" by default.
+        force: checks to override.
+
+    Raises:
+        CheckpointError: everything that is wrong with the folder.
     """
-    return read_adapter_folder(PeftFolders().find(Path(path))[1], name or "adapter", None, force=force)
+    return read_adapter_folder(PeftFolders().find(Path(path))[1], name or "adapter", BaseView(), force=force)
 
 
 def write_adapter(
@@ -79,13 +97,20 @@ def write_adapter(
     receipt: Mapping[str, Any] | None = None,
     template: str | None = None,
 ) -> None:
-    """Write an adapter as a PEFT folder. Without a bank the receipt says nothing of the base but what is handed in, and layers are named
-    in full. template: a chat template that is not the base's own.
+    """Write an adapter as a PEFT folder; see `write_adapter_folder`. Without a bank, layers are named in full and the receipt does not
+    identify the base.
 
-    Raises CheckpointError when it cannot be written or does not read back equal.
+    Raises:
+        CheckpointError: the folder cannot be written, or does not read back equal.
     """
     write_adapter_folder(
-        adapter, Path(path), bank, base_name=base_name, task_type=task_type, receipt=receipt, template=template
+        adapter,
+        Path(path),
+        base_view(bank),
+        base_name=base_name,
+        task_type=task_type,
+        receipt=receipt,
+        template=template,
     )
 
 

@@ -1,31 +1,32 @@
-"""Literal names in place of patterns: what PEFT's settings say of layers, read and written without a regular expression.
+"""The patterns by which PEFT's settings name layers, read and written without a regular expression engine.
 
-PEFT takes a list of names, each of which stands for every module whose path is that name or ends in ".name"; a table of ranks or
-alphas, whose keys are regular expressions that must match a path's end from a dot on; and layer numbers. Here a key is understood
-where it needs no engine: names, "." for any one character, "\\." for a dot, ".*" for anything, "^" and "$". Matching takes time
-proportional to pattern x path, so no pattern can hang. What needs more is told as not understood, and is never compiled.
+PEFT takes lists of names, each of which means every module whose path is that name or ends in ".name"; tables of ranks or alphas, whose
+keys are regular expressions that match the end of a path from a dot on; and layer numbers. Keys are understood if they consist of names,
+"." for any character, "\\." for a dot, ".*", "^" and "$". Matching takes time in proportion to pattern x path, so no pattern can hang.
+Other keys are reported as not understood, and are never compiled.
 
-Written are the shortest common suffixes that pick exactly the adapter's layers, checked against every module of the model.
+The writer chooses the shortest suffixes that pick exactly the adapter's layers among all modules of the model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
+_LARGE = 256
 _META = set("\\^$*+?{}[]()|")
 ANY, RUN = object(), object()
 Token = str | object
 
 
 def ends_with(path: str, name: str) -> bool:
-    """Whether PEFT's lists mean ``path`` by ``name``."""
+    """PEFT's lists mean ``path`` by ``name``."""
     return path == name or path.endswith(f".{name}")
 
 
 def understood(pattern: str) -> list[Token] | None:
-    """A table's key as tokens (a character, ANY or RUN), or None where it needs more than these."""
+    """The key of a table as tokens (a character, ANY or RUN), or None if it needs more than these."""
     tokens: list[Token] = []
     body = pattern[:-1] if pattern.endswith("$") and not pattern.endswith("\\$") else pattern
     anchored = body.startswith("^")
@@ -49,90 +50,64 @@ def understood(pattern: str) -> list[Token] | None:
 
 
 def matches_key(pattern: str, path: str) -> bool | None:
-    """Whether PEFT's rank or alpha table means ``path`` by ``pattern``; None where the pattern is not understood.
+    """PEFT's rank or alpha table means ``path`` by ``pattern``; None if the pattern is not understood.
 
     PEFT matches ``(.*\\.)?(pattern)$`` from the path's start.
     """
     tokens = understood(pattern)
-    if tokens is None:
-        return None
-    if pattern.startswith("^"):
-        return _matches(tokens, path)
-    starts = [0] + [i + 1 for i, char in enumerate(path) if char == "."]
+    return None if tokens is None else _means(tokens, pattern.startswith("^"), path)
+
+
+def _means(tokens: list[Token], anchored: bool, path: str) -> bool:
+    if RUN not in tokens:
+        start = len(path) - len(tokens)
+        if start < 0 or (start > 0 and (anchored or path[start - 1] != ".")):
+            return False
+        return all(token is ANY or token == char for token, char in zip(tokens, path[start:], strict=True))
+    starts = [0] if anchored else [0] + [i + 1 for i, char in enumerate(path) if char == "."]
     return any(_matches(tokens, path[start:]) for start in starts)
 
 
 def _matches(tokens: list[Token], text: str) -> bool:
-    """Whether the whole text fits the tokens; O(tokens x text)."""
+    """The whole text fits the tokens; O(tokens x text)."""
     reached = {0}
     for token in tokens:
         if token is RUN:
-            reached = set(range(min(reached), len(text) + 1)) if reached else reached
-        elif token is ANY:
-            reached = {i + 1 for i in reached if i < len(text)}
+            reached = set(range(min(reached), len(text) + 1))
         else:
-            reached = {i + 1 for i in reached if i < len(text) and text[i] == token}
+            reached = {i + 1 for i in reached if i < len(text) and (token is ANY or text[i] == token)}
         if not reached:
             return False
     return len(text) in reached
 
 
-class Table(Generic[T]):
-    """A rank or alpha table of PEFT's, asked for many paths: the first key that means a path gives its value.
+class PatternTable(Generic[T]):
+    """A rank or alpha table of PEFT: the first key that means a path gives its value.
 
-    Keys that are names alone are found by hashing, whatever their number: a name's dots stand for any character, so names are filed by
-    length and the places of their dots, and a tail is looked up with these places blanked. The others are tried one by one.
+    Anchored keys without wildcards, such as `table_for` writes into large tables, are looked up; the others are tried one by one.
     """
 
     def __init__(self, table: Mapping[str, T]) -> None:
         self._values = list(table.values())
-        self._filed: dict[tuple[bool, int, tuple[int, ...]], dict[str, int]] = {}
-        self._tried: list[tuple[int, str]] = []
+        self._exact: dict[str, int] = {}
         self._unclear: list[tuple[int, str]] = []
-        self._dots: dict[tuple[bool, int], set[tuple[int, ...]]] = {}
+        self.tried: list[tuple[int, list[Token], bool]] = []
         for number, pattern in enumerate(table):
             tokens = understood(pattern)
             if tokens is None:
                 self._unclear.append((number, pattern))
-            elif RUN in tokens:
-                self._tried.append((number, pattern))
+            elif pattern.startswith("^") and ANY not in tokens and RUN not in tokens:
+                self._exact.setdefault("".join(map(str, tokens)), number)
             else:
-                self._file(pattern.startswith("^"), tokens, number)
-
-    @property
-    def tried(self) -> int:
-        """How many keys must be tried one by one."""
-        return len(self._tried)
+                self.tried.append((number, tokens, pattern.startswith("^")))
 
     def get(self, path: str, default: T) -> tuple[T, list[str]]:
         """The value for a path, and the keys before its own that are not understood."""
-        hits = [number for number, pattern in self._tried if matches_key(pattern, path)]
-        for anchored, tail in ((True, path), *((False, tail) for tail in tails(path))):
-            for dots in self._dots.get((anchored, len(tail)), ()):
-                number = self._filed[anchored, len(tail), dots].get(_blanked(tail, dots))
-                if number is not None:
-                    hits.append(number)
-        first = min(hits, default=len(self._values))
+        none = len(self._values)
+        tried = next((number for number, tokens, anchored in self.tried if _means(tokens, anchored, path)), none)
+        first = min(tried, self._exact.get(path, none))
         unclear = [pattern for number, pattern in self._unclear if number < first]
-        return (self._values[first] if hits else default), unclear
-
-    def _file(self, anchored: bool, tokens: list[Token], number: int) -> None:
-        dots = tuple(at for at, token in enumerate(tokens) if token is ANY)
-        name = "".join(token if isinstance(token, str) else "\0" for token in tokens)
-        self._dots.setdefault((anchored, len(name)), set()).add(dots)
-        self._filed.setdefault((anchored, len(name), dots), {}).setdefault(name, number)
-
-
-def _blanked(text: str, at: tuple[int, ...]) -> str:
-    letters = list(text)
-    for place in at:
-        letters[place] = "\0"
-    return "".join(letters)
-
-
-def lookup(table: Mapping[str, T], path: str, default: T) -> tuple[T, list[str]]:
-    """The value of the first key that means ``path``, and the keys before it that are not understood."""
-    return Table(table).get(path, default)
+        return (self._values[first] if first < none else default), unclear
 
 
 def layer_of(path: str, pattern: str | None = None) -> int | None:
@@ -149,17 +124,18 @@ def layer_of(path: str, pattern: str | None = None) -> int | None:
     return None
 
 
-def names_for(chosen: Iterable[str], every: Iterable[str]) -> list[str] | str:
+def names_for(chosen: Iterable[str], every: Collection[str]) -> list[str] | str:
     """``target_modules`` that make PEFT pick exactly ``chosen`` among the paths ``every``.
 
     A list of the shortest suffixes that suffice, or, where one chosen path is also the tail of another that is not chosen, an anchored
-    expression of full paths.
+    expression of full paths. Full paths too if ``every`` is empty: the modules of the model are not known.
     """
-    wanted = list(dict.fromkeys(chosen))
-    picked = set(wanted)
+    picked = set(chosen)
     wrong = {tail for path in every if path not in picked for tail in tails(path)}
+    if not every:
+        return sorted(picked)
     names: dict[str, None] = {}
-    for path in wanted:
+    for path in picked:
         name = next((tail for tail in tails(path) if tail not in wrong), None)
         if name is None:
             return "|".join(_escaped(path) for path in sorted(picked))
@@ -179,9 +155,9 @@ def table_for(values: Mapping[str, T], default: T) -> dict[str, T]:
     for path, value in values.items():
         if value != default:
             table[next((tail for tail in tails(path) if len(meant[tail]) == 1), path)] = value
-    found = Table(dict(sorted(table.items())))
-    if any(found.get(path, default) != (value, []) for path, value in values.items()):
-        # A dot that stands for any character, or a letter that does not stand for itself: full names, spelt so that they do.
+    read = PatternTable(dict(sorted(table.items())))
+    if len(table) > _LARGE or any(read.get(path, default) != (value, []) for path, value in values.items()):
+        # Too many to try one by one; or a dot that means any character, or a letter that does not mean itself: escaped full names.
         table = {"^" + _escaped(path): value for path, value in values.items() if value != default}
     return dict(sorted(table.items()))
 

@@ -1,139 +1,154 @@
-"""Where each tensor of a PEFT folder goes, from the header alone: names, layers, shapes and ranks against the base's own.
+"""The layer that each tensor of a PEFT folder belongs to, from the header alone, with its shape checked against the base.
 
-Nothing is read yet but the header, so a file that does not fit costs nothing.
+Factors and vectors go to the sites that they name. Every other tensor is an override, if the settings declare it:
+
+    bias            bias = "all" or "lora_only"
+    lora_B.bias     lora_bias
+    weight          modules_to_save                         heads, embeddings, norms
+    token rows      trainable_token_indices
+    the rest        an embedding or a head                  a copy of the base's weight, skipped if it is equal: PEFT writes it
+                                                            beside factors, and after the vocabulary was resized
+
+Everything else names a weight of the base and is refused: PEFT would overwrite the base with it. An override replaces the base's
+parameter for the tokens of that adapter only (``adapters/overrides.py``).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 
-from veneer.adapters.bank import Bank
-from veneer.adapters.methods import DoRA, LoRA
+from veneer.adapters.methods import Method, method_class_for
+from veneer.adapters.overrides import BIAS, LORA_BIAS, ROWS, WEIGHT
+from veneer.checkpoints.base_view import BaseView, inside
 from veneer.checkpoints.findings import Findings, listed, shown
-from veneer.checkpoints.peft.overrides_in import foreign
+from veneer.checkpoints.peft.patterns import ends_with
 from veneer.checkpoints.peft.settings import MAX_RANK, Settings
-from veneer.checkpoints.peft.tensor_names import MAGNITUDE, Key, parse_key
-from veneer.checkpoints.tensors import Entry, Header
+from veneer.checkpoints.peft.tensor_names import VECTORS, Key, not_of_an_adapter
+from veneer.checkpoints.tensors import Entry
 
 
 @dataclass
-class Plan:
-    """Where each tensor of a file goes: {site: {tensor name: entry}} for the low-rank ones."""
+class Placement:
+    """Where each tensor of a file goes: {layer: {tensor name: entry}} for factors with vectors, and for overrides."""
 
+    method: Method
+    """The method with default options, for the names and shapes of its tensors."""
     sites: dict[str, dict[str, Entry]] = field(default_factory=dict)
     kinds: dict[str, str] = field(default_factory=dict)
-    whole: list[tuple[Key, Entry]] = field(default_factory=list)
-    """Tensors that are no factors, in the order of the file."""
+    shapes: dict[str, dict[str, tuple[int, ...]]] = field(default_factory=dict)
+    """Shapes in memory of a site's tensors."""
+    alphas: dict[str, float] = field(default_factory=dict)
+    overrides: dict[str, dict[str, Entry]] = field(default_factory=dict)
+    tokens: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    copies: dict[str, Entry] = field(default_factory=dict)
+    """Weights that must equal the base's."""
 
     @property
     def ranks(self) -> dict[str, int]:
-        """A's first size, by site."""
-        factors = {site: own.get("lora_A", own.get("lora_embedding_A")) for site, own in self.sites.items()}
+        """The first size of A, by site."""
+        factors = {site: tensors.get("lora_A", tensors.get("lora_embedding_A")) for site, tensors in self.sites.items()}
         return {site: a.shape[0] for site, a in factors.items() if a is not None}
 
 
-def plan_tensors(header: Header, found: Findings) -> Plan:
-    """Take every name of the header apart; what is no tensor of an adapter is refused."""
-    plan = Plan()
-    adapters: set[str] = set()
-    bare = 0
-    for entry in header.entries:
-        key = parse_key(entry.name)
-        if key is None:
-            found.refuse(foreign(entry.name))
-            continue
+def place(keys: list[tuple[Key, Entry]], settings: Settings, base: BaseView, found: Findings) -> Placement:
+    """Give every tensor its layer; what has none, or does not fit, is refused."""
+    placement = Placement(method_class_for(settings)())
+    for key, entry in keys:
+        if key.kind == "low_rank":
+            placement.sites.setdefault(key.site, {})[key.tensor] = entry
+    for site in placement.sites:
+        _place_site(site, placement, settings, base, found)
+    for key, entry in keys:
         if key.kind != "low_rank":
-            plan.whole.append((key, entry))
-            continue
-        own = plan.sites.setdefault(key.site, {})
-        if key.tensor in own:
-            found.refuse(f"{shown(entry.name)} and {shown(own[key.tensor].name)} are the same tensor of the same layer")
-        own[key.tensor] = entry
-        adapters |= {key.adapter} if key.adapter is not None else set()
-        bare += not key.prefixed
-    if len(adapters) > 1:
-        found.refuse(
-            f"the file holds {len(adapters)} adapters ({listed(sorted(adapters))}); expected one: save each in a folder of its own"
-        )
-    if bare:
-        found.note(f"{bare} tensor names lack the prefix base_model.model. and are taken as paths in the base")
-    if not header.entries:
-        found.refuse("the file holds no tensor")
-    return plan
+            _place_override(key, entry, placement, settings, base, found)
+    missing = base.missing_overrides(settings.modules_to_save or (), placement.overrides)
+    if missing:
+        found.refuse(f"modules_to_save declares {listed(missing)}, which the file has no tensors for: it is incomplete")
+    return placement
 
 
-def check_shapes(plan: Plan, settings: Settings, bank: Bank | None, found: Findings) -> None:
-    """Hold every site's tensors against the layer that stands there, or without a base against each other."""
-    for site, own in plan.sites.items():
-        if bank is not None and not _known(site, bank, found):
-            continue
-        kind = _kind(site, own, settings, bank)
-        plan.kinds[site] = kind
-        expected = tensor_names(kind, settings)
-        missing = [name for name in expected if name not in own]
-        surplus = [name for name in own if name not in expected]
-        if missing:
-            found.refuse(f"{shown(site)}: {', '.join(missing)} is missing beside {', '.join(own)}")
-        for name in surplus:
-            why = "use_dora is false in adapter_config.json" if name == MAGNITUDE else f"the layer is a {kind} layer"
-            found.refuse(f"{shown(site)}: {name} does not belong here: {why}")
-        if not missing:
-            _check_site_shapes(site, [own[name] for name in expected], kind, bank, found)
+def stored_shape(shape: tuple[int, ...], kind: str) -> tuple[int, ...]:
+    """The shape in which PEFT stores a tensor: that of a convolution's vector is [1, out, 1, 1]."""
+    return (1, *shape, 1, 1) if kind == "conv2d" and len(shape) == 1 else shape
 
 
-def tensor_names(kind: str, settings: Settings) -> tuple[str, ...]:
-    """Names of a site's tensors under these settings."""
-    return (DoRA if settings.use_dora else LoRA)().tensor_names(kind)
-
-
-def _check_site_shapes(site: str, entries: list[Entry], kind: str, bank: Bank | None, found: Findings) -> None:
-    r = entries[0].shape[0]
-    if r > MAX_RANK:
-        found.refuse(f"{shown(site)}: rank {r:,}; at most {MAX_RANK:,} is read")
+def _place_site(site: str, placement: Placement, settings: Settings, base: BaseView, found: Findings) -> None:
+    problem = base.site_problem(site, suggest=len(found.problems) < 3)
+    if problem:
+        found.refuse(problem)
         return
-    if bank is not None:
-        geometry = bank.sites[site].geometry
-        expected = [geometry.shape_a(r), geometry.shape_b(r), (geometry.out,)]
+    tensors, method = placement.sites[site], placement.method
+    factors = {name: entry.shape for name, entry in tensors.items() if name not in VECTORS}
+    kind = placement.kinds[site] = base.kind(site, factors, fan_in_fan_out=settings.fan_in_fan_out)
+    expected = method.tensor_names(kind)
+    missing = [name for name in expected if name not in tensors]
+    if missing:
+        found.refuse(f"{shown(site)}: {', '.join(missing)} is missing beside {', '.join(tensors)}")
+    for name in tensors:
+        if name not in expected:
+            flags = ", ".join(f"{key} is {str(value).lower()}" for key, value in method.peft_flags().items())
+            why = f"{flags} in adapter_config.json" if name in VECTORS else f"the layer is a {kind} layer"
+            found.refuse(f"{shown(site)}: {name} does not belong here: {why}")
+    if missing:
+        return
+    shape_a, shape_b = (factors[name] for name in method.factor_names(kind))
+    if shape_a[0] > MAX_RANK:
+        found.refuse(f"{shown(site)}: rank {shape_a[0]:,}; at most {MAX_RANK:,} is read")
+        return
+    shapes = method.tensor_shapes(base.geometry(site, kind, shape_a, shape_b), shape_a[0])
+    placement.shapes[site] = shapes
+    for name, shape in shapes.items():
+        entry, stored = tensors[name], stored_shape(shape, kind)
+        if entry.shape != stored:
+            found.refuse(f"{shown(entry.name)}: expected shape {stored}, found {entry.shape}")
+
+
+def _place_override(
+    key: Key, entry: Entry, placement: Placement, settings: Settings, base: BaseView, found: Findings
+) -> None:
+    name, layer = _override_name(key, placement, settings, base), base.holder(key.site, key.tensor)
+    if name == ROWS:
+        problem = _rows_problem(key, entry, placement, settings, base)
+    elif name is not None:
+        problem = base.override_problem(layer, name, entry.name, entry.shape)
+    elif key.kind == "whole" and key.tensor == WEIGHT and base.is_vocabulary(key.site):
+        problem = base.override_problem(key.site, WEIGHT, entry.name, entry.shape)
+        placement.copies[key.site] = entry
     else:
-        shape_a, shape_b = entries[0].shape, entries[1].shape
-        out = shape_b[0]
-        expected = [shape_a, (out, r, 1, 1) if kind == "conv2d" else (out, r), (out,)]
-        if len(shape_a) != (4 if kind == "conv2d" else 2):
-            found.refuse(f"{shown(entries[0].name)}: expected 2 sizes, or 4 for a convolution, found {shape_a}")
-            return
-    if kind == "conv2d":
-        expected[2] = (1, expected[2][0], 1, 1)
-    for entry, shape in zip(entries, expected, strict=False):
-        if entry.shape != shape:
-            found.refuse(f"{shown(entry.name)}: expected shape {shape}, found {entry.shape}")
+        problem = not_of_an_adapter(entry.name)
+    if problem:
+        found.refuse(problem)
+    elif name is not None:
+        placement.overrides.setdefault(layer, {})[name] = entry
 
 
-def _known(site: str, bank: Bank, found: Findings) -> bool:
-    """Whether the base has a layer of this path that an adapter can act on; if not, why."""
-    if site in bank.sites:
-        reason = bank.sites[site].reason
-        if reason:
-            found.refuse(f"{shown(site)} cannot be adapted: {reason}")
-        return not reason
-    why = next((text for path, text in bank.uncovered.items() if path == site or path.startswith(f"{site}.")), None)
-    if why is not None:
-        found.refuse(f"{shown(site)} cannot be adapted: {why}")
-        return False
-    near = (
-        get_close_matches(site[:512], bank.sites, n=1, cutoff=0.8)
-        if len(found.problems) < 3 and len(bank.sites) < 2000
-        else []
-    )
-    found.refuse(f"{shown(site)}: the base has no such layer" + (f" (the nearest is {near[0]})" if near else ""))
-    return False
+def _override_name(key: Key, placement: Placement, settings: Settings, base: BaseView) -> str | None:
+    """The name of the override that the settings make of a tensor, or None."""
+    if key.kind == "rows":
+        return ROWS if settings.trainable_token_indices is not None else None
+    if key.kind == "lora_bias":
+        taken = settings.lora_bias and LORA_BIAS in placement.method.overrides_beside and key.site in placement.sites
+        return LORA_BIAS if taken else None
+    if key.tensor == BIAS and settings.bias != "none" and (settings.bias == "all" or key.site in placement.sites):
+        return BIAS
+    names = settings.modules_to_save or []
+    saved = any(inside(key.site, name) for name in names)
+    if settings.ensure_weight_tying and not saved:
+        # PEFT also writes a head that follows a saved embedding.
+        source = base.tied_to(key.site)
+        saved = source is not None and any(inside(source, name) for name in names)
+    return key.tensor if saved and not key.beside else None
 
 
-def _kind(site: str, own: dict[str, Entry], settings: Settings, bank: Bank | None) -> str:
-    if bank is not None:
-        return bank.sites[site].kind
-    if "lora_embedding_A" in own or "lora_embedding_B" in own:
-        return "embedding"
-    if any(len(entry.shape) == 4 for name, entry in own.items() if name != MAGNITUDE):
-        return "conv2d"
-    return "conv1d" if settings.fan_in_fan_out else "linear"
+def _rows_problem(key: Key, entry: Entry, placement: Placement, settings: Settings, base: BaseView) -> str:
+    declared = settings.trainable_token_indices
+    if isinstance(declared, dict):
+        declared = next((ids for name, ids in declared.items() if ends_with(key.site, name)), None)
+    if declared is None:
+        return f"{shown(entry.name)}: trainable_token_indices does not name {shown(key.site)}"
+    if len(declared) != entry.shape[0]:
+        return (
+            f"{shown(entry.name)} has {entry.shape[0]:,} rows, trainable_token_indices names {len(declared):,} tokens"
+        )
+    placement.tokens[key.site] = tuple(declared)
+    return base.rows_problem(key.site, entry.name, declared)

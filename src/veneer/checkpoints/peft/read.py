@@ -1,9 +1,12 @@
-"""A PEFT folder becomes an adapter, strictly: every tensor lands at a layer of the base, or the folder is refused.
+"""Reads a PEFT folder as an adapter, strictly: every tensor lands at a layer of the base, or the folder is refused.
 
-Order of work, so that a bad file costs nothing: settings and header (a few kilobytes), then names, shapes and ranks against the
-base's own layers, then a look through the numbers (some that are not finite, a change out of proportion), then the base against the
-receipt, and only then are numbers kept, and held against the receipt too. Which layers are adapted and with which ranks is read from
-the tensors; the settings give the scale, and must agree.
+    parse     settings and header, a few kilobytes
+    place     the layer of each tensor; names, shapes and ranks against the base
+    check     settings against tensors; one pass over the numbers; the base against the receipt
+    build     only now are numbers kept, and checked against the receipt
+
+A bad file is refused as early as it can be, with all that a stage found in one error. The tensors tell which layers are adapted and with
+which ranks; the settings give the scale, and must agree.
 """
 
 from __future__ import annotations
@@ -13,17 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from veneer.adapters.adapter import Adapter
-from veneer.adapters.bank import Bank
 from veneer.checkpoints import receipt as receipts
+from veneer.checkpoints.base_view import BaseView
 from veneer.checkpoints.files import Folder, parse_json
 from veneer.checkpoints.findings import Findings, shown
 from veneer.checkpoints.locate import CONFIG, WEIGHTS
 from veneer.checkpoints.peft.build import build, check_init
-from veneer.checkpoints.peft.consistency import check_agreement
-from veneer.checkpoints.peft.overrides_in import plan_whole, take_copies
-from veneer.checkpoints.peft.placement import check_shapes, plan_tensors
+from veneer.checkpoints.peft.checks import check_agreement, check_stored, check_values
+from veneer.checkpoints.peft.placement import place
 from veneer.checkpoints.peft.settings import read_settings
-from veneer.checkpoints.peft.value_checks import check_stored, check_values
+from veneer.checkpoints.peft.tensor_names import read_keys
 from veneer.checkpoints.tensors import Header, read_header, read_tensors
 from veneer.errors import CheckpointError
 
@@ -34,17 +36,26 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
 def read_adapter_folder(
-    path: Path, name: str, bank: Bank | None, *, force: str | Iterable[str] = (), convert: bool = False
+    path: Path, name: str, base: BaseView, *, force: str | Iterable[str] = (), convert: bool = False
 ) -> Adapter:
-    """The adapter in a PEFT folder; with a bank it is held against the bank's base.
+    """Read a PEFT folder as an adapter for a base.
 
-    force: what to override, by names of `findings.OVERRIDES`. convert: turn PiSSA and OLoRA folders into the change that they are.
+    Args:
+        path: the folder.
+        name: the adapter's name.
+        base: the base that it must fit; a plain `BaseView` for none.
+        force: checks to override, keys of `findings.OVERRIDES`.
+        convert: turn PiSSA and OLoRA folders into their change to the base.
 
-    Raises CheckpointError with everything that is wrong, in one error. ``adapter.meta`` then holds "notes" (what is worth knowing),
-    "receipt" (or None), "template" (a chat template in the folder, or None), "path" and "settings" (what adapter_config.json said).
+    Returns:
+        The adapter. Its ``meta`` holds "notes", "receipt" (or None), "template" (a chat template in the folder, or None), "path",
+        "settings" (the content of adapter_config.json) and "digest".
+
+    Raises:
+        CheckpointError: everything that is wrong, in one error.
     """
     found = Findings(force)
-    headline = f"{path} cannot be loaded" + ("" if bank is None else " onto this base")
+    headline = f"{path} cannot be loaded{' onto this base' if base.sites else ''}"
     with Folder(path) as folder:
         _check_files(folder)
         raw = parse_json(folder.read(CONFIG, MAX_CONFIG), str(path / CONFIG))
@@ -52,28 +63,27 @@ def read_adapter_folder(
         settings = read_settings(raw, found)
         with folder.open(WEIGHTS) as (file, size):
             header = read_header(file, size, str(path / WEIGHTS))
-            plan = plan_tensors(header, found)
-            if settings is not None:
-                check_shapes(plan, settings, bank, found)
-                check_init(settings, plan, bank, convert, found)
-                check_agreement(plan.ranks, settings, bank, found)
-                whole = plan_whole(plan.whole, plan.sites, settings, bank, found)
-            found.raise_if_any(headline)
+            keys = read_keys(header, found)
+            if settings is None:
+                found.raise_if_any(headline)
             assert settings is not None
-            early = Findings(found.force)  # what it notes is noted below, of what is kept
-            check_stored(file, header, plan, whole, settings, str(path / WEIGHTS), early)
+            placement = place(keys, settings, base, found)
+            check_init(settings, placement, base, convert, found)
+            check_agreement(placement, settings, base, found)
+            found.raise_if_any(headline)
+            early = Findings(found.force)  # its notes are found again in the numbers that are kept
+            check_stored(file, header, placement, settings, str(path / WEIGHTS), early)
             early.raise_if_any(headline)
             receipt = _receipt(header, found)
-            known = receipt is not None and bank is not None and receipts.verify_base(receipt, plan.sites, bank, found)
+            base_agrees = receipt is not None and receipts.verify_base(receipt, placement.sites, base, found)
             found.raise_if_any(headline)
             stored, digest = read_tensors(file, header, str(path / WEIGHTS))
-    take_copies(whole, stored, bank, found)
-    adapter = build(name, plan, whole, settings, stored, receipt, bank, found)
+    adapter = build(name, placement, settings, stored, receipt or {}, base, found)
     check_values(adapter, found)
     if receipt is None:
         found.note("no receipt: whether this is the base that the adapter was trained on is not known")
     elif not found.problems:
-        receipts.verify(receipt, adapter, digest, bank, known, found)
+        receipts.verify(receipt, adapter, digest, base, base_agrees, found)
     found.raise_if_any(headline)
     adapter.meta |= {"notes": found.notes, "receipt": receipt, "path": str(path), "settings": raw, "digest": digest}
     adapter.meta["template"] = template
@@ -96,7 +106,7 @@ def _check_files(folder: Folder) -> None:
         if pickled:
             raise CheckpointError(
                 f"{folder.path / pickled[0]} is a pickle, which can run code when it is opened, and is not read; convert it where "
-                "it is trusted: PeftModel.from_pretrained(base, folder).save_pretrained(new_folder) writes adapter_model.safetensors"
+                "you trust it: PeftModel.from_pretrained(base, folder).save_pretrained(new_folder) writes adapter_model.safetensors"
             )
         if CONFIG not in folder and "config.json" in folder:
             raise CheckpointError(f"{folder.path} holds a base model, not an adapter: there is no {CONFIG}")
@@ -106,17 +116,15 @@ def _check_files(folder: Folder) -> None:
 
 
 def _check_case(folder: Folder) -> None:
-    """Refuse names that are one where case does not count: the same folder would be another adapter on another file system."""
-    for wanted in (WEIGHTS, CONFIG, TEMPLATE):
-        twins = [name for name in folder.names if name != wanted and name.casefold() == wanted]
-        if twins and wanted in folder:
+    """Refuse names that differ in case alone: the folder would be another adapter on a file system that ignores case."""
+    for expected in (WEIGHTS, CONFIG, TEMPLATE):
+        twins = [name for name in folder.names if name != expected and name.casefold() == expected]
+        if twins and expected in folder:
             raise CheckpointError(
-                f"{folder.path} holds {wanted} and {shown(twins[0])}, whose names differ in case alone; remove the one that is not meant"
+                f"{folder.path} holds {expected} and {shown(twins[0])}, whose names differ in case alone; remove one of them"
             )
-        if twins and wanted != TEMPLATE:
-            raise CheckpointError(
-                f"{folder.path} holds no {wanted}, for which {shown(twins[0])} is another name; expected {wanted}: rename it"
-            )
+        if twins and expected != TEMPLATE:
+            raise CheckpointError(f"{folder.path} holds {shown(twins[0])}; expected {expected}: rename it")
 
 
 def _receipt(header: Header, found: Findings) -> dict[str, Any] | None:

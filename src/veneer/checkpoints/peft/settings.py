@@ -1,10 +1,10 @@
-"""``adapter_config.json``: what is read from it, what is refused by name, and what is written.
+"""``adapter_config.json``: the settings that are read, refused by name, and written.
 
-A key falls into one of four groups. Used: it changes what is computed, and is honoured. Refused: it changes what is computed in a way
-that Veneer does not have (a default value is harmless). Ignored: it only matters where the adapter was made. Unknown: harmless while
-its value says nothing (null, false, 0 or empty), and refused otherwise, because a later format may have given it a meaning.
+A key is in one of four groups. Used: it changes the computation, and is honoured. Refused: it changes the computation in a way that
+Veneer does not support (a default value is harmless). Ignored: it matters only where the adapter was made. Unknown: harmless if its value
+is null, false, 0 or empty, and refused otherwise, because a later format may have given it a meaning.
 
-Patterns in it are kept as text; see `peft_sites`.
+Patterns are kept as text; see ``patterns.py``.
 """
 
 from __future__ import annotations
@@ -38,12 +38,17 @@ REFUSED = {
     "monteclora_config": "MonteCLoRA samples its factors",
     "loftq_config": "LoftQ replaces the base's weights",
 }
-"""Settings that change what is computed and that Veneer does not have."""
+"""Settings that change the computation and that Veneer does not support."""
 
 _ELSEWHERE = (
     "peft_type auto_mapping peft_version inference_mode revision base_model_name_or_path task_type runtime_config megatron_core "
     "qalora_group_size eva_config corda_config lora_ga_config modules_to_tie target_modules_to_tie loraplus_lr_ratio "
     "loraplus_lr_embedding unsloth_fixed"
+)
+_EMPTY = (
+    "alora_invocation_tokens arrow_config auto_mapping corda_config eva_config exclude_modules kasa_config layer_replication "
+    "layers_pattern layers_to_transform lora_ga_config megatron_config monteclora_config revision target_parameters "
+    "use_bdlora velora_config"
 )
 IGNORED = frozenset(_ELSEWHERE.split())
 """Settings that matter only where the adapter was made."""
@@ -84,14 +89,14 @@ class Settings(BaseModel):
 
 
 def read_settings(raw: Any, found: Findings) -> Settings | None:
-    """The settings in a parsed ``adapter_config.json``, or None where they cannot be used; what is wrong is noted in ``found``."""
+    """The settings in a parsed ``adapter_config.json``, or None if they cannot be used; ``found`` collects the reasons."""
     if not isinstance(raw, dict):
         found.refuse(f"adapter_config.json holds {type(raw).__name__}; expected a table of settings")
         return None
     kind = raw.get("peft_type")
     if kind != "LORA":
         found.refuse(
-            f'peft_type: expected "LORA" (so are LoRA, rsLoRA and DoRA), found {shown(kind, 40)}, which Veneer does not have'
+            f'peft_type: expected "LORA" (so are LoRA, rsLoRA and DoRA), found {shown(kind, 40)}, which Veneer does not support'
         )
         return None
     try:
@@ -101,11 +106,11 @@ def read_settings(raw: Any, found: Findings) -> Settings | None:
             place = ".".join(shown(part, 60) for part in detail["loc"])
             found.refuse(f"adapter_config.json, {place}: {detail['msg']}; found {shown(detail['input'], 60)}")
         return None
-    _refuse_what_is_not_had(raw, found)
+    _refuse_unsupported(raw, found)
     return settings
 
 
-def _refuse_what_is_not_had(raw: dict[str, Any], found: Findings) -> None:
+def _refuse_unsupported(raw: dict[str, Any], found: Findings) -> None:
     for key, value in raw.items():
         if key in Settings.model_fields or key in IGNORED or not value:
             continue
@@ -113,7 +118,7 @@ def _refuse_what_is_not_had(raw: dict[str, Any], found: Findings) -> None:
             found.refuse(f"adapter_config.json, {key}: not supported, {REFUSED[key]}")
         else:
             found.refuse(
-                f"adapter_config.json, {shown(key, 60)}: not known, so what {shown(value, 60)} would change is not known either",
+                f"adapter_config.json, {shown(key, 60)}: not known, and its value {shown(value, 60)} may change the computation",
                 "config",
             )
     mapping = raw.get("auto_mapping")
@@ -121,52 +126,20 @@ def _refuse_what_is_not_had(raw: dict[str, Any], found: Findings) -> None:
         found.note("auto_mapping in adapter_config.json is ignored: no class or library named in a file is imported")
 
 
-def settings_for(
-    *,
-    r: int,
-    lora_alpha: float,
-    lora_dropout: float,
-    use_rslora: bool,
-    use_dora: bool,
-    init_lora_weights: bool | str,
-    target_modules: list[str] | str,
-    rank_pattern: dict[str, int],
-    alpha_pattern: dict[str, float],
-    fan_in_fan_out: bool,
-    ensure_weight_tying: bool,
-    own: dict[str, Any],
-    base_name: str | None,
-    task_type: str | None,
-) -> dict[str, Any]:
-    """Everything that PEFT 0.21 writes, with the values that make it compute the same."""
-    empty = (
-        "alora_invocation_tokens arrow_config auto_mapping corda_config eva_config exclude_modules kasa_config layer_replication "
-        "layers_pattern layers_to_transform lora_ga_config megatron_config monteclora_config revision target_parameters "
-        "use_bdlora velora_config"
-    )
+def written_settings(**values: Any) -> dict[str, Any]:
+    """Everything that PEFT 0.21 writes: these values, and for all other keys those that change nothing."""
     return {
-        **dict.fromkeys(empty.split()),
-        "alpha_pattern": {key: _number(value) for key, value in alpha_pattern.items()},
-        "base_model_name_or_path": base_name,
-        "ensure_weight_tying": ensure_weight_tying,
-        "fan_in_fan_out": fan_in_fan_out,
+        **dict.fromkeys(_EMPTY.split()),
         "inference_mode": True,
-        "init_lora_weights": init_lora_weights,
         "loftq_config": {},
-        "lora_alpha": _number(lora_alpha),
-        "lora_dropout": lora_dropout,
         "megatron_core": "megatron.core",
         "peft_type": "LORA",
         "peft_version": "0.21.2",
         "qalora_group_size": 16,
-        "r": r,
-        "rank_pattern": rank_pattern,
-        "target_modules": target_modules,
-        "task_type": task_type,
-        "use_dora": use_dora,
         "use_qalora": False,
-        "use_rslora": use_rslora,
-        **own,
+        **values,
+        "alpha_pattern": {key: _number(value) for key, value in values["alpha_pattern"].items()},
+        "lora_alpha": _number(values["lora_alpha"]),
     }
 
 

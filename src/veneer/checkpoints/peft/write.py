@@ -1,9 +1,18 @@
-"""An adapter becomes a PEFT folder: settings, tensors with a receipt, and a model card; read back before it counts as written.
+"""Writes an adapter as a PEFT folder: settings, tensors with a receipt, and a model card, read back before it counts as written.
 
     adapter_config.json          what PEFT, vLLM and others build the layers from
     adapter_model.safetensors    the tensors in fp32, the receipt in its metadata
     README.md                    a model card
-    chat_template.jinja          the chat template, where it is another than the base's
+    chat_template.jinja          the chat template, if it is not the base's
+
+Tensors under PEFT's names, and the settings that declare overrides:
+
+    weight, bias      <layer>.weight, <layer>.bias                           modules_to_save
+    bias              <site>.base_layer.bias, or <layer>.bias                bias
+    lora_bias         <site>.lora_B.bias                                     lora_bias
+    rows              <layer>.token_adapter.trainable_tokens_delta           trainable_token_indices
+    weight beside     <site>.base_layer.weight                               (PEFT declares none of these)
+    factors
 
 ``target_modules``, ``rank_pattern`` and ``alpha_pattern`` are chosen so that PEFT gives exactly these layers these ranks and scales.
 The same adapter gives the same bytes.
@@ -17,22 +26,22 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
 from veneer._version import __version__
 from veneer.adapters.adapter import Adapter
-from veneer.adapters.bank import Bank
+from veneer.adapters.overrides import BIAS, LORA_BIAS, ROWS, WEIGHT
+from veneer.adapters.targets import as_list
 from veneer.checkpoints import receipt as receipts
+from veneer.checkpoints.base_view import BaseView, inside, named
 from veneer.checkpoints.files import Folder, write_folder
 from veneer.checkpoints.findings import listed
 from veneer.checkpoints.locate import CONFIG, WEIGHTS
-from veneer.checkpoints.logit_check import logits_record
-from veneer.checkpoints.peft.overrides_out import own_settings, stored_own
 from veneer.checkpoints.peft.patterns import names_for, table_for
+from veneer.checkpoints.peft.placement import stored_shape
 from veneer.checkpoints.peft.read import MAX_CONFIG, TEMPLATE
-from veneer.checkpoints.peft.settings import settings_for
-from veneer.checkpoints.peft.tensor_names import MAGNITUDE, key_of
+from veneer.checkpoints.peft.settings import written_settings
+from veneer.checkpoints.peft.tensor_names import PREFIX, TOKEN_ROWS, key_of
 from veneer.checkpoints.tensors import digest, read_header, read_tensors, to_buffers
 from veneer.errors import CheckpointError
 
@@ -48,30 +57,31 @@ _TASKS = {
 def write_adapter_folder(
     adapter: Adapter,
     path: Path,
-    bank: Bank | None,
+    base: BaseView,
     *,
     base_name: str | None = None,
     task_type: str | None = None,
     receipt: Mapping[str, Any] | None = None,
-    logits: bool = False,
     template: str | None = None,
 ) -> None:
     """Write ``adapter`` as the folder ``path``, or over the adapter that is there.
 
-    base_name, task_type: what PEFT calls base_model_name_or_path and task_type; by default what the model says of itself, or what the
-    adapter's own folder said. receipt: more entries for the receipt (template, tokenizer and data hashes, say). logits: run the model
-    once and record eight numbers of the adapter's logits, for ``veneer inspect --verify``; the adapter must be in the bank.
-    template: a chat template that is not the base's own, kept beside the tensors.
+    Args:
+        adapter: the adapter.
+        path: the folder.
+        base: the base that it acts on; a plain `BaseView` if it is not loaded.
+        base_name: PEFT's base_model_name_or_path, by default the model's own name, or that of the folder which the adapter came from.
+        task_type: PEFT's task_type, with the same defaults.
+        receipt: more entries for the receipt, such as the hashes of template, tokenizer and data.
+        template: a chat template that is not the base's own, stored beside the tensors.
 
-    Raises CheckpointError when the place cannot be written, or what was written does not read back equal.
+    Raises:
+        CheckpointError: the folder cannot be written, or does not read back equal.
     """
-    tensors = stored_tensors(adapter, bank)
+    tensors = stored_tensors(adapter, base)
     checksum = digest(tensors)
-    settings = _settings(adapter, bank, base_name, task_type)
-    extra = dict(receipt or {})
-    if logits and bank is not None:
-        extra["logits"] = logits_record(bank, adapter.name)
-    note = receipts.make_receipt(adapter, bank, checksum, extra)
+    settings = _settings(adapter, base, base_name, task_type)
+    note = receipts.make_receipt(adapter, base, checksum, receipt)
     metadata = {"format": "pt", receipts.KEY: json.dumps(note, sort_keys=True, separators=(",", ":"))}
     config = (json.dumps(settings, indent=2, sort_keys=True) + "\n").encode()
     files: dict[str, Sequence[bytes | memoryview]] = {
@@ -85,52 +95,111 @@ def write_adapter_folder(
     _read_back(path, config, checksum)
 
 
-def stored_tensors(adapter: Adapter, bank: Bank | None) -> dict[str, Tensor]:
+def stored_tensors(adapter: Adapter, base: BaseView) -> dict[str, Tensor]:
     """The adapter's tensors under PEFT's names and in PEFT's shapes, fp32 (an fp64 master is rounded)."""
-    tensors: dict[str, Tensor] = {}
-    for site, own in adapter.tensors.items():
-        for name, value in own.items():
-            stored = value.detach().to(torch.float32)
-            if name == MAGNITUDE and adapter.kinds[site] == "conv2d":
-                stored = stored.reshape(1, -1, 1, 1)
-            tensors[key_of(site, name)] = stored.contiguous()
-        for head in _tied_heads(adapter, site, bank):
+    stored: dict[str, Tensor] = {}
+    for site, tensors in adapter.tensors.items():
+        for name, value in tensors.items():
+            stored[key_of(site, name)] = _fp32(value).reshape(stored_shape(tuple(value.shape), adapter.kinds[site]))
+        for head in _tied_heads(adapter, site, base):
             # PEFT keeps the head's factors beside the embedding's, transposed.
-            tensors[key_of(head, "lora_A")] = own["lora_embedding_B"].detach().float().T.contiguous()
-            tensors[key_of(head, "lora_B")] = own["lora_embedding_A"].detach().float().T.contiguous()
-    return tensors | stored_own(adapter, bank)
+            stored[key_of(head, "lora_A")] = _fp32(tensors["lora_embedding_B"].T)
+            stored[key_of(head, "lora_B")] = _fp32(tensors["lora_embedding_A"].T)
+    return stored | _stored_overrides(adapter, base)
 
 
-def _tied_heads(adapter: Adapter, site: str, bank: Bank | None) -> list[str]:
-    if not adapter.method.ensure_weight_tying or bank is None:
+def _fp32(value: Tensor) -> Tensor:
+    return value.detach().float().contiguous()
+
+
+def _tied_heads(adapter: Adapter, site: str, base: BaseView) -> list[str]:
+    if not adapter.method.ensure_weight_tying:
         return []
-    return [name for name in bank.tied.get(site, ()) if bank.sites[name].tied_to == site]
+    return [name for name in base.tied.get(site, ()) if base.tied_to(name) == site]
 
 
-def _settings(adapter: Adapter, bank: Bank | None, base_name: str | None, task_type: str | None) -> dict[str, Any]:
+def _stored_overrides(adapter: Adapter, base: BaseView) -> dict[str, Tensor]:
+    """{PEFT's name: tensor in fp32} of the overrides. Rows that two layers share are stored once."""
+    stored: dict[str, Tensor] = {}
+    rows: set[int] = set()
+    for layer, overrides in adapter.overrides.items():
+        beside = ".base_layer" if layer in adapter.tensors else ""
+        for key, value in overrides.items():
+            if key == LORA_BIAS:
+                stored[f"{PREFIX}{layer}.lora_B.bias"] = _fp32(value)
+            elif key != ROWS:
+                stored[f"{PREFIX}{layer}{beside}.{key}"] = _fp32(value)
+            elif id(value) not in rows:
+                stored[f"{PREFIX}{layer}.token_adapter.{TOKEN_ROWS}"] = _fp32(value)
+                rows.add(id(value))
+        if WEIGHT in overrides and not beside:
+            # PEFT needs every parameter of a saved layer: those that are not overridden are the base's.
+            for key, parameter in base.parameters_of(layer).items():
+                stored.setdefault(f"{PREFIX}{layer}.{key}", _fp32(parameter))
+    return stored
+
+
+def _settings(adapter: Adapter, base: BaseView, base_name: str | None, task_type: str | None) -> dict[str, Any]:
     method, sites = adapter.method, list(adapter.tensors)
     ranks = {site: adapter.rank(site) for site in sites}
     alphas = {site: adapter.alpha(site) for site in sites}
     r = _usual(method.r, ranks.values())
     alpha = _usual(method.lora_alpha, alphas.values())
     before = adapter.meta.get("settings") or {}
-    every = [path for path, _ in bank.model.named_modules()] if bank is not None else []
-    return settings_for(
+    return written_settings(
         r=r,
         lora_alpha=alpha,
         lora_dropout=method.lora_dropout,
         use_rslora=method.use_rslora,
         **method.peft_flags(),
         init_lora_weights="gaussian" if method.init_lora_weights == "gaussian" else True,
-        target_modules=names_for(sites, every) if every else sorted(sites),
+        target_modules=names_for(sites, base.paths),
         rank_pattern=table_for(ranks, r),
         alpha_pattern=table_for(alphas, alpha),
         fan_in_fan_out="conv1d" in adapter.kinds.values() and "linear" not in adapter.kinds.values(),
         ensure_weight_tying=method.ensure_weight_tying,
-        own=own_settings(adapter, bank),
-        base_name=base_name or _base_name(bank) or before.get("base_model_name_or_path"),
-        task_type=task_type or _task(bank) or _task_before(adapter, before),
+        **_override_settings(adapter, base),
+        base_model_name_or_path=base_name or named(base.model) or before.get("base_model_name_or_path"),
+        task_type=task_type or _task(base) or _task_before(adapter, before),
     )
+
+
+def _override_settings(adapter: Adapter, base: BaseView) -> dict[str, Any]:
+    """The settings that declare the overrides."""
+    biased = [layer for layer, overrides in adapter.overrides.items() if BIAS in overrides and WEIGHT not in overrides]
+    beside = adapter.method.bias != "all" and all(layer in adapter.tensors for layer in biased)
+    return {
+        "modules_to_save": _saved(adapter, base) or None,
+        "bias": "none" if not biased else "lora_only" if beside else "all",
+        "lora_bias": any(LORA_BIAS in overrides for overrides in adapter.overrides.values()),
+        "trainable_token_indices": _tokens(adapter, base),
+    }
+
+
+def _saved(adapter: Adapter, base: BaseView) -> list[str]:
+    """Names for ``modules_to_save``: those of the adapter's options if they mean exactly the overridden layers, else full paths."""
+    layers = [
+        layer for layer, overrides in adapter.overrides.items() if WEIGHT in overrides and layer not in adapter.tensors
+    ]
+    names = list(as_list(adapter.method.modules_to_save))
+    meant = {layer.name for layer in base.layers() if any(inside(layer.name, name) for name in names)}
+    return sorted(names) if names and meant == set(layers) else sorted(layers)
+
+
+def _tokens(adapter: Adapter, base: BaseView) -> list[int] | dict[str, list[int]] | None:
+    """A list for the input embedding (and a head tied to it), which PEFT finds by itself; otherwise a table by name."""
+    distinct: dict[int, tuple[str, tuple[int, ...]]] = {}
+    for layer, overrides in adapter.overrides.items():
+        if ROWS in overrides:
+            distinct.setdefault(id(overrides[ROWS]), (layer, adapter.tokens[layer]))
+    if not distinct:
+        return None
+    if len(distinct) == 1:
+        layer, ids = next(iter(distinct.values()))
+        get = getattr(base.model, "get_input_embeddings", None)
+        if base.model is None or (callable(get) and get() is base.sites[layer].module):
+            return list(ids)
+    return {layer: list(ids) for layer, ids in distinct.values()}
 
 
 def _usual(declared: T, values: Iterable[T]) -> T:
@@ -139,19 +208,14 @@ def _usual(declared: T, values: Iterable[T]) -> T:
     return declared if declared in counts or not counts else counts.most_common(1)[0][0]
 
 
-def _base_name(bank: Bank | None) -> str | None:
-    name = getattr(bank.model, "name_or_path", None) if bank is not None else None
-    return name if isinstance(name, str) and name else None
-
-
-def _task(bank: Bank | None) -> str | None:
+def _task(base: BaseView) -> str | None:
     """PEFT's task type of a generating model. Classifiers get none: under theirs PEFT expects a trained head in the file."""
-    name = type(bank.model).__name__ if bank is not None else ""
+    name = type(base.model).__name__
     return next((task for end, task in _TASKS.items() if name.endswith(end)), None)
 
 
 def _task_before(adapter: Adapter, before: Mapping[str, Any]) -> str | None:
-    """The task that the adapter's own folder named. A classifier's needs a head in the file."""
+    """The task of the folder that the adapter was read from. A classifier's needs a head in the file."""
     task = before.get("task_type")
     needs_head = task in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
     return task if isinstance(task, str) and (adapter.overrides or not needs_head) else None
@@ -168,7 +232,7 @@ def _card(adapter: Adapter, settings: Mapping[str, Any], notes: Iterable[str]) -
     lines += [
         f"- sites: {len(adapter.tensors)}",
         f"- rank: {shown}",
-        *([f"- layers, biases or rows of its own: {listed(adapter.overrides, 8)}"] if adapter.overrides else []),
+        *([f"- overridden layers, biases or rows: {listed(adapter.overrides, 8)}"] if adapter.overrides else []),
         f"- parameters: {adapter.num_parameters():,}",
         *(f"- {note}" for note in notes),
         f"- written by Veneer {__version__}; the metadata of `{WEIGHTS}` holds its receipt (`veneer inspect` shows it)",

@@ -1,0 +1,220 @@
+"""A view of the base that adapters are read for and written from: of an attached model, or of a base that is not in memory.
+
+`BaseView` answers for an unknown base: it has no layers, infers kinds and shapes from an adapter's tensors, and refuses nothing.
+`AttachedBase` answers from the model. Both are read-only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.adapters.adapter import Adapter
+from veneer.adapters.bank import Bank
+from veneer.adapters.layers.kinds import Geometry
+from veneer.adapters.layers.site import Site
+from veneer.adapters.overrides import BIAS, LORA_BIAS, WEIGHT, problems_of
+from veneer.checkpoints.findings import shown
+
+Shape = tuple[int, ...]
+
+
+class BaseView:
+    """An unknown base: what a folder says is taken as it stands."""
+
+    def __init__(self) -> None:
+        self.model: nn.Module | None = None
+        self.sites: Mapping[str, Site] = {}
+        self.vector_layers: Mapping[str, Site] = {}
+        self.tied: Mapping[str, tuple[str, ...]] = {}
+        self.paths: tuple[str, ...] = ()
+
+    def layers(self) -> Iterator[Site]:
+        """Sites, then the layers whose parameters are vectors."""
+        yield from self.sites.values()
+        yield from self.vector_layers.values()
+
+    def layer(self, name: str) -> Site | None:
+        """The site or vector layer of this name."""
+        return self.sites.get(name) or self.vector_layers.get(name)
+
+    def parameters_of(self, name: str) -> dict[str, Tensor]:
+        """A layer's own parameters by name; empty if the base has no such layer."""
+        layer = self.layer(name)
+        return dict(layer.module.named_parameters(recurse=False)) if layer is not None else {}
+
+    def tied_to(self, site: str) -> str | None:
+        """The embedding that an output head shares its weight with."""
+        return self.sites[site].tied_to if site in self.sites else None
+
+    def master_dtype(self, sites: Iterable[str]) -> torch.dtype:
+        """The dtype of an adapter's masters: fp32, or fp64 on an fp64 base."""
+        dtypes = {self.sites[site].weight.dtype for site in sites if site in self.sites}
+        return torch.float64 if dtypes == {torch.float64} else torch.float32
+
+    def holder(self, layer: str, tensor: str) -> str:
+        """The layer that holds a parameter which the model also has under another path (BERT's decoder bias)."""
+        return layer
+
+    def is_vocabulary(self, site: str) -> bool:
+        """Whether a layer is an embedding or output head, whose weight PEFT may write without being asked to."""
+        return site.rpartition(".")[2] in ("embed_tokens", "lm_head")
+
+    def holds(self, site: str, weight: Tensor) -> bool | None:
+        """Whether the base's weight equals this one; None if that is not known."""
+        return None
+
+    # Why something cannot be loaded: a sentence that begins with the layer or tensor, or "".
+
+    def site_problem(self, site: str, *, suggest: bool) -> str:
+        """Why no adapter can act at a site. suggest: look for a similar name."""
+        return ""
+
+    def kind(self, site: str, shapes: Mapping[str, Shape], *, fan_in_fan_out: bool) -> str:
+        """The layer kind of a site. shapes: those of its factors in the file."""
+        if any("embedding" in name for name in shapes):
+            return "embedding"
+        if any(len(shape) == 4 for shape in shapes.values()):
+            return "conv2d"
+        return "conv1d" if fan_in_fan_out else "linear"
+
+    def geometry(self, site: str, kind: str, shape_a: Shape, shape_b: Shape) -> Geometry:
+        """Shapes at a site. shape_a, shape_b: those of its factors in the file."""
+        kernel = shape_a[2:] if len(shape_a) == 4 else (1, 1)
+        return Geometry(kind, shape_b[0], shape_a[1] if len(shape_a) > 1 else 1, (kernel[0], kernel[1]))
+
+    def override_problem(self, layer: str, name: str, tensor: str, shape: Shape | None) -> str:
+        """Why an adapter cannot override a parameter of a layer. tensor: its name in the file. shape: None for rows of it."""
+        return ""
+
+    def rows_problem(self, layer: str, tensor: str, tokens: Iterable[int]) -> str:
+        """Why an adapter cannot override the rows of these tokens."""
+        return ""
+
+    def misfits(self, adapter: Adapter) -> list[str]:
+        """Why an adapter's overrides cannot be used."""
+        return []
+
+    def missing_overrides(self, names: Iterable[str], overrides: Mapping[str, Mapping[str, object]]) -> list[str]:
+        """What ``modules_to_save`` declares by these names and the overrides lack."""
+        return [] if overrides else list(names)
+
+    def meaningful(self, names: Iterable[str]) -> tuple[str, ...]:
+        """The names of ``modules_to_save`` that mean a layer; PEFT adds the usual heads' names to every classifier."""
+        return tuple(names)
+
+
+class AttachedBase(BaseView):
+    """The base of a bank."""
+
+    def __init__(self, bank: Bank) -> None:
+        self.model: nn.Module = bank.model
+        self.sites = bank.sites
+        self.vector_layers = bank.vector_layers
+        self.tied = bank.tied
+        self.paths = tuple(path for path, _ in bank.model.named_modules())
+        self._uncovered = bank.uncovered
+
+    def holder(self, layer: str, tensor: str) -> str:
+        if self.layer(layer) is not None:
+            return layer
+        try:
+            parameter = getattr(self.model.get_submodule(layer), tensor, None)
+        except AttributeError:
+            return layer
+        sites = self.sites.values() if parameter is not None else ()
+        return next((site.name for site in sites if getattr(site.module, tensor, None) is parameter), layer)
+
+    def is_vocabulary(self, site: str) -> bool:
+        return site in self.sites and (self.sites[site].kind == "embedding" or self.sites[site].is_head)
+
+    def holds(self, site: str, weight: Tensor) -> bool | None:
+        base = self.sites[site].weight.detach()
+        return torch.equal(weight.to(base), base)
+
+    def site_problem(self, site: str, *, suggest: bool) -> str:
+        if site in self.sites:
+            reason = self.sites[site].reason
+            return f"{shown(site)} cannot be adapted: {reason}" if reason else ""
+        why = next((text for path, text in self._uncovered.items() if f"{path}.".startswith(f"{site}.")), None)
+        if why is not None:
+            return f"{shown(site)} cannot be adapted: {why}"
+        near = get_close_matches(site[:512], self.sites, n=1, cutoff=0.8) if suggest and len(self.sites) < 2000 else []
+        return f"{shown(site)}: the base has no such layer" + (f" (the nearest is {near[0]})" if near else "")
+
+    def kind(self, site: str, shapes: Mapping[str, Shape], *, fan_in_fan_out: bool) -> str:
+        return self.sites[site].kind
+
+    def geometry(self, site: str, kind: str, shape_a: Shape, shape_b: Shape) -> Geometry:
+        return self.sites[site].geometry
+
+    def override_problem(self, layer: str, name: str, tensor: str, shape: Shape | None) -> str:
+        site = self.layer(layer)
+        if site is None:
+            return f"{shown(layer)}: the base has no layer here that an adapter can override"
+        parameter = self.parameters_of(layer).get(name)
+        if parameter is None and name != LORA_BIAS:
+            return f"{shown(layer)}: the base's layer has no {name}"
+        expected = (site.geometry.out,) if parameter is None else tuple(parameter.shape)
+        if shape is None or shape == expected:
+            return ""
+        resized = name == WEIGHT and self.is_vocabulary(layer) and shape[1:] == expected[1:]
+        if resized and not layer.endswith(("score", "classifier")):
+            return _other_vocabulary(tensor, shape[0], expected[0])
+        hint = "; load the base with that number of labels" if resized else ""
+        return f"{shown(tensor)}: expected shape {expected}, found {shape}{hint}"
+
+    def rows_problem(self, layer: str, tensor: str, tokens: Iterable[int]) -> str:
+        problem = self.override_problem(layer, WEIGHT, tensor, None)
+        if problem:
+            return problem
+        rows, highest = self.parameters_of(layer)[WEIGHT].shape[0], max(tokens, default=0)
+        if highest < rows:
+            return ""
+        return (
+            f"{shown(tensor)} has a row for token {highest:,}, the base has {rows:,}: the adapter was made on a resized vocabulary; "
+            f"resize the base first: model.resize_token_embeddings({highest + 1}) or more"
+        )
+
+    def misfits(self, adapter: Adapter) -> list[str]:
+        return [problem for name in adapter.overrides for problem in problems_of(adapter, name, self.layer(name))]
+
+    def missing_overrides(self, names: Iterable[str], overrides: Mapping[str, Mapping[str, object]]) -> list[str]:
+        saved = [layer.name for layer in self.layers() if any(inside(layer.name, name) for name in names)]
+        return [
+            f"{name}.{key}"
+            for name in saved
+            for key in self.parameters_of(name)
+            if key in (WEIGHT, BIAS) and key not in overrides.get(name, {})
+        ]
+
+    def meaningful(self, names: Iterable[str]) -> tuple[str, ...]:
+        return tuple(name for name in names if any(inside(layer.name, name) for layer in self.layers()))
+
+
+def base_view(bank: Bank | None) -> BaseView:
+    """The view of a bank's base, or of an unknown one."""
+    return BaseView() if bank is None else AttachedBase(bank)
+
+
+def inside(path: str, name: str) -> bool:
+    """Whether a path is, or lies in, a module whose path ends in ``name``: the meaning of PEFT's ``modules_to_save``."""
+    parts = path.split(".")
+    return any(".".join(parts[: at + 1]).endswith(name) for at in range(len(parts)))
+
+
+def named(model: Any) -> str | None:
+    """The hub id or folder that a model says it was loaded from."""
+    name = getattr(model, "name_or_path", None)
+    return name if isinstance(name, str) and name else None
+
+
+def _other_vocabulary(tensor: str, found: int, expected: int) -> str:
+    return (
+        f"tensor {shown(tensor)} has {found:,} rows, the base's has {expected:,}: the adapter was made on a resized vocabulary; resize "
+        f"the base first: model.resize_token_embeddings({found})"
+    )
