@@ -1,14 +1,14 @@
-"""Options: declared once, as fields of frozen models, and everything else derives from that.
+"""Options, declared once as fields of frozen pydantic models. Flags, YAML, JSON Schema and help texts derive from them.
 
-    declare     class MyOptions(Options): a field with a type, a default and a docstring under it
-    read        options, provenance = resolve(MyOptions, "run.yaml", ["r=8"], {"learning_rate": "1e-4"})
+    declare     class MyOptions(Options): a field with a type, a default and a docstring
+    resolve     options, provenance = resolve(MyOptions, "run.yaml", ["r=8"], {"learning_rate": "1e-4"})
     flags       add_flags(parser, MyOptions), then resolve(..., given_sets(args), given_flags(args))
-    tell        for difference in differences(options, provenance): print(difference)
-    keep        to_yaml(options), json_schema(MyOptions)
+    print       for difference in differences(options, provenance): print(difference)
+    save        to_yaml(options), json_schema(MyOptions)
 
-Precedence: flag > ``--set a.b=c`` > YAML > default. Unknown keys are errors that name the nearest known one; all
-mistakes of all sources are told at once, each with file, line and key. YAML is read by the rules of YAML 1.2: ``1e-4``
-is a number, ``no``, ``on`` and ``12:30`` are text.
+Precedence: flag > ``--set a.b=c`` > YAML > default. Unknown keys are errors that suggest the nearest known key. All problems of all
+sources are reported at once, each with file, line and key. YAML is read as YAML 1.2: ``1e-4`` is a number; ``no``, ``on`` and ``12:30``
+are text.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from veneer._options.base import (
     Real,
     Texts,
     Whole,
+    current_name,
     near_miss,
 )
 from veneer._options.document import Document, load_yaml
@@ -31,9 +32,11 @@ from veneer._options.flags import add_flags, given_flags, given_sets
 from veneer._options.low_rank import Alpha, LowRankOptions, Rank
 from veneer._options.output import json_schema, plain, to_yaml
 from veneer._options.resolve import Difference, Provenance, differences, flag_name, resolve
-from veneer._options.train import DataOptions, TrainOptions, default_learning_rate
+from veneer._options.train import FULL, PER_RUN_OPTIONS, DataOptions, TrainOptions, default_learning_rate
 
 __all__ = [
+    "FULL",
+    "PER_RUN_OPTIONS",
     "Alpha",
     "Count",
     "DataOptions",
@@ -53,6 +56,7 @@ __all__ = [
     "TrainOptions",
     "Whole",
     "add_flags",
+    "current_name",
     "default_learning_rate",
     "differences",
     "flag_name",

@@ -236,6 +236,6 @@ def test_options_out_of_range_are_errors_of_ours() -> None:
         ({"target_modules": 3}, "target_modules"),
     ):
         for method in (LoRA, DoRA):
-            with pytest.raises(ConfigError, match="cannot be made") as caught:
+            with pytest.raises(ConfigError, match="invalid ") as caught:
                 method(**options)
             assert text in str(caught.value)

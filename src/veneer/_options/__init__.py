@@ -1,1 +1,1 @@
-"""Behind ``veneer.config``: the machinery of options and the options themselves. Import from there."""
+"""Implementation of ``veneer.config``. Import from there."""

@@ -1,10 +1,10 @@
-"""``Options``: what every set of options descends from, and how its mistakes are told.
+"""``Options``, the base class of all sets of options, and the messages for values that do not validate.
 
-An option is one field with a type, a default and a docstring. Everything else derives from that: flags, YAML, JSON
-Schema, the saved configuration and the documentation.
+An option is one field with a type, a default and a docstring. Flags, YAML, JSON Schema, saved configurations and documentation derive
+from it.
 
-Numbers are strict: ``true`` is not 1 and "16" is not 16. Use the types below rather than plain ``int``, ``float`` and
-``bool``; a test holds it.
+Numbers are strict: ``true`` is not 1 and "16" is not 16. Use the types below in place of plain ``int``, ``float`` and ``bool``; a test
+checks it.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, ValidationError, model_validator
 
 from veneer._options.document import Keys, shorten
 from veneer.errors import ConfigError, Problems
@@ -25,11 +25,12 @@ if TYPE_CHECKING:
 else:
     ModelMetaclass = type(BaseModel)
 
+T = TypeVar("T")
 Flag = StrictBool
 Count = Annotated[int, Field(strict=True, ge=1)]
-"""A whole number of things, at least one."""
+"""An integer, at least 1."""
 Whole = Annotated[int, Field(strict=True, ge=0)]
-"""A whole number, zero included."""
+"""An integer, at least 0."""
 Real = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Positive = Annotated[float, Field(strict=True, allow_inf_nan=False, gt=0)]
 NotNegative = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0)]
@@ -37,16 +38,23 @@ Fraction = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0, lt=1)]
 """At least 0, less than 1."""
 
 Texts = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
-"""A list of words; a single one may stand without brackets."""
+"""A list of strings; a single one needs no brackets."""
 Paths = Annotated[tuple[Path, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str | Path) else value)]
-"""A list of files; a single one may stand without brackets."""
+"""A list of paths; a single one needs no brackets."""
+
+PER_RUN = "option of the whole run"
+PerRun = Annotated[T, PER_RUN]
+"""Marks an option that belongs to the whole run, not to one of its jobs."""
+
+FORMER_NAMES = {"share": "tokens_per_shared_pass"}
+"""Former names of options, which are still accepted -> today's names."""
 
 Where = Callable[[Keys], str]
-"""Says where the value at these keys was written."""
+"""Returns the place (file and line, or flag) where the value at these keys was given."""
 
 
 class _OptionsType(ModelMetaclass):
-    """Makes a mistake in ``TrainOptions(...)`` an error of our own tree, without touching how pydantic nests models."""
+    """Turns a ``ValidationError`` of ``TrainOptions(...)`` into a ``ConfigError``, without changing how pydantic nests models."""
 
     def __call__(cls, *args: Any, **values: Any) -> Any:
         try:
@@ -54,7 +62,7 @@ class _OptionsType(ModelMetaclass):
         except ValidationError as error:
             assert issubclass(cls, BaseModel)
             problems = describe(error, cls, values)
-            headline = f"{cls.__name__} cannot be made"
+            headline = f"invalid {cls.__name__}"
         problems.raise_if_any(ConfigError, headline)
 
 
@@ -62,6 +70,19 @@ class Options(BaseModel, metaclass=_OptionsType):
     """A frozen set of options. Unknown names are errors; each field's docstring is its description everywhere."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_former_names(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or not FORMER_NAMES.keys() & values.keys():
+            return values
+        return {current_name(cls, key) if isinstance(key, str) else key: value for key, value in values.items()}
+
+
+def current_name(model_cls: type[BaseModel], name: str) -> str:
+    """Today's name of an option that is given by a former one."""
+    now = FORMER_NAMES.get(name, name)
+    return now if now in model_cls.model_fields else name
 
 
 _SYNONYMS = {
@@ -84,11 +105,11 @@ _SYNONYMS = {
     "validation": "valid",
     "warmup": "warmup_steps",
 }
-"""What other tools call an option of ours that is spelt quite differently."""
+"""Names of options in other tools -> ours."""
 
 
 def near_miss(word: str, known: Iterable[str]) -> str:
-    """'; did you mean X?' for a word that is close to a known one or means the same, else nothing."""
+    """'; did you mean X?' for a word that is similar to a known one or a synonym of it, else ""."""
     folded = {name.lower().strip("-").replace("-", "_"): name for name in known}
     key = word.lower().replace("-", "_").strip("_")
     if _SYNONYMS.get(key) in folded:
@@ -105,13 +126,13 @@ _WORDS = {
     "dictionary": "mapping",
     "Input is not a path for <class 'pathlib.Path'>": "a path",
 }
-"""Pydantic's names of types, and those that users of YAML know."""
+"""Pydantic's names of types -> the names that users of YAML know."""
 
 
 def describe(
     error: ValidationError, model_cls: type[BaseModel], values: Mapping[str, Any], where: Where | None = None
 ) -> Problems:
-    """The problems of a pydantic error in our words, one for each key, in the order of declaration."""
+    """The problems in a pydantic error, reworded, one for each key in the order of declaration."""
     expected: dict[Keys, list[str]] = {}
     for detail in error.errors(include_url=False):
         keys, found = _walk(detail["loc"], values, missing=detail["type"] == "missing")
@@ -122,7 +143,7 @@ def describe(
     problems = Problems()
     for keys, texts in expected.items():
         name = ".".join(map(str, keys))
-        # A rule over several options names the one that it begins with.
+        # The message of a check over several options starts with one of them.
         about = keys or tuple(word for word in texts[0].split()[:1] if word in values)
         place = where(about) if where else ""
         problems.add(": ".join(part for part in (place, name, _joined(texts)) if part))
@@ -140,7 +161,7 @@ def _joined(texts: list[str]) -> str:
 
 
 def _walk(loc: tuple[int | str, ...], values: Any, *, missing: bool) -> tuple[Keys, Any]:
-    """The part of pydantic's location that stands in the values (the rest names members of unions), and the value."""
+    """The part of pydantic's location that is in the values (the rest names members of unions), and the value there."""
     keys: list[str | int] = []
     for part in loc:
         inside = isinstance(values, Mapping) and part in values
@@ -161,7 +182,7 @@ def _expectation(detail: Any, keys: Keys, model_cls: type[BaseModel], found: Any
         hint = f"; known are {', '.join(known)}" if 0 < len(known) <= 12 else ""
         return f"unknown option{near_miss(str(keys[-1]), known) or hint}"
     if kind == "missing":
-        return "a value is missing here" if isinstance(keys[-1], int) else "needed, and there is no default"
+        return "a value is missing here" if isinstance(keys[-1], int) else "required, but not given"
     if kind in ("value_error", "assertion_error"):
         return message.partition(", ")[2] or message
     for start in ("Input should be ", "Value should have ", "Value should be "):

@@ -1,10 +1,9 @@
-"""Read a YAML file of options into plain values that know their lines.
+"""Read a YAML file of options into plain values with their line numbers.
 
-The reader takes mappings, lists and the scalars of YAML 1.2 (see ``scalars``), and nothing else: no tags, so that a
-file cannot name a class; one document; no duplicate keys; limits on size, depth and the expansion of aliases, so that a
-small file cannot become a large one. All duplicate keys of a file are reported at once. Keys are text, as written.
+The reader accepts one document of mappings, lists and YAML 1.2 scalars (see ``scalars.py``). It rejects tags, so that a file cannot name a
+class, and duplicate keys, all of which are reported at once. Size, depth and the expansion of aliases are limited. Keys stay text.
 
-It works on PyYAML's stream of events, whose parser keeps its own stack, so that deep nesting cannot exhaust Python's.
+It consumes PyYAML's event stream, whose parser keeps its own stack, so that deep nesting cannot exhaust Python's.
 """
 
 from __future__ import annotations
@@ -17,24 +16,24 @@ from veneer._options.scalars import resolve_scalar
 from veneer.errors import ConfigError, Problems
 
 Keys = tuple[str | int, ...]
-"""Where a value stands: keys of mappings and indices of lists, from the top."""
+"""Path to a value: keys of mappings and indices of lists, from the top."""
 
 MOST_BYTES = 1_000_000
 MOST_DEPTH = 32
 MOST_VALUES = 100_000
-"""How many values a document may have with every alias written out."""
+"""Maximum number of values in a document, with aliases expanded."""
 
 
 @dataclass(frozen=True)
 class Document:
-    """The values of one file and the line on which each stands (lines count from 1)."""
+    """The values of one file and the line of each, counted from 1."""
 
     source: str
     values: dict[str, Any] = field(default_factory=dict)
     lines: dict[Keys, int] = field(default_factory=dict)
 
     def place(self, keys: Keys) -> str:
-        """'run.yaml, line 3' for the value at ``keys``, or for the nearest thing around it that has a line."""
+        """'run.yaml, line 3' for the value at ``keys``, or for the innermost value around it that has a line."""
         for stop in range(len(keys), 0, -1):
             if keys[:stop] in self.lines:
                 return f"{self.source}, line {self.lines[keys[:stop]]}"
@@ -42,17 +41,17 @@ class Document:
 
 
 def load_yaml(path: str | Path) -> Document:
-    """Read the options in a file. Every mistake is a ConfigError that names file, line and key."""
+    """Read a file of options. Raises ConfigError with file, line and key."""
     path = Path(path)
     try:
         with path.open("rb") as file:
             content = file.read(MOST_BYTES + 1)
     except OSError as error:
-        raise ConfigError(f"{path}: the configuration cannot be read: {error.strerror or error}") from error
+        raise ConfigError(f"{path}: cannot read the configuration: {error.strerror or error}") from error
     except ValueError as error:  # a NUL byte in the name
         raise ConfigError(f"{str(path)!r} is not a file name: {error}") from error
     if len(content) > MOST_BYTES:
-        raise ConfigError(f"{path}: a configuration has {MOST_BYTES:,} bytes at most; is this a file of examples?")
+        raise ConfigError(f"{path}: the configuration has more than {MOST_BYTES:,} bytes; is this a file of examples?")
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -67,7 +66,7 @@ def load_yaml(path: str | Path) -> Document:
 
 
 def parse_yaml(text: str, source: str) -> tuple[Any, dict[Keys, int]]:
-    """The value of one YAML document and the line of each value in it; None where there is nothing."""
+    """The value of one YAML document (None if it is empty) and the line of each value in it."""
     import yaml  # here, so that options made in Python do not need it
 
     builder = _Builder(source)
@@ -90,7 +89,7 @@ def parse_yaml(text: str, source: str) -> tuple[Any, dict[Keys, int]]:
 
 
 def shorten(value: object, width: int = 60) -> str:
-    """A value as a message shows it: 'a list' or 'a mapping' for what is long, else itself within ``width`` letters."""
+    """A value as messages show it, at most ``width`` characters; a long list or mapping is 'a list' or 'a mapping'."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if value is None:
@@ -105,18 +104,18 @@ def shorten(value: object, width: int = 60) -> str:
 
 @dataclass
 class _Open:
-    """A mapping or list whose end has not come yet."""
+    """A mapping or list that has not ended yet."""
 
     keys: Keys
     value: dict[str, Any] | list[Any]
     anchor: str | None
     before: int
-    height: int = 1
+    depth: int = 1
     key: str | None = None
 
 
 class _Builder:
-    """Turns events into values, one event at a time."""
+    """Builds values from events, one event at a time."""
 
     def __init__(self, source: str) -> None:
         self.source = source
@@ -125,7 +124,7 @@ class _Builder:
         self.problems = Problems()
         self.line = 1
         self._open: list[_Open] = []
-        self._anchors: dict[str, tuple[Any, int, int]] = {}  # value, its size, its height
+        self._anchors: dict[str, tuple[Any, int, int]] = {}  # value, its size, its depth
         self._count = 0
         self._documents = 0
 
@@ -137,14 +136,14 @@ class _Builder:
         if kind == "DocumentStartEvent":
             self._documents += 1
             if self._documents > 1:
-                raise self._error("a second document begins; a configuration is one document")
+                raise self._error("a second document starts here; a configuration is one document")
         elif kind == "ScalarEvent":
             self._scalar(event)
         elif kind in ("MappingStartEvent", "SequenceStartEvent"):
             self._begin({} if kind == "MappingStartEvent" else [], event.anchor)
         elif kind in ("MappingEndEvent", "SequenceEndEvent"):
             done = self._open.pop()
-            self._place(done.value, done.anchor, self._count - done.before, done.height)
+            self._place(done.value, done.anchor, self._count - done.before, done.depth)
         elif kind == "AliasEvent":
             self._alias(event.anchor)
 
@@ -174,12 +173,12 @@ class _Builder:
             raise self._error(f"a key must be a word, found the alias *{anchor}")
         if anchor not in self._anchors:
             raise self._error(f"the alias *{anchor} has no anchor &{anchor} that ends before it")
-        value, size, height = self._anchors[anchor]
-        if len(self._open) + height > MOST_DEPTH:
+        value, size, depth = self._anchors[anchor]
+        if len(self._open) + depth > MOST_DEPTH:
             raise self._too_deep()
         self._count_values(size)
         self.lines.setdefault(self._next_keys(), self.line)
-        self._place(value, None, size, height)
+        self._place(value, None, size, depth)
 
     def _awaits_key(self) -> bool:
         return bool(self._open) and isinstance(self._open[-1].value, dict) and self._open[-1].key is None
@@ -191,7 +190,7 @@ class _Builder:
         keys = (*top.keys, key)
         if key in top.value:
             dotted = ".".join(map(str, keys))
-            self.problems.add(f"line {self.line}: {dotted} stands a second time, first on line {self.lines[keys]}")
+            self.problems.add(f"line {self.line}: duplicate key {dotted}, first given on line {self.lines[keys]}")
         else:
             self.lines[keys] = self.line
 
@@ -206,12 +205,12 @@ class _Builder:
         if self._count > MOST_VALUES:
             raise self._error(f"more than {MOST_VALUES:,} values, with aliases written out")
 
-    def _place(self, value: Any, anchor: str | None, size: int, height: int) -> None:
-        """Put a finished value, which holds ``size`` values on ``height`` levels, where it belongs."""
+    def _place(self, value: Any, anchor: str | None, size: int, depth: int) -> None:
+        """Add a finished value of ``size`` values on ``depth`` levels to its parent."""
         if anchor is not None:
-            self._anchors[anchor] = (value, size, height)
+            self._anchors[anchor] = (value, size, depth)
         if self._open:
-            self._open[-1].height = max(self._open[-1].height, height + 1)
+            self._open[-1].depth = max(self._open[-1].depth, depth + 1)
         if not self._open:
             self.value = value
         elif isinstance(top := self._open[-1].value, list):

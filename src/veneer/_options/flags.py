@@ -1,8 +1,8 @@
-"""Command-line flags that derive from options: ``learning_rate`` becomes ``--learning-rate``.
+"""Command-line flags derived from options: ``learning_rate`` becomes ``--learning-rate``.
 
-A yes-or-no option ``x`` becomes ``--x`` and ``--no-x``; a list takes commas or repeats the flag; a mapping takes
-``a=b,c=d``; everything can also be said with ``--set a.b=c``. The help is the field's docstring with its default. Flags
-stand in one group for each class that declares them, under the first line of its docstring.
+A boolean option ``x`` becomes ``--x`` and ``--no-x``. Lists are separated by commas, or the flag is repeated. Mappings are written as
+``a=b,c=d``. ``--set a.b=c`` sets any option. The help text is the field's docstring with its default. Each class that declares options
+has a group of flags, titled with the first line of the class's docstring.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from veneer._options.base import FORMER_NAMES
 from veneer._options.resolve import flag_name, show
 from veneer._options.text import Kinds, kinds_of
 
@@ -22,7 +23,7 @@ _SETS = "option sets"
 
 
 def add_flags(parser: argparse.ArgumentParser, model_cls: type[BaseModel], skip: Collection[str] = ()) -> None:
-    """Add a flag for every option except those in ``skip`` (dotted keys), and ``--set``."""
+    """Add a flag for each option except those in ``skip`` (dotted keys), and ``--set``."""
     groups: dict[str, argparse._ArgumentGroup] = {}
     for key, field, owner in _leaves(model_cls):
         if key in skip:
@@ -31,22 +32,22 @@ def add_flags(parser: argparse.ArgumentParser, model_cls: type[BaseModel], skip:
         group = groups.setdefault(title, groups.get(title) or parser.add_argument_group(title))
         _add(group, key, field)
     parser.add_argument(
-        "--set", dest=_SETS, action="append", default=[], metavar="KEY=VALUE", help="any option by its name in YAML"
+        "--set", dest=_SETS, action="append", default=[], metavar="KEY=VALUE", help="set any option by its YAML name"
     )
 
 
 def given_flags(args: argparse.Namespace) -> dict[str, Any]:
-    """What was said with the flags of ``add_flags``: dotted key -> text, list of texts, or true or false."""
+    """The values of the flags added by ``add_flags``: dotted key -> text, list of texts, or bool."""
     return {name[len(_PREFIX) :]: value for name, value in vars(args).items() if name.startswith(_PREFIX)}
 
 
 def given_sets(args: argparse.Namespace) -> list[str]:
-    """The texts that were given with ``--set``."""
+    """The values of ``--set``."""
     return list(getattr(args, _SETS, []))
 
 
 def _leaves(model_cls: type[BaseModel], before: str = "") -> list[tuple[str, FieldInfo, type[BaseModel]]]:
-    """(dotted key, field, class that declares it) of every option, nested ones in place."""
+    """(dotted key, field, declaring class) of each option, including nested ones."""
     found = []
     for name, field in model_cls.model_fields.items():
         owner = next(cls for cls in reversed(model_cls.__mro__) if name in getattr(cls, "__annotations__", ()))
@@ -60,13 +61,14 @@ def _leaves(model_cls: type[BaseModel], before: str = "") -> list[tuple[str, Fie
 
 def _add(group: argparse._ArgumentGroup, key: str, field: FieldInfo) -> None:
     kinds = kinds_of(field.annotation)
+    flags = [flag_name(name) for name in (key, *(old for old, new in FORMER_NAMES.items() if new == key))]
     common: dict[str, Any] = {"dest": _PREFIX + key, "default": argparse.SUPPRESS, "help": _help(field)}
     if kinds.plain == [bool] and not (kinds.words or kinds.none):
-        group.add_argument(flag_name(key), action=argparse.BooleanOptionalAction, **common)
+        group.add_argument(*flags, action=argparse.BooleanOptionalAction, **common)
     elif kinds.item is not None or kinds.entry is not None:
-        group.add_argument(flag_name(key), action="append", metavar=_metavar(kinds), **common)
+        group.add_argument(*flags, action="append", metavar=_metavar(kinds), **common)
     else:
-        group.add_argument(flag_name(key), metavar=_metavar(kinds), **common)
+        group.add_argument(*flags, metavar=_metavar(kinds), **common)
 
 
 def _metavar(kinds: Kinds) -> str:
@@ -82,6 +84,11 @@ def _metavar(kinds: Kinds) -> str:
 
 
 def _help(field: FieldInfo) -> str:
-    text = " ".join((field.description or "").split())
-    default = "needed" if field.is_required() else f"default: {show(field.get_default(call_default_factory=True))}"
-    return f"{text} ({default})".replace("%", "%%")
+    """The docstring without its full stop, and the default if there is one that the docstring does not explain."""
+    text = " ".join((field.description or "").split()).removesuffix(".")
+    default = None if field.is_required() else field.get_default(call_default_factory=True)
+    if field.is_required():
+        text += " (required)"
+    elif "(default: " not in text and default not in (None, (), {}):
+        text += f" (default: {show(default)})"
+    return text.replace("%", "%%")

@@ -1,6 +1,6 @@
-"""The options that low-rank methods share, in Python (``LoRA(r=8)``) and in a training run (``--r 8``).
+"""Options that low-rank methods share, in Python (``LoRA(r=8)``) and in a training run (``--r 8``).
 
-Names are the field's own, as PEFT writes them into ``adapter_config.json``.
+The names are those that PEFT writes into ``adapter_config.json``.
 """
 
 from __future__ import annotations
@@ -16,37 +16,37 @@ Alpha = Annotated[float, Field(strict=True, allow_inf_nan=False, gt=0, le=1e6)]
 
 
 class LowRankOptions(Options):
-    """The adapter."""
+    """Adapter."""
 
     r: Rank = 16
-    """Rank of the change at each site."""
+    """Rank."""
     lora_alpha: Alpha = 32.0
-    """The change is scaled by lora_alpha / r."""
+    """Scaling: the low-rank update is multiplied by lora_alpha / r."""
     lora_dropout: Fraction = 0.0
-    """Chance that an input of the low-rank branch is dropped in training."""
+    """Dropout probability on the input of the low-rank branch."""
     use_rslora: Flag = False
     """Scale by lora_alpha / sqrt(r) instead (rsLoRA, arXiv 2312.03732)."""
     loraplus_lr_ratio: Positive = 1.0
-    """Learning rate of B over that of A (LoRA+, arXiv 2402.12354)."""
+    """Ratio of B's learning rate to A's (LoRA+, arXiv 2402.12354)."""
     init_lora_weights: Literal["kaiming_uniform", "gaussian"] = "kaiming_uniform"
-    """How A starts; B is zero, so that training begins at the base."""
+    """Initialization of A; B starts at zero, so that training starts from the base model."""
     target_modules: Literal["all-linear"] | Texts = "all-linear"
-    """Where the adapter acts: all linear layers of the blocks (not the head), or names, globs and patterns after re:."""
+    """Modules to adapt: all linear layers of the blocks (without the head), or names, globs, and regular expressions after re:."""
     exclude_modules: Texts = ()
-    """Sites to leave out, in the same words."""
+    """Modules to leave out, given in the same way."""
     layers_to_transform: tuple[Whole, ...] | None = None
-    """Only these blocks, counted from 0; none means all."""
+    """Indices of the blocks to adapt, from 0 (default: all)."""
     rank_pattern: dict[str, Rank] = {}
-    """Another r for some sites, by pattern: q_proj=8."""
+    """Ranks of particular modules, by pattern: q_proj=8."""
     alpha_pattern: dict[str, Alpha] = {}
-    """Another lora_alpha for some sites, by pattern: q_proj=16."""
+    """lora_alpha of particular modules, by pattern: q_proj=16."""
     ensure_weight_tying: Flag = False
-    """Let an adapter on a tied embedding act on the head too, through the same factors."""
+    """Let an adapter on a tied embedding adapt the head with the same factors."""
     modules_to_save: Texts = ()
-    """Layers to train whole, as the adapter's own: a head (lm_head, score), an embedding, norms; by name."""
+    """Modules to train in full and save with the adapter, by name: a head (lm_head, score), an embedding, norms."""
     trainable_token_indices: tuple[Whole, ...] = ()
-    """Tokens whose embeddings are trained, as the adapter's own; only these rows are kept."""
+    """Token ids whose embedding rows are trained and saved with the adapter."""
     bias: Literal["none", "all", "lora_only"] = "none"
-    """Biases to train, as the adapter's own: those of adapted layers only, or all."""
+    """Biases to train: none, those of adapted layers only (lora_only), or all."""
     lora_bias: Flag = False
-    """Give B a bias (LoRA only)."""
+    """Add a bias to B (LoRA only)."""

@@ -1,4 +1,4 @@
-"""Options on their way out: YAML that reads back as the same values, and JSON Schema for editors."""
+"""Write options as YAML that reads back as the same values, and as JSON Schema for editors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def to_yaml(options: BaseModel) -> str:
     import yaml
 
     class Dumper(yaml.SafeDumper):
-        """Quotes every text that YAML 1.2 would read as something else, and never writes an alias."""
+        """Quotes text that YAML 1.2 would read as another type, and never writes an alias."""
 
         def ignore_aliases(self, data: Any) -> bool:
             return True
@@ -30,7 +30,7 @@ def to_yaml(options: BaseModel) -> str:
 
 
 def plain(value: Any) -> Any:
-    """Options as mappings, lists, text, numbers and None."""
+    """Options as plain mappings, lists, strings, numbers and None."""
     if isinstance(value, BaseModel):
         return {name: plain(getattr(value, name)) for name in type(value).model_fields}
     if isinstance(value, dict):
@@ -41,6 +41,6 @@ def plain(value: Any) -> Any:
 
 
 def json_schema(model_cls: type[BaseModel]) -> dict[str, Any]:
-    """JSON Schema (2020-12) of a set of options; an editor completes and checks a YAML file with it."""
+    """JSON Schema (2020-12) of a set of options, with which editors complete and check YAML files."""
     schema = model_cls.model_json_schema()
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

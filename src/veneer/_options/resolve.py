@@ -1,7 +1,6 @@
-"""Bring flags, ``--set``, a YAML file and the defaults together, and remember where each value came from.
+"""Resolve options from flags, ``--set``, a YAML file and defaults, and record where each value was given.
 
-Precedence: flag > ``--set a.b=c`` > YAML > default. Text from a command line is read by the field's type: a name stays
-text even where it looks like a number, a list is given by commas, and ``none`` is no value where the field allows that.
+Precedence: flag > ``--set a.b=c`` > YAML > default. Text from the command line is parsed by the field's type (see ``text.py``).
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from veneer._options.base import Options, describe
+from veneer._options.base import Options, current_name, describe
 from veneer._options.document import Document, Keys, load_yaml
 from veneer._options.text import locate, read
 from veneer.errors import ConfigError, Problems
@@ -22,12 +21,12 @@ OptionsT = TypeVar("OptionsT", bound=Options)
 _SHOWN = 200
 
 Provenance = dict[str, str]
-"""Dotted key -> where its value was written: 'run.yaml, line 3', '--set r=8', '--r'. Defaults are not in it."""
+"""Dotted key -> where its value was given: 'run.yaml, line 3', '--set r=8', '--r'. Defaults are not included."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """An option that does not have its default value."""
+    """An option whose value is not its default."""
 
     key: str
     value: Any
@@ -37,7 +36,7 @@ class Difference:
     def __str__(self) -> str:
         text = show(self.value)
         if len(text) > _SHOWN:  # a sweep of many values; the saved configuration has them all
-            text = f"{text[:_SHOWN]}... ({len(text):,} letters)"
+            text = f"{text[:_SHOWN]}... ({len(text):,} characters)"
         return f"{self.key} = {text} (default {show(self.default)}; {self.source})"
 
 
@@ -47,13 +46,25 @@ def resolve(
     sets: Sequence[str] = (),
     flags: Mapping[str, Any] | None = None,
 ) -> tuple[OptionsT, Provenance]:
-    """Options from a file, ``KEY=VALUE`` texts and flags (dotted key -> text, list of texts, or a value as it is).
+    """Resolve options.
 
-    ConfigError lists all mistakes of all sources, each with its place, key and remedy.
+    Args:
+        model_cls: the set of options.
+        yaml_path: a YAML file.
+        sets: ``KEY=VALUE`` texts.
+        flags: dotted key -> text, list of texts, or a value that is used as it is.
+
+    Returns:
+        The options, and where each value was given.
+
+    Raises:
+        ConfigError: lists all problems of all sources, each with its place, key and remedy.
     """
     document = load_yaml(yaml_path) if yaml_path is not None else Document("")
-    values = _copied(document.values)
-    origins: dict[Keys, str] = {keys: document.place(keys) for keys in document.lines if keys}
+    values = {current_name(model_cls, key): value for key, value in _copied(document.values).items()}
+    origins: dict[Keys, str] = {
+        (current_name(model_cls, str(keys[0])), *keys[1:]): document.place(keys) for keys in document.lines if keys
+    }
     problems = Problems()
     given: dict[str, tuple[str, Any]] = {}
     for text in sets:
@@ -78,7 +89,7 @@ def resolve(
     except ValidationError as error:
         for problem in describe(error, model_cls, values, where):
             problems.add(problem)
-    problems.raise_if_any(ConfigError, "the configuration cannot be used")
+    problems.raise_if_any(ConfigError, "invalid configuration")
     assert options is not None
     return options, {".".join(map(str, keys)): origin for keys, origin in origins.items()}
 
@@ -89,7 +100,7 @@ def flag_name(key: str) -> str:
 
 
 def differences(options: BaseModel, provenance: Mapping[str, str] | None = None) -> list[Difference]:
-    """Every option that has not its default value, in the order of declaration, nested ones by dotted key."""
+    """Options whose value is not their default, in the order of declaration, nested ones by dotted key."""
     found: list[Difference] = []
     for name, field in type(options).model_fields.items():
         value = getattr(options, name)
@@ -104,13 +115,13 @@ def differences(options: BaseModel, provenance: Mapping[str, str] | None = None)
 
 
 def _source(name: str, provenance: Mapping[str, str]) -> str:
-    """Where an option was written, and the flags that changed something inside it afterwards."""
+    """The place where an option was given, and the flags that changed something inside it afterwards."""
     inside = [origin for key, origin in provenance.items() if key.startswith(f"{name}.") and origin.startswith("--")]
     return " and ".join(filter(None, [provenance.get(name), *dict.fromkeys(inside)])) or "set in Python"
 
 
 def show(value: Any) -> str:
-    """A value as somebody would type it after a flag."""
+    """A value as it would be typed after a flag."""
     if isinstance(value, tuple | list):
         return ",".join(map(show, value)) or "nothing"
     if isinstance(value, dict):
@@ -121,7 +132,7 @@ def show(value: Any) -> str:
 
 
 def _copied(value: Any) -> Any:
-    """Containers anew, so that what an alias shares in a file is not shared in the options."""
+    """Copy containers, since an alias in a YAML file makes two keys share one object."""
     if isinstance(value, dict):
         return {key: _copied(inner) for key, inner in value.items()}
     return [_copied(inner) for inner in value] if isinstance(value, list) else value
@@ -130,8 +141,9 @@ def _copied(value: Any) -> Any:
 def _put(
     model_cls: type[BaseModel], dotted: str, given: Any, origin: str, values: dict[str, Any], origins: dict[Keys, str]
 ) -> None:
-    """Write one value at a dotted key, over what stands there."""
-    keys, annotation = locate(model_cls, dotted)
+    """Write one value at a dotted key, replacing the value there."""
+    head, dot, rest = dotted.partition(".")
+    keys, annotation = locate(model_cls, current_name(model_cls, head) + dot + rest)
     if annotation is not None:
         given = read(given, annotation)
     for part in keys[:-1]:

@@ -1,13 +1,12 @@
-"""What a plain word of YAML means: the core schema of YAML 1.2.
+"""Unquoted scalars of YAML, by the core schema of YAML 1.2.
 
-    null     null Null NULL ~ and nothing at all
+    null     null Null NULL ~ and the empty string
     boolean  true True TRUE false False FALSE
     integer  12 -3 0o17 0xFF
     number   1e-4 .5 3. -1.5E+3 .inf -.inf .nan
     text     everything else
 
-PyYAML follows YAML 1.1, in which ``1e-4`` is text, ``no`` is false and ``12:30`` is 750; here they are a number,
-text and text.
+PyYAML follows YAML 1.1, which reads ``1e-4`` as text, ``no`` as false and ``12:30`` as 750. YAML 1.2 reads a number, text and text.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ _INTEGER = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
 _NUMBER = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _INFINITE = re.compile(r"[-+]?\.(inf|Inf|INF)")
 _LONGEST_NUMBER = 400
-"""Beyond this many characters digits stay text, since reading them takes time that grows with their square."""
+"""Longer text stays text, since parsing digits takes time quadratic in their number."""
 
 
 def resolve_scalar(text: str) -> Scalar:

@@ -1,8 +1,8 @@
-"""Read what somebody typed on a command line, by the type of the option it is for.
+"""Parse text from the command line by the type of the option.
 
-A name stays text even where it looks like a number; a list is given by commas or in brackets; a mapping as
-``a=b,c=d`` or in braces; ``none`` is no value where the option allows that. What cannot be read so stays text, and the
-option's own check says what it expected.
+Text for a string option stays text, even if it looks like a number. Lists are separated by commas or written in brackets; mappings are
+written as ``a=b,c=d`` or in braces; ``none`` means None where the option allows it. Text that cannot be parsed stays as it is, and
+validation of the option reports it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from veneer._options.scalars import resolve_scalar
 
 @dataclass
 class Kinds:
-    """What a type takes: the plain kinds, the words of its literals, and the type inside its list or mapping."""
+    """The parts of a type: plain types, the values of its literals, and the type inside its list or mapping."""
 
     plain: list[type] = field(default_factory=list)
     words: list[Any] = field(default_factory=list)
@@ -57,9 +57,9 @@ def kinds_of(annotation: Any) -> Kinds:
 
 
 def locate(model_cls: type[BaseModel], dotted: str) -> tuple[Keys, Any]:
-    """The keys that a dotted name means, and the type of the value there (None where there is no such option).
+    """The keys of a dotted name, and the type of the value there (None if there is no such option).
 
-    Below a mapping the rest is one key, since the names of sites have dots: ``rank_pattern.layers.0`` is
+    Inside a mapping the rest is one key, since names of sites have dots: ``rank_pattern.layers.0`` is
     ``("rank_pattern", "layers.0")``.
     """
     keys: list[str | int] = []
@@ -81,7 +81,7 @@ def locate(model_cls: type[BaseModel], dotted: str) -> tuple[Keys, Any]:
 
 
 def read(given: Any, annotation: Any) -> Any:
-    """A value from text, or from the list of texts that a repeated flag leaves; anything else is taken as it is."""
+    """Parse text, or the list of texts of a repeated flag; other values are returned unchanged."""
     kinds = kinds_of(annotation)
     if isinstance(given, list):
         read_all = [_read_text(text, kinds) for text in given]

@@ -1,9 +1,9 @@
-"""Every option of a training run, with the default that the evidence supports.
+"""Options of a training run: ``TrainOptions``.
 
-All linear layers, r = 16, lora_alpha = 32, A uniform, B zero, no dropout, AdamW, a constant learning rate after a short
-warm-up, the loss on the assistant's tokens only.
+The defaults: all linear layers, r = 16, lora_alpha = 32, A uniform, B zero, no dropout, AdamW, a constant learning rate after a short
+warm-up, and the loss on the assistant's tokens only.
 
-The learning rate follows the base's size where none is given: ten times a good one for full fine-tuning, after "LoRA
+Without ``learning_rate``, the learning rate follows the size of the base model: ten times a good one for full fine-tuning, after "LoRA
 Without Regret" (Schulman and Thinking Machines Lab, 2025), whose published fit is
 
     lr = 10 * 5e-5 * (2000 / hidden)^p,    p = 0.781 for the Llama family, 0.0775 for the Qwen family
@@ -17,24 +17,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from veneer._options.base import (
-    Count,
-    Flag,
-    Fraction,
-    NotNegative,
-    Options,
-    Paths,
-    Positive,
-    Whole,
-)
+from veneer._options.base import PER_RUN, Count, Flag, Fraction, NotNegative, Options, Paths, PerRun, Positive, Whole
 from veneer._options.low_rank import LowRankOptions
 from veneer._options.text import kinds_of, read
 
+FULL = "full"
+"""The ``method`` of full fine-tuning. All others are names of adapter methods."""
+
 
 def default_learning_rate(hidden: int, model_type: str) -> float:
-    """The learning rate for a base with ``hidden`` features, of transformers' ``model_type``.
+    """The learning rate for a base model with ``hidden`` features, of transformers' ``model_type``.
 
-    Families whose exponent has not been fitted get the smaller of the two known results.
+    Families without a fitted exponent get the smaller of the two known results.
 
     >>> round(default_learning_rate(2048, "llama"), 6)
     0.000491
@@ -51,30 +45,181 @@ def _name(value: str) -> str:
     return value
 
 
-_ONE = frozenset(
-    {
-        "dtype",
-        "threads",
-        "compile",
-        "tokens_per_pass",
-        "share",
-        "save_every",
-        "checkpoint_minutes",
-        "halving",
-        "track",
-        "jobs",
-        "sweep",
-    }
-)
-"""Options of the base, the machine or the run, of which there is one."""
-
 Name = Annotated[str, Field(max_length=100), AfterValidator(_name)]
 
 
-def _listed(model: type[Options], key: str, value: Any) -> list[Any] | None:
-    """The values of an option that takes one number, word or truth value, where several are given; None otherwise."""
+class BaseOptions(Options):
+    """Base model."""
+
+    base: PerRun[str] = "smollm2-135m"
+    """Base model: a Hugging Face Hub id, a folder, a GGUF file, or smollm2-135m, which is included."""
+    revision: PerRun[str | None] = None
+    """Commit, tag or branch of a Hub model."""
+    dtype: PerRun[Literal["auto", "float32", "bfloat16"]] = "auto"
+    """Data type of the base weights; auto uses bfloat16 where the hardware is fast at it."""
+    threads: PerRun[Count | None] = None
+    """Number of CPU threads (default: PyTorch's choice)."""
+    compile: PerRun[Flag | Literal["auto"]] = "auto"
+    """Use compiled kernels: C++ on a CPU, torch.compile elsewhere; auto compiles with torch only if the run is long enough to gain."""
+
+
+class DataOptions(Options):
+    """Data."""
+
+    data: Paths = ()
+    """Files of training examples."""
+    valid: Paths = ()
+    """Files of held-out examples for evaluation."""
+    valid_fraction: Fraction = 0.0
+    """Fraction of the training examples to hold out for evaluation, if no held-out file is given."""
+    watch_general: Flag = False
+    """Also evaluate on a general text (Python's documentation), as general_loss, to measure forgetting."""
+    format: Literal["auto", "messages", "sharegpt", "prompt", "alpaca", "text"] = "auto"
+    """Row format; auto detects it from the keys."""
+    columns: dict[str, str] = {}
+    """Rename columns: prompt=question,completion=answer."""
+    roles: dict[str, Literal["system", "developer", "user", "assistant", "tool", "function_call"]] = {}
+    """Map other role names in sharegpt rows: npc=assistant."""
+    chat_template: Path | None = None
+    """Chat template file (Jinja) to use in place of the model's; saved with the adapter."""
+    parse_specials: Flag = False
+    """Parse control tokens in plain text rows, as needed for text that a template has already rendered."""
+    train_on: Literal["assistant", "last", "all"] = "assistant"
+    """Tokens that count towards the loss: the assistant's, those of its last turn, or all."""
+    max_length: Count | None = None
+    """Maximum length of an example in tokens (default: the model's context length)."""
+    truncate: Literal["error", "drop", "end"] = "error"
+    """Handling of longer examples: raise an error, drop them, or cut off their end; dropped and cut examples are counted."""
+
+
+class AdapterOptions(LowRankOptions):
+    """Adapter."""
+
+    method: Literal["lora", "dora", "full"] = "lora"
+    """Adapter method; full trains complete copies of the layers, as a baseline."""
+
+
+class ContinualOptions(Options):
+    """Continual learning."""
+
+    on_top_of: Paths = ()
+    """Frozen adapters (folders or runs) that are active during training; the new adapter is meant to be used with them."""
+    orthogonal_to: Paths = ()
+    """Earlier adapters (folders or runs) whose input directions the new adapter avoids, to reduce forgetting."""
+    orthogonal: Literal["penalty", "projection"] = "penalty"
+    """Orthogonality method: a penalty on the overlap of the A factors (O-LoRA), or projection onto the orthogonal complement."""
+    orthogonal_weight: Positive = 0.5
+    """Weight of the orthogonality penalty in the loss."""
+
+
+class StepOptions(Options):
+    """Optimization."""
+
+    steps: Count | None = None
+    """Number of optimizer steps."""
+    epochs: Positive | None = None
+    """Number of passes over the data, if steps is not given (default: 1)."""
+    batch_size: Count = 16
+    """Examples per optimizer step."""
+    tokens_per_pass: PerRun[Count] = 1024
+    """Maximum tokens in one forward and backward pass; larger batches are split into micro-batches with the same result."""
+    tokens_per_shared_pass: PerRun[Whole | Literal["auto"]] = "auto"
+    """Maximum tokens in a pass shared by several jobs; auto measures the fastest size, 0 runs jobs in turn."""
+    learning_rate: Positive | None = None
+    """Peak learning rate (default: based on the model's size)."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning rate schedule after warm-up; linear and cosine decay to zero."""
+    warmup_steps: Whole = 10
+    """Steps of linear learning rate warm-up."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """Optimizer."""
+    weight_decay: NotNegative = 0.0
+    """Weight decay of the adapter's weights, decoupled in AdamW."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """AdamW's decay rates of the moment estimates."""
+    eps: Positive = 1e-8
+    """AdamW's term for numerical stability."""
+    clip: Positive | None = 1.0
+    """Maximum gradient norm; none disables clipping."""
+    activation_checkpointing: PerRun[Flag | Literal["auto"]] = False
+    """Recompute activations in the backward pass to save memory; auto does so only if the run would not fit otherwise."""
+
+
+class RunOptions(Options):
+    """Run."""
+
+    out: PerRun[Path | None] = None
+    """Output folder (default: runs/NAME)."""
+    name: Name | None = None
+    """Name of the adapter (default: the output folder's name)."""
+    seed: Whole = 0
+    """Random seed."""
+    eval_every: Count | None = None
+    """Evaluate every N steps (default: about ten evaluations per run)."""
+    save_every: PerRun[Count | None] = None
+    """Save a checkpoint every N steps, in addition to those by time."""
+    checkpoint_minutes: PerRun[Positive | None] = 10.0
+    """Minutes between checkpoints; none saves only by steps and at the end."""
+    early_stop_patience: Count | None = None
+    """Stop after N evaluations without improvement (default: no early stopping)."""
+    plan: PerRun[Flag] = True
+    """Estimate memory and time before the first step, and stop if the run does not fit in memory."""
+    halving: PerRun[Flag] = False
+    """Stop the worse half of a sweep's jobs by held-out loss at 1/8, 1/4, 1/2 of the steps and so on (successive halving)."""
+    track: PerRun[Literal["tensorboard", "trackio", "wandb"] | None] = None
+    """Also log metrics to an experiment tracker, whose package must be installed."""
+
+
+class TrainOptions(RunOptions, StepOptions, ContinualOptions, AdapterOptions, DataOptions, BaseOptions):
+    """Several jobs in one run."""
+
+    jobs: PerRun[tuple[dict[str, Any], ...]] = ()
+    """Adapters to train together on one base: for each a name and the options that differ."""
+    sweep: PerRun[dict[str, list[Any]]] = {}
+    """Values to try in every combination, one job each; a list in place of a single value does the same: r: [4, 16]."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _move_lists_to_sweep(cls, values: Any) -> Any:
+        """Move lists given for options of one value into ``sweep``; text from the command line is parsed by the option's type."""
+        if not isinstance(values, dict):
+            return values
+        lists = {key: found for key, value in values.items() if (found := _swept_values(cls, key, value)) is not None}
+        sweep = values.get("sweep") or {}
+        if not lists or not isinstance(sweep, dict):
+            return values
+        return {**{key: value for key, value in values.items() if key not in lists}, "sweep": {**sweep, **lists}}
+
+    @model_validator(mode="after")
+    def _check_combinations(self) -> TrainOptions:
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("steps and epochs are both given; give only one of them")
+        if self.valid and self.valid_fraction:
+            raise ValueError("valid and valid_fraction are both given; give only one of them")
+        if not self.data and not self.jobs:  # the data of each job is checked when the jobs are made
+            raise ValueError(
+                "data names no file of examples; run veneer train ROWS.jsonl, or add a line data: ROWS.jsonl to the configuration"
+            )
+        held_out = bool(self.valid or self.valid_fraction)
+        if self.early_stop_patience and not held_out:
+            raise ValueError("early_stop_patience needs held-out examples; give valid or valid_fraction")
+        if self.watch_general and not held_out:
+            raise ValueError("watch_general is evaluated along with held-out examples; give valid or valid_fraction")
+        for key in self.sweep:
+            field = type(self).model_fields.get(key)
+            if field is not None and getattr(self, key) != field.default:
+                raise ValueError(f"{key} is given both as one value and in sweep; give only one of them")
+        return self
+
+
+PER_RUN_OPTIONS = tuple(name for name, field in TrainOptions.model_fields.items() if PER_RUN in field.metadata)
+"""Options that belong to the whole run: a job cannot set them and a sweep cannot vary them."""
+
+
+def _swept_values(model: type[Options], key: str, value: Any) -> list[Any] | None:
+    """The values given for an option that takes one number, word or truth value, if several are given; else None."""
     field = model.model_fields.get(key)
-    if field is None or key in _ONE:
+    if field is None or PER_RUN in field.metadata:
         return None
     kinds = kinds_of(field.annotation)
     if kinds.item is not None or kinds.entry is not None or kinds.model is not None or {str, Path} & set(kinds.plain):
@@ -82,169 +227,3 @@ def _listed(model: type[Options], key: str, value: Any) -> list[Any] | None:
     if isinstance(value, str) and "," in value:
         value = [read(part.strip(), field.annotation) for part in value.strip("[]").split(",")]
     return list(value) if isinstance(value, (list, tuple)) and value else None
-
-
-class BaseOptions(Options):
-    """The base."""
-
-    base: str = "smollm2-135m"
-    """The model to adapt: a hub id, a folder, a GGUF file, or smollm2-135m, the embedded one."""
-    revision: str | None = None
-    """Commit, tag or branch of a hub id."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Numbers of the base's weights; auto takes bfloat16 where the hardware is fast at it."""
-    threads: Count | None = None
-    """Threads for the arithmetic; none leaves it to torch."""
-    compile: Flag | Literal["auto"] = "auto"
-    """Take kernels in C++ on a CPU, built once for the processor, and let torch compile elementwise chains after the first step; auto
-    does the second only where there are no such kernels and the run is long enough to earn it back."""
-
-
-class DataOptions(Options):
-    """The examples."""
-
-    data: Paths = ()
-    """Files of examples to train on."""
-    valid: Paths = ()
-    """Files of held-out examples, never trained on."""
-    valid_fraction: Fraction = 0.0
-    """Part of the training examples to hold out where no held-out file is given."""
-    watch_general: Flag = False
-    """Judge a general text (Python's own documentation) with the held-out examples, as general_loss, to see what is forgotten."""
-    format: Literal["auto", "messages", "sharegpt", "prompt", "alpaca", "text"] = "auto"
-    """Shape of the rows; auto recognises it by their keys."""
-    columns: dict[str, str] = {}
-    """Other names of columns in the files: prompt=question,completion=answer."""
-    roles: dict[str, Literal["system", "developer", "user", "assistant", "tool", "function_call"]] = {}
-    """Roles of other tags in sharegpt rows: npc=assistant."""
-    chat_template: Path | None = None
-    """File with a chat template (Jinja) to use in place of the base's; it is kept beside the adapter."""
-    parse_specials: Flag = False
-    """Control strings in plain text rows are control tokens, as in rows that a template rendered before."""
-    train_on: Literal["assistant", "last", "all"] = "assistant"
-    """Which tokens are learnt: the assistant's, its last turn's, or all."""
-    max_length: Count | None = None
-    """Most tokens of an example; none takes what the base can hold."""
-    truncate: Literal["error", "drop", "end"] = "error"
-    """What becomes of a longer example: an error, left out, or cut at its end; the last two are counted and told."""
-
-
-class AdapterOptions(LowRankOptions):
-    """The adapter."""
-
-    method: Literal["lora", "dora", "full"] = "lora"
-    """How the weights are adapted; full trains copies of the layers whole, to compare with."""
-
-
-class ContinualOptions(Options):
-    """What was learnt before."""
-
-    on_top_of: Paths = ()
-    """Adapters (folders or runs) that act, frozen, while the new one is trained; it then belongs on top of them."""
-    orthogonal_to: Paths = ()
-    """Adapters (folders or runs) whose input directions the new one leaves alone, so that less of them is forgotten."""
-    orthogonal: Literal["penalty", "projection"] = "penalty"
-    """How: a penalty on the overlap of the A factors (O-LoRA), or no component along the old ones at all."""
-    orthogonal_weight: Positive = 0.5
-    """Weight of the penalty in the loss."""
-
-
-class StepOptions(Options):
-    """The steps."""
-
-    steps: Count | None = None
-    """Optimizer steps of the run."""
-    epochs: Positive | None = None
-    """Passes over the examples, where steps are not given; one if neither is."""
-    batch_size: Count = 16
-    """Examples of an optimizer step."""
-    tokens_per_pass: Count = 1024
-    """Most tokens that go through the base at once; a step takes as many passes as it needs, with the same result."""
-    share: Whole | Literal["auto"] = "auto"
-    """Most tokens of a pass that several jobs fill together; auto measures whether that is quicker, 0 lets them take turns."""
-    learning_rate: Positive | None = None
-    """Peak learning rate; none takes ten times that of full fine-tuning, by the base's size."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """The learning rate after the warm-up: stays, or falls to zero at the end."""
-    warmup_steps: Whole = 10
-    """Steps over which the learning rate rises from zero."""
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    """Rule of the update."""
-    weight_decay: NotNegative = 0.0
-    """Decay of the adapter's weights (AdamW's decoupled form)."""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    """AdamW's two averages."""
-    eps: Positive = 1e-8
-    """AdamW's guard against division by zero."""
-    clip: Positive | None = 1.0
-    """Largest norm of the gradient; none clips nothing."""
-    activation_checkpointing: Flag | Literal["auto"] = False
-    """Compute activations twice to save memory; auto does so where the run would not fit."""
-
-
-class RunOptions(Options):
-    """The run."""
-
-    out: Path | None = None
-    """Folder of the run; none takes runs/NAME."""
-    name: Name | None = None
-    """Name of the adapter; none takes the folder's."""
-    seed: Whole = 0
-    """Where all randomness of the run comes from."""
-    eval_every: Count | None = None
-    """Steps between two looks at the held-out examples; none looks about ten times."""
-    save_every: Count | None = None
-    """Steps between two checkpoints, besides those by the clock."""
-    checkpoint_minutes: Positive | None = 10.0
-    """Minutes between two checkpoints; none saves by steps and at the end only."""
-    early_stop_patience: Count | None = None
-    """Stop after so many looks without a better held-out loss; none goes on to the end."""
-    plan: Flag = True
-    """Plan memory and time before the first step, and refuse what does not fit."""
-    halving: Flag = False
-    """Of a sweep's jobs, stop the worse half by held-out loss at an eighth, a quarter, half of the steps and so on."""
-    track: Literal["tensorboard", "trackio", "wandb"] | None = None
-    """Hand the figures to an experiment tracker too, whose package must be installed."""
-
-
-class TrainOptions(RunOptions, StepOptions, ContinualOptions, AdapterOptions, DataOptions, BaseOptions):
-    """Every option of a training run; YAML holds them flat, by these names."""
-
-    jobs: tuple[dict[str, Any], ...] = ()
-    """Several adapters on one base at once: for each a name, and the options in which it differs."""
-    sweep: dict[str, list[Any]] = {}
-    """Values to try, in every combination, each as a job of its own; so is a list where one value is expected: r: [4, 16]."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _lists_are_swept(cls, values: Any) -> Any:
-        """Move lists that stand where one value is expected into ``sweep``, with text from a command line read by the type."""
-        if not isinstance(values, dict):
-            return values
-        lists = {key: found for key, value in values.items() if (found := _listed(cls, key, value)) is not None}
-        if not lists:
-            return values
-        sweep = values.get("sweep") or {}
-        if not isinstance(sweep, dict):
-            return values
-        return {**{key: value for key, value in values.items() if key not in lists}, "sweep": {**sweep, **lists}}
-
-    @model_validator(mode="after")
-    def _agree(self) -> TrainOptions:
-        if self.steps is not None and self.epochs is not None:
-            raise ValueError("steps and epochs are both given; give the one that is meant")
-        if self.valid and self.valid_fraction:
-            raise ValueError("valid and valid_fraction are both given; give the one that is meant")
-        if not self.data and not self.jobs:  # each job's own is looked at when the jobs are made
-            raise ValueError(
-                "data names no file of examples: veneer train ROWS.jsonl, or a line data: ROWS.jsonl in a file of options"
-            )
-        if self.early_stop_patience and not (self.valid or self.valid_fraction):
-            raise ValueError("early_stop_patience needs held-out examples; give valid or valid_fraction")
-        if self.watch_general and not (self.valid or self.valid_fraction):
-            raise ValueError("watch_general looks when held-out examples are judged; give valid or valid_fraction")
-        for key in self.sweep:
-            field = type(self).model_fields.get(key)
-            if field is not None and getattr(self, key) != field.default:
-                raise ValueError(f"{key} is given as one value and swept too; give the one that is meant")
-        return self

@@ -1,7 +1,7 @@
-"""A job: one adapter being trained, with everything that is its own.
+"""A job: one adapter in training, with all of its state.
 
-Its examples and their order, its optimizer, learning rate, schedule, clipping, decay, random stream, finite check and stop rule.
-Nothing of a job is shared with another but the frozen base, so a job that fails, ends or is cancelled leaves the others as they are.
+A job owns its examples and their order, optimizer, learning rate schedule, clipping, weight decay, random stream, finite check and
+stopping rule. Jobs share nothing but the frozen base, so a job that fails, ends or is cancelled does not affect the others.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from veneer.config import TrainOptions
 from veneer.data.batch import Order
 from veneer.data.example import Example
 from veneer.errors import TrainingError
-from veneer.training.loop.orthogonal import Shaper
-from veneer.training.loop.schedule import rate
-from veneer.training.loop.step import Share
+from veneer.training.loop.orthogonal import Orthogonality
+from veneer.training.loop.schedule import learning_rate_at
+from veneer.training.loop.step import JobLoss
 
 _SHOWN = 3
 
 
-class State(StrEnum):
-    """Where a job stands."""
+class JobState(StrEnum):
+    """State of a job in its run."""
 
     RUNNING = "running"
     PAUSED = "paused"
@@ -39,7 +39,7 @@ class State(StrEnum):
 
 @dataclass
 class Progress:
-    """The numbers of a job that its next step depends on, besides its tensors: all of them are saved."""
+    """The numbers, besides tensors, on which a job's next step depends. Checkpoints save all of them."""
 
     step: int = 0
     cursor: int = 0
@@ -47,13 +47,13 @@ class Progress:
     trained: float = 0.0
     best: float | None = None
     best_step: int = 0
-    looks_without_gain: int = 0
+    evaluations_without_gain: int = 0
     evaluations: list[tuple[int, float]] = field(default_factory=list)
     general: list[tuple[int, float]] = field(default_factory=list)
 
 
 class Job:
-    """One adapter in training. ``rate`` is the resolved peak learning rate, ``steps`` the resolved number of steps."""
+    """One adapter in training."""
 
     def __init__(
         self,
@@ -66,6 +66,17 @@ class Job:
         peak: float,
         steps: int,
     ) -> None:
+        """Create a job before its first step.
+
+        Args:
+            name: name of the job and of its adapter in the bank.
+            options: the job's options.
+            bank: holds the adapter.
+            examples: training examples.
+            held_out: examples for evaluation.
+            peak: the resolved peak learning rate.
+            steps: the resolved number of steps.
+        """
         self.name = name
         self.options = options
         self.bank = bank
@@ -74,24 +85,25 @@ class Job:
         self.order = Order(len(examples), options.seed)
         self.steps = steps
         self.peak = peak
+        self.eval_every = options.eval_every or max(1, steps // 10)
         self.progress = Progress()
-        self.state = State.RUNNING
+        self.state = JobState.RUNNING
         self.reason = ""
         self.code = ""
         self.error: Exception | None = None
-        """What a failed job failed of, in the process that saw it."""
-        self.looks: frozenset[int] = frozenset()
-        """Steps after which the job is judged on its held-out examples, besides those of ``eval_every``."""
+        """The exception that ended a failed job, in the process where it was raised."""
+        self.extra_evaluations: frozenset[int] = frozenset()
+        """Steps after which the job is evaluated in addition to every ``eval_every`` steps."""
         self.general: Sequence[Example] = ()
-        """A general text that is judged beside the held-out examples."""
+        """A general text, evaluated with the held-out examples."""
         self.route: dict[str, float] | None = None
-        """What its rows go through, where that is more than its own adapter."""
-        self.shaper: Shaper | None = None
-        """What bends its steps besides its examples."""
+        """The route of its rows, if it is more than its own adapter."""
+        self.orthogonality: Orthogonality | None = None
+        """Keeps its A factors orthogonal to those of earlier adapters."""
         self.built_on: dict[str, Any] = {}
-        """The adapters that it builds on, as its receipt names them."""
+        """The parent adapters, as the receipt names them."""
         self.template: str | None = None
-        """A chat template that is not the base's own, which is kept beside the adapter."""
+        """A chat template other than the base's, which is saved with the adapter."""
         self.parameters: list[nn.Parameter] = bank.parameters(name)
         self.optimizer = make_optimizer(bank, name, options)
         self._reset()
@@ -99,37 +111,40 @@ class Job:
     @property
     def running(self) -> bool:
         """Whether the job takes part in the next round."""
-        return self.state is State.RUNNING
+        return self.state is JobState.RUNNING
 
     @property
     def over(self) -> bool:
-        """Whether the job has left the run for good."""
-        return self.state not in (State.RUNNING, State.PAUSED)
+        """Whether the job finished, failed or was cancelled."""
+        return self.state not in (JobState.RUNNING, JobState.PAUSED)
 
     def next_examples(self) -> list[Example]:
-        """The examples of the next optimizer step; the cursor moves past them when the step is taken."""
+        """The examples of the next optimizer step. The cursor moves when the step is taken."""
         first = self.progress.cursor
         return [self.examples[self.order.at(first + i)] for i in range(self.options.batch_size)]
 
     def learning_rate(self) -> float:
         """The learning rate of the next step."""
-        options = self.options
-        return rate(
-            self.progress.step, peak=self.peak, schedule=options.schedule, warmup=options.warmup_steps, steps=self.steps
+        options, step = self.options, self.progress.step
+        return learning_rate_at(
+            step, peak=self.peak, schedule=options.schedule, warmup=options.warmup_steps, steps=self.steps
         )
 
-    def take(self, share: Share) -> None:
-        """Count what the job had in a batch towards its present step."""
-        self._loss += share.loss
-        self._weight += share.weight
-        self._tokens += share.tokens
-        self._faults += share.faults
+    def add(self, loss: JobLoss) -> None:
+        """Add the job's part of a batch to its current step."""
+        self._loss += loss.loss
+        self._weight += loss.weight
+        self._tokens += loss.tokens
+        self._faults += loss.faults
 
     def optim_step(self) -> dict[str, float]:
-        """Divide the gradient by the job's own weights, check it, clip it and take the optimizer's step.
+        """Divide the gradient by the job's weight count, check it, clip it and take the optimizer step.
 
-        Returns loss, learning rate, gradient norm and tokens of the step. Raises TrainingError, with nothing updated, where the loss
-        or the gradient is not finite; the job's tensors then stand where the last step left them.
+        Returns:
+            Loss, learning rate, gradient norm and tokens of the step.
+
+        Raises:
+            TrainingError: the loss or the gradient is not finite. Nothing was updated.
         """
         loss, weight, tokens, faults = self._loss, self._weight, self._tokens, self._faults
         self._reset()
@@ -137,18 +152,17 @@ class Job:
         try:
             if not math.isfinite(loss):
                 raise self._not_finite("the loss", loss, faults)
-            # A tensor that is not finite need not show in the loss: attention on a CPU makes numbers of NaN again.
+            # A NaN in a tensor need not show in the loss: attention on a CPU can turn it into numbers again.
             self.check_finite()
             if not grads:
                 raise TrainingError(
-                    f'job "{self.name}": no gradient reached the adapter, so it cannot learn; choose other target_modules',
-                    "still",
+                    f'job "{self.name}": no gradient reached the adapter; choose other target_modules', "still"
                 )
             torch._foreach_mul_(grads, 1 / weight)
-            figures = self.shaper.gradients() if self.shaper is not None else {}
+            metrics = self.orthogonality.adjust_gradients() if self.orthogonality is not None else {}
             norm = _norm(grads)
             if not math.isfinite(norm):
-                raise self._not_finite("the gradient's norm", norm)
+                raise self._not_finite("the gradient norm", norm)
             clip = self.options.clip
             if clip is not None and norm > clip:
                 torch._foreach_mul_(grads, clip / (norm + 1e-6))
@@ -156,8 +170,8 @@ class Job:
             for group in self.optimizer.param_groups:
                 group["lr"] = now * group["ratio"]
             self.optimizer.step()
-            if self.shaper is not None:
-                self.shaper.moved()
+            if self.orthogonality is not None:
+                self.orthogonality.after_step()
         finally:
             self.optimizer.zero_grad(set_to_none=True)
         progress = self.progress
@@ -165,11 +179,11 @@ class Job:
         progress.cursor += self.options.batch_size
         progress.tokens += tokens
         progress.trained += weight
-        return {"loss": loss / weight, "lr": now, "grad_norm": norm, "tokens": tokens, **figures}
+        return {"loss": loss / weight, "lr": now, "grad_norm": norm, "tokens": tokens, **metrics}
 
     def check_finite(self) -> None:
-        """Raise TrainingError where a tensor of the adapter holds what is no finite number: such an adapter is no result."""
-        # A norm that is finite settles it; one that overflows is looked into. The largest number would take eight times as long.
+        """Raise TrainingError if a tensor of the adapter has a value that is not finite."""
+        # A finite norm settles it; an overflow is checked value by value. Taking the maximum would be eight times slower.
         norms = torch.stack(torch._foreach_norm([parameter.detach() for parameter in self.parameters]))
         if bool(torch.isfinite(norms).all()):
             return
@@ -181,7 +195,7 @@ class Job:
                 )
 
     def drop_gradients(self) -> None:
-        """Forget what a step has gathered so far."""
+        """Discard the gradients and losses gathered for the current step."""
         self.optimizer.zero_grad(set_to_none=True)
         self._reset()
 
@@ -190,25 +204,24 @@ class Job:
         self._tokens = 0
         self._faults: tuple[str, ...] = ()
 
-    def end(self, state: State, code: str = "", reason: str = "") -> None:
-        """Leave the run."""
+    def end(self, state: JobState, code: str = "", reason: str = "") -> None:
+        """End the job."""
         self.state, self.code, self.reason = state, code, reason
         self.drop_gradients()
 
     def _not_finite(self, what: str, value: float, sources: Sequence[str] = ()) -> TrainingError:
         if sources:
-            what += f" of {', '.join(sources[:_SHOWN])}" + (
-                f" and {len(sources) - _SHOWN} more" if sources[_SHOWN:] else ""
-            )
+            more = f" and {len(sources) - _SHOWN} more" if sources[_SHOWN:] else ""
+            what += f" of {', '.join(sources[:_SHOWN])}{more}"
         return TrainingError(
-            f'job "{self.name}", step {self.progress.step + 1}: {what} is {value}, so the step is not taken; lower learning_rate '
-            f"(now {self.learning_rate():g}){', or look at these examples' if sources else ''}",
+            f'job "{self.name}", step {self.progress.step + 1}: {what} is {value}, and the step was not taken; lower learning_rate '
+            f"(now {self.learning_rate():g}){', or check these examples' if sources else ''}",
             "non_finite",
         )
 
 
 def make_optimizer(bank: Bank, name: str, options: TrainOptions) -> torch.optim.Optimizer:
-    """The job's own optimizer over its adapter's fp32 masters; each group keeps its ratio to the learning rate (LoRA+)."""
+    """The optimizer of an adapter's fp32 tensors; each group keeps its ratio to the learning rate (LoRA+)."""
     groups: list[dict[str, Any]] = bank.parameter_groups(name, 1.0)
     for group in groups:
         group["ratio"] = group["lr"]

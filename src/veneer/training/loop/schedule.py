@@ -1,15 +1,15 @@
-"""The learning rate as a function of the step: warm-up, then constant, linear or cosine. Nothing is remembered between steps."""
+"""Learning rate schedules as functions of the step: warm-up, then constant, linear or cosine."""
 
 from __future__ import annotations
 
 import math
 
 
-def rate(step: int, *, peak: float, schedule: str, warmup: int, steps: int) -> float:
-    """The learning rate of optimizer step ``step`` (counted from 0) of ``steps``.
+def learning_rate_at(step: int, *, peak: float, schedule: str, warmup: int, steps: int) -> float:
+    """The learning rate of optimizer step ``step`` (from 0) of ``steps``.
 
-    It rises linearly over ``warmup`` steps, the first of which already moves, and then stays (``constant``) or falls to zero at the
-    end (``linear``, ``cosine``).
+    It rises linearly over ``warmup`` steps, starting above zero, and then stays (``constant``) or decays to zero at the end (``linear``,
+    ``cosine``).
     """
     if step < warmup:
         return peak * (step + 1) / warmup

@@ -1,13 +1,13 @@
-"""What a run saves: its state between two rounds, and adapters that others can load.
+"""Checkpoints of a run's state between two rounds, and adapter folders.
 
-A disk that is full costs what it would have held and nothing else: the run goes on from the last good checkpoint, and an adapter that
-could not be written is written when the same command runs again. A job that failed keeps the state of its last good checkpoint, in
-every later one too.
+If the disk is full, the run continues and its last good checkpoint stays; an adapter that could not be written is written when the same
+command runs again. A job that failed keeps the state of its last good checkpoint in all later ones.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -18,47 +18,51 @@ from veneer.adapters import Bank
 from veneer.checkpoints.commit import candidates, commit, verified
 from veneer.checkpoints.run_state import job_tensors, read_state, restore_job, write_state
 from veneer.errors import CheckpointError, VeneerError
-from veneer.training.loop.job import Job, Progress, State
-from veneer.training.run.run_folder import RunFiles
+from veneer.training.loop.job import Job, JobState, Progress
+from veneer.training.run.run_folder import RunFolder
 
-Receipt = Callable[[Job], dict[str, Any]]
+_STORED_NAMES = {"evaluations_without_gain": "looks_without_gain"}
+"""Fields of `Progress` that have another name in ``state.json``."""
 
 
 class Saver:
     """Saves and restores the jobs of one run."""
 
-    def __init__(self, files: RunFiles, bank: Bank, receipt: Receipt, *, base_name: str) -> None:
-        self.files = files
+    def __init__(
+        self, folder: RunFolder, bank: Bank, receipt: Callable[[Job], dict[str, Any]], *, base_name: str
+    ) -> None:
+        """``receipt`` makes the provenance that is stored with a job's adapter."""
+        self.folder = folder
         self.bank = bank
         self.receipt = receipt
         self.base_name = base_name
         self.unsaved: dict[str, str] = {}
-        """Finished jobs whose adapter could not be written, and why."""
+        """Finished jobs whose adapter could not be written -> the reason."""
         self.lost: set[str] = set()
-        """Jobs that failed before there was a good state of theirs to keep."""
+        """Jobs that failed before a good state of theirs was saved."""
         self.damaged: list[str] = []
-        """Checkpoints newer than the one that was restored, which no longer agree with their manifests."""
+        """Checkpoints newer than the restored one that do not match their manifests."""
 
     def checkpoint(self, jobs: list[Job], rounds: int) -> None:
-        """Save the state of all jobs after so many rounds.
+        """Save the state of all jobs after ``rounds`` rounds.
 
-        Raises OSError or CheckpointError where it cannot be saved; what was saved before is as it was.
+        Raises OSError or CheckpointError if it cannot be saved. Earlier checkpoints are unchanged then.
         """
         tensors: dict[str, Tensor] = {}
         for job in jobs:
             if job.name not in self.lost:
                 tensors |= job_tensors(job.name, self.bank[job.name], job.optimizer)
         names = [job.name for job in jobs]
-        for path in self.files.growing(names).values():
+        for path in self.folder.growing(names).values():
             if path.exists():
                 sync(path)
-        state = {"round": rounds, "jobs": {job.name: self._numbers(job) for job in jobs}}
-        state["lengths"] = self.files.lengths(names)
-        commit(self.files.checkpoints, f"step-{rounds:08d}", lambda folder: write_state(folder, tensors, state))
+        state = {"round": rounds, "jobs": {job.name: self._state_of(job) for job in jobs}}
+        state["lengths"] = self.folder.lengths(names)
+        commit(self.folder.checkpoints, f"step-{rounds:08d}", lambda folder: write_state(folder, tensors, state))
 
-    def _numbers(self, job: Job) -> dict[str, Any]:
+    def _state_of(self, job: Job) -> dict[str, Any]:
         return {
-            "progress": asdict(job.progress),
+            "progress": {_STORED_NAMES.get(key, key): value for key, value in asdict(job.progress).items()},
             "draws": self.bank[job.name].draws,
             "state": job.state.value,
             "code": job.code,
@@ -68,42 +72,43 @@ class Saver:
         }
 
     def restore(self, jobs: list[Job], resume_from: str | None) -> int | None:
-        """Put the newest checkpoint that verifies (or the named one) into the jobs; returns its round, None where there is none.
+        """Restore jobs from the named checkpoint, or from the newest one that verifies.
 
-        Jobs that it does not know are left at their beginning. Raises CheckpointError where the named one is missing or damaged, or all
-        of them are damaged.
+        Returns:
+            The checkpoint's round; None if there is no checkpoint. Jobs that the checkpoint does not hold stay at their beginning.
+
+        Raises:
+            CheckpointError: the named checkpoint is missing or damaged, or all checkpoints are damaged.
         """
-        folders = candidates(self.files.checkpoints)
+        folders = candidates(self.folder.checkpoints)
         if resume_from is not None:
             have = ", ".join(folder.name for folder in folders) or "none"
             folders = [folder for folder in folders if folder.name == resume_from]
             if not folders:
-                raise CheckpointError(f"{self.files.out} has no checkpoint {resume_from}; it has: {have}")
+                raise CheckpointError(f"{self.folder.out} has no checkpoint {resume_from}; it has: {have}")
         folder = next((found for found in folders if verified(found)), None)
         names = [job.name for job in jobs]
         if folder is None:
             if folders:
-                what = (
-                    f"{folders[0]} is damaged" if len(folders) == 1 else f"all {len(folders)} checkpoints are damaged"
-                )
+                many = f"all {len(folders)} checkpoints are damaged"
                 raise CheckpointError(
-                    f"{self.files.out} cannot go on: {what}, not what the manifest says; bring it back from a copy, or start over "
-                    "with --fresh"
+                    f"{self.folder.out} cannot be resumed: {many if folders[1:] else f'{folders[0]} is damaged'} and does not match its "
+                    "manifest; restore it from a copy, or start over with --fresh"
                 )
-            self.files.cut({}, names)
+            self.folder.cut({}, names)
             return None
         self.damaged = [newer.name for newer in folders[: folders.index(folder)]]
         tensors, state = read_state(folder)
         for job in jobs:
             if job.name in state["jobs"]:
                 self._restore(job, tensors, state["jobs"][job.name])
-        self.files.cut(state["lengths"], names)
+        self.folder.cut(state["lengths"], names)
         if resume_from is not None:
-            self.files.forget_after(folder)
+            self.folder.forget_after(folder)
         return int(state["round"])
 
     def _restore(self, job: Job, tensors: Mapping[str, Tensor], saved: Mapping[str, Any]) -> None:
-        job.state, job.code, job.reason = State(saved["state"]), saved["code"], saved["reason"]
+        job.state, job.code, job.reason = JobState(saved["state"]), saved["code"], saved["reason"]
         if not saved["saved"]:
             self.unsaved[job.name] = "the disk was full"
         if saved["kept"]:
@@ -113,29 +118,35 @@ class Saver:
 
     def _restore_tensors(self, job: Job, tensors: Mapping[str, Tensor], saved: Mapping[str, Any]) -> None:
         restore_job(job.name, tensors, self.bank[job.name], job.optimizer)
-        progress = saved["progress"]
-        looks = {key: [(int(s), float(v)) for s, v in progress.get(key, [])] for key in ("evaluations", "general")}
-        job.progress = Progress(**{**progress, **looks})
+        progress = dict(saved["progress"])
+        for name, stored in _STORED_NAMES.items():
+            progress[name] = progress.pop(stored)
+        for key in ("evaluations", "general"):
+            progress[key] = [(int(step), float(loss)) for step, loss in progress.get(key, [])]
+        job.progress = Progress(**progress)
         self.bank[job.name].draws = saved["draws"]
 
-    def roll_back(self, job: Job) -> int | None:
-        """Put a failed job back to its last good checkpoint; returns the step that it stood at, None where there is no such checkpoint."""
-        try:
-            for folder in candidates(self.files.checkpoints):
+    def roll_back(self, job: Job) -> None:
+        """Put a failed job back to its last good checkpoint, if there is one."""
+        with suppress(OSError, CheckpointError):
+            for folder in candidates(self.folder.checkpoints):
                 if verified(folder):
                     tensors, state = read_state(folder)
                     saved = state["jobs"].get(job.name)
                     if saved is not None and saved["kept"]:
                         self._restore_tensors(job, tensors, saved)
-                        return job.progress.step
-        except (OSError, CheckpointError):
-            pass
+                        return
         self.lost.add(job.name)
-        return None
 
-    def adapter(self, job: Job, *, best: bool) -> str | None:
-        """Write a job's adapter as a folder that others can load; returns what went wrong, None where nothing did."""
-        path = self.files.best(job.name) if best else self.files.adapter(job.name)
+    def kept(self, job: Job) -> str:
+        """A clause that says which state of a failed job is kept."""
+        if job.name in self.lost:
+            return "no state of it was saved yet"
+        return f"its state of step {job.progress.step} is kept in checkpoints/"
+
+    def save_adapter(self, job: Job, *, best: bool) -> str | None:
+        """Write a job's adapter folder; returns the problem if there is one."""
+        path = self.folder.best(job.name) if best else self.folder.adapter(job.name)
         try:
             self.bank.save(job.name, path, base_name=self.base_name, receipt=self.receipt(job), template=job.template)
         except (OSError, VeneerError) as error:

@@ -1,9 +1,9 @@
-"""Asking a run for a change from outside: ``control.json`` in its folder, a job's name and what is to become of it.
+"""Requests from other processes: ``control.json`` in a run's folder maps names of jobs to changes.
 
-    {"sql": "pause", "style": "cancel"}         or "resume"; "*" means every job
+    {"sql": "pause", "style": "cancel"}         or "resume"; "*" means all jobs
 
-The run looks for the file between two rounds, does what it says, saves its state and only then forgets it, so that a request is not
-lost with a process that dies. A run that is not being worked on finds it at its next start.
+The run reads the file between rounds, applies the requests, saves its state, and only then deletes the file, so that no request is lost
+if the process dies. A run that is not active finds the file at its next start.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _VERBS: tuple[Verb, ...] = get_args(Verb)
 
 
 def ask(out: Path, job: str, verb: Verb) -> None:
-    """Leave a request in a run's folder, beside those that wait there."""
+    """Add a request to a run's folder."""
     try:
         waiting = json.loads((out / FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -39,9 +39,9 @@ class Control:
         self._taken = out / _TAKEN
 
     def take(self, jobs: Sequence[str]) -> list[Request]:
-        """What is asked for, and not yet forgotten.
+        """The requests that are not yet forgotten.
 
-        Raises TrainingError, once, for a file that cannot be read or asks for what there is not.
+        Raises TrainingError, once, for a file that cannot be read, or that names an unknown job or change.
         """
         if self._file.exists():
             self._file.replace(self._taken)
@@ -54,7 +54,7 @@ class Control:
             raise
 
     def forget(self) -> None:
-        """What was taken is done, and saved."""
+        """Delete requests that are applied and saved."""
         self._taken.unlink(missing_ok=True)
 
 
@@ -69,7 +69,7 @@ def _requests(path: Path, jobs: Sequence[str]) -> list[Request]:
     for name, verb in found.items():
         if verb not in _VERBS or (name != "*" and name not in jobs):
             raise TrainingError(
-                f"{FILE} asks to {verb} {name!r}; jobs are {', '.join(jobs)}, and what can be asked for is {', '.join(_VERBS)}"
+                f"{FILE} asks to {verb} {name!r}; the jobs are {', '.join(jobs)}, and the changes {', '.join(_VERBS)}"
             )
         requests += [Request(job, verb) for job in (jobs if name == "*" else [name])]
     return requests

@@ -1,26 +1,29 @@
-"""What a run leaves behind for whoever called it: its folder, and how each job ended.
+"""The result of a run: its folder, the end of each job, and for several jobs a table and a plot of the final losses.
 
-Boundary: numbers and paths; tables and pictures of them are ``summary.py``'s matter.
+A new adapter equals the base, so a job's evaluation before its first step is the loss of the base: a dashed line in the plot. Full
+fine-tuning (``method: [lora, full]``) has no rank; the best of it is a dotted line.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from veneer.config import plain
+from veneer._files import replace_text, replacing
+from veneer.config import FULL, PER_RUN_OPTIONS, plain
 from veneer.training.loop.job import Job
-from veneer.training.run.jobs import SHARED
-from veneer.training.run.run_folder import RunFiles
+from veneer.training.run.run_folder import RunFolder
 
-__all__ = ["JobResult", "RunResult", "result_of"]
+TABLE, PLOT = "summary.json", "summary.svg"
 
 
 @dataclass(frozen=True)
 class JobResult:
-    """How a job ended. ``losses``: (step, held-out loss) of each look. ``changes``: the options in which it differs from its neighbours."""
+    """The end of a job. ``losses``: (step, held-out loss) of each evaluation. ``changes``: options that differ between the jobs."""
 
     name: str
     method: str
@@ -34,43 +37,164 @@ class JobResult:
     best: Path
     changes: Mapping[str, Any]
 
+    @property
+    def final_loss(self) -> float:
+        """The last held-out loss; infinite if there is none."""
+        loss = self.losses[-1][1] if self.losses else math.inf
+        return loss if math.isfinite(loss) else math.inf
+
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run left behind: its folder and its jobs by name."""
+    """The folder of a run and the results of its jobs by name."""
 
     out: Path
     jobs: dict[str, JobResult]
 
     @property
     def adapter(self) -> Path:
-        """The folder of the only (or first) job's last adapter."""
+        """The folder of the final adapter of the first (or only) job."""
         return next(iter(self.jobs.values())).adapter
 
 
-def result_of(files: RunFiles, jobs: list[Job]) -> RunResult:
-    """The result of a run whose jobs ended, or stand where they are."""
+def result_of(folder: RunFolder, jobs: list[Job]) -> RunResult:
+    """The result of a run from the current states of its jobs."""
     options = {job.name: plain(job.options) for job in jobs}
-    apart = {
-        key: None
-        for own in options.values()
-        for key, value in own.items()
-        if key not in (*SHARED, "name") and any(other[key] != value for other in options.values())
-    }
+    first = options[jobs[0].name]
+    differing = [
+        key
+        for key in first
+        if key not in (*PER_RUN_OPTIONS, "name") and any(other[key] != first[key] for other in options.values())
+    ]
     results = {
         job.name: JobResult(
-            job.name,
-            job.options.method,
-            job.options.r,
-            job.peak,
-            job.state.value,
-            job.reason,
-            job.progress.step,
-            tuple(job.progress.evaluations),
-            files.adapter(job.name),
-            files.best(job.name),
-            {key: options[job.name][key] for key in apart},
+            name=job.name,
+            method=job.options.method,
+            r=job.options.r,
+            learning_rate=job.peak,
+            state=job.state.value,
+            reason=job.reason,
+            steps=job.progress.step,
+            losses=tuple(job.progress.evaluations),
+            adapter=folder.adapter(job.name),
+            best=folder.best(job.name),
+            changes={key: options[job.name][key] for key in differing},
         )
         for job in jobs
     }
-    return RunResult(files.out, results)
+    return RunResult(folder.out, results)
+
+
+def base_loss(jobs: Sequence[JobResult]) -> float | None:
+    """Held-out loss of the base, if all jobs were evaluated on the same examples and agree on it."""
+    firsts = [job.losses[0][1] for job in jobs if job.losses and job.losses[0][0] == 0]
+    if len(firsts) < len(jobs) or not firsts or max(firsts) - min(firsts) > 1e-6 * abs(firsts[0]):
+        return None
+    return firsts[0]
+
+
+def ranked(result: RunResult) -> list[JobResult]:
+    """Jobs by final held-out loss, the lowest first; jobs that stopped early come after those that finished."""
+    return sorted(result.jobs.values(), key=lambda job: (job.state != "finished", job.final_loss))
+
+
+def table_of(result: RunResult) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of a table of the jobs."""
+    jobs = ranked(result)
+    keys = list(jobs[0].changes)
+    header = ["job", *keys, "state", "steps", "held out", "best"]
+    rows = []
+    for job in jobs:
+        best = min((loss for _, loss in job.losses if math.isfinite(loss)), default=math.inf)
+        values = [_cell(job, key) for key in keys]
+        rows.append([job.name, *values, job.state, str(job.steps), _loss(job.final_loss), _loss(best)])
+    base = base_loss(jobs)
+    if base is not None:
+        rows.append(["base", *[""] * len(keys), "", "0", _loss(base), ""])
+    return header, rows
+
+
+def write_summary(result: RunResult) -> list[Path]:
+    """Write the table as JSON, and the plot if matplotlib is installed, into the run's folder; returns the paths."""
+    table: list[dict[str, Any]] = [
+        {
+            "job": job.name,
+            **job.changes,
+            "method": job.method,
+            "r": job.r,
+            "learning_rate": job.learning_rate,
+            "state": job.state,
+            "reason": job.reason,
+            "steps": job.steps,
+            "losses": [[step, loss if math.isfinite(loss) else None] for step, loss in job.losses],
+            "adapter": str(job.adapter),
+        }
+        for job in ranked(result)
+    ]
+    replace_text(result.out / TABLE, json.dumps(table, indent=2, default=str) + "\n")
+    written = [result.out / TABLE]
+    try:
+        if plot(result, result.out / PLOT):
+            written.append(result.out / PLOT)
+    except ImportError:
+        pass
+    return written
+
+
+def plot(result: RunResult, path: Path) -> bool:
+    """Plot final held-out losses; returns False if there are none. Raises ImportError if matplotlib is not installed."""
+    evaluated = [job for job in result.jobs.values() if math.isfinite(job.final_loss)]
+    jobs = [job for job in evaluated if job.method != FULL]
+    if not jobs:
+        return False
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.subplots()
+    several_rates = len({job.learning_rate for job in jobs}) > 1
+    across, lines = ("learning_rate", "r") if several_rates else ("r", "learning_rate")
+    for method, value in sorted({(job.method, getattr(job, lines)) for job in jobs}):
+        points = sorted(
+            (job for job in jobs if job.method == method and getattr(job, lines) == value),
+            key=lambda job: getattr(job, across),
+        )
+        label = f"{method}, {lines.replace('_', ' ')} {_shown(value)}"
+        x = [getattr(job, across) for job in points]
+        (line,) = axes.plot(x, [job.final_loss for job in points], marker="o", label=label)
+        for job in points:
+            if job.state != "finished":
+                axes.plot(
+                    [getattr(job, across)], [job.final_loss], marker="o", markerfacecolor="white", color=line.get_color()
+                )
+    full = min((job.final_loss for job in evaluated if job.method == FULL), default=None)
+    if full is not None:
+        axes.axhline(full, linestyle=":", color="black", label="full fine-tuning")
+    base = base_loss(evaluated)
+    if base is not None:
+        axes.axhline(base, linestyle="--", color="grey", label="base")
+    axes.set_xscale("log", base=2 if across == "r" else 10)
+    axes.set_xlabel("rank" if across == "r" else "learning rate")
+    axes.set_ylabel("final held-out loss (hollow: stopped early)")
+    axes.legend(fontsize="small")
+    with replacing(path) as beside:
+        figure.savefig(beside, format="svg", metadata={"Date": None})
+    return True
+
+
+def _cell(job: JobResult, key: str) -> str:
+    """A job's option in the table: the resolved learning rate, and no rank for full fine-tuning."""
+    if key == "r" and job.method == FULL:
+        return "-"
+    value = job.learning_rate if key == "learning_rate" else job.changes[key]
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else _shown(value)
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else ("-" if value is None else str(value))
+
+
+def _loss(value: float) -> str:
+    return f"{value:.4f}" if math.isfinite(value) else "-"
