@@ -64,7 +64,7 @@ class Losses(Listener):
             return
         mixed = [p.grad.clone() for p in job.parameters if p.grad is not None]
         job.optimizer.zero_grad()
-        pieces = [*cut(job.next_examples(), self.trainer.budget)]
+        pieces = [*cut(job.next_examples(), self.trainer.tokens_per_pass)]
         if job.bank[job.name].method.lora_dropout:
             job.bank[job.name].draws -= len(pieces)
         for piece in pieces:
@@ -74,9 +74,9 @@ class Losses(Listener):
         for parameter, grad in zip(job.parameters, mixed, strict=True):
             parameter.grad = grad
 
-    def stepped(self, job: Job, figures: dict[str, float]) -> None:
+    def stepped(self, job: Job, metrics: dict[str, float]) -> None:
         """Remember it."""
-        self.of.setdefault(job.name, []).append(figures["loss"])
+        self.of.setdefault(job.name, []).append(metrics["loss"])
 
 
 def _flat(tensors: Iterable[torch.Tensor]) -> torch.Tensor:

@@ -215,8 +215,8 @@ def _shared(stepper: Stepper, own: list[Job], rounds: int) -> Iterator[tuple[str
     for count, tokens in ((4, 32), (8, 32), (4, 128), (4, 256)):
         for job in own:
             job.examples = rows_of(job.name, tokens)
-        together = Trainer(stepper, own[:count], Listener(), budget=1024, share=4096)
-        in_turn = Trainer(stepper, own[:count], Listener(), budget=1024, share=0)
+        together = Trainer(stepper, own[:count], Listener(), tokens_per_pass=1024, tokens_per_shared_pass=4096)
+        in_turn = Trainer(stepper, own[:count], Listener(), tokens_per_pass=1024, tokens_per_shared_pass=0)
         title = f"{count} jobs of {tokens} tokens: in turn over together"
         yield title, quotients(in_turn.round, together.round, rounds if tokens == 32 else max(3, rounds // 3))
 
@@ -241,7 +241,7 @@ def _apart(*arguments: int) -> dict[str, int]:
 def highest_of(count: int, tokens: int, batch: int) -> dict[str, int]:
     """The highest mark of this process after a few rounds, and the bytes of adapters, gradients and optimizers."""
     stepper, own = made_jobs(count, tokens, batch)
-    trainer = Trainer(stepper, own, Listener(), budget=4096, share=4096)
+    trainer = Trainer(stepper, own, Listener(), tokens_per_pass=4096, tokens_per_shared_pass=4096)
     for _ in range(4):
         trainer.round()
     held = sum(p.numel() * p.element_size() for job in own for p in job.parameters)

@@ -110,7 +110,7 @@ def _child(spec: dict[str, Any], *, planned: bool) -> dict[str, Any]:
     from veneer.models.flat import FlatRunner
     from veneer.models.load import load_base
     from veneer.training import process_memory as memory
-    from veneer.training.activation_checkpointing import recomputed
+    from veneer.training.activation_checkpointing import activation_checkpointing
     from veneer.training.loop.step import Stepper
     from veneer.training.loop.trainer import Trainer
     from veneer.training.planning.plan import Planner
@@ -127,20 +127,22 @@ def _child(spec: dict[str, Any], *, planned: bool) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, thorough in (("quick", False), ("plan", True)) if planned else ():
         began = time.perf_counter()
-        found[name] = Planner(options, stepper, [job], base=base, share=0, thorough=thorough).make().figures()
+        found[name] = (
+            Planner(options, stepper, [job], base=base, tokens_per_shared_pass=0, thorough=thorough).make().as_dict()
+        )
         found[f"{name}_took"] = time.perf_counter() - began
     listener = Last()
     listener.ended = lambda job: None  # type: ignore[method-assign]
-    trainer = Trainer(stepper, [job], listener, budget=options.tokens_per_pass, share=0)
+    trainer = Trainer(stepper, [job], listener, tokens_per_pass=options.tokens_per_pass, tokens_per_shared_pass=0)
     seconds = []
-    with recomputed(base.model) if spec["checkpointing"] else nullcontext():
-        trainer._judge(job, job.held_out)
-        looks, job.held_out = job.held_out, []
+    with activation_checkpointing(base.model) if spec["checkpointing"] else nullcontext():
+        trainer.mean_loss(job, job.held_out)
+        held_out, job.held_out = job.held_out, []
         for _ in range(spec["count"]):
             before = time.perf_counter()
             trainer.round()
             seconds.append(time.perf_counter() - before)
-        trainer._judge(job, looks)
+        trainer.mean_loss(job, held_out)
     return {**found, "seconds": seconds, "peak": memory.highest()}
 
 

@@ -17,7 +17,7 @@ from veneer.models.fast_modules import fuse
 from veneer.models.flat import FlatRunner
 from veneer.models.load import load_base
 from veneer.training.acceleration import use_native
-from veneer.training.activation_checkpointing import recomputed
+from veneer.training.activation_checkpointing import activation_checkpointing
 from veneer.training.loop.job import Job
 from veneer.training.loop.step import Stepper
 from veneer.training.loop.trainer import Listener, Trainer
@@ -30,9 +30,9 @@ class Last(Listener):
 
     loss = float("nan")
 
-    def stepped(self, job: Job, figures: dict[str, float]) -> None:
+    def stepped(self, job: Job, metrics: dict[str, float]) -> None:
         """A step was taken."""
-        self.loss = figures["loss"]
+        self.loss = metrics["loss"]
 
     def ended(self, job: Job) -> None:
         """A job that ends here failed."""
@@ -75,8 +75,8 @@ def run(spec: dict[str, Any], turn: Turn) -> None:
     job = job_of(spec, bank)
     listener = Last()
     stepper = Stepper(FlatRunner(base.model), bank)
-    trainer = Trainer(stepper, [job], listener, budget=job.options.tokens_per_pass, share=0)
-    with recomputed(base.model) if spec["checkpointing"] else nullcontext():
+    trainer = Trainer(stepper, [job], listener, tokens_per_pass=job.options.tokens_per_pass, tokens_per_shared_pass=0)
+    with activation_checkpointing(base.model) if spec["checkpointing"] else nullcontext():
         for _ in turn:
             trainer.round()
             turn.done(listener.loss)

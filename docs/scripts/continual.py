@@ -120,7 +120,7 @@ def sequential(work: Path, files: dict[str, dict[str, Path]], judge: Judge) -> l
         examples, _ = load_examples([files[task]["train"]], Renderer(base.tokenizer))
         options = TrainOptions(data=(files[task]["train"],), steps=STEPS, **OPTIONS)
         job = Job("all", options, bank, examples, [], peak=RATE, steps=STEPS)
-        Trainer(stepper, [job], Listener(), budget=1024, share=0).run()
+        Trainer(stepper, [job], Listener(), tokens_per_pass=1024, tokens_per_shared_pass=0).run()
         assert job.progress.step == STEPS, job.reason
         bank.save("all", out := work / f"sequential-{task}", base_name=BASE)
         name = judge.bank.load(out, name="all").name

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from veneer.data.batch import IGNORE, Order, fill, make_batch
+from veneer.data.batch import IGNORE, Order, make_batch
 from veneer.data.example import Example
 from veneer.errors import DataError
 
@@ -25,7 +25,7 @@ def test_a_batch_lays_segments_behind_each_other() -> None:
     assert batch.weights.tolist() == [0.0, 1.0, 0.0, 0.5, 0.0]
     assert batch.jobs == ("a", "b") and batch.sources == ("rows.jsonl:1", "rows.jsonl:2")
     assert (batch.ids.dtype, batch.weights.dtype, batch.offsets.dtype) == (torch.long, torch.float32, torch.long)
-    assert (batch.tokens, batch.trained, batch.weight_of("b"), batch.weight_of("a")) == (5, 2, 0.5, 1.0)
+    assert (batch.tokens, batch.trained) == (5, 2)
     assert batch.to("cpu").targets.tolist() == batch.targets.tolist()
 
 
@@ -108,35 +108,3 @@ def test_an_order_has_edges() -> None:
         Order(0)
     with pytest.raises(IndexError):
         Order(3).index(0, 3)
-
-
-@given(
-    lengths=st.lists(st.integers(1, 50), min_size=1, max_size=40), budget=st.integers(50, 120), seed=st.integers(0, 99)
-)
-def test_passes_fill_a_budget_and_miss_nothing(lengths: list[int], budget: int, seed: int) -> None:
-    """Passes hold at most the budget, could not take the next example, and go through each epoch once."""
-    order = Order(len(lengths), seed)
-    cursor, seen = 0, []
-    while cursor < 2 * len(lengths):
-        chosen, after = fill(order, cursor, lengths, budget)
-        assert after == cursor + len(chosen) > cursor
-        used = sum(lengths[i] for i in chosen)
-        assert used <= budget
-        if after % len(lengths):
-            assert used + lengths[order.at(after)] > budget
-        seen += chosen
-        cursor = after
-    assert sorted(seen) == sorted([*range(len(lengths))] * 2)
-
-
-def test_a_pass_can_be_bounded_in_examples() -> None:
-    """``max_examples`` ends a pass, and zero is an error."""
-    assert len(fill(Order(9), 0, [1] * 9, 100, max_examples=4)[0]) == 4
-    with pytest.raises(DataError, match="max_examples=0"):
-        fill(Order(9), 0, [1] * 9, 100, max_examples=0)
-
-
-def test_an_example_beyond_the_budget_is_told() -> None:
-    """One example that is longer than a pass is an error with the remedy, never left out in silence."""
-    with pytest.raises(DataError, match=r"11 tokens, but a pass holds 10.*maximum length of 10"):
-        fill(Order(1), 0, [11], 10)

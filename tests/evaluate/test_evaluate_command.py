@@ -110,7 +110,7 @@ def test_training_watches_a_general_text(made: Path) -> None:
         "watch_general": True,
         "out": made / "run",
     }
-    train({**options, "steps": 4, "eval_every": 2, "r": 2, "batch_size": 2, "plan": False}, base=base, screen=QUIET)
+    train({**options, "steps": 4, "eval_every": 2, "r": 2, "batch_size": 2, "plan": False}, base=base, console=QUIET)
     lines = [json.loads(line) for line in next((made / "run" / "metrics").iterdir()).read_text().splitlines()]
     looks = {line["step"]: line["general_loss"] for line in lines if "general_loss" in line}
     assert list(looks) == [0, 2, 4]

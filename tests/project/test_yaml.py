@@ -150,7 +150,7 @@ def test_a_bomb_of_aliases_is_defused(tmp_path: Path) -> None:
     ("content", "says"),
     [
         (b"a: 1\nb: \xff\xfe\n", "line 2: the file is not UTF-8"),
-        (b"a: " + b"x" * 1_000_001, "1,000,000 bytes at most"),
+        (b"a: " + b"x" * 1_000_001, "more than 1,000,000 bytes"),
     ],
 )
 def test_files_that_are_no_configuration(tmp_path: Path, content: bytes, says: str) -> None:
@@ -164,7 +164,7 @@ def test_files_that_are_no_configuration(tmp_path: Path, content: bytes, says: s
 @pytest.mark.parametrize("name", ["missing.yaml", ".", "a\0b"])
 def test_files_that_cannot_be_read(tmp_path: Path, name: str) -> None:
     """A missing file, a folder and an impossible name are one sentence each."""
-    with pytest.raises(ConfigError, match=r"cannot be read|not a file name"):
+    with pytest.raises(ConfigError, match=r"cannot read|not a file name"):
         load_yaml(f"{tmp_path}/{name}")
 
 

@@ -106,7 +106,7 @@ def _wait(child: int, after: float | None) -> int:
 def _be_a_run(request: dict[str, Any], base: Any) -> None:
     from veneer.checkpoints import commit
     from veneer.training import train
-    from veneer.training.run.console import Screen
+    from veneer.training.run.console import Console
 
     left = request.get("time", 1)
 
@@ -123,7 +123,7 @@ def _be_a_run(request: dict[str, Any], base: Any) -> None:
     commit.at = at  # type: ignore[assignment]
     code = 7
     try:
-        train(request["options"], base=base, screen=Screen(quiet=True))
+        train(request["options"], base=base, console=Console(quiet=True))
         code = 0
     except ZeroDivisionError:
         code = 3

@@ -21,9 +21,9 @@ from veneer.testing import tiny, tiny_tokenizer
 from veneer.training.loop.job import Job
 from veneer.training.loop.step import Stepper
 from veneer.training.loop.trainer import Listener, Request, Trainer
-from veneer.training.run.console import Screen
+from veneer.training.run.console import Console
 
-QUIET = Screen(quiet=True)
+QUIET = Console(quiet=True)
 SIZES = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
 Method = LoRA | DoRA
 
@@ -164,21 +164,22 @@ class World:
 
     def trainer(self, jobs: Sequence[Job], listener: Any = None, *, budget: int = 64, share: int = 512) -> Trainer:
         """A trainer that tells nobody, unless a listener is given."""
-        return Trainer(self.stepper, jobs, listener or Ear(), budget=budget, share=share)
+        return Trainer(self.stepper, jobs, listener or Ear(), tokens_per_pass=budget, tokens_per_shared_pass=share)
 
 
 class Ear(Listener):
     """A listener that remembers losses, and asks for what it is told to ask."""
 
     def __init__(self, asks: dict[int, Iterable[Request]] | None = None) -> None:
+        self.joining: list[Job] = []
         self.losses: dict[str, list[float]] = {}
         self.ends: dict[str, str] = {}
         self.rounds = 0
         self._asks = asks or {}
 
-    def stepped(self, job: Job, figures: dict[str, float]) -> None:
+    def stepped(self, job: Job, metrics: dict[str, float]) -> None:
         """Remember the loss."""
-        self.losses.setdefault(job.name, []).append(figures["loss"])
+        self.losses.setdefault(job.name, []).append(metrics["loss"])
 
     def ended(self, job: Job) -> None:
         """Remember how."""
@@ -187,6 +188,11 @@ class Ear(Listener):
     def requests(self) -> Iterable[Request]:
         """What is to be asked for at this round."""
         return self._asks.get(self.rounds, ())
+
+    def new_jobs(self) -> Iterable[Job]:
+        """Jobs that were handed over since the last call."""
+        found, self.joining = self.joining, []
+        return found
 
     def round_over(self) -> bool:
         """Go on."""

@@ -21,7 +21,7 @@ from veneer.models.load import Base
 from veneer.training import acceleration as faster
 from veneer.training import train
 from veneer.training.acceleration import worth_compiling
-from veneer.training.run.console import Screen
+from veneer.training.run.console import Console
 
 CPU = torch.device("cpu")
 
@@ -39,13 +39,13 @@ def test_the_base_takes_faster_forms_for_the_run_only(place: Path, base: Base, t
     """While a run goes on norms, activations and rotary embeddings are exchanged; afterwards no module has anything of its own."""
     seen: list[int] = []
 
-    class Watcher(Screen):
+    class Watcher(Console):
         def progress(self, text: str, *, important: bool = False) -> None:
             seen.append(
                 sum("forward" in module.__dict__ for name, module in base.model.named_modules() if "norm" in name)
             )
 
-    train(options(place, tmp_path / "a", steps=2), base=base, screen=Watcher(quiet=True))
+    train(options(place, tmp_path / "a", steps=2), base=base, console=Watcher(quiet=True))
     assert seen == [3, 3]  # two of the layer, one at the end
     assert not any("forward" in module.__dict__ for module in base.model.modules())
     assert not status().on
@@ -58,17 +58,17 @@ def test_a_compiled_run_goes_on_to_the_same_bits(place: Path, base: Base, tmp_pa
         pytest.skip(reason)
     chosen = {"name": "one", "steps": 4, "save_every": 1, "compile": True}
     said = io.StringIO()
-    train(options(place, tmp_path / "never", **chosen), base=base, screen=Screen(said))
-    assert "the base's elementwise chains run compiled, in" in said.getvalue() and not status().on
+    train(options(place, tmp_path / "never", **chosen), base=base, console=Console(said))
+    assert "compiled the base's elementwise chains into" in said.getvalue() and not status().on
     assert json.loads((tmp_path / "never" / "run.json").read_text())["compile"] is True
     for at in (1, 2):
         stopped = options(place, tmp_path / f"stopped{at}", **chosen)
         with pytest.raises(KeyboardInterrupt):
-            train(stopped, base=base, screen=stop_after(at))
-        train(stopped, base=base, screen=QUIET)
+            train(stopped, base=base, console=stop_after(at))
+        train(stopped, base=base, console=QUIET)
         assert digest(tmp_path / f"stopped{at}") == digest(tmp_path / "never")
     with pytest.raises(ConfigError, match="compile: True there, False now"):
-        train(options(place, tmp_path / "never", **{**chosen, "compile": False}), base=base, screen=QUIET)
+        train(options(place, tmp_path / "never", **{**chosen, "compile": False}), base=base, console=QUIET)
 
 
 def test_where_compiling_fails_the_run_goes_on(
@@ -84,10 +84,10 @@ def test_where_compiling_fails_the_run_goes_on(
     for chain in compiled._chains:
         monkeypatch.setattr(chain, "_made", {})
     said = io.StringIO()
-    train(options(place, tmp_path / "a", name="one", compile=True), base=base, screen=Screen(said))
+    train(options(place, tmp_path / "a", name="one", compile=True), base=base, console=Console(said))
     assert "nothing is compiled: compiling" in said.getvalue() and "no compiler here" in said.getvalue()
-    assert "no kernels in C++: there is no C++ compiler; the plain forms go on" in said.getvalue()
-    train(options(place, tmp_path / "b", name="one", compile=False), base=base, screen=QUIET)
+    assert "no C++ kernels: there is no C++ compiler; using PyTorch's" in said.getvalue()
+    train(options(place, tmp_path / "b", name="one", compile=False), base=base, console=QUIET)
     assert digest(tmp_path / "a") == digest(tmp_path / "b")
 
 
@@ -97,26 +97,26 @@ def test_a_run_takes_kernels_in_cpp_and_says_which(
     """They are in use while it runs, and no longer; its facts name them; without them the next start tells what changed."""
     used: list[Path | None] = []
 
-    class Watcher(Screen):
+    class Watcher(Console):
         def progress(self, text: str, *, important: bool = False) -> None:
             used.append(native.folder())
 
     monkeypatch.setattr(faster, "build_once", lambda name, build: built_kernels)
     chosen = options(place, tmp_path / "a", name="one", steps=4, save_every=1)
     with pytest.raises(KeyboardInterrupt):
-        train(chosen, base=base, screen=stop_after(2))
+        train(chosen, base=base, console=stop_after(2))
     kernels = json.loads((tmp_path / "a" / "run.json").read_text())["kernels"]
     assert kernels == (f"C++ {built_kernels.name}" if pays(built_kernels) else "python")
     monkeypatch.setenv("CXX", "no-such-compiler-here")
     said = io.StringIO()
-    train(chosen, base=base, screen=Screen(said))
+    train(chosen, base=base, console=Console(said))
     if kernels != "python":
         assert f"kernels {kernels} -> python" in said.getvalue()
-    train(options(place, tmp_path / "b", steps=2), base=base, screen=Watcher(quiet=True))
+    train(options(place, tmp_path / "b", steps=2), base=base, console=Watcher(quiet=True))
     assert set(used) == {None}
     monkeypatch.delenv("CXX")
     used.clear()
-    train(options(place, tmp_path / "c", steps=2), base=base, screen=Watcher(quiet=True))
+    train(options(place, tmp_path / "c", steps=2), base=base, console=Watcher(quiet=True))
     assert set(used) == {built_kernels if kernels != "python" else None} and native.folder() is None
 
 

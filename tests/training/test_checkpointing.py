@@ -14,7 +14,7 @@ from veneer.data.example import Example
 from veneer.errors import ConfigError
 from veneer.models.flat import FlatRunner
 from veneer.testing import tiny
-from veneer.training.activation_checkpointing import layers_of, recomputed
+from veneer.training.activation_checkpointing import activation_checkpointing, layers_of
 from veneer.training.loop.step import Stepper
 
 ARCHS = ("llama", "qwen3", "gemma2", "gpt2", "opt", "gpt_neox", "bert", "qwen2_moe", "bloom")
@@ -50,7 +50,7 @@ def gradients(model: nn.Module, bank: Bank, *, on: bool, passes: int = 2) -> tup
         bank[name].draws = 0
         for parameter in bank[name].parameters():
             parameter.grad = None
-    with recomputed(model, on):
+    with activation_checkpointing(model, on):
         for _ in range(passes):
             shares = stepper.forward_backward(make_batch([row for row, _ in rows], [job for _, job in rows]))
             losses += [share.loss for share in shares.values()]
@@ -82,7 +82,7 @@ def test_layers_really_run_again(arch: str) -> None:
     calls.clear()
     stepper.forward_backward(batch)
     assert len(calls) == 1
-    with recomputed(model):
+    with activation_checkpointing(model):
         calls.clear()
         stepper.forward_backward(batch)
         assert len(calls) == 2
@@ -125,7 +125,7 @@ def test_less_is_kept_for_backward() -> None:
         runner = FlatRunner(model)
         batch = make_batch([example(1, 60)], "b")
         hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-        with recomputed(model, on), bank.use("b", training=True), hooks:
+        with activation_checkpointing(model, on), bank.use("b", training=True), hooks:
             runner.hidden(batch)
         weights = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *bank["b"].parameters())}
         kept[on] = sum(size for at, size in sizes.items() if at not in weights)
@@ -136,11 +136,11 @@ def test_the_model_is_as_it_was() -> None:
     """After the context, also one that an error left, every attribute of every module is what it was."""
     model, bank = world("opt")
     before = [dict(module.__dict__) for module in model.modules()]
-    with recomputed(model):
+    with activation_checkpointing(model):
         assert any(module.training for module in model.modules())
-    with pytest.raises(ZeroDivisionError), recomputed(model):
+    with pytest.raises(ZeroDivisionError), activation_checkpointing(model):
         raise ZeroDivisionError
-    with recomputed(model, False):
+    with activation_checkpointing(model, False):
         assert not any(module.training for module in model.modules())
     assert [dict(module.__dict__) for module in model.modules()] == before
     bank.detach()
@@ -150,6 +150,6 @@ def test_a_model_without_such_layers_is_told() -> None:
     """What cannot be run again is one sentence, not a silent nothing."""
     with (
         pytest.raises(ConfigError, match="activation_checkpointing: Linear has no layers"),
-        recomputed(nn.Linear(2, 2)),
+        activation_checkpointing(nn.Linear(2, 2)),
     ):
         pass

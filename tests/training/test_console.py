@@ -11,7 +11,7 @@ from tests.training.made import figures, options
 from veneer.models.load import Base, load_base
 from veneer.testing import tiny, tiny_tokenizer
 from veneer.training import train
-from veneer.training.run.console import Screen
+from veneer.training.run.console import Console
 
 FIGURES = r"loss \d\.\d{4}  lr \d\.\d\de-\d\d  [\d,]+ tokens/s  \d\.\d\d GB"
 
@@ -26,8 +26,8 @@ class Terminal(io.StringIO):
 def test_a_terminal_has_one_live_line(place: Path, base: Base, tmp_path: Path) -> None:
     """Each step writes over the line of the one before, with its figures and from the second on the time left; it goes in the end."""
     screen = Terminal()
-    train(options(place, tmp_path / "a", steps=4, valid=(place / "valid.jsonl",)), base=base, screen=Screen(screen))
-    assert "step 0: judged 5 of 5 examples" in screen.getvalue()
+    train(options(place, tmp_path / "a", steps=4, valid=(place / "valid.jsonl",)), base=base, console=Console(screen))
+    assert "step 0: evaluated 5 of 5 examples" in screen.getvalue()
     shown = [part for part in re.split(r"[\r\n]", screen.getvalue()) if re.match(r"step \d+/", part)]
     assert [part.split("  ")[0] for part in shown] == [f"step {k}/4" for k in (1, 2, 3, 4)]
     assert all(re.search(FIGURES, part) for part in shown)
@@ -38,7 +38,7 @@ def test_a_terminal_has_one_live_line(place: Path, base: Base, tmp_path: Path) -
 def test_elsewhere_there_are_plain_lines(place: Path, base: Base, tmp_path: Path) -> None:
     """Without a terminal the first and the last step are lines of their own, without control characters."""
     screen = io.StringIO()
-    train(options(place, tmp_path / "a", steps=4), base=base, screen=Screen(screen))
+    train(options(place, tmp_path / "a", steps=4), base=base, console=Console(screen))
     lines = screen.getvalue().splitlines()
     assert "\r" not in screen.getvalue() and "\x1b" not in screen.getvalue()
     assert any(re.match(rf"step 1/4  {FIGURES}$", line) for line in lines)
@@ -51,7 +51,7 @@ def test_a_base_that_runs_padded_says_so_and_trains(place: Path, tmp_path: Path)
     tiny_tokenizer().save_pretrained(tmp_path / "base")
     base = load_base(str(tmp_path / "base"), dtype="float32")
     screen, out = io.StringIO(), tmp_path / "a"
-    train(options(place, out, name="a", lora_dropout=0.0, steps=12), base=base, screen=Screen(screen))
+    train(options(place, out, name="a", lora_dropout=0.0, steps=12), base=base, console=Console(screen))
     assert screen.getvalue().count("rows are padded: ") == 1
     losses = [line["loss"] for line in figures(out / "metrics" / "a.jsonl") if "loss" in line]
     assert len(losses) == 12 and sum(losses[-3:]) < 0.9 * sum(losses[:3])

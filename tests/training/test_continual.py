@@ -30,12 +30,12 @@ RATE = {"learning_rate": 3e-2, "warmup_steps": 0, "lora_dropout": 0.0}
 def first(place: Path, base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that the others build on; each test copies what it changes."""
     out = tmp_path_factory.mktemp("runs") / "first"
-    train(options(place, out, **RATE), screen=QUIET, base=base)
+    train(options(place, out, **RATE), console=QUIET, base=base)
     return out
 
 
 def run(place: Path, base: Base, out: Path, **more: Any) -> RunResult:
-    return train(options(place, out, **{**RATE, "seed": 5, **more}), screen=QUIET, base=base)
+    return train(options(place, out, **{**RATE, "seed": 5, **more}), console=QUIET, base=base)
 
 
 def same_tensors(one: Path | None, other: Path | None) -> bool:
@@ -69,7 +69,7 @@ def test_the_penalty_is_its_gradient() -> None:
             total = total + (other.tensors[site]["lora_A"].detach() @ own["lora_A"].T).square().sum()
     factors = [own["lora_A"] for own in new.tensors.values()]
     wanted = torch.autograd.grad(0.7 * total, factors)
-    figures = Penalty(new, old, 0.7).gradients()
+    figures = Penalty(new, old, 0.7).adjust_gradients()
     assert figures["overlap"] == pytest.approx(float(total.detach()), rel=1e-5)
     for a, gradient in zip(factors, wanted, strict=True):
         assert a.grad is not None and torch.allclose(a.grad, gradient, rtol=1e-5, atol=1e-7)
@@ -79,14 +79,13 @@ def test_the_projection_leaves_nothing_along_the_old() -> None:
     """Start, gradients and steps have no component along any row of an old A; what stands in the complement already is not touched."""
     _, (new, *old) = pair(3, 2, 4)
     projection = Projection(new, old)
-    projection.begin()
     assert max(overlap(new, other) for other in old) < 1e-10
     before = {site: own["lora_A"].detach().clone() for site, own in new.tensors.items()}
-    projection.moved()
+    projection.after_step()
     for site, own in new.tensors.items():
         assert torch.allclose(own["lora_A"].detach(), before[site], atol=1e-6)
         own["lora_A"].grad = torch.randn(own["lora_A"].shape, generator=torch.Generator().manual_seed(0))
-    projection.gradients()
+    projection.adjust_gradients()
     for site, own in new.tensors.items():
         gradient: Tensor | None = own["lora_A"].grad
         assert gradient is not None and float(gradient.norm()) > 0.1
@@ -167,7 +166,7 @@ def test_a_run_that_goes_on_ends_with_the_same_bits(
     run(place, base, tmp_path / "again", **more)
     train(
         options(place, tmp_path / "again", **{**RATE, "seed": 5, **more}),
-        screen=QUIET,
+        console=QUIET,
         base=base,
         resume_from="step-00000010",
     )
@@ -185,7 +184,7 @@ def test_what_is_built_on_must_be_what_it_was(place: Path, base: Base, first: Pa
     with pytest.raises(CheckpointError, match=r"on_top_of|built"):
         train(
             options(place, tmp_path / "second", **{**RATE, "seed": 5, "on_top_of": (old,), "steps": 6}),
-            screen=QUIET,
+            console=QUIET,
             base=base,
             resume_from="step-00000005",
         )
@@ -201,8 +200,8 @@ def test_what_cannot_be_built_on(place: Path, base: Base, first: Path, tmp_path:
     for more, says in (
         ({"on_top_of": (tmp_path / "empty",)}, "holds no adapter"),
         ({"orthogonal_to": (tmp_path / "gone",)}, "holds no adapter"),
-        ({"orthogonal_to": (narrow,), "target_modules": ("v_proj",)}, "no site where both act"),
-        ({"orthogonal_to": (wide,), "orthogonal": "projection"}, "nothing is left to learn"),
+        ({"orthogonal_to": (narrow,), "target_modules": ("v_proj",)}, "no site in common"),
+        ({"orthogonal_to": (wide,), "orthogonal": "projection"}, "leave none to learn"),
     ):
         with pytest.raises((CheckpointError, AdapterError), match=says):
             run(place, base, tmp_path / "out", **more)

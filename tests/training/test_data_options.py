@@ -16,7 +16,7 @@ from veneer.data.hashing import template_hash
 from veneer.errors import DataError
 from veneer.models.load import Base
 from veneer.training import train
-from veneer.training.run.console import Screen
+from veneer.training.run.console import Console
 
 TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + ': ' + m.content + '<|im_end|>' }}{% endfor %}"
@@ -36,7 +36,7 @@ def chat(asked: str, answered: str) -> dict[str, Any]:
 def said_by(chosen: dict[str, Any], base: Base) -> str:
     """What a run of two steps prints."""
     screen = io.StringIO()
-    train({**chosen, "steps": 2}, base=base, screen=Screen(screen))
+    train({**chosen, "steps": 2}, base=base, console=Console(screen))
     return screen.getvalue()
 
 
@@ -60,7 +60,7 @@ def test_clean_rows_are_passed_over_in_silence(place: Path, base: Base, tmp_path
     ("truncate", "says"),
     [
         ("end", "rows cut at 40 tokens: 1, which lost"),
-        ("drop", "rows left out for having more than 40 tokens: 1, with"),
+        ("drop", "rows dropped for having more than 40 tokens: 1, with"),
     ],
 )
 def test_what_the_maximum_length_costs_is_told(
@@ -78,7 +78,7 @@ def test_a_folder_stands_for_its_files(place: Path, base: Base, tmp_path: Path) 
     folder.mkdir()
     write_rows(folder / "other.jsonl", 3)
     with pytest.raises(DataError, match=r"expected a file train\.jsonl .* found other\.jsonl"):
-        train(options(place, tmp_path / "r", data=(folder,)), base=base, screen=QUIET)
+        train(options(place, tmp_path / "r", data=(folder,)), base=base, console=QUIET)
     write_rows(folder / "train.jsonl", 9)
     write_rows(folder / "valid.jsonl", 2, seed=4)
     assert "9 examples" in (said := said_by(options(place, tmp_path / "r", data=(folder,)), base))
@@ -90,7 +90,7 @@ def test_other_tags_are_mapped_to_roles(place: Path, base: Base, tmp_path: Path)
     turns = [{"from": "human", "value": "1+1"}, {"from": "npc", "value": "2"}]
     data = rows(tmp_path / "a.jsonl", {"conversations": turns}, {"conversations": turns[:1] + turns[1:]})
     with pytest.raises(DataError, match="other tags can be mapped to roles"):
-        train(options(place, tmp_path / "r", data=(data,)), base=base, screen=QUIET)
+        train(options(place, tmp_path / "r", data=(data,)), base=base, console=QUIET)
     assert "2 examples" in said_by(options(place, tmp_path / "r", data=(data,), roles={"npc": "assistant"}), base)
 
 
@@ -109,7 +109,7 @@ def test_another_template_is_kept_with_the_adapter_and_used(
     """The template in the folder is the one that the receipt names, and prompts are written with it afterwards."""
     file = tmp_path / "own.jinja"
     file.write_text(TEMPLATE, encoding="utf-8")
-    result = train(options(place, tmp_path / "r", chat_template=file), base=base, screen=QUIET)
+    result = train(options(place, tmp_path / "r", chat_template=file), base=base, console=QUIET)
     assert (result.adapter / "chat_template.jinja").read_text(encoding="utf-8") == TEMPLATE
     adapter = read_adapter(result.adapter)
     assert adapter.meta["receipt"]["template_sha256"] == template_hash(base.tokenizer, TEMPLATE)
@@ -128,7 +128,7 @@ def test_the_base_s_own_template_is_silent(
     place: Path, base: Base, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Trained and used with one template: nothing is kept and nothing said; after the base's template changed it is."""
-    result = train(options(place, tmp_path / "r"), base=base, screen=QUIET)
+    result = train(options(place, tmp_path / "r"), base=base, console=QUIET)
     assert not (result.adapter / "chat_template.jinja").exists()
     command = ["generate", str(result.adapter), "1+1", "--max-tokens", "2", "--dtype", "float32"]
     assert main([*command, "--base", str(place / "base")]) == 0

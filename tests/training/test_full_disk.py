@@ -20,7 +20,7 @@ from veneer.checkpoints.commit import candidates, verified
 from veneer.errors import VeneerError
 from veneer.models.load import Base
 from veneer.training import train
-from veneer.training.run.console import Screen
+from veneer.training.run.console import Console
 
 
 class Disk:
@@ -50,7 +50,7 @@ def attempt(wanted: dict[str, Any], base: Base, when: int) -> tuple[str, int, st
     with pytest.MonkeyPatch.context() as patch:
         disk = Disk(patch, when)
         try:
-            train(wanted, base=base, screen=Screen(said))
+            train(wanted, base=base, console=Console(said))
             return "done", disk.count, said.getvalue()
         except (OSError, VeneerError) as error:
             return f"{type(error).__name__}: {error}", disk.count, said.getvalue()
@@ -68,7 +68,12 @@ def lasting(out: Path) -> dict[str, str]:
 
 def full_at(place: Path, base: Base, folder: Path, every: int, first: int = 1) -> int:
     """A full disk at each n-th write of a run with two jobs; returns how many writes it has."""
-    wanted: dict[str, Any] = {"steps": 4, "save_every": 2, "jobs": [{"name": "a"}, {"name": "b", "r": 1}], "share": 0}
+    wanted: dict[str, Any] = {
+        "steps": 4,
+        "save_every": 2,
+        "jobs": [{"name": "a"}, {"name": "b", "r": 1}],
+        "tokens_per_shared_pass": 0,
+    }
     outcome, total, _ = attempt(options(place, folder / "never", **wanted), base, 0)
     assert outcome == "done"
     expected = lasting(folder / "never")

@@ -12,7 +12,7 @@ from tests.training.made import Ear, World, apart, examples, values
 
 from veneer.adapters import DoRA, LoRA
 from veneer.data.example import Example
-from veneer.training.loop.job import Job, State
+from veneer.training.loop.job import Job, JobState
 from veneer.training.loop.trainer import Request
 
 NAMES = [f"job{i:02d}" for i in range(16)]
@@ -106,7 +106,7 @@ def absurd_rate(job: Job) -> None:
 
 
 def cancel(job: Job) -> None:
-    job.end(State.CANCELLED, "cancelled")
+    job.end(JobState.CANCELLED, "cancelled")
 
 
 # What hits it (None: a request to cancel), the job's code, and the step in which its rows were still in the pass (None: they were not).
@@ -185,4 +185,4 @@ def test_an_evaluation_that_raises_ends_its_job_alone() -> None:
     ]
     world.trainer(jobs, ear).run()
     assert ear.ends == {"bad": "data", "good": "finished"}
-    assert 'job "bad": its held-out examples cannot be judged' in jobs[0].reason
+    assert 'job "bad": its evaluation failed' in jobs[0].reason

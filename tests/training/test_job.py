@@ -19,7 +19,7 @@ from veneer.training.loop.job import Job
 def feed(world: World, job: Job) -> None:
     """The gradient of the job's next step."""
     rows = job.next_examples()
-    job.take(world.stepper.forward_backward(make_batch(rows, job.name))[job.name])
+    job.add(world.stepper.forward_backward(make_batch(rows, job.name))[job.name])
 
 
 def test_a_step_is_the_optimizers_own_on_the_mean_loss() -> None:

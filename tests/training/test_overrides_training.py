@@ -56,10 +56,10 @@ def test_what_is_its_own_is_trained_resumed_and_saved(case: str, tmp_path: Path)
     """Every value moves; a run that was stopped and goes on ends with the same bits; PEFT computes the same to 1e-5."""
     arch, sizes, extra = CASES[case]
     place = prepared(tmp_path, arch, sizes)
-    result = train(chosen(place, "a", extra), screen=QUIET)
+    result = train(chosen(place, "a", extra), console=QUIET)
     with pytest.raises(KeyboardInterrupt):
-        train(chosen(place, "b/a", extra), screen=stop_after(3))
-    train(chosen(place, "b/a", extra), screen=QUIET)
+        train(chosen(place, "b/a", extra), console=stop_after(3))
+    train(chosen(place, "b/a", extra), console=QUIET)
     assert digest(place / "a") == digest(place / "b" / "a")
 
     base = load_base(place / "base", dtype="float32")
@@ -106,7 +106,7 @@ def test_new_tokens_are_learnt_on_a_resized_vocabulary(tmp_path: Path) -> None:
         trainable_token_indices=tuple(new),
         steps=20,
     )
-    result = train(given, screen=QUIET)
+    result = train(given, console=QUIET)
     stored = load_file(result.adapter / "adapter_model.safetensors")
     rows = [value for key, value in stored.items() if "trainable_tokens_delta" in key]
     assert [tuple(value.shape) for value in rows] == [(2, 32)]
@@ -123,7 +123,7 @@ def test_tokens_that_no_example_holds_are_refused(tmp_path: Path) -> None:
     examples, _ = load_examples([place / "train.jsonl"], Renderer(tokenizer))
     absent = next(i for i in range(319, 0, -1) if all(i not in example.ids for example in examples))
     with pytest.raises(
-        DataError, match=rf"no example holds the token {absent} \('.*'\), so their rows cannot be learnt"
+        DataError, match=rf"no example contains the token {absent} \('.*'\), so their rows cannot be learnt"
     ):
-        train(options(place, tmp_path / "a", trainable_token_indices=(absent,)), screen=QUIET)
+        train(options(place, tmp_path / "a", trainable_token_indices=(absent,)), console=QUIET)
     assert not (tmp_path / "a").exists()

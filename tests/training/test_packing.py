@@ -13,9 +13,9 @@ from tests.training.made import QUIET, World, digest, examples, four_jobs, optio
 
 from veneer.models.load import Base
 from veneer.training import train
-from veneer.training.planning import packing as sharing
-from veneer.training.planning.packing import Sharing, choose
-from veneer.training.run.console import Screen
+from veneer.training.planning import packing
+from veneer.training.planning.packing import Packing, choose_packing
+from veneer.training.run.console import Console
 
 TWO = [{"name": "a"}, {"name": "b", "r": 1, "method": "dora"}]
 
@@ -26,7 +26,7 @@ def timed(monkeypatch: pytest.MonkeyPatch, seconds: dict[int, float]) -> None:
     def fake(stepper: Any, passes: Any) -> float:
         return sum(seconds[len({slot.job.name for slot in one})] for one in passes)
 
-    monkeypatch.setattr(sharing, "_seconds", fake)
+    monkeypatch.setattr(packing, "_seconds", fake)
 
 
 def world_of(count: int, **others: Any) -> tuple[World, list[Any]]:
@@ -50,8 +50,8 @@ def test_the_quicker_way_is_taken(
     """Sharing is taken where it is quicker by more than a hair."""
     world, jobs = world_of(4)
     timed(monkeypatch, seconds)
-    found = choose(jobs[0].options, world.stepper, jobs)
-    assert found.share == share and says in found.reason
+    found = choose_packing(jobs[0].options, world.stepper, jobs)
+    assert found.tokens == share and says in found.reason
     assert set(found.seconds) == {"0", "256"}
 
 
@@ -59,7 +59,7 @@ def test_measuring_leaves_nothing_behind() -> None:
     """Tensors, gradients and dropout streams are as if nothing had run; the measured figures are there."""
     world, jobs = world_of(3)
     before = [values(world, job.name) for job in jobs]
-    found = choose(jobs[0].options, world.stepper, jobs)
+    found = choose_packing(jobs[0].options, world.stepper, jobs)
     assert found.seconds and all(value > 0 for value in found.seconds.values())
     for job, tensors in zip(jobs, before, strict=True):
         assert all(a.equal(b) for a, b in zip(values(world, job.name), tensors, strict=True))
@@ -69,15 +69,14 @@ def test_measuring_leaves_nothing_behind() -> None:
 def test_what_is_asked_for_is_not_measured() -> None:
     """A size that is given is taken; one job shares with nobody; a short run is not worth measuring; long pieces cannot share."""
     world, jobs = world_of(2)
-    assert choose(jobs[0].options.model_copy(update={"share": 64}), world.stepper, jobs) == Sharing(
-        64, "as asked for", {}
-    )
-    assert choose(jobs[0].options, world.stepper, jobs[:1]).share == 0
+    asked = jobs[0].options.model_copy(update={"tokens_per_shared_pass": 64})
+    assert choose_packing(asked, world.stepper, jobs) == Packing(64, "as requested")
+    assert choose_packing(jobs[0].options, world.stepper, jobs[:1]).tokens == 0
     jobs[0].steps = jobs[1].steps = 5
-    assert choose(jobs[0].options, world.stepper, jobs).reason == "not measured"
+    assert choose_packing(jobs[0].options, world.stepper, jobs).reason == "not measured"
     world, jobs = world_of(2, batch_size=1, rows=examples(3, shortest=700, longest=700))
-    found = choose(jobs[0].options, world.stepper, jobs)
-    assert found.share == 0 and "no two of their pieces" in found.reason
+    found = choose_packing(jobs[0].options, world.stepper, jobs)
+    assert found.tokens == 0 and "no two of their pieces" in found.reason
 
 
 def test_the_choice_is_printed_written_down_and_kept(
@@ -89,7 +88,7 @@ def test_the_choice_is_printed_written_down_and_kept(
     wanted = options(place, out, jobs=TWO, steps=45, plan=True)
     said = io.StringIO()
 
-    class Halt(Screen):
+    class Halt(Console):
         def line(self, text: str) -> None:
             super().line(text)
             if "share passes" in text:
@@ -97,16 +96,18 @@ def test_the_choice_is_printed_written_down_and_kept(
                 raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(wanted, base=base, screen=Halt(said))
-    assert "share passes of up to 256 tokens; longer pieces take turns (measured: 2.00 times as fast" in said.getvalue()
+        train(wanted, base=base, console=Halt(said))
+    assert (
+        "share passes of up to 256 tokens; longer pieces run in turn (measured: 2.00 times as fast" in said.getvalue()
+    )
     timed(monkeypatch, {1: 1.0, 2: 9.0})
-    train(wanted, base=base, screen=QUIET)
+    train(wanted, base=base, console=QUIET)
     facts = json.loads((out / "run.json").read_text())
     assert facts["share"] == 256 and facts["sharing"]["seconds"] == {"0": 2.0, "256": 1.0}
-    train(wanted, base=base, screen=Screen(said := io.StringIO()))
+    train(wanted, base=base, console=Console(said := io.StringIO()))
     assert "share passes of up to 256 tokens" in said.getvalue()
     shutil.rmtree(out)
-    train(wanted, base=base, screen=QUIET)
+    train(wanted, base=base, console=QUIET)
     assert json.loads((out / "run.json").read_text())["share"] == 0
 
 
@@ -115,8 +116,8 @@ def test_another_way_of_sharing_is_another_run(place: Path, base: Base, tmp_path
     from veneer.errors import ConfigError
 
     jobs = four_jobs()
-    train(options(place, tmp_path / "a", jobs=jobs, share=0), base=base, screen=QUIET)
-    train(options(place, tmp_path / "b", jobs=jobs, share=512), base=base, screen=QUIET)
+    train(options(place, tmp_path / "a", jobs=jobs, tokens_per_shared_pass=0), base=base, console=QUIET)
+    train(options(place, tmp_path / "b", jobs=jobs, tokens_per_shared_pass=512), base=base, console=QUIET)
     assert digest(tmp_path / "a").keys() == digest(tmp_path / "b").keys()
-    with pytest.raises(ConfigError, match="share: 0 there, 512 now"):
-        train(options(place, tmp_path / "a", jobs=jobs, share=512), base=base, screen=QUIET)
+    with pytest.raises(ConfigError, match="tokens_per_shared_pass: 0 there, 512 now"):
+        train(options(place, tmp_path / "a", jobs=jobs, tokens_per_shared_pass=512), base=base, console=QUIET)

@@ -19,11 +19,10 @@ from veneer.testing import tiny, tiny_tokenizer
 from veneer.training import process_memory as memory
 from veneer.training import train
 from veneer.training.activation_checkpointing import layers_of
-from veneer.training.planning import profile as probe
-from veneer.training.planning.plan import plan
-from veneer.training.planning.profile import Measured, Rung
+from veneer.training.planning.profile import Measurement, Profile, Profiler
 from veneer.training.planning.workload import size
-from veneer.training.run.console import Screen
+from veneer.training.run.console import Console
+from veneer.training.run.decisions import plan
 
 GB = 10**9
 MB_A_TOKEN = 8e6
@@ -33,15 +32,15 @@ MB_A_TOKEN = 8e6
 def forecast_of(bytes_a_token: float, monkeypatch: pytest.MonkeyPatch, *, free: int, again: float = 0.25) -> None:
     """Let probes find so many bytes a token (with checkpointing ``again`` times that), on a machine that has ``free`` bytes."""
 
-    def measure(self: probe.Probe) -> Measured:
+    def measure(self: Profiler) -> Profile:
         on = layers_of(self.stepper.runner.model)[0].__dict__.get("gradient_checkpointing", False)
         need = bytes_a_token * (again if on else 1)
         tokens = size(self.largest)
         start = memory.resident()
-        rungs = tuple(Rung(n, n * 8, start + int(need * n), 0.01 * n) for n in (tokens // 2, tokens))
-        return Measured(start, rungs, (), ((tokens, 0.01 * tokens),), 0.0, tokens, tokens * 8, 0)
+        rungs = tuple(Measurement(n, n * 8, start + int(need * n), 0.01 * n) for n in (tokens // 2, tokens))
+        return Profile(start, rungs, (), ((tokens, 0.01 * tokens),), 0.0, tokens, tokens * 8, 0)
 
-    monkeypatch.setattr(probe.Probe, "measure", measure)
+    monkeypatch.setattr(Profiler, "measure", measure)
     monkeypatch.setattr(memory, "free", lambda: free)
 
 
@@ -61,7 +60,7 @@ def marked(base: Base) -> Iterator[list[bool]]:
         handle.remove()
 
 
-class Stopper(Screen):
+class Stopper(Console):
     """Presses Ctrl-C at the fourth step that is shown."""
 
     shown = 0
@@ -75,8 +74,8 @@ class Stopper(Screen):
 
 def test_a_planned_run_has_the_bits_of_one_that_was_not(place: Path, base: Base, tmp_path: Path) -> None:
     """Measuring puts tensors, optimizers, dropout streams and counters back; the plan is told and kept."""
-    train(options(place, tmp_path / "a" / "run", plan=False), base=base, screen=QUIET)
-    train(options(place, tmp_path / "b" / "run", plan=True), base=base, screen=QUIET)
+    train(options(place, tmp_path / "a" / "run", plan=False), base=base, console=QUIET)
+    train(options(place, tmp_path / "b" / "run", plan=True), base=base, console=QUIET)
     assert digest(tmp_path / "a" / "run") == digest(tmp_path / "b" / "run")
     facts = json.loads((tmp_path / "b" / "run" / "run.json").read_text())
     assert facts["plan"]["peak"] >= memory.highest() // 4 and facts["plan"]["fits"]
@@ -89,16 +88,16 @@ def test_what_cannot_fit_is_refused_and_nothing_is_left(
     """One sentence: need, what there is, what would fit; no folder; the same run with each remedy is taken."""
     forecast_of(MB_A_TOKEN, monkeypatch, free=2 * GB)
     with pytest.raises(MemoryPlanError) as caught:
-        train(wide(place, tmp_path / "run"), base=base, screen=QUIET)
+        train(wide(place, tmp_path / "run"), base=base, console=QUIET)
     said = str(caught.value)
     assert "--activation-checkpointing true" in said and "--no-plan" in said
     assert not (tmp_path / "run").exists()
     remedy = next(word for word in said.replace(",", " ").split("--") if word.startswith("tokens-per-pass"))
     tokens = int(remedy.split()[1])
     forecast_of(MB_A_TOKEN, monkeypatch, free=2 * GB)
-    train(wide(place, tmp_path / "run", tokens_per_pass=tokens, steps=1), base=base, screen=QUIET)
+    train(wide(place, tmp_path / "run", tokens_per_pass=tokens, steps=1), base=base, console=QUIET)
     forecast_of(MB_A_TOKEN, monkeypatch, free=2 * GB)
-    train(wide(place, tmp_path / "two", activation_checkpointing=True, steps=1), base=base, screen=QUIET)
+    train(wide(place, tmp_path / "two", activation_checkpointing=True, steps=1), base=base, console=QUIET)
 
 
 def test_a_fresh_run_that_cannot_fit_leaves_the_earlier_one(
@@ -106,15 +105,15 @@ def test_a_fresh_run_that_cannot_fit_leaves_the_earlier_one(
 ) -> None:
     """--fresh forgets the run in the folder only once the new one has been planned: refused, every file is as it was, and goes on."""
     out = tmp_path / "run"
-    train(wide(place, out, plan=False, steps=2), base=base, screen=QUIET)
+    train(wide(place, out, plan=False, steps=2), base=base, console=QUIET)
     before = contents(out)
     forecast_of(MB_A_TOKEN, monkeypatch, free=2 * GB)
     with pytest.raises(MemoryPlanError):
-        train(wide(place, out, r=3), base=base, screen=QUIET, fresh=True)
+        train(wide(place, out, r=3), base=base, console=QUIET, fresh=True)
     assert contents(out) == before
-    train(wide(place, out, plan=False, steps=2), base=base, screen=QUIET)
+    train(wide(place, out, plan=False, steps=2), base=base, console=QUIET)
     forecast_of(MB_A_TOKEN, monkeypatch, free=200 * GB)
-    train(wide(place, out, r=3, steps=1), base=base, screen=QUIET, fresh=True)
+    train(wide(place, out, r=3, steps=1), base=base, console=QUIET, fresh=True)
     assert {path.name for path in (out / "checkpoints").iterdir()} >= {"step-00000001"}
     assert not (out / "checkpoints" / "step-00000002").exists()
 
@@ -125,7 +124,7 @@ def test_no_remedy_is_named_where_none_suffices(
     """Where even one short pass is too much, no single option is offered as a way out."""
     forecast_of(GB, monkeypatch, free=GB // 100, again=0.9)
     with pytest.raises(MemoryPlanError, match="take a smaller base"):
-        train(wide(place, tmp_path / "run"), base=base, screen=QUIET)
+        train(wide(place, tmp_path / "run"), base=base, console=QUIET)
 
 
 @pytest.mark.parametrize(("free", "on"), [(2 * GB, True), (200 * GB, False)])
@@ -133,11 +132,11 @@ def test_auto_checkpoints_only_where_memory_would_not_suffice(
     place: Path, base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, on: bool
 ) -> None:
     """``auto`` follows the plan; the layers really run again; what was chosen is kept; no bit of the result depends on it."""
-    train(wide(place, tmp_path / "a" / "run", plan=False, steps=3), base=base, screen=QUIET)
+    train(wide(place, tmp_path / "a" / "run", plan=False, steps=3), base=base, console=QUIET)
     forecast_of(MB_A_TOKEN, monkeypatch, free=free)
     with marked(base) as marks:
         run = wide(place, tmp_path / "b" / "run", steps=3, activation_checkpointing="auto")
-        train(run, base=base, screen=QUIET)
+        train(run, base=base, console=QUIET)
     assert any(marks) is on
     assert json.loads((tmp_path / "b" / "run" / "run.json").read_text())["recompute"] is on
     assert digest(tmp_path / "a" / "run") == digest(tmp_path / "b" / "run")
@@ -150,10 +149,10 @@ def test_a_run_that_goes_on_keeps_what_auto_chose(
     forecast_of(MB_A_TOKEN, monkeypatch, free=2 * GB)
     run = wide(place, tmp_path / "run", activation_checkpointing="auto")
     with pytest.raises(KeyboardInterrupt):
-        train(run, base=base, screen=Stopper(quiet=True))
-    monkeypatch.setattr(probe.Probe, "measure", lambda self: pytest.fail("planned again"))
+        train(run, base=base, console=Stopper(quiet=True))
+    monkeypatch.setattr(Profiler, "measure", lambda self: pytest.fail("planned again"))
     with marked(base) as marks:
-        train(run, base=base, screen=QUIET)
+        train(run, base=base, console=QUIET)
     assert any(marks)
 
 
@@ -174,7 +173,7 @@ def test_memory_is_foreseen_on_a_model_that_needs_some(place: Path, tmp_path: Pa
     run = wide(place, tmp_path / "run", batch_size=128, tokens_per_pass=8192, r=8, lora_dropout=0.0, steps=3)
     found, remedies = plan({**run, "base": str(folder)}, base=other)
     with memory.peak_of() as seen:
-        train({**run, "plan": False}, base=other, screen=QUIET)
+        train({**run, "plan": False}, base=other, console=QUIET)
     assert remedies == [] and found.training == pytest.approx(seen.bytes, rel=0.10)
 
 
@@ -186,12 +185,12 @@ def test_memory_goes_back_only_when_it_piles_up(monkeypatch: pytest.MonkeyPatch)
     heap = memory.Heap()
     for height, after in ((150, 140), (400, 200), (400, 201)):
         held[0] = height
-        heap.at_height()
+        heap.at_peak()
         held[0] = after
         heap.after_pass()
     assert calls == [201]
     held[0] = 210
-    heap.at_height()
+    heap.at_peak()
     held[0] = 309
     heap.after_pass()
     assert calls == [201]

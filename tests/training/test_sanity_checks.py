@@ -15,19 +15,19 @@ from veneer.errors import TrainingError
 from veneer.models.load import Base, load_base
 from veneer.testing import tiny
 from veneer.training import train
-from veneer.training.run.sanity_checks import FirstSteps
+from veneer.training.run.sanity_checks import SanityChecks
 
 IDS = torch.arange(5, 19).reshape(2, 7)
 
 
-def watched(method: LoRA | DoRA | None = None, *, steps: int = 5, arch: str = "llama") -> tuple[Adapter, FirstSteps]:
+def watched(method: LoRA | DoRA | None = None, *, steps: int = 5, arch: str = "llama") -> tuple[Adapter, SanityChecks]:
     """A fresh adapter with the gradients of its first step, and its watch."""
     model = tiny(arch, tie_word_embeddings=False)
     bank = attach(model)
     adapter = bank.add("a", method or LoRA(r=2))
     with bank.use("a", training=True):
         model(input_ids=IDS, labels=IDS).loss.backward()
-    return adapter, FirstSteps(adapter, 320, steps)
+    return adapter, SanityChecks(adapter, 320, steps)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_tensors_that_do_not_move_in_their_stored_type_stop_the_run(steps: int) 
     with pytest.raises(TrainingError, match=rf"did not move in {last} steps? at a learning rate of 1e-12") as caught:
         watch.after_step(last, 5.0, 1e-12)
     assert ("lora_A" in str(caught.value)) == (steps > 1)
-    assert not watch.wants(last)
+    assert not watch.needed(last)
     assert len(list(adapter.parameters())) > 0
 
 
@@ -121,7 +121,9 @@ def test_a_first_loss_that_cannot_be_stops_the_run() -> None:
     """Far above guessing: the message says what guessing gives and where to look."""
     _, watch = watched()
     watch.after_step(1, 8.6, 1e-3)
-    with pytest.raises(TrainingError, match=r"first loss is 8\.70, far above what guessing gives \(5\.77\)") as caught:
+    with pytest.raises(
+        TrainingError, match=r"first loss is 8\.70, far above the loss of random guessing \(5\.77\)"
+    ) as caught:
         watch.after_step(1, 8.7, 1e-3)
     assert caught.value.code == "first_loss"
 
@@ -144,7 +146,7 @@ def test_a_run_without_gradients_stops_at_step_one(how: str, place: Path, tmp_pa
     base = load_base(place / "base", dtype="float32")
     base.model.model.norm = Cut(how)
     with pytest.raises(TrainingError, match="as a gradient at step one, so the adapter cannot learn") as caught:
-        train(options(place, tmp_path / "a"), base=base, screen=QUIET)
+        train(options(place, tmp_path / "a"), base=base, console=QUIET)
     assert caught.value.code == "still"
     assert not (tmp_path / "a" / "adapter").exists()
 
@@ -154,4 +156,4 @@ def test_a_run_that_rounds_its_steps_away_stops(steps: int, place: Path, base: B
     """A learning rate below the resolution of the stored numbers ends the run, however short it is."""
     chosen: dict[str, Any] = {"learning_rate": 1e-30, "warmup_steps": 0, "steps": steps}
     with pytest.raises(TrainingError, match=rf"did not move in {min(5, steps)} step"):
-        train(options(place, tmp_path / "a", **chosen), base=base, screen=QUIET)
+        train(options(place, tmp_path / "a", **chosen), base=base, console=QUIET)

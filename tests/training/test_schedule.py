@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from veneer.training.loop.schedule import rate
+from veneer.training.loop.schedule import learning_rate_at
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,7 @@ from veneer.training.loop.schedule import rate
 )
 def test_it_rises_then_stays_or_falls(schedule: str, expected: list[float]) -> None:
     """Four steps of warm-up, the first of which already moves, and four of the schedule, the last of which still moves."""
-    found = [rate(step, peak=1.0, schedule=schedule, warmup=4, steps=8) for step in range(8)]
+    found = [learning_rate_at(step, peak=1.0, schedule=schedule, warmup=4, steps=8) for step in range(8)]
     assert found == pytest.approx(expected, abs=1e-6)
 
 
@@ -30,7 +30,7 @@ def test_it_rises_then_stays_or_falls(schedule: str, expected: list[float]) -> N
 )
 def test_it_is_never_above_the_peak_or_below_zero(steps: int, warmup: int, schedule: str, peak: float) -> None:
     """For any lengths, a warm-up longer than the run among them, every step has a rate within (0, peak]."""
-    rates = [rate(step, peak=peak, schedule=schedule, warmup=warmup, steps=steps) for step in range(steps)]
+    rates = [learning_rate_at(step, peak=peak, schedule=schedule, warmup=warmup, steps=steps) for step in range(steps)]
     assert all(0 < r <= peak * (1 + 1e-12) for r in rates)
     rising = rates[: warmup + 1]
     assert all(a <= b * (1 + 1e-12) for a, b in pairwise(rising))

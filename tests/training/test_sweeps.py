@@ -19,8 +19,8 @@ from veneer.config import TrainOptions
 from veneer.errors import ConfigError
 from veneer.models.load import Base
 from veneer.training import train
-from veneer.training.run import summary
-from veneer.training.run.console import Screen
+from veneer.training.run import result as results
+from veneer.training.run.console import Console
 from veneer.training.run.jobs import expand
 
 
@@ -67,9 +67,9 @@ def test_full_fine_tuning_is_one_job_whatever_the_ranks() -> None:
             {"jobs": [{"name": "sql"}, {"name": "SQL"}]},
             r'the name "SQL" is taken by an earlier job \("sql" is the same folder',
         ),
-        ({"jobs": [{"name": "a"}, {"name": "b", "out": "elsewhere"}]}, "out belongs to the whole run"),
+        ({"jobs": [{"name": "a"}, {"name": "b", "out": "elsewhere"}]}, "out is an option of the whole run"),
         ({"seed": [*range(100)], "warmup_steps": [*range(100)]}, "asks for 10,000 jobs; at most 256"),
-        ({"jobs": [{"name": "a", "lern_rate": 1}]}, "no option 'lern_rate'; did you mean"),
+        ({"jobs": [{"name": "a", "lern_rate": 1}]}, "unknown option 'lern_rate'; did you mean"),
         ({"r": [4, 0]}, "r"),
         ({"sweep": {"base": ["a", "b"]}}, "base cannot be swept"),
     ],
@@ -118,9 +118,9 @@ def test_halving_stops_the_worse_half_at_each_rung(place: Path, base: Base, tmp_
         "steps": 8,
         "eval_every": 100,
     }
-    halving = {**wanted, "halving": True, "share": 0}
-    halved = train(options(place, tmp_path / "h" / "s", **halving), base=base, screen=QUIET)
-    whole = train(options(place, tmp_path / "w" / "s", **wanted, share=0), base=base, screen=QUIET)
+    halving = {**wanted, "halving": True, "tokens_per_shared_pass": 0}
+    halved = train(options(place, tmp_path / "h" / "s", **halving), base=base, console=QUIET)
+    whole = train(options(place, tmp_path / "w" / "s", **wanted, tokens_per_shared_pass=0), base=base, console=QUIET)
     steps = sorted(job.steps for job in halved.jobs.values())
     assert steps == [2, 2, 4, 8]
     (best,) = (job for job in halved.jobs.values() if job.state == "finished")
@@ -132,7 +132,7 @@ def test_halving_stops_the_worse_half_at_each_rung(place: Path, base: Base, tmp_
     for job in halved.jobs.values():
         if job.state != "finished":
             assert job.state == "cancelled" and "held-out loss" in job.reason and "number" in job.reason
-    again = train(options(place, tmp_path / "h" / "s", **halving), base=base, screen=QUIET)
+    again = train(options(place, tmp_path / "h" / "s", **halving), base=base, console=QUIET)
     assert again == halved
 
 
@@ -140,16 +140,16 @@ def test_the_table_and_the_picture_have_the_base_and_full_fine_tuning(place: Pat
     """The table has a row a job, the best first, and the base; the picture has lines for the base and for full fine-tuning."""
     pytest.importorskip("matplotlib")
     wanted = {"method": ["lora", "dora", "full"], "r": [1, 2], "steps": 4, "lora_dropout": 0.0}
-    result = train(options(place, tmp_path / "s", **wanted, valid=(place / "valid.jsonl",)), base=base, screen=QUIET)
+    result = train(options(place, tmp_path / "s", **wanted, valid=(place / "valid.jsonl",)), base=base, console=QUIET)
     assert len(result.jobs) == 5
-    header, rows = summary.rows(result)
+    header, rows = results.table_of(result)
     assert header[:3] == ["job", "method", "r"] or header[:3] == ["job", "r", "method"]
     assert rows[-1][0] == "base" and len(rows) == 6
     finals = [float(row[-2]) for row in rows[:-1]]
     assert finals == sorted(finals)
     (row,) = (row for row in rows if "full" in row)
     assert row[header.index("r")] == "-"
-    table, picture = summary.write(result)
+    table, picture = results.write_summary(result)
     assert [line["job"] for line in json.loads(table.read_text())] == [row[0] for row in rows[:-1]]
     text = picture.read_text()
     assert text.startswith("<?xml") and "full fine-tuning" in text and "base" in text
@@ -160,11 +160,15 @@ def test_full_fine_tuning_trains_the_layers_whole_beside_others(place: Path, bas
     before = {name: value.clone() for name, value in base.model.state_dict().items()}
     jobs = [{"name": "whole", "method": "full"}, {"name": "a", "lora_dropout": 0.0}]
     said = io.StringIO()
-    both = train(options(place, tmp_path / "both", jobs=jobs, steps=4, share=0), base=base, screen=Screen(said))
+    both = train(
+        options(place, tmp_path / "both", jobs=jobs, steps=4, tokens_per_shared_pass=0),
+        base=base,
+        console=Console(said),
+    )
     assert both.jobs["whole"].state == "finished"
-    assert "whole: 7 layers trained whole" in said.getvalue()
+    assert "whole: full fine-tuning of 7 layers" in said.getvalue()
     assert all(value.equal(before[name]) for name, value in base.model.state_dict().items())
-    alone = train(options(place, tmp_path / "a", steps=4, lora_dropout=0.0), base=base, screen=QUIET)
+    alone = train(options(place, tmp_path / "a", steps=4, lora_dropout=0.0), base=base, console=QUIET)
     assert tensors_of(both.jobs["a"].adapter) == tensors_of(alone.adapter)
 
 
@@ -172,7 +176,7 @@ def test_a_sweep_goes_on_to_the_same_bits(place: Path, base: Base, tmp_path: Pat
     """Stopped in the middle and gone on with, halving and all, a sweep ends as one that was never stopped."""
     import os
 
-    class Stopper(Screen):
+    class Stopper(Console):
         shown = 0
 
         def progress(self, text: str, *, important: bool = False) -> None:
@@ -181,10 +185,10 @@ def test_a_sweep_goes_on_to_the_same_bits(place: Path, base: Base, tmp_path: Pat
                 os.kill(os.getpid(), 2)
 
     wanted = {"r": [1, 2, 3, 4], "valid": (place / "valid.jsonl",), "steps": 8, "halving": True, "save_every": 3}
-    train(options(place, tmp_path / "never" / "s", **wanted), base=base, screen=QUIET)
+    train(options(place, tmp_path / "never" / "s", **wanted), base=base, console=QUIET)
     with pytest.raises(KeyboardInterrupt):
-        train(options(place, tmp_path / "stopped" / "s", **wanted), base=base, screen=Stopper(quiet=True))
-    train(options(place, tmp_path / "stopped" / "s", **wanted), base=base, screen=QUIET)
+        train(options(place, tmp_path / "stopped" / "s", **wanted), base=base, console=Stopper(quiet=True))
+    train(options(place, tmp_path / "stopped" / "s", **wanted), base=base, console=QUIET)
     assert digest(tmp_path / "stopped" / "s") == digest(tmp_path / "never" / "s")
 
 
@@ -217,7 +221,7 @@ def test_figures_go_to_a_tracker(
     """Every line of figures is handed on under the job's name, and the run is begun and ended once."""
     package = Tracker(name)
     monkeypatch.setitem(sys.modules, name, package)
-    train(options(place, tmp_path / "runs" / "a", steps=3, track=name), base=base, screen=QUIET)
+    train(options(place, tmp_path / "runs" / "a", steps=3, track=name), base=base, console=QUIET)
     assert [call for call, _ in package.calls] == ["init", "log", "log", "log", "finish"]
     assert package.calls[0][1]["project"] == "runs" and package.calls[0][1]["name"] == "a"
     assert {"a/step", "a/loss", "a/lr", "a/grad_norm"} <= set(package.calls[1][1])
@@ -242,7 +246,7 @@ def test_figures_go_to_tensorboard(place: Path, base: Base, tmp_path: Path, monk
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", package)
     assert importlib.import_module("torch.utils.tensorboard") is package
     jobs = [{"name": "a"}, {"name": "b", "r": 1}]
-    train(options(place, tmp_path / "r", steps=2, jobs=jobs, track="tensorboard"), base=base, screen=QUIET)
+    train(options(place, tmp_path / "r", steps=2, jobs=jobs, track="tensorboard"), base=base, console=QUIET)
     assert set(written) == {"a", "b"}
     assert {step for key, _, step in written["a"] if key == "loss"} == {1, 2} and written["b"][-1][0] == "closed"
 
@@ -254,9 +258,9 @@ def test_a_tracker_that_fails_is_left(
     """A tracker's error is told once and the run goes on; a package that is missing is an error that says how to get it."""
     monkeypatch.setitem(sys.modules, "trackio", Tracker("trackio", fails=call))
     said = io.StringIO()
-    result = train(options(place, tmp_path / "a", steps=3, track="trackio"), base=base, screen=Screen(said))
+    result = train(options(place, tmp_path / "a", steps=3, track="trackio"), base=base, console=Console(said))
     assert result.jobs["a"].state == "finished"
-    assert said.getvalue().count("the tracker failed and is left: ConnectionError: no network") == 1
+    assert said.getvalue().count("the tracker failed and is no longer used: ConnectionError: no network") == 1
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigError, match="pip install wandb"):
-        train(options(place, tmp_path / "b", steps=3, track="wandb"), base=base, screen=QUIET)
+        train(options(place, tmp_path / "b", steps=3, track="wandb"), base=base, console=QUIET)

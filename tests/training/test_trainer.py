@@ -14,7 +14,7 @@ from veneer.adapters import DoRA, LoRA
 from veneer.data.batch import make_batch
 from veneer.data.example import Example
 from veneer.errors import TrainingError
-from veneer.training.loop.job import Job, State
+from veneer.training.loop.job import Job, JobState
 from veneer.training.loop.trainer import Request, passes
 
 EIGHT: dict[str, dict[str, Any]] = {
@@ -83,7 +83,7 @@ def test_every_gradient_is_as_alone_from_the_same_state() -> None:
         def stepping(self, job: Job) -> None:
             mixed = [p.grad.clone() for p in job.parameters if p.grad is not None]
             job.optimizer.zero_grad()
-            pieces = trainer._pieces(job)
+            pieces = trainer.micro_batches(job)
             if world.bank[job.name].method.lora_dropout:
                 world.bank[job.name].draws -= len(pieces)
             for piece in pieces:
@@ -115,7 +115,7 @@ def test_pieces_do_not_depend_on_neighbours() -> None:
     jobs = jobs_of(world, [*EIGHT], batch_size=7)
     for budget in (1, 15, 40, 1000):
         trainer = world.trainer(jobs, budget=budget)
-        pieces = [piece for job in jobs for piece in trainer._pieces(job)]
+        pieces = [piece for job in jobs for piece in trainer.micro_batches(job)]
         for job in jobs:
             mine = [piece for piece in pieces if piece.job is job]
             assert [e for piece in mine for e in piece.examples] == job.next_examples()
@@ -150,7 +150,7 @@ def test_random_joining_and_leaving(schedule: int) -> None:
         def round_over(self) -> bool:
             name = joins.pop(self.rounds, None)
             if name is not None:
-                trainer.join(jobs_of(world, [name], optimizer="sgd", steps=3)[0])
+                self.joining += jobs_of(world, [name], optimizer="sgd", steps=3)
             return super().round_over()
 
     ear = Joining(asks)
@@ -160,30 +160,29 @@ def test_random_joining_and_leaving(schedule: int) -> None:
         ear.rounds += 1
         if all(job.over for job in trainer.jobs) and not joins:
             break
-        for job in trainer.jobs:
-            trainer.resume(job.name)
+        asks.setdefault(ear.rounds, []).extend(Request(job.name, "resume") for job in trainer.jobs)
     for job in trainer.jobs:
-        assert job.state in (State.FINISHED, State.CANCELLED)
-        if job.state is State.FINISHED:
+        assert job.state in (JobState.FINISHED, JobState.CANCELLED)
+        if job.state is JobState.FINISHED:
             assert apart(values(world, job.name), alone(job.name, optimizer="sgd", steps=3)[0]) < 1e-5
 
 
-def test_asking_is_checked() -> None:
-    """A job that is not there, or is there already, is an error; asking twice, or of one that has ended, does nothing."""
+def test_a_job_cannot_be_added_twice() -> None:
+    """A new job with the name of one that is there is an error."""
+    world, ear = World(), Ear()
+    jobs = jobs_of(world, ["a", "b"], steps=2)
+    ear.joining = jobs[:1]
+    with pytest.raises(TrainingError, match='already has a job "a"'):
+        world.trainer(jobs, ear).run()
+
+
+def test_requests_that_do_not_apply_do_nothing() -> None:
+    """Cancelling twice, resuming a job that runs, and pausing one that has ended change nothing."""
     world = World()
     jobs = jobs_of(world, ["a", "b"], steps=2)
-    trainer = world.trainer(jobs)
-    with pytest.raises(TrainingError, match='no job "z"; it has: a, b'):
-        trainer.cancel("z")
-    with pytest.raises(TrainingError, match='has a job "a" already'):
-        trainer.join(jobs[0])
-    trainer.cancel("a")
-    trainer.cancel("a")
-    trainer.resume("b")
-    trainer.run()
-    trainer.pause("a")
-    trainer.run()
-    assert (jobs[0].state, jobs[0].progress.step, jobs[1].state) == (State.CANCELLED, 0, State.FINISHED)
+    asks = {0: [Request("a", "cancel"), Request("a", "cancel"), Request("b", "resume"), Request("a", "pause")]}
+    world.trainer(jobs, Ear(asks)).run()
+    assert (jobs[0].state, jobs[0].progress.step, jobs[1].state) == (JobState.CANCELLED, 0, JobState.FINISHED)
 
 
 def test_early_stopping_takes_the_held_out_loss() -> None:
@@ -209,7 +208,7 @@ def test_a_bad_token_ends_its_job_before_the_pass() -> None:
     jobs = [world.job("good"), world.job("bad", rows=bad, seed=1)]
     world.trainer(jobs, ear).run()
     assert ear.ends == {"good": "finished", "bad": "data"}
-    assert "rows.jsonl:7: it has token 999, and the base knows 0 to 319" in jobs[1].reason
+    assert "rows.jsonl:7: found token 999, and the base has tokens 0 to 319" in jobs[1].reason
 
 
 def test_a_pass_that_raises_is_run_again_job_by_job(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,6 +227,6 @@ def test_a_pass_that_raises_is_run_again_job_by_job(monkeypatch: pytest.MonkeyPa
     world.trainer(jobs, ear).run()
     assert raised == [3, 1]
     assert ear.ends == {"a": "finished", "c": "memory", "d": "finished"}
-    assert 'job "c": its examples cannot go through the base: cannot allocate memory' in jobs[1].reason
+    assert 'job "c": its forward or backward pass failed: cannot allocate memory' in jobs[1].reason
     for name in ("a", "d"):
         assert apart(values(world, name), alone(name, optimizer="sgd", steps=4)[0]) < 1e-5

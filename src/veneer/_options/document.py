@@ -190,7 +190,7 @@ class _Builder:
         keys = (*top.keys, key)
         if key in top.value:
             dotted = ".".join(map(str, keys))
-            self.problems.add(f"line {self.line}: duplicate key {dotted}, first given on line {self.lines[keys]}")
+            self.problems.add(f"line {self.line}: {dotted} is given a second time, first on line {self.lines[keys]}")
         else:
             self.lines[keys] = self.line
 

@@ -206,11 +206,11 @@ def _judge(base: Base, bank: Bank, file: Path) -> tuple[Losses, Losses, LossDiff
     from veneer.data.dataset import load_examples
     from veneer.evaluate.losses import compare, example_losses
     from veneer.models.flat import FlatRunner
-    from veneer.training.run.console import Screen
+    from veneer.training.run.console import Console
 
     examples, _ = load_examples([file], Renderer(base.tokenizer))
     runner = FlatRunner(base.model)
-    screen = Screen()
+    screen = Console()
 
     def progress(who: str) -> Callable[[int], None]:
         return lambda done: screen.progress(f"judged {who} on {done} of {len(examples)} functions")

@@ -21,11 +21,11 @@ def run(args: argparse.Namespace) -> int:
     if not args.json:
         for difference in differences(options, provenance):
             print(difference)
-    from veneer.training.planning.plan import plan
+    from veneer.training.run.decisions import plan
 
     found, remedies = plan(options)
     if args.json:
-        print(json.dumps({**found.figures(), "remedies": remedies}, indent=2))
+        print(json.dumps({**found.as_dict(), "remedies": remedies}, indent=2))
         return int(not found.fits)
     print("\n".join(found.lines()))
     if found.extrapolated:

@@ -10,7 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veneer.cli._table import table
-from veneer.config import Provenance, TrainOptions, add_flags, differences, given_flags, given_sets, plain, resolve
+from veneer.config import (
+    PER_RUN_OPTIONS,
+    Provenance,
+    TrainOptions,
+    add_flags,
+    differences,
+    given_flags,
+    given_sets,
+    plain,
+    resolve,
+)
 from veneer.errors import ConfigError, Problems
 
 if TYPE_CHECKING:
@@ -43,17 +53,17 @@ def run(args: argparse.Namespace) -> int:
 
 def _tell(result: RunResult) -> None:
     """What came of each job, and what can be done with it."""
-    from veneer.training.run import summary
+    from veneer.training.run.result import ranked, table_of, write_summary
 
     done = [job for job in result.jobs.values() if job.state == "finished"]
     if len(result.jobs) > 1:
-        done = [job for job in summary.ranked(result) if job in done]
-        header, rows = summary.rows(result)
+        done = [job for job in ranked(result) if job in done]
+        header, rows = table_of(result)
         print("\n" + "\n".join(line.rstrip() for line in table(header, rows)))
-        print(f"written: {', '.join(str(path) for path in summary.write(result))}")
+        print(f"written: {', '.join(str(path) for path in write_summary(result))}")
     for job in result.jobs.values():
         if job.state in ("paused", "failed"):
-            print(f"{job.name}: {job.state} after {job.steps} steps{f': {job.reason}' if job.reason else ''}")
+            print(f"{job.name}: {job.state} after {job.steps} steps")
     if done:
         best = done[0]
         target = result.out if len(result.jobs) == 1 else best.adapter
@@ -95,14 +105,12 @@ def _swept(options: TrainOptions, provenance: Provenance) -> tuple[TrainOptions,
 
 def _several(configs: list[Path], sets: list[str], flags: dict[str, Any]) -> tuple[TrainOptions, Provenance]:
     """One run of several files, a job each; what there is one of (the base, the folder) must be said alike in all of them."""
-    from veneer.training.run.jobs import SHARED
-
     found = {path: resolve(TrainOptions, path, sets, flags)[0] for path in configs}
     problems, first = Problems(), configs[0]
     for path, options in found.items():
         if options.jobs or options.sweep:
             problems.add(f"{path} asks for several jobs itself; give it alone, or one job a file")
-        for key in SHARED:
+        for key in PER_RUN_OPTIONS:
             one, other = getattr(found[first], key), getattr(options, key)
             if one != other and key not in ("jobs", "sweep"):
                 problems.add(
@@ -111,11 +119,11 @@ def _several(configs: list[Path], sets: list[str], flags: dict[str, Any]) -> tup
     if found[first].out is None:
         problems.add("several files make one run; name its folder with --out")
     problems.raise_if_any(ConfigError, "the files do not go together")
-    common = {key: getattr(found[first], key) for key in SHARED}
+    common = {key: getattr(found[first], key) for key in PER_RUN_OPTIONS}
     usual = {key: field.default for key, field in TrainOptions.model_fields.items()}
     jobs = []
     for path, options in found.items():
         own = plain(options)
-        said = {key: own[key] for key in own if key not in SHARED and getattr(options, key) != usual[key]}
+        said = {key: own[key] for key in own if key not in PER_RUN_OPTIONS and getattr(options, key) != usual[key]}
         jobs.append({**said, "name": options.name or path.stem})
     return TrainOptions(**{**common, "jobs": jobs}), {"jobs": ", ".join(map(str, configs))}

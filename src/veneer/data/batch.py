@@ -30,7 +30,7 @@ import torch
 from veneer.data.example import Example
 from veneer.errors import DataError
 
-__all__ = ["IGNORE", "Batch", "Order", "fill", "make_batch"]
+__all__ = ["IGNORE", "Batch", "Order", "make_batch"]
 
 IGNORE = -100  # the target of a position that predicts nothing; torch's own ignore_index
 
@@ -69,12 +69,6 @@ class Batch:
     def trained(self) -> int:
         """The number of positions that the loss counts."""
         return int((self.weights > 0).sum())
-
-    def weight_of(self, job: str) -> float:
-        """The sum of the loss weights of one job's segments."""
-        bounds = self.offsets.tolist()
-        spans = [(bounds[s], bounds[s + 1]) for s, owner in enumerate(self.jobs) if owner == job]
-        return float(sum(float(self.weights[a:b].double().sum()) for a, b in spans))
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its per-token tensors on ``device``; ``offsets`` stay on the CPU, where they are read."""
@@ -184,45 +178,3 @@ class Order:
             root = _mix(_mix(self.seed & _MASK64) ^ _mix(epoch + 0x5851F42D))
             self._keys_of = (epoch, tuple(_mix(root + 0x9E3779B9 * r) for r in range(_ROUNDS)))
         return self._keys_of[1]
-
-
-def fill(
-    order: Order, cursor: int, lengths: Sequence[int], budget: int, *, max_examples: int | None = None
-) -> tuple[list[int], int]:
-    """The next pass: consecutive examples of the order from ``cursor`` that hold at most ``budget`` tokens together.
-
-    A pass ends at the end of an epoch, so that no example is in it twice. What a pass holds depends on nothing but the
-    arguments; calling again with the returned cursor goes through every example once per epoch.
-
-    Args:
-        order: the order of the examples.
-        cursor: where to begin, see ``Order.at``.
-        lengths: tokens of each example, by example index.
-        budget: tokens of a pass, at most.
-        max_examples: examples of a pass, at most.
-
-    Returns:
-        The indices of the examples, at least one, and the cursor of the next pass.
-
-    Raises:
-        DataError: an example alone is longer than the budget.
-    """
-    if max_examples is not None and max_examples < 1:
-        raise DataError(f"A pass needs room for at least one example, found max_examples={max_examples}.")
-    chosen: list[int] = []
-    used = 0
-    end = (cursor // order.n + 1) * order.n
-    while cursor < end and (max_examples is None or len(chosen) < max_examples):
-        index = order.at(cursor)
-        length = lengths[index]
-        if length > budget:
-            raise DataError(
-                f"Example {index} has {length} tokens, but a pass holds {budget}: "
-                f"raise the token budget to {length} or more, or cut the rows with a maximum length of {budget}."
-            )
-        if used + length > budget:
-            break
-        chosen.append(index)
-        used += length
-        cursor += 1
-    return chosen, cursor

@@ -1,4 +1,4 @@
-"""Training: two verbs (``forward_backward``, ``optim_step``), jobs that own everything but the base, and the run around them."""
+"""Training: jobs, the steps they take on one base, planning, and the run around them."""
 
 from __future__ import annotations
 

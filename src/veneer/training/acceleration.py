@@ -1,15 +1,11 @@
-"""Faster forms of what a step does besides matrix products, for the length of a run.
+"""Faster kernels during a run: C++ on a CPU, and elementwise chains compiled by torch.
 
-From the first step on a run takes the forms of ``adapters/chains`` for norms, gated activations and rotary embeddings, and on a CPU the
-kernels in C++ (`kernels/native`), for these and for low-rank products, attention and norms of weights. They are built once for a
-processor, which takes seconds, and kept in the cache. Where there is no such kernel, elementwise chains can be compiled by torch, which
-takes some ten seconds in every run, and a short one does not earn that back. So ``compile: auto`` asks the plan how long the run will take.
+A run uses C++ kernels from its first step. They are built once per processor, which takes seconds, and cached. Where there are none,
+torch can compile elementwise chains, which takes some ten seconds in every run, so ``compile: auto`` does it only in a run that is
+long enough by its plan.
 
-What is decided is written down before the first step, since faster forms round differently in the last place: a run that is
-resumed compiles at the same round as the run that was never stopped, the second.
-
-Boundary: whether something can be compiled, and computes the same then, is the matter of ``kernels/``; it goes on plain otherwise, and
-that is told here.
+Both round differently in the last place. So the decision is stored before the first step, and chains are compiled after the first round
+of a run, also when it resumes.
 """
 
 from __future__ import annotations
@@ -21,94 +17,91 @@ from pathlib import Path
 import torch
 
 from veneer.errors import VeneerError
-from veneer.kernels import cpp_library as native
+from veneer.kernels import cpp_library
 from veneer.kernels.elementwise.compiled import compile_chains, status
 from veneer.kernels.lora.native import agrees
 from veneer.models.cache import build_once
 
 _PAYS = 240.0
-"""Seconds of a run from which on compiling pays: it takes 10 to 15 seconds and saves a twentieth of a step or more."""
+"""Seconds of a run from which compilation by torch pays: it takes 10 to 15 seconds and saves a twentieth of a step or more."""
 
 
-def worth_compiling(wanted: bool | str, seconds: float | None, device: torch.device) -> bool:
-    """Whether torch compiles a run's chains. wanted: the option. seconds: of the whole run, by its plan, None where there is none."""
-    if wanted != "auto":
-        return bool(wanted)
-    return seconds is not None and seconds >= _PAYS and native.library() is None and _has_compiler(device)
+def worth_compiling(option: bool | str, seconds: float | None, device: torch.device) -> bool:
+    """Whether torch compiles chains, by the option and the planned ``seconds`` of the run (None without a plan)."""
+    if option != "auto":
+        return bool(option)
+    return seconds is not None and seconds >= _PAYS and cpp_library.library() is None and _has_compiler(device)
 
 
 @contextmanager
-def natively(wanted: bool | str, device: torch.device, say: Callable[[str], None]) -> Iterator[None]:
-    """Kernels in C++ inside this context, if the option asks for what is compiled, the base is on a CPU and they can be had.
-
-    say: where it is told that they are built, or why they are not there.
-    """
-    before = native.folder()
-    if wanted is not False and device.type == "cpu":
+def cpp_kernels(option: bool | str, device: torch.device, say: Callable[[str], None]) -> Iterator[None]:
+    """Use C++ kernels inside this context, unless the option is False, the device is no CPU, or they cannot be built."""
+    before = cpp_library.folder()
+    if option is not False and device.type == "cpu":
         use_native(say)
-        if wanted is True and native.library() is None:
-            say(f"no kernels in C++: {native.reason()}; the plain forms go on")
+        if option is True and cpp_library.library() is None:
+            say(f"no C++ kernels: {cpp_library.reason()}; using PyTorch's")
     try:
         yield
     finally:
-        native.use(before)
+        cpp_library.use(before)
 
 
 def use_native(say: Callable[[str], None] = lambda line: None) -> None:
-    """Take the kernels in C++ from now on, built where that was not yet done; where they cannot be had, `native.reason` tells why."""
-    native.use(*_built(say))
-    if native.library() is None:
+    """Use C++ kernels from now on, and build them if needed. If there are none, `cpp_library.reason` returns why."""
+    cpp_library.use(*_built(say))
+    if cpp_library.library() is None:
         return
-    if not native.pays():
-        native.use(None, why="on this processor they are no faster (they are made for registers of 16 floats, AVX-512)")
+    if not cpp_library.pays():
+        cpp_library.use(None, why="they are no faster on this processor (they need AVX-512)")
     elif not agrees():
-        native.use(None, why="what was built computes something else than the plain forms")
-        say(f"no kernels in C++: {native.reason()}")
+        cpp_library.use(None, why="the build computes other results than PyTorch")
+        say(f"no C++ kernels: {cpp_library.reason()}")
 
 
 def _built(say: Callable[[str], None]) -> tuple[Path | None, str]:
-    name = native.key()
+    name = cpp_library.key()
     if name is None:
         return None, "there is no C++ compiler"
 
     def build(folder: Path) -> None:
-        say("building kernels in C++ for this processor, once; it takes some seconds")
-        native.build(folder)
+        say("building C++ kernels for this processor (once, some seconds)")
+        cpp_library.build(folder)
 
     try:
         return build_once(f"native/{name}", build), ""
     except (RuntimeError, VeneerError) as error:
-        say(f"no kernels in C++: {error}")
+        say(f"no C++ kernels: {error}")
         return None, str(error)
 
 
-class Faster:
-    """Compiled chains inside this context, from a run's second round on, if they are wanted.
-
-    rounds: how many the run has behind it. say: where it is told what came of it.
-    """
+class DelayedCompilation:
+    """Compiles chains inside this context from a run's second round on, if ``wanted``."""
 
     def __init__(self, wanted: bool, rounds: int, say: Callable[[str], None]) -> None:
+        """``rounds`` is the number of rounds that the run has completed."""
         self.wanted = wanted
         self.say = say
         self._rounds = rounds
-        self._told = not wanted
+        self._reported = not wanted
 
-    def __enter__(self) -> Faster:
+    def __enter__(self) -> DelayedCompilation:
         if self._rounds:
             self._switch_on()
         return self
 
     def after_round(self) -> None:
-        """A round is over. After the first one chains are compiled; after the next it is known what came of it."""
+        """Switch compilation on after the first round, and report the result after the next one."""
         self._rounds += 1
         if not status().on:
             self._switch_on()
-        elif not self._told:
-            self._told = True
+        elif not self._reported:
+            self._reported = True
             found = status()
-            went = f"the base's elementwise chains run compiled, in {found.graphs} graphs"
-            self.say(f"nothing is compiled: {found.reason}; the plain functions go on" if found.reason else went)
+            if found.reason:
+                self.say(f"nothing is compiled: {found.reason}; using PyTorch's functions")
+            else:
+                self.say(f"compiled the base's elementwise chains into {found.graphs} graphs")
 
     def _switch_on(self) -> None:
         if self.wanted:
@@ -126,6 +119,6 @@ def _has_compiler(device: torch.device) -> bool:
 
     try:
         get_cpp_compiler()
-    except Exception:  # whatever the look for it runs into, there is none then
+    except Exception:  # any error of the search means that there is none
         return False
     return True

@@ -1,14 +1,13 @@
-"""Activation checkpointing: keep only what enters each layer, and run the layer again in backward.
+"""Activation checkpointing: keep only the input of each layer, and run the layer again in backward.
 
-    kept without it     everything that backward needs, of every layer
-    kept with it        one tensor [T, D] a layer, and everything of the one layer that is being run again
+    without     all tensors that backward needs, of every layer
+    with        one tensor [T, D] per layer, and all tensors of the one layer that runs again
 
-It costs one more forward pass (about a third of a step) and changes no bit: a layer that runs again takes the route and the dropout
-masks of its first run (``adapters/runtime/recompute.py``).
+It costs one more forward pass (about a third of a step) and changes no bit: a layer that runs again uses the route and the dropout masks
+of its first run (``adapters/runtime/recompute.py``).
 
-The layers are the model's own: transformers marks those that can be run again as ``GradientCheckpointingLayer``, which do so when they
-are in training mode. A base is never in training mode here, since its own dropout must stay off, so the mode is shown to that one
-question only: each layer says yes from outside and no to everything inside it.
+The layers are those that transformers marks as ``GradientCheckpointingLayer``. They run again only in training mode, which a base never is
+in, since its own dropout must stay off. So each layer is in training mode only when it is called from outside, and not inside.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ _ATTRIBUTES = ("gradient_checkpointing", "_gradient_checkpointing_func", "traini
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
-    """The layers that can be run again, the outermost ones; none where a model has no such layers."""
+    """The outermost layers that can run again; [] if the model has none."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     found: list[nn.Module] = []
@@ -40,21 +39,21 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
 
 
 @contextmanager
-def recomputed(model: nn.Module, on: bool = True) -> Iterator[None]:
-    """Run the model's layers again in backward, inside this context; afterwards the model is as it was.
+def activation_checkpointing(model: nn.Module, on: bool = True) -> Iterator[None]:
+    """Run the model's layers again in backward inside this context.
 
-    Raises ConfigError for a model without layers that can be.
+    Raises ConfigError for a model without such layers.
     """
     layers = layers_of(model) if on else []
     if on and not layers:
         raise ConfigError(
-            f"activation_checkpointing: {type(model).__name__} has no layers that can be run again; leave it off, or lower tokens_per_pass"
+            f"activation_checkpointing: {type(model).__name__} has no layers that can run again; leave it off, or lower tokens_per_pass"
         )
     before = [{name: layer.__dict__[name] for name in _ATTRIBUTES if name in layer.__dict__} for layer in layers]
     try:
         for layer in layers:
             layer.__dict__.update(
-                gradient_checkpointing=True, _gradient_checkpointing_func=_Again(layer), training=True
+                gradient_checkpointing=True, _gradient_checkpointing_func=_Checkpoint(layer), training=True
             )
         yield
     finally:
@@ -64,20 +63,19 @@ def recomputed(model: nn.Module, on: bool = True) -> Iterator[None]:
             layer.__dict__.update(values)
 
 
-class _Again:
-    """What a layer calls to be run now and again in backward."""
+class _Checkpoint:
+    """The function through which a layer calls itself, now and again in backward."""
 
     def __init__(self, layer: nn.Module) -> None:
         self.layer = layer
 
     def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
         if not torch.is_grad_enabled():
-            return self._quiet(function, *args)
-        # No random state is kept: dropout of adapters has its own streams, and the base draws nothing.
-        return checkpoint(self._quiet, function, *args, use_reentrant=False, preserve_rng_state=False)
+            return self._in_eval_mode(function, *args)
+        # No random state is kept: adapter dropout has its own streams, and the base draws nothing.
+        return checkpoint(self._in_eval_mode, function, *args, use_reentrant=False, preserve_rng_state=False)
 
-    def _quiet(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Run the layer while it says that it is not in training."""
+    def _in_eval_mode(self, function: Callable[..., Any], *args: Any) -> Any:
         self.layer.training = False
         try:
             return function(*args)

@@ -1,14 +1,12 @@
-"""Memory of this process: what it holds, the most that it held while something ran, and what it may still take.
+"""Resident memory of this process: now, at the peak of a span of code, and what it may still use.
 
-Resident memory is what counts against the machine: weights, adapters, activations, and what the allocator keeps of them after they are
-freed. Linux writes down a process's highest mark (``VmHWM``) and takes it back on request (``clear_refs``), so the peak of a single call
-can be read exactly; where that is not offered, a thread looks every millisecond.
+Resident memory is what the machine's limit applies to: weights, adapters, activations, and freed memory that the allocator keeps. Linux
+records a process's peak (``VmHWM``) and resets it on request (``clear_refs``), so the peak of a single call can be read exactly.
+Elsewhere a thread samples every millisecond.
 
-    with peak_of() as seen:
+    with peak_of() as peak:
         step()
-    seen.bytes
-
-What the process may still take is the least of what the machine has available and what its control group leaves it.
+    peak.bytes
 """
 
 from __future__ import annotations
@@ -25,22 +23,22 @@ from pathlib import Path
 
 _PROC = Path("/proc/self")
 _GROUPS = Path("/sys/fs/cgroup")
-_SECONDS_BETWEEN_LOOKS = 1e-3
+_SAMPLING_SECONDS = 1e-3
 
 
 @dataclass
-class Seen:
-    """Highest resident memory of a span, in bytes; 0 where the system tells nothing."""
+class PeakMemory:
+    """Peak resident memory of a span of code in bytes; 0 if the system does not report it."""
 
     bytes: int = 0
 
 
 _before = 0
-"""The highest mark that was erased so far."""
+"""The highest peak that was reset so far."""
 
 
 def resident() -> int:
-    """Bytes that this process holds now; its highest mark where the system tells no more."""
+    """Resident memory in bytes; its peak if the system reports no more."""
     try:
         return int((_PROC / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError):
@@ -51,65 +49,64 @@ def resident() -> int:
 
 
 def highest() -> int:
-    """The most bytes that this process has held since it began, whatever marks were erased in between."""
-    mark = _mark()
-    return max(_before, resident() if mark is None else mark)
+    """Peak resident memory of the whole life of the process."""
+    return max(_before, _peak() or resident())
 
 
 @contextmanager
-def peak_of() -> Iterator[Seen]:
-    """The highest resident memory while the context is open, in ``.bytes`` when it is left."""
-    seen = Seen()
-    if _erase():
-        yield seen
-        seen.bytes = _mark() or 0
+def peak_of() -> Iterator[PeakMemory]:
+    """Measure the peak resident memory inside this context; ``.bytes`` is set when it ends."""
+    found = PeakMemory()
+    if _reset_peak():
+        yield found
+        found.bytes = _peak() or 0
         return
     over = threading.Event()
 
-    def look() -> None:
-        while not over.wait(_SECONDS_BETWEEN_LOOKS):
-            seen.bytes = max(seen.bytes, resident())
+    def sample() -> None:
+        while not over.wait(_SAMPLING_SECONDS):
+            found.bytes = max(found.bytes, resident())
 
-    watcher = threading.Thread(target=look, daemon=True)
-    watcher.start()
+    thread = threading.Thread(target=sample, daemon=True)
+    thread.start()
     try:
-        yield seen
+        yield found
     finally:
         over.set()
-        watcher.join()
-        seen.bytes = max(seen.bytes, resident())
+        thread.join()
+        found.bytes = max(found.bytes, resident())
 
 
 def free() -> int | None:
-    """Bytes that this process may still take before the machine or its control group runs out, or None where nothing tells."""
+    """Bytes that this process may still use: the least of the machine's and of its control groups'; None if nothing reports it."""
     found = [left for left in (_machine(), *_groups()) if left is not None]
     return min(found) if found else None
 
 
 def give_back() -> None:
-    """Return to the system what Python and the C library keep of freed memory."""
+    """Return freed memory of Python and the C library to the system."""
     gc.collect()
     trim()
 
 
 def trim() -> None:
-    """Return to the system what the C library keeps of freed memory, where it can."""
+    """Return freed memory of the C library to the system, where it can."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 class Heap:
-    """Keeps the C library from hoarding: passes of ever other sizes leave holes that none of the next ones fits into.
+    """Limits the freed memory that the C library keeps: passes of varying sizes leave holes into which the next ones do not fit.
 
-    Handing memory back means faulting it all in again, which takes a sixth of a step and makes the next ones slower too. So it is done
-    only when twice as much is held after a pass as one needs at its height, which is seen in the first one after each time.
+    Returning memory means faulting it in again, which takes a sixth of a step. So it is done only when the memory held after a pass is
+    twice what one pass needs at its peak, which is measured in the first pass after each return.
     """
 
     def __init__(self) -> None:
         self._floor, self._need, self._fresh = resident(), 0, True
 
-    def at_height(self) -> None:
-        """A pass holds all its activations."""
+    def at_peak(self) -> None:
+        """All activations of a pass are in memory."""
         if self._fresh:
             self._need, self._fresh = max(self._need, resident() - self._floor), False
 
@@ -119,35 +116,35 @@ class Heap:
             self.give_back()
 
     def give_back(self) -> None:
-        """Return what is kept: before and after judging, say, whose passes are of other sizes."""
+        """Return freed memory, for example before and after an evaluation, whose passes have other sizes."""
         trim()
         self._floor, self._fresh = resident(), True
 
 
-def _mark() -> int | None:
-    """The highest mark since it was last erased."""
+def _peak() -> int | None:
+    """Peak resident memory since the last reset."""
     try:
         return _field(_PROC / "status", "VmHWM")
     except OSError:
         return None
 
 
-def _erase() -> bool:
-    """Start the highest mark anew; returns whether the system did."""
+def _reset_peak() -> bool:
+    """Reset the peak; returns False if the system cannot."""
     global _before
-    mark = _mark()
-    if mark is None:
+    peak = _peak()
+    if peak is None:
         return False
     try:
         (_PROC / "clear_refs").write_text("5")
     except OSError:
         return False
-    _before = max(_before, mark)
+    _before = max(_before, peak)
     return True
 
 
 def _field(path: Path, name: str) -> int | None:
-    """A line like ``VmHWM:  123 kB`` of a file of the system, in bytes."""
+    """The bytes in a line such as ``VmHWM:  123 kB``."""
     for line in path.read_text().splitlines():
         key, _, value = line.partition(":")
         if key == name:
@@ -163,7 +160,7 @@ def _machine() -> int | None:
 
 
 def _groups() -> Iterator[int]:
-    """What each control group above this process leaves: version 2, then version 1."""
+    """Bytes left in each control group of this process, of version 2 or 1."""
     try:
         lines = (_PROC / "cgroup").read_text().splitlines()
     except OSError:
@@ -186,7 +183,7 @@ def _groups() -> Iterator[int]:
 
 
 def _left(folder: Path, limit: str, usage: str) -> int | None:
-    """A group's limit less its use; pages of files that can be dropped at once are no use."""
+    """A group's limit less its usage, without file pages that can be dropped at once."""
     try:
         most = (folder / limit).read_text().strip()
         used = int((folder / usage).read_text())

@@ -51,7 +51,9 @@ class Halving:
             losses = {job.name: loss for job in jobs for at, loss in job.progress.evaluations if at == step}
             stopped = {job.name for job in jobs if job.code == CODE} | {request.job for request in found}
             contest = [
-                job for job in jobs if job.name not in stopped and job.state not in (JobState.FAILED, JobState.CANCELLED)
+                job
+                for job in jobs
+                if job.name not in stopped and job.state not in (JobState.FAILED, JobState.CANCELLED)
             ]
             if any(not job.over and job.name not in losses for job in contest):
                 break  # a job has not reached this rung yet

@@ -122,6 +122,4 @@ def _job_losses(batch: Batch, jobs: list[str], keep: Tensor, losses_K: Tensor) -
     weight = torch.zeros(len(jobs), dtype=torch.float64).index_add_(0, job_K, weights_K)
     broken = {int(s) for s in owner_K[~torch.isfinite(weighted_K)]}
     faults = {job: tuple(batch.sources[s] for s in sorted(broken) if batch.jobs[s] == job) for job in jobs}
-    return {
-        job: JobLoss(float(loss[i]), float(weight[i]), int(lengths[i]), faults[job]) for i, job in enumerate(jobs)
-    }
+    return {job: JobLoss(float(loss[i]), float(weight[i]), int(lengths[i]), faults[job]) for i, job in enumerate(jobs)}

@@ -177,7 +177,9 @@ class Trainer:
     def _check_ids(self, example: Example) -> None:
         if self._vocabulary is not None and not 0 <= min(example.ids) <= max(example.ids) < self._vocabulary:
             wrong = next(token for token in example.ids if not 0 <= token < self._vocabulary)
-            raise DataError(f"{example.source}: found token {wrong}, and the base has tokens 0 to {self._vocabulary - 1}")
+            raise DataError(
+                f"{example.source}: found token {wrong}, and the base has tokens 0 to {self._vocabulary - 1}"
+            )
 
     def _pass(self, pieces: list[MicroBatch[Example]], left: Counter[str]) -> None:
         examples = [example for piece in pieces for example in piece.examples]
@@ -190,7 +192,9 @@ class Trainer:
                     if piece.job.running:
                         self._pass([piece], left)
             else:
-                self._fail(pieces[0].job, _code(error), f"its forward or backward pass failed: {_message(error)}", error)
+                self._fail(
+                    pieces[0].job, _code(error), f"its forward or backward pass failed: {_message(error)}", error
+                )
             return
         self._heap.after_pass()
         jobs = list({piece.job.name: piece.job for piece in pieces}.values())

@@ -1,21 +1,22 @@
-"""Measure before a run what it will need: a few of its own passes, small ones first, after which everything is as if nothing had run.
+"""Profile a run before it starts: run a few of its passes, small ones first, and restore everything afterwards.
 
-A pass of T tokens lifts the process to a highest mark that is very nearly  a + b T,  so two small passes tell what a large one takes.
-The ladder goes on from there (an eighth of the run's largest pass, a quarter where time is not short, a half, the whole) as far as
-memory is sure to suffice and the time that planning may cost allows; what was not run is extrapolated. Then come up to three whole
-rounds of the run, for the time.
+The peak memory of a pass of T tokens is very nearly  a + b T,  so two small passes predict a large one. An eighth and a half of the run's
+largest pass are run, and the whole pass if it surely fits in memory and is worth its time; what is not run is extrapolated. Then up to
+three whole rounds are run to measure time.
 
-It is the run's own jobs that are run, with the update and everything else that a step holds in memory. Tensors, gradients, optimizer
-state, dropout streams and counters are put back afterwards, so a run that was planned ends with the bits of one that was not.
+The passes include the update and everything else that a step holds in memory. Tensors, gradients, optimizer state, dropout streams and
+counters are restored, so a run that was planned ends with the same bits.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -27,25 +28,32 @@ from veneer.evaluate.losses import example_losses
 from veneer.training.loop.job import Job
 from veneer.training.loop.step import Stepper
 from veneer.training.loop.trainer import cut
-from veneer.training.planning import workload as forecast
-from veneer.training.planning.workload import Pass, Rows
+from veneer.training.planning.workload import (
+    JobExamples,
+    Pass,
+    largest_pass,
+    load,
+    planned_rounds,
+    size,
+    smaller,
+    tokens_per_round,
+)
 from veneer.training.process_memory import give_back, peak_of, resident
 
 _SMALLEST = 64
-"""Tokens below which a pass says little of larger ones."""
-_FIRST = 16
-"""Tokens of the pass that takes what only the first one takes."""
-_ROUNDS = 3
+"""Tokens below which a pass predicts little about larger ones."""
+_WARM_UP = 16
+"""Tokens of a first pass, which absorbs one-time costs."""
+_ROUNDS, _ROUND_SECONDS = 3, 60.0
+"""Whole rounds to measure, and the time after which no further one is begun."""
 _SAFETY = 1.5
-_LEAST_SECONDS, _SHARE = 1.5, 0.02
-"""What planning a run may cost: so much of the time that the run will take, and this at least."""
-_ROUND_SECONDS = 60.0
-"""Once rounds have taken so long, no further one is measured."""
+_LEAST_SECONDS, _FRACTION = 1.5, 0.02
+"""Time that planning may take: this fraction of the run, and at least so many seconds."""
 
 
 @dataclass(frozen=True)
-class Rung:
-    """One pass that was run: its tokens, the sum of its segments' squared lengths, the highest mark and the time."""
+class Measurement:
+    """One pass: its tokens, the sum of its squared segment lengths, peak resident memory and time."""
 
     tokens: int
     squares: int
@@ -54,147 +62,167 @@ class Rung:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What a probe found. Bytes are resident memory of the whole process, less what the probe itself held.
+class Profile:
+    """Measurements of a run. Bytes are resident memory of the process, less the copies that the profiler holds.
 
-    start: before it. training, judging: passes from small to large. rounds: (tokens, seconds) of whole rounds. update: seconds of all
-    jobs' optimizer steps. tokens, squares: of the run's largest pass. judged: tokens of the largest held-out pass. held: highest mark of
-    the whole rounds, in which what the C library keeps of earlier passes shows; 0 where none was run.
+    start: bytes before. training, evaluation: passes, the smallest first. rounds: (tokens, seconds) of whole rounds. update: seconds of
+    the optimizer steps of all jobs. tokens, squares: of the run's largest pass. evaluated: tokens of the largest evaluation pass.
+    rounds_peak: peak of the whole rounds, which includes memory that the C library keeps; 0 if none was run.
     """
 
     start: int
-    training: tuple[Rung, ...]
-    judging: tuple[Rung, ...]
+    training: tuple[Measurement, ...]
+    evaluation: tuple[Measurement, ...]
     rounds: tuple[tuple[int, float], ...]
     update: float
     tokens: int
     squares: int
-    judged: int
-    held: int = 0
+    evaluated: int
+    rounds_peak: int = 0
+
+    @property
+    def training_peak(self) -> int:
+        """Peak memory of the run's largest pass."""
+        return max(memory_at(self.training, self.tokens, self.squares, self.start), self.rounds_peak)
+
+    @property
+    def evaluation_peak(self) -> int:
+        """Peak memory of the largest evaluation pass."""
+        return memory_at(self.evaluation, self.evaluated, 0, self.start)
+
+    def seconds_of_round(self, tokens: float) -> float:
+        """Expected time of a round, from whole rounds without the first, or else from the largest pass that was run."""
+        if self.rounds:
+            counted = self.rounds[1:] or self.rounds
+            return sum(seconds for _, seconds in counted) / sum(count for count, _ in counted) * tokens
+        return self.training[-1].seconds / self.training[-1].tokens * tokens + self.update
 
 
-class Probe:
-    """Runs the ladder and the rounds of a set of jobs that have not begun."""
+class Profiler:
+    """Measures the passes of jobs that have not begun."""
 
     def __init__(
         self,
         stepper: Stepper,
         jobs: Sequence[Job],
         *,
-        budget: int,
-        share: int,
-        judged: Sequence[Example] = (),
+        tokens_per_pass: int,
+        tokens_per_shared_pass: int,
+        held_out: Sequence[Example] = (),
         limit: int | None = None,
         thorough: bool = False,
     ) -> None:
-        """budget, share: as the trainer has them. judged: all held-out examples. limit: bytes that the process may hold.
-        thorough: run the largest pass and three rounds whatever they cost, where memory allows."""
+        """Plan the passes.
+
+        Args:
+            stepper: runs batches.
+            jobs: the jobs of the run.
+            tokens_per_pass: maximum tokens of one job in a pass.
+            tokens_per_shared_pass: maximum tokens of a shared pass.
+            held_out: examples of all evaluations.
+            limit: bytes that the process may use.
+            thorough: measure the largest pass and whole rounds whatever their time.
+        """
         self.stepper = stepper
         self.jobs = [job for job in jobs if job.running]
-        self.rounds = forecast.rounds(self.jobs, budget, share)
-        self.largest = forecast.largest(self.rounds)
-        held = sorted((example for example in judged if example.trained), key=len)
-        self.judged = max(cut(held, budget), key=forecast.size, default=[])
+        self.rounds = planned_rounds(self.jobs, tokens_per_pass, tokens_per_shared_pass)
+        self.largest = largest_pass(self.rounds)
+        usable = sorted((example for example in held_out if example.trained), key=len)
+        self.evaluated = max(cut(usable, tokens_per_pass), key=size, default=[])
         self.limit = limit
         self.thorough = thorough
-        self._spent = 0.0
-        self._allowed = _LEAST_SECONDS
-        self._overhead = 0
+        self._spent, self._allowed = 0.0, math.inf if thorough else _LEAST_SECONDS
+        self._copies = sum(map(adapter_bytes, self.jobs))
         self._start = 0
-        self._held = 0
 
-    def measure(self) -> Measured:
-        """Run, and put everything back.
-
-        Raises whatever a pass of the run raises.
-        """
+    def measure(self) -> Profile:
+        """Run the passes and restore everything. Raises whatever a pass raises."""
         give_back()
         self._start = resident()
-        self._overhead = sum(map(adapter_bytes, self.jobs))
-        update = 0.0
         with untouched(self.stepper.bank, self.jobs):
-            whole = forecast.rows(self.largest)
-            self._train(forecast.smaller(whole, _FIRST))
-            for job in self.jobs:
-                update += self._update(job)
-            training = self._climb(whole, self._train)
+            rows = load(self.largest)
+            self._train(smaller(rows, _WARM_UP))
+            update = sum(self._update(job) for job in self.jobs)
+            training = self._climb(rows, self._train)
             give_back()
-            judging = self._climb([(self.jobs[0], example) for example in self.judged], self._judge)
-            rounds = self._whole_rounds(training, update)
+            evaluation = self._climb([(self.jobs[0], example) for example in self.evaluated], self._evaluate)
+            rounds, peak = self._whole_rounds(training, update)
         give_back()
-        lengths = [len(slot) for slot in self.largest]
-        squares = sum(length**2 for length in lengths)
-        judged = forecast.size(self.judged)
-        return Measured(self._start, training, judging, rounds, update, sum(lengths), squares, judged, self._held)
-
-    # The ladder
-
-    def _climb(self, whole: Rows, run: Callable[[Rows], Rung]) -> tuple[Rung, ...]:
-        rungs: list[Rung] = []
-        # What is extrapolated lies close to what was run: where time is short, the quarter is passed over.
-        self._climb_on(rungs, whole, run, (8, 4, 2, 1) if self.thorough else (8, 2, 1))
-        if len(rungs) == 1:  # from an eighth, a half was not sure to fit
-            self._climb_on(rungs, whole, run, (4,))
-        return tuple(rungs)
-
-    def _climb_on(self, rungs: list[Rung], whole: Rows, run: Callable[[Rows], Rung], parts: tuple[int, ...]) -> None:
-        total = _tokens(whole)
-        for tokens in dict.fromkeys(total // part for part in parts):
-            if tokens < min(_SMALLEST, total) or not total:
-                continue
-            rows = forecast.smaller(whole, tokens)
-            if rungs and not self._may(rungs, _tokens(rows), needed=len(rungs) < _needed(rungs, whole)):
-                break
-            rungs.append(run(rows))
-            if len(rungs) == 1 and run == self._train:
-                pace = rungs[0].seconds / rungs[0].tokens
-                self._allowed = max(_LEAST_SECONDS, _SHARE * pace * forecast.tokens_of_run(self.jobs))
-
-    def _may(self, rungs: list[Rung], tokens: int, *, needed: bool) -> bool:
-        """Whether a pass of so many tokens is sure to fit, and worth its time."""
-        last = rungs[-1]
-        if tokens <= last.tokens:
-            return False
-        grown = (last.bytes - self._start) * tokens / last.tokens
-        if self.limit is not None and self._start + _SAFETY * grown > self.limit:
-            return False
-        return needed or self._affordable(last.seconds * tokens / last.tokens)
-
-    def _affordable(self, seconds: float) -> bool:
-        return self.thorough or self._spent + seconds <= self._allowed
-
-    def _train(self, rows: Rows) -> Rung:
-        batch = make_batch([example for _, example in rows], [job.name for job, _ in rows])
-
-        def step() -> None:
-            for name, share in self.stepper.forward_backward(batch).items():
-                next(job for job in self.jobs if job.name == name).take(share)
-
-        return self._rung([example for _, example in rows], step)
-
-    def _judge(self, rows: Rows) -> Rung:
-        examples = [example for _, example in rows]
-        name = self.jobs[0].name
-        runner, bank = self.stepper.runner, self.stepper.bank
-        route = self.stepper.routes.get(name, name)
-        return self._rung(
-            examples,
-            lambda: example_losses(runner, examples, bank=bank, route=route, tokens_per_pass=1 << 40),
+        return Profile(
+            start=self._start,
+            training=tuple(training),
+            evaluation=tuple(evaluation),
+            rounds=tuple(rounds),
+            update=update,
+            tokens=size(self.largest),
+            squares=_squares(self.largest),
+            evaluated=size(self.evaluated),
+            rounds_peak=peak,
         )
 
-    def _rung(self, examples: Sequence[Example], run: Callable[[], object]) -> Rung:
-        lengths = [len(example) for example in examples]
+    def _climb(self, rows: JobExamples, run: Callable[[JobExamples], Measurement]) -> list[Measurement]:
+        """Run growing parts of a pass while they surely fit and are worth their time; without two, nothing can be extrapolated."""
+        examples = [example for _, example in rows]
+        total = size(examples)
+        found: list[Measurement] = []
+        for tokens in dict.fromkeys(total // part for part in (8, 4, 2, 1)):
+            if not total or tokens < min(_SMALLEST, total):
+                continue
+            if tokens == total // 4 and not self.thorough and self._is_safe(found, total // 2):
+                continue  # the half predicts the whole better
+            if found:
+                needed = 3 if _has_longer_segments(found, total, _squares(examples)) else 2
+                affordable = self._is_affordable(found[-1].seconds * tokens / found[-1].tokens)
+                if not self._is_safe(found, tokens) or not (affordable or len(found) < needed):
+                    break
+            found.append(run(smaller(rows, tokens)))
+            if len(found) == 1 and run == self._train:
+                run_tokens = sum(job.steps * tokens_per_round(job) for job in self.jobs)
+                seconds = found[0].seconds / found[0].tokens * run_tokens
+                self._allowed = max(self._allowed, _FRACTION * seconds)
+        return found
+
+    def _is_safe(self, found: Sequence[Measurement], tokens: int) -> bool:
+        """Whether a pass of ``tokens`` tokens surely fits in memory."""
+        if not found or self.limit is None or tokens <= found[-1].tokens:
+            return True
+        return self._start + _SAFETY * (found[-1].bytes - self._start) * tokens / found[-1].tokens <= self.limit
+
+    def _is_affordable(self, seconds: float) -> bool:
+        return self._spent + seconds <= self._allowed
+
+    def _train(self, rows: JobExamples) -> Measurement:
+        batch = make_batch([example for _, example in rows], [job.name for job, _ in rows])
+        by_name = {job.name: job for job, _ in rows}
+
+        def step() -> None:
+            for name, loss in self.stepper.forward_backward(batch).items():
+                by_name[name].add(loss)
+
+        return self._measured(rows, step)
+
+    def _evaluate(self, rows: JobExamples) -> Measurement:
+        examples = [example for _, example in rows]
+        name = self.jobs[0].name
+        route = self.stepper.routes.get(name, name)
+        return self._measured(
+            rows,
+            lambda: example_losses(
+                self.stepper.runner, examples, bank=self.stepper.bank, route=route, tokens_per_pass=1 << 40
+            ),
+        )
+
+    def _measured(self, rows: JobExamples, run: Callable[[], object]) -> Measurement:
+        examples = [example for _, example in rows]
         before = time.perf_counter()
-        with peak_of() as seen:
+        with peak_of() as peak:
             run()
         seconds = time.perf_counter() - before
         self._spent += seconds
-        return Rung(sum(lengths), sum(length**2 for length in lengths), seen.bytes - self._overhead, seconds)
-
-    # The update, and whole rounds
+        return Measurement(size(examples), _squares(examples), peak.bytes - self._copies, seconds)
 
     def _update(self, job: Job) -> float:
-        """Take a job's optimizer step; returns its seconds. A job that cannot take it will say so when the run is at it."""
+        """Seconds of a job's optimizer step. A job that cannot take it reports that when the run does."""
         before = time.perf_counter()
         try:
             job.optim_step()
@@ -202,36 +230,60 @@ class Probe:
             return 0.0
         return time.perf_counter() - before
 
-    def _whole_rounds(self, training: Sequence[Rung], update: float) -> tuple[tuple[int, float], ...]:
-        last = training[-1]
-        wanted = self.rounds[:_ROUNDS]
-        tokens = sum(forecast.size(one) for passes in wanted for one in passes)
-        if last.tokens < forecast.size(self.largest) and self.limit is not None:
-            grown = (last.bytes - self._start) * forecast.size(self.largest) / last.tokens
-            if self._start + _SAFETY * grown > self.limit:
-                return ()
-        if not self._affordable(last.seconds * tokens / last.tokens + _ROUNDS * update):
-            return ()
+    def _whole_rounds(self, training: Sequence[Measurement], update: float) -> tuple[list[tuple[int, float]], int]:
+        """(tokens, seconds) of the first rounds, and their peak, if they surely fit and are worth their time."""
+        rounds, last = self.rounds[:_ROUNDS], training[-1]
+        seconds = last.seconds / last.tokens * sum(size(one) for passes in rounds for one in passes) + _ROUNDS * update
         found: list[tuple[int, float]] = []
-        for passes in wanted:
-            found.append((sum(map(forecast.size, passes)), self._round(passes)))
+        peak = 0
+        if not self._is_safe(training, size(self.largest)) or not self._is_affordable(seconds):
+            return found, peak
+        for passes in rounds:
             if sum(seconds for _, seconds in found) > _ROUND_SECONDS:
                 break
-        return tuple(found)
+            before = time.perf_counter()
+            peak = max(peak, *(self._train(load(one)).bytes for one in passes))
+            for job in self.jobs:
+                self._update(job)
+            found.append((sum(map(size, passes)), time.perf_counter() - before))
+        return found, peak
 
-    def _round(self, passes: Sequence[Pass]) -> float:
-        before, marks = time.perf_counter(), []
-        for one in passes:
-            marks.append(self._train(forecast.rows(one)).bytes)
-        for job in self.jobs:
-            self._update(job)
-        self._held = max([self._held, *marks])
-        return time.perf_counter() - before
+
+def memory_at(found: Sequence[Measurement], tokens: int, squares: int, start: int) -> int:
+    """Peak memory of a pass, interpolated between measurements, or extrapolated from the last two.
+
+    Attention may grow with the square of a segment's length. So if the segments are longer than in all measurements, a parabola through
+    the last three replaces the line.
+    """
+    if not found:
+        return start
+    last = found[-1]
+    if len(found) == 1:
+        return start + round((last.bytes - start) * max(0.0, tokens / last.tokens))
+    low, high = next((pair for pair in pairwise(found) if tokens <= pair[1].tokens), (found[-2], last))
+    line = low.bytes + _slope(low, high) * (tokens - low.tokens)
+    if tokens > last.tokens and len(found) >= 3 and _has_longer_segments(found, tokens, squares):
+        first, middle = found[-3:-1]
+        bend = (_slope(middle, last) - _slope(first, middle)) / (last.tokens - first.tokens)
+        line += max(0.0, bend) * (tokens - middle.tokens) * (tokens - last.tokens)
+    return round(line)
+
+
+def _slope(low: Measurement, high: Measurement) -> float:
+    return max(0.0, (high.bytes - low.bytes) / max(1, high.tokens - low.tokens))
+
+
+def _has_longer_segments(found: Sequence[Measurement], tokens: int, squares: int) -> bool:
+    return squares / max(1, tokens) > _SAFETY * max(one.squares / one.tokens for one in found)
+
+
+def _squares(examples: Sequence[Example] | Pass) -> int:
+    return sum(len(example) ** 2 for example in examples)
 
 
 @contextmanager
 def untouched(bank: Bank, jobs: Sequence[Job]) -> Iterator[None]:
-    """Put jobs that have not begun back to where they stood: tensors, gradients, optimizers, counters, dropout streams."""
+    """Restore jobs that have not begun: tensors, gradients, optimizers, counters, dropout streams."""
     tensors = [(parameter, parameter.detach().clone()) for job in jobs for parameter in job.parameters]
     draws = {name: bank[name].draws for name in bank}
     progress = [copy.deepcopy(job.progress) for job in jobs]
@@ -242,25 +294,14 @@ def untouched(bank: Bank, jobs: Sequence[Job]) -> Iterator[None]:
         with torch.no_grad():
             for parameter, before in tensors:
                 parameter.copy_(before)
-        for job, numbers, own in zip(jobs, progress, rates, strict=True):
+        for job, numbers, job_rates in zip(jobs, progress, rates, strict=True):
             job.drop_gradients()
             job.optimizer.state.clear()
             job.progress = numbers
-            for group, rate in zip(job.optimizer.param_groups, own, strict=True):
+            for group, rate in zip(job.optimizer.param_groups, job_rates, strict=True):
                 group["lr"] = rate
         for name, number in draws.items():
             bank[name].draws = number
-
-
-def _tokens(rows: Rows) -> int:
-    return sum(len(example) for _, example in rows)
-
-
-def _needed(rungs: Sequence[Rung], whole: Rows) -> int:
-    """Rungs without which nothing can be said: three where segments get longer on the way up, since attention grows with their square."""
-    lengths = [len(example) for _, example in whole]
-    longer = sum(length**2 for length in lengths) / sum(lengths) > _SAFETY * max(r.squares / r.tokens for r in rungs)
-    return 3 if longer else 2
 
 
 def adapter_bytes(job: Job) -> int:

@@ -1,29 +1,28 @@
-"""What a run will ask of the machine, from its examples' lengths alone: every pass of its first rounds, and the largest one.
+"""The passes of a run's first rounds, from the lengths of its examples alone.
 
-The order of the data is a pure function, so the passes of a run are known before it begins: how many tokens each holds, and how long
-their segments are. Nothing is rendered or computed here.
+The order of the data is a pure function, so the tokens and segment lengths of every pass are known before the run begins.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from veneer.data.dataset import Examples, Selected
 from veneer.data.example import Example
 from veneer.training.loop.job import Job
-from veneer.training.loop.trainer import Piece, cut, passes
+from veneer.training.loop.trainer import MicroBatch, cut, passes
 
-_LOOKED_AT = 5_000
-"""Examples whose place in the run is computed; later rounds are taken to be like these."""
+_PLANNED_EXAMPLES = 5_000
+"""Examples whose position in the run is computed. Later rounds are assumed to be similar."""
 
-Rows = list[tuple[Job, Example]]
+JobExamples = list[tuple[Job, Example]]
 
 
 @dataclass(frozen=True)
-class Slot:
-    """An example that stands at some place in a run: whose it is, its number and its length in tokens."""
+class PlannedExample:
+    """An example at its position in a run: its job, index and length in tokens."""
 
     job: Job
     index: int
@@ -33,69 +32,54 @@ class Slot:
         return self.tokens
 
 
-Pass = tuple[Slot, ...]
+Pass = tuple[PlannedExample, ...]
 
 
-def size(slots: Sequence[Any]) -> int:
-    """Tokens of a pass, or of examples."""
-    return sum(map(len, slots))
+def size(items: Sequence[Any]) -> int:
+    """Total tokens of examples or planned examples."""
+    return sum(map(len, items))
 
 
-def rounds(jobs: Sequence[Job], budget: int, share: int) -> list[list[Pass]]:
-    """The passes of the first rounds of a run, in their order: of all rounds where these are few.
-
-    budget, share: as the trainer has them.
-    """
-    lengths = {id(job.examples): _lengths(job.examples) for job in jobs}
-    most = max(3, _LOOKED_AT // sum(job.options.batch_size for job in jobs))
-    found = []
+def planned_rounds(jobs: Sequence[Job], tokens_per_pass: int, tokens_per_shared_pass: int) -> list[list[Pass]]:
+    """The passes of each of the first rounds of a run, or of all rounds of a short one."""
+    lengths = {id(job.examples): lengths_of(job.examples) for job in jobs}
+    most = max(3, _PLANNED_EXAMPLES // sum(job.options.batch_size for job in jobs))
+    rounds = []
     for number in range(min(most, max(job.steps for job in jobs))):
         pieces = []
-        for job in jobs:
-            if number < job.steps:
-                first = job.progress.cursor + number * job.options.batch_size
-                indices = [job.order.at(first + i) for i in range(job.options.batch_size)]
-                slots = [Slot(job, index, lengths[id(job.examples)][index]) for index in indices]
-                pieces += [Piece(job, cast(Any, piece)) for piece in cut(slots, budget)]
-        groups = passes(pieces, share)
-        found.append([tuple(cast(Slot, slot) for piece in group for slot in piece.examples) for group in groups])
-    return found
+        for job in (job for job in jobs if number < job.steps):
+            first = job.progress.cursor + number * job.options.batch_size
+            indices = [job.order.at(first + i) for i in range(job.options.batch_size)]
+            planned = [PlannedExample(job, index, lengths[id(job.examples)][index]) for index in indices]
+            pieces += [MicroBatch(job, tuple(piece)) for piece in cut(planned, tokens_per_pass)]
+        groups = passes(pieces, tokens_per_shared_pass)
+        rounds.append([tuple(example for piece in group for example in piece.examples) for group in groups])
+    return rounds
 
 
-def largest(found: Sequence[Sequence[Pass]]) -> Pass:
-    """The pass that needs the most memory: the one with most tokens, and among those the one with the longest segments."""
-    return max((one for passes in found for one in passes), key=lambda one: (size(one), sum(len(s) ** 2 for s in one)))
+def largest_pass(rounds: Sequence[Sequence[Pass]]) -> Pass:
+    """The pass that needs the most memory: the one with the most tokens, then with the longest segments."""
+    return max((one for found in rounds for one in found), key=lambda one: (size(one), sum(len(e) ** 2 for e in one)))
 
 
-def tokens_of_run(jobs: Sequence[Job]) -> float:
-    """Tokens that all steps of all jobs train on, in expectation."""
-    return sum(job.steps * job.options.batch_size * _mean(_lengths(job.examples)) for job in jobs)
+def tokens_per_round(job: Job) -> float:
+    """Expected tokens of one step of a job."""
+    return job.options.batch_size * sum(lengths_of(job.examples)) / max(1, len(job.examples))
 
 
-def tokens_of_round(jobs: Sequence[Job]) -> float:
-    """Tokens of a round in which every job takes part, in expectation."""
-    return sum(job.options.batch_size * _mean(_lengths(job.examples)) for job in jobs)
+def load(planned: Pass) -> JobExamples:
+    """(job, example) of each example of a pass."""
+    return [(one.job, one.job.examples[one.index]) for one in planned]
 
 
-def longest(jobs: Sequence[Job]) -> int:
-    """Tokens of the longest example of all jobs."""
-    return max(length for job in jobs for length in _lengths(job.examples))
-
-
-def rows(slots: Sequence[Slot]) -> Rows:
-    """The examples of a pass."""
-    return [(slot.job, slot.job.examples[slot.index]) for slot in slots]
-
-
-def smaller(whole: Rows, tokens: int) -> Rows:
-    """About so many tokens of a pass: some of its rows evenly, the last of them cut; a pass that is small enough as it is."""
-    total = sum(len(example) for _, example in whole)
+def smaller(rows: JobExamples, tokens: int) -> JobExamples:
+    """About ``tokens`` tokens of a pass: evenly chosen rows, the last of them cut; the whole pass if it is not larger."""
+    total = sum(len(example) for _, example in rows)
     if total <= tokens:
-        return whole
-    step = max(1, total // max(1, tokens))
-    chosen: Rows = []
+        return rows
+    chosen: JobExamples = []
     left = tokens
-    for job, example in whole[::step]:
+    for job, example in rows[:: max(1, total // max(1, tokens))]:
         if left < 2:
             break
         chosen.append((job, example if len(example) <= left else _end(example, left)))
@@ -103,19 +87,14 @@ def smaller(whole: Rows, tokens: int) -> Rows:
     return chosen
 
 
+def lengths_of(examples: Sequence[Example]) -> list[int]:
+    """The lengths of examples, without rendering them where that is possible."""
+    return examples.lengths if isinstance(examples, (Examples, Selected)) else [len(example) for example in examples]
+
+
 def _end(example: Example, tokens: int) -> Example:
-    """The end of an example, where its answer is; all of it counts if none of the answer is left."""
+    """The end of an example, where its answer is; all tokens count if none of the answer is left."""
     weights = (0.0, *example.weights[-tokens:][1:])
     if not any(weights):
         weights = (0.0, *[1.0] * (tokens - 1))
     return Example(example.ids[-tokens:], weights, example.source)
-
-
-def _lengths(examples: Sequence[Example]) -> list[int]:
-    if isinstance(examples, (Examples, Selected)):
-        return examples.lengths
-    return [len(example) for example in examples]
-
-
-def _mean(values: Sequence[int]) -> float:
-    return sum(values) / max(1, len(values))

@@ -1,1 +1,1 @@
-"""A run on disk: its folder, checkpoints, console output and results."""
+"""A run on disk: folder, checkpoints, console output and results."""

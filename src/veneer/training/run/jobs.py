@@ -1,4 +1,4 @@
-"""One file of options, several jobs: ``jobs`` overrides the common options for each, lists in ``sweep`` are tried in every combination.
+"""The jobs of a run: ``jobs`` overrides the common options for each, and lists in ``sweep`` are tried in every combination.
 
 r: 16
 jobs:
@@ -7,7 +7,7 @@ jobs:
 
 sweep: {r: [4, 16, 64], learning_rate: [1e-4, 5e-4]}
 
-A list where one value is expected is a sweep too: ``r: [4, 16, 64]``.
+A list in place of a single value is a sweep too: ``r: [4, 16, 64]``.
 """
 
 from __future__ import annotations
@@ -15,62 +15,56 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from veneer.adapters.adapter import check_name
-from veneer.config import TrainOptions, near_miss, plain
+from veneer.config import FULL, PER_RUN_OPTIONS, TrainOptions, current_name, near_miss, plain, resolve
 from veneer.data.rows.readers import near_file
 from veneer.errors import AdapterError, ConfigError, Problems, VeneerError
+from veneer.training.run.run_folder import CONFIG
 
 MOST_JOBS = 256
 _LOW_RANK = ("r", "lora_alpha", "lora_dropout", "use_rslora", "loraplus_lr_ratio", "init_lora_weights")
-SHARED = (
-    "base",
-    "revision",
-    "dtype",
-    "threads",
-    "out",
-    "tokens_per_pass",
-    "share",
-    "activation_checkpointing",
-    "plan",
-    "save_every",
-    "checkpoint_minutes",
-    "halving",
-    "track",
-    "jobs",
-    "sweep",
+
+_MAY_CHANGE = (
+    *("out", "name", "data", "valid", "threads", "save_every", "checkpoint_minutes", "track", "jobs", "sweep"),
+    *("plan", "activation_checkpointing"),
 )
-"""Options of the base, the run or the machine, of which there is one."""
+"""Options that may differ when a run resumes: they do not change its numbers, or (data, threads) are compared with the manifest."""
 
 
 def expand(options: TrainOptions, *, files: bool = True) -> dict[str, TrainOptions]:
-    """The jobs of a run by name: one, if neither ``jobs`` nor ``sweep`` is given. files: whether their files must be there.
+    """The options of each job by name; one job if neither ``jobs`` nor ``sweep`` is given.
 
-    Raises ConfigError with everything that is wrong: names that are no names or stand twice, options that a job cannot have, too many
-    combinations, files of examples that are not there.
+    Args:
+        options: the options of the run.
+        files: check that the files of examples exist.
+
+    Raises:
+        ConfigError: lists all invalid or repeated names, options that a job cannot set, and missing files; or there are too many jobs.
     """
     common: dict[str, Any] = {key: value for key, value in plain(options).items() if key not in ("jobs", "sweep")}
     problems = Problems()
-    wanted: list[dict[str, Any]] = [dict(job) for job in options.jobs] or [{}]
-    count = len(wanted) * math.prod(max(1, len(values)) for values in options.sweep.values())
+    jobs: list[dict[str, Any]] = [{current_name(TrainOptions, key): job[key] for key in job} for job in options.jobs]
+    jobs = jobs or [{}]
+    count = len(jobs) * math.prod(max(1, len(values)) for values in options.sweep.values())
     if count > MOST_JOBS:
         raise ConfigError(
-            f"the run asks for {count:,} jobs; at most {MOST_JOBS} share a base at once: sweep fewer values"
+            f"the run asks for {count:,} jobs; at most {MOST_JOBS} can share a base, so sweep fewer values"
         )
     found: dict[str, TrainOptions] = {}
-    for number, job in enumerate(wanted):
+    for number, job in enumerate(jobs):
         _check_keys(job, f"jobs[{number}]", options.sweep, problems)
         for variant in _combinations(options.sweep, problems):
             values = {**common, **job, **variant}
             name = _name(options, job, variant, number)
             place = f"jobs[{number}]: " if options.jobs else ""
-            twin = _twin(name, found)
+            twin = next((other for other in found if other.casefold() == name.casefold()), None)
             if twin is not None:
                 why = "" if twin == name else f' ("{twin}" is the same folder where case does not count)'
-                problems.add(f'{place}the name "{name}" is taken by an earlier job{why}; give each job its own')
+                problems.add(f'{place}the name "{name}" is taken by an earlier job{why}; give each job its own name')
                 continue
             try:
                 check_name(name)
@@ -78,38 +72,66 @@ def expand(options: TrainOptions, *, files: bool = True) -> dict[str, TrainOptio
             except AdapterError as error:
                 problems.add(f"{place}name: {error}")
             except VeneerError as error:
-                _add_once(problems, f"{place}{str(error).removeprefix('TrainOptions cannot be made: ')}")
+                _add_once(problems, f"{place}{str(error).removeprefix('invalid TrainOptions: ')}")
     if files:
         _check_files(found, problems)
-    problems.raise_if_any(ConfigError, "the jobs cannot be made" if len(wanted) > 1 else "the run cannot be made")
+    problems.raise_if_any(ConfigError, "invalid jobs" if len(jobs) > 1 else "invalid run")
     return found
 
 
+def match_stored_run(out: Path, jobs: dict[str, TrainOptions]) -> dict[str, TrainOptions]:
+    """The jobs, if a folder holds a run with the same options, or with several jobs of which it has some already.
+
+    Raises ConfigError with the differences if the folder holds another run.
+    """
+    stored, _ = resolve(TrainOptions, out / CONFIG)
+    before = expand(stored, files=False)
+    if len(before) == len(jobs) == 1:
+        jobs = dict(zip(before, jobs.values(), strict=True))  # a job keeps its name if its folder is moved
+    differences: dict[str, None] = {}
+    for name, options in before.items():
+        if name not in jobs:
+            differences[f'job "{name}" is only there'] = None
+            continue
+        there, here = plain(options), plain(jobs[name])
+        for key in sorted(key for key in {*there, *here} - {*_MAY_CHANGE} if there.get(key) != here.get(key)):
+            differences[f"{key}: {there.get(key)!r} there, {here.get(key)!r} now"] = None
+    added = [name for name in jobs if name not in before]
+    if added and (len(before) == 1 or stored.halving):
+        differences[f'job "{added[0]}" is not there'] = None
+    if differences:
+        raise ConfigError(
+            f"{out} holds a run with other options ({', '.join(differences)}); choose another folder with --out, or start over with "
+            "--fresh"
+        )
+    return jobs
+
+
 def _add_once(problems: Problems, text: str) -> None:
-    """Variants of a sweep make the same mistake many times."""
+    """Add a problem that several variants of a sweep may have."""
     if text not in list(problems):
         problems.add(text)
 
 
-def _check_keys(job: Mapping[str, Any], place: str, sweep: Mapping[str, Any], problems: Problems) -> None:
-    known = [name for name in TrainOptions.model_fields if name not in SHARED]
+def _check_keys(job: Iterable[str], place: str, sweep: Mapping[str, Any], problems: Problems) -> None:
+    known = [name for name in TrainOptions.model_fields if name not in PER_RUN_OPTIONS]
     for key in job:
-        if key in SHARED:
-            problems.add(f"{place}: {key} belongs to the whole run; give it beside jobs, not inside")
+        if key in PER_RUN_OPTIONS:
+            problems.add(f"{place}: {key} is an option of the whole run; move it out of jobs")
         elif key not in known:
-            problems.add(f"{place}: there is no option {key!r}{near_miss(key, known)}")
+            problems.add(f"{place}: unknown option {key!r}{near_miss(key, known)}")
         elif key in sweep:
-            problems.add(f"{place}: {key} is swept, so a job cannot have its own; give the one that is meant")
+            problems.add(f"{place}: {key} is also swept; give only one of them")
 
 
 def _combinations(sweep: Mapping[str, Any], problems: Problems) -> list[dict[str, Any]]:
     for key, values in sweep.items():
-        if key in SHARED or key == "name" or key not in TrainOptions.model_fields or not values:
+        if key in (*PER_RUN_OPTIONS, "name") or key not in TrainOptions.model_fields or not values:
             _add_once(problems, f"sweep: {key} cannot be swept; give options of a job, each with a list of values")
     found: list[dict[str, Any]] = []
     for values in itertools.product(*sweep.values()):
         variant = dict(zip(sweep, values, strict=True))
-        if variant.get("method") == "full":  # which has no rank: once is enough
+        if variant.get("method") == FULL:  # it has no rank, so it is tried once
             variant = {key: value for key, value in variant.items() if key not in _LOW_RANK}
             if variant in found:
                 continue
@@ -117,35 +139,29 @@ def _combinations(sweep: Mapping[str, Any], problems: Problems) -> list[dict[str
     return found
 
 
-def _twin(name: str, found: Mapping[str, Any]) -> str | None:
-    """The job that would write to the same folder; some file systems take a and A for the same."""
-    return next((other for other in found if other.casefold() == name.casefold()), None)
-
-
 def _name(options: TrainOptions, job: Mapping[str, Any], variant: Mapping[str, Any], number: int) -> str:
-    own = job.get("name")
-    base = (
-        str(own) if own is not None else (options.name or (options.out.name if options.out is not None else "adapter"))
-    )
-    if own is None and options.jobs:
-        base = f"job-{number + 1}"
-    return "-".join([base, *(f"{key}_{_word(value)}" for key, value in variant.items())])
+    if job.get("name") is not None:
+        stem = str(job["name"])
+    elif options.jobs:
+        stem = f"job-{number + 1}"
+    else:
+        stem = options.name or (options.out.name if options.out is not None else "adapter")
+    return "-".join([stem, *(f"{key}_{_word(value)}" for key, value in variant.items())])
 
 
 def _word(value: Any) -> str:
-    """A swept value as it can stand in a name."""
+    """A swept value as part of a name."""
     text = f"{value:g}" if isinstance(value, float) else str(value)
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-") or "none"
 
 
 def _check_files(jobs: Mapping[str, TrainOptions], problems: Problems) -> None:
-    """Name every file of examples that is not there, before a base is loaded for it."""
-    several = len(jobs) > 1
+    """Report all missing files of examples, before a base is loaded."""
     missing: dict[Path, str] = {}
     for name, options in jobs.items():
         for key in ("data", "valid"):
             for path in getattr(options, key):
                 if not path.is_file() and not path.is_dir():
-                    missing.setdefault(path, f'job "{name}": {key}' if several else key)
+                    missing.setdefault(path, f'job "{name}": {key}' if len(jobs) > 1 else key)
     for path, place in missing.items():
         problems.add(f"{place}: there is no file {path}{near_file(path)}")

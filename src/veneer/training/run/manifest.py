@@ -1,7 +1,8 @@
-"""What a run depends on besides its options: data, base, versions, hardware, and the choices that were made for it.
+"""The manifest of a run, ``run.json``: everything besides its options on which its numbers depend.
 
-They stand in ``run.json`` from before the first step. When the run goes on, the choices hold; data, template or base that are not what
-they were are refused; another machine or version is told, since from there on the last bits of the numbers may differ.
+It holds hashes of data, templates and base, versions, hardware, and the decisions made from measurements. It is written before the first
+step. When the run resumes, its decisions hold; changed data, templates or base weights are refused; another machine or version is
+reported, since the last bits of the numbers may then differ.
 """
 
 from __future__ import annotations
@@ -9,108 +10,110 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from veneer._version import __version__
-from veneer.adapters import Bank
 from veneer.data.hashing import data_hash
 from veneer.errors import CheckpointError
-from veneer.kernels import cpp_library as native
+from veneer.kernels import cpp_library
 from veneer.models.fingerprint import weight_fingerprints
-from veneer.models.load import Base
-from veneer.training.loop.job import Job
-from veneer.training.run.run_folder import FACTS, RunFiles
-from veneer.training.run.setup import Material
+from veneer.training.run.run_folder import MANIFEST, RunFolder
+from veneer.training.run.setup import Setup
 
 _CONTENT = {
     "data": "the examples",
     "held_out": "the held-out examples",
     "template": "the chat template",
-    "built_on": "the earlier adapters",
+    "built_on": "the parent adapters",
 }
-_CHOICES = ("share", "sharing", "plan", "recompute", "compile")
-"""What was decided from measurements when the run began."""
+_DECISIONS = ("share", "sharing", "plan", "recompute", "compile")
 
-Facts = dict[str, Any]
+Manifest = dict[str, Any]
 
 
-def facts_of(jobs: list[Job], material: Mapping[str, Material], base: Base, bank: Bank) -> Facts:
-    """The facts of a run that begins now."""
+def manifest_of(setup: Setup) -> Manifest:
+    """The manifest of a run that begins now, without its decisions."""
     import transformers
 
+    kernels = cpp_library.folder()
     return {
         "veneer": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
         "machine": platform.machine(),
-        "processor": _processor(),
-        "kernels": "python" if (kernels := native.folder()) is None else f"C++ {kernels.name}",
+        "processor": str(torch.backends.cpu.get_cpu_capability()),
+        "kernels": "python" if kernels is None else f"C++ {kernels.name}",
         "threads": torch.get_num_threads(),
-        "dtype": str(base.dtype).removeprefix("torch."),
-        "base": _weights(base, bank),
-        "data": {job.name: material[job.name].data_hash for job in jobs},
-        "held_out": {job.name: data_hash(material[job.name].held_out) for job in jobs if material[job.name].held_out},
-        "template": {job.name: material[job.name].template_hash for job in jobs},
-        "built_on": {job.name: _hashes(job) for job in jobs if job.built_on},
+        "dtype": str(setup.base.dtype).removeprefix("torch."),
+        "base": _hash_of_base(setup),
+        "data": {name: data.data_hash for name, data in setup.data.items()},
+        "held_out": {name: data_hash(data.held_out) for name, data in setup.data.items() if data.held_out},
+        "template": {name: data.template_hash for name, data in setup.data.items()},
+        "built_on": {
+            job.name: [
+                parent["sha256"] for key in ("on_top_of", "orthogonal_to") for parent in job.built_on.get(key, ())
+            ]
+            for job in setup.jobs
+            if job.built_on
+        },
     }
 
 
-def compare(files: RunFiles, facts: Facts, known: list[str]) -> tuple[Facts, list[str]]:
-    """Hold the facts of now against those that the run began with; ``known``: the jobs that had begun.
+def compare(folder: RunFolder, manifest: Manifest, known: list[str]) -> tuple[Manifest, list[str]]:
+    """Compare the manifest of now with the one that the run began with.
 
-    Returns the facts that hold from here on, and what changed in words. Raises CheckpointError where the run cannot go on with them.
+    Args:
+        folder: the run's folder.
+        manifest: from `manifest_of`.
+        known: the jobs that have begun.
+
+    Returns:
+        The manifest from here on, and the changes in words.
+
+    Raises:
+        CheckpointError: the run cannot resume with these changes, or its manifest cannot be read.
     """
     try:
-        before: Facts = json.loads((files.out / FACTS).read_text(encoding="utf-8"))
-        kept = {**before, **{key: {**facts[key], **before.get(key, {})} for key in _CONTENT}}
+        before: Manifest = json.loads((folder.out / MANIFEST).read_text(encoding="utf-8"))
+        kept = {**before, **{key: {**manifest[key], **before.get(key, {})} for key in _CONTENT}}
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(
-            f"{files.out / FACTS} cannot be read ({error}); bring it back from a copy, or start over with --fresh"
+            f"{folder.out / MANIFEST} cannot be read ({error}); restore it from a copy, or start over with --fresh"
         ) from None
     for key, what in _CONTENT.items():
-        changed = [job for job in known if kept[key].get(job) != facts[key].get(job)]
+        changed = [job for job in known if kept[key].get(job) != manifest[key].get(job)]
         if changed:
             raise CheckpointError(
-                f"{what} of {changed[0]} changed since {files.out} began; put them back, or start over with --fresh"
+                f"{what} of {changed[0]} changed since {folder.out} began; put them back, or start over with --fresh"
             )
-    if before.get("base") != facts["base"]:
+    if before.get("base") != manifest["base"]:
         raise CheckpointError(
-            f"the base's weights are not those with which {files.out} began; put them back, or start over with --fresh"
+            f"the base weights are not those with which {folder.out} began; put them back, or start over with --fresh"
         )
-    said = [
-        f"{key} {before.get(key)} -> {facts[key]}"
-        for key in facts
-        if key not in _CONTENT and key not in _CHOICES and before.get(key) != facts[key]
+    changes = [
+        f"{key} {before.get(key)} -> {manifest[key]}"
+        for key in manifest
+        if key not in (*_CONTENT, *_DECISIONS) and before.get(key) != manifest[key]
     ]
-    chosen = {key: before[key] for key in _CHOICES if key in before}
-    return {**facts, **{key: kept[key] for key in _CONTENT}, **chosen}, said
+    decided = {key: before[key] for key in _DECISIONS if key in before}
+    return {**manifest, **{key: kept[key] for key in _CONTENT}, **decided}, changes
 
 
-def chosen_before(files: RunFiles, facts: Facts) -> Facts:
-    """The choices of a start of this run that did not come to a checkpoint; nothing where there was none, or on another machine."""
+def earlier_decisions(folder: RunFolder, manifest: Manifest) -> Manifest:
+    """The decisions of an earlier start of this run that saved no checkpoint; {} if there are none, or on another machine."""
     try:
-        before: Facts = json.loads((files.out / FACTS).read_text(encoding="utf-8"))
+        before: Manifest = json.loads((folder.out / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    alike = isinstance(before, dict) and all(before.get(key) == value for key, value in facts.items())
-    return {key: before[key] for key in _CHOICES if key in before} if alike else {}
+    alike = isinstance(before, dict) and all(before.get(key) == value for key, value in manifest.items())
+    return {key: before[key] for key in _DECISIONS if key in before} if alike else {}
 
 
-def _weights(base: Base, bank: Bank) -> str:
-    """One hash over the base's weights at every site."""
-    names = [f"{site}.weight" if site else "weight" for site in bank.sites]
-    found = weight_fingerprints(base, names)
+def _hash_of_base(setup: Setup) -> str:
+    """One hash of the base weights at all sites."""
+    names = [f"{site}.weight" if site else "weight" for site in setup.bank.sites]
+    found = weight_fingerprints(setup.base, names)
     return hashlib.sha256(json.dumps([found[name] for name in names]).encode()).hexdigest()
-
-
-def _processor() -> str:
-    return str(torch.backends.cpu.get_cpu_capability())
-
-
-def _hashes(job: Job) -> list[str]:
-    """The adapters that a job builds on, wherever they lie."""
-    return [origin["sha256"] for key in ("on_top_of", "orthogonal_to") for origin in job.built_on.get(key, ())]

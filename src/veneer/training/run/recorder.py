@@ -185,10 +185,13 @@ class Recorder(Listener):
                 job.error = error
                 self.ended(job)
 
-    def finish(self) -> list[str]:
-        """Save requests applied to jobs that do not run, and adapters that could not be written; returns what is still missing."""
+    def save_requests(self) -> None:
+        """Save requests that were applied to jobs that do not run."""
         if self._urgent:
             self.checkpoint()
+
+    def save_missing_adapters(self) -> list[str]:
+        """Write adapters that could not be written before; returns what is still missing."""
         for job in self.jobs:
             written = job.name not in self.saver.unsaved and self.folder.has_adapter(job.name)
             if job.state is JobState.FINISHED and not written:

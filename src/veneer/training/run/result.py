@@ -167,7 +167,11 @@ def plot(result: RunResult, path: Path) -> bool:
         for job in points:
             if job.state != "finished":
                 axes.plot(
-                    [getattr(job, across)], [job.final_loss], marker="o", markerfacecolor="white", color=line.get_color()
+                    [getattr(job, across)],
+                    [job.final_loss],
+                    marker="o",
+                    markerfacecolor="white",
+                    color=line.get_color(),
                 )
     full = min((job.final_loss for job in evaluated if job.method == FULL), default=None)
     if full is not None:

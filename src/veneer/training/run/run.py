@@ -1,256 +1,209 @@
-"""A run from its options to its end: ``train(config)``, which is what ``veneer train`` does.
+"""``train(config)``: a run from its options to its results. ``veneer train`` calls it.
 
-The same call again goes on where the last checkpoint left off, or says that the run is over. What the run was asked for is kept in
-its folder, and another request there is an error that names what differs; only jobs may be added to several, and join.
+The same call resumes from the last checkpoint, or reports that the run is over. The options are stored in the run's folder, and other
+options there are an error that names the differences; jobs may be added to a run of several.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from contextlib import ExitStack
-from functools import cached_property
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from veneer._files import replace_text
-from veneer._version import __version__
-from veneer.adapters import Bank
-from veneer.checkpoints import attach
 from veneer.checkpoints.run_state import Lock
 from veneer.config import TrainOptions, plain, resolve, to_yaml
 from veneer.errors import CheckpointError, ConfigError, TrainingError
-from veneer.models.fast_modules import fuse
-from veneer.models.flat import FlatRunner
-from veneer.models.load import Base, load_base
-from veneer.training.acceleration import Faster, natively, worth_compiling
-from veneer.training.activation_checkpointing import recomputed
+from veneer.models.load import Base
+from veneer.training.acceleration import DelayedCompilation
+from veneer.training.activation_checkpointing import activation_checkpointing
 from veneer.training.loop.halving import Halving
-from veneer.training.loop.job import Job, State
-from veneer.training.loop.step import Stepper
+from veneer.training.loop.job import JobState
 from veneer.training.loop.trainer import Trainer
-from veneer.training.planning.packing import Sharing, choose
-from veneer.training.planning.plan import Plan, Planner
+from veneer.training.planning.packing import Packing
+from veneer.training.planning.plan import TrainingPlan
+from veneer.training.run import trackers
 from veneer.training.run.checkpointing import Saver
-from veneer.training.run.console import Screen
-from veneer.training.run.jobs import expand
-from veneer.training.run.manifest import Facts, chosen_before, compare, facts_of
-from veneer.training.run.parent_adapters import build_on
+from veneer.training.run.console import Console
+from veneer.training.run.decisions import decide
+from veneer.training.run.jobs import expand, match_stored_run
+from veneer.training.run.manifest import Manifest, compare, earlier_decisions, manifest_of
 from veneer.training.run.recorder import Recorder
 from veneer.training.run.result import RunResult, result_of
-from veneer.training.run.run_folder import CONFIG, FACTS, RunFiles
-from veneer.training.run.sanity_checks import FirstSteps
-from veneer.training.run.setup import FULL, Material, context_of, gather_all, make_job, receipt_of
-from veneer.training.run.trackers import Track, require
-
-# What may differ when a run goes on: it changes no number of the run, or (files, threads) is held against its facts.
-_FREE = (
-    *("out", "name", "data", "valid", "threads", "save_every", "checkpoint_minutes", "track", "jobs", "sweep"),
-    *("plan", "activation_checkpointing"),
-)
+from veneer.training.run.run_folder import CONFIG, MANIFEST, RunFolder
+from veneer.training.run.sanity_checks import SanityChecks
+from veneer.training.run.setup import Setup, describe, set_up
 
 
 def train(
     config: TrainOptions | Mapping[str, Any] | str | Path,
     *,
     base: Base | None = None,
-    screen: Screen | None = None,
+    console: Console | None = None,
+    screen: Console | None = None,
     fresh: bool = False,
     resume_from: str | None = None,
     **overrides: Any,
 ) -> RunResult:
-    """Train what ``config`` says (options, a mapping of them, or a YAML file), or go on with it.
+    """Train the adapters that ``config`` describes, or resume their training.
 
-    base: a base in memory, taken instead of loading the one that the options name. screen: where the course is told. fresh: forget
-    what is in the run's folder, once nothing can refuse the new run before its first step. resume_from: a checkpoint's name instead of
-    the newest; newer ones are removed. overrides: options that win over ``config``.
+    Args:
+        config: options, a mapping of them, or a YAML file.
+        base: a base in memory, in place of the one that the options name.
+        console: prints the progress.
+        screen: former name of ``console``.
+        fresh: forget an earlier run in the folder, once nothing can refuse the new run before its first step.
+        resume_from: name of a checkpoint to resume from in place of the newest. Newer checkpoints are removed.
+        overrides: options that replace those in ``config``.
 
-    Raises ConfigError, DataError, TargetError, BaseModelError before anything is written; CheckpointError where the folder is in
-    use, cannot be written or holds another run; TrainingError where the only job fails; KeyboardInterrupt where it was stopped.
+    Raises:
+        ConfigError, DataError, TargetError, BaseModelError: the run cannot start. Nothing was written.
+        CheckpointError: the folder is in use, cannot be written or holds another run.
+        TrainingError: the only job failed.
+        KeyboardInterrupt: the run was stopped.
     """
     options = _options(config, overrides)
     if fresh and resume_from is not None:
         raise ConfigError(
-            f"fresh forgets every checkpoint, and resume_from asks for {resume_from}; choose one of the two"
+            f"fresh forgets all checkpoints, and resume_from asks for {resume_from}; give only one of them"
         )
     if options.track is not None:
-        require(options.track)
-    screen = screen or Screen()
+        trackers.require(options.track)
+    console = console or screen or Console()
     out = Path(options.out or Path("runs") / (options.name or "adapter"))
     jobs = expand(options)
+    with _locked(out):
+        if not fresh and (out / CONFIG).is_file():
+            jobs = match_stored_run(out, jobs)
+        with set_up(options, jobs, base, console.line) as setup:
+            halving = Halving(setup.jobs) if options.halving else None
+            folder = RunFolder(out, single=len(jobs) == 1)
+            folder.prepare()
+            return _run(setup, folder, console, halving, fresh=fresh, resume_from=resume_from)
+
+
+def _run(
+    setup: Setup, folder: RunFolder, console: Console, halving: Halving | None, *, fresh: bool, resume_from: str | None
+) -> RunResult:
+    """Restore or begin the jobs, train them to their ends, and return the result."""
+    options, jobs, bank = setup.options, setup.jobs, setup.bank
+    vocabulary = getattr(getattr(setup.base.model, "config", None), "vocab_size", None)
+    checks = {job.name: SanityChecks(bank[job.name], vocabulary, job.steps) for job in jobs}  # of the initial tensors
+    saver = Saver(folder, bank, setup.receipt_of, base_name=options.base)
+    rounds = None if fresh else saver.restore(jobs, resume_from)
+    manifest = _settle_manifest(setup, folder, console, rounds, fresh=fresh)
+    unfinished = any(not job.over for job in jobs)
+    compilation = DelayedCompilation(bool(manifest.get("compile", False)), rounds or 0, console.line)
+    tracker = None
+    if unfinished and options.track is not None:
+        tracker = trackers.ExperimentTracker(options.track, folder.out, plain(options), console.line)
+    recorder = Recorder(
+        folder,
+        jobs,
+        saver,
+        console,
+        rounds=rounds or 0,
+        checks={job.name: checks[job.name] for job in jobs if checks[job.name].needed(job.progress.step)},
+        halving=halving,
+        tracker=tracker,
+        compilation=compilation,
+    )
+    _announce(setup, manifest, recorder, restored=rounds is not None)
+    if unfinished:  # also if all jobs are paused: a request may resume them
+        trainer = Trainer(
+            setup.stepper,
+            jobs,
+            recorder,
+            tokens_per_pass=options.tokens_per_pass,
+            tokens_per_shared_pass=Packing.stored(manifest).tokens,
+        )
+        _train(trainer, recorder, compilation, recompute=_recompute(options, manifest))
+    return _finish(recorder)
+
+
+def _settle_manifest(setup: Setup, folder: RunFolder, console: Console, rounds: int | None, *, fresh: bool) -> Manifest:
+    """Make and store the manifest of a run that begins, or compare that of a run that resumes."""
+    manifest = manifest_of(setup)
+    known = [job.name for job in setup.jobs if rounds is not None and (job.progress.step or job.over)]
+    if rounds is not None:
+        manifest, changes = compare(folder, manifest, known)
+        if changes:
+            console.line(
+                f"changed since the run began: {', '.join(changes)}; the last bits of its numbers may differ from here on"
+            )
+    else:
+        manifest |= (not fresh and earlier_decisions(folder, manifest)) or decide(setup, console.line)
+    if fresh:
+        folder.forget()
+    # A single job is named after its folder. The stored name stays when the folder is moved.
+    named = {"name": setup.jobs[0].name} if folder.single else {}
+    replace_text(folder.out / CONFIG, to_yaml(setup.options.model_copy(update=named)))
+    if rounds is None or len(known) < len(setup.jobs):
+        folder.write_json(MANIFEST, manifest)
+    return manifest
+
+
+def _announce(setup: Setup, manifest: Manifest, recorder: Recorder, *, restored: bool) -> None:
+    damaged = recorder.saver.damaged
+    if damaged:
+        recorder.event("checkpoints_damaged", names=damaged, round=recorder.rounds)
+        recorder.console.line(f"{', '.join(damaged)} of {recorder.folder.out} is damaged; resuming from the one before")
+    lines = describe(setup, restored=restored)
+    if len(setup.jobs) > 1:
+        lines.append(Packing.stored(manifest).line())
+    for line in (*lines, *TrainingPlan.stored_lines(manifest)):
+        recorder.console.line(line)
+
+
+def _train(trainer: Trainer, recorder: Recorder, compilation: DelayedCompilation, *, recompute: bool) -> None:
+    model = trainer.stepper.runner.model
+    recorder.event("started", round=recorder.rounds, pid=os.getpid())
+    try:
+        with recorder.handle_signals(), activation_checkpointing(model, recompute), compilation:
+            trainer.run()
+            recorder.save_requests()
+    finally:
+        recorder.console.clear()
+        if recorder.tracker is not None:
+            recorder.tracker.end()
+
+
+def _finish(recorder: Recorder) -> RunResult:
+    """The result of a run that ended. Raises the error of one that was stopped, that could not be saved, or whose only job failed."""
+    folder, jobs = recorder.folder, recorder.jobs
+    missing = recorder.save_missing_adapters()
+    if recorder.stopped and any(job.running for job in jobs):
+        if not recorder.saved:
+            raise CheckpointError(
+                f"the run stopped and could not be saved; free some space and run the same command, which resumes from the last "
+                f"checkpoint in {folder.checkpoints}"
+            )
+        step = max(job.progress.step for job in jobs)
+        recorder.console.line(f"saved at step {step}; run the same command to resume")
+        raise KeyboardInterrupt
+    if missing:
+        raise CheckpointError(f"{'; '.join(missing)}; free some space and run the same command, which writes it")
+    if len(jobs) == 1 and jobs[0].state is JobState.FAILED:
+        raise TrainingError(f"{jobs[0].reason}; {recorder.saver.kept(jobs[0])}", jobs[0].code) from jobs[0].error
+    return result_of(folder, jobs)
+
+
+def _recompute(options: TrainOptions, manifest: Manifest) -> bool:
+    """Whether layers recompute their activations: the option, or the decision that "auto" left to the plan."""
+    asked = options.activation_checkpointing
+    return bool(manifest.get("recompute", False)) if asked == "auto" else bool(asked)
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Hold the folder's lock; folders that the lock created are removed again if no run begins in them."""
     with ExitStack() as stack:
         lock = stack.enter_context(Lock(out))
         begun = (out / CONFIG).is_file()
         stack.callback(lambda: None if begun or (out / CONFIG).exists() else lock.leave_nothing(out / "metrics"))
-        if begun and not fresh:
-            jobs = _jobs_there(out, jobs)
-        if options.threads is not None:
-            torch.set_num_threads(options.threads)
-        loaded = base or load_base(options.base, dtype=options.dtype, revision=options.revision)
-        stack.enter_context(natively(options.compile, next(loaded.model.parameters()).device, screen.line))
-        limit = context_of(loaded)
-        material = gather_all(jobs, loaded, limit)
-        bank = attach(loaded.model)
-        stack.callback(bank.detach)
-        fuse(loaded.model)
-        made = [make_job(name, own, loaded, bank, material[name]) for name, own in jobs.items()]
-        build_on(made, bank)
-        halving = Halving(made) if options.halving else None
-        files = RunFiles(out, single=len(jobs) == 1)
-        files.prepare()
-        run = _Run(options, files, made, material, loaded, bank, screen, halving)
-        return run.begin() if fresh else run.go(resume_from)
-
-
-class _Run:
-    """One process's work on a run, with everything in memory and the folder its own."""
-
-    def __init__(
-        self,
-        options: TrainOptions,
-        files: RunFiles,
-        jobs: list[Job],
-        material: dict[str, Material],
-        base: Base,
-        bank: Bank,
-        screen: Screen,
-        halving: Halving | None,
-    ) -> None:
-        self.options = options
-        self.files = files
-        self.jobs = jobs
-        self.material = material
-        self.base = base
-        self.bank = bank
-        self.screen = screen
-        self.halving = halving
-        self.fresh = False
-
-    def begin(self) -> RunResult:
-        """From the beginning to the end. An earlier run in the folder is forgotten once nothing can refuse this one any more."""
-        self.fresh = True
-        return self.go(None)
-
-    def go(self, resume_from: str | None) -> RunResult:
-        """From the last checkpoint, or from the beginning, to the end."""
-        vocabulary = getattr(getattr(self.base.model, "config", None), "vocab_size", None)
-        watches = {job.name: FirstSteps(self.bank[job.name], vocabulary, job.steps) for job in self.jobs}
-        saver = Saver(self.files, self.bank, self._receipt, base_name=self.options.base)
-        rounds = None if self.fresh else saver.restore(self.jobs, resume_from)
-        facts = self._facts(rounds)
-        recorder = Recorder(self.files, self.jobs, saver, self.screen, rounds=rounds or 0)
-        recorder.watches = {
-            job.name: watches[job.name] for job in self.jobs if watches[job.name].wants(job.progress.step)
-        }
-        recorder.halving = self.halving
-        if saver.damaged:
-            recorder.event("checkpoints_damaged", names=saver.damaged, round=rounds)
-            self.screen.line(f"{', '.join(saver.damaged)} of {self.files.out} is damaged; going on from the one before")
-        for line in plan_lines(self.jobs, self.material, self.bank, facts, restored=rounds is not None):
-            self.screen.line(line)
-        for line in Plan.recorded(facts):
-            self.screen.line(line)
-        if any(not job.over for job in self.jobs):  # paused ones too: somebody may have asked for a change of them
-            self._train(recorder, facts)
-        missing = recorder.finish()
-        result = result_of(self.files, self.jobs)
-        if recorder.stopped and any(job.running for job in self.jobs):
-            self._tell_stop(recorder)
-            raise KeyboardInterrupt
-        if missing:
-            raise CheckpointError(f"{'; '.join(missing)}; make room and run the same command again, which writes it")
-        if len(self.jobs) == 1 and self.jobs[0].state is State.FAILED:
-            raise TrainingError(self.jobs[0].reason, self.jobs[0].code) from self.jobs[0].error
-        return result
-
-    @cached_property
-    def stepper(self) -> Stepper:
-        """Runs the jobs' batches."""
-        runner = FlatRunner(self.base.model)
-        if runner.kind != "flat":
-            self.screen.line(f"rows are padded: {runner.reason}")
-        return Stepper(runner, self.bank, {job.name: job.route for job in self.jobs if job.route})
-
-    def _choices(self, facts: Facts) -> Facts:
-        """What is decided from measurements before the first step; what an earlier start decided holds."""
-        before = {} if self.fresh else chosen_before(self.files, facts)
-        if before:
-            return before
-        sharing = choose(self.options, self.stepper, self.jobs)
-        found = self._plan(sharing.share) if self.options.plan else None
-        planned = {} if found is None else {"plan": found.figures(), "recompute": found.recompute}
-        seconds = None if found is None else found.seconds
-        compiled = worth_compiling(self.options.compile, seconds, next(self.base.model.parameters()).device)
-        return {**sharing.facts(), **planned, "compile": compiled}
-
-    def _plan(self, share: int) -> Plan | None:
-        """What the run will need, measured before anything of it is written. Raises MemoryPlanError where that is not there."""
-        planner = Planner(self.options, self.stepper, self.jobs, base=self.base, share=share)
-        try:
-            found = planner.make()
-        except Exception as error:  # the run itself tells what is wrong with it, and of which job
-            self.screen.line(f"there is no plan: {error}")
-            return None
-        planner.require(found)
-        return found
-
-    def _facts(self, rounds: int | None) -> Facts:
-        """What the run depends on: written down before the first step, held against that later."""
-        facts = facts_of(self.jobs, self.material, self.base, self.bank)
-        known = [job.name for job in self.jobs if rounds is not None and (job.progress.step or job.over)]
-        if rounds is not None:
-            facts, said = compare(self.files, facts, known)
-            if said:
-                self.screen.line(
-                    f"changed since the run began: {', '.join(said)}; from here on its numbers may differ in the last bits"
-                )
-        else:
-            facts |= self._choices(facts)
-        if self.fresh:
-            self.files.forget()
-        # A job alone takes its name from the folder; written down, it keeps it when the folder is moved.
-        named = {"name": self.jobs[0].name} if self.files.single else {}
-        replace_text(self.files.out / CONFIG, to_yaml(self.options.model_copy(update=named)))
-        if rounds is None or len(known) < len(self.jobs):
-            self.files.write_json(FACTS, facts)
-        return facts
-
-    def _train(self, recorder: Recorder, facts: Facts) -> None:
-        trainer = Trainer(
-            self.stepper, self.jobs, recorder, budget=self.options.tokens_per_pass, share=int(facts["share"])
-        )
-        if self.options.track is not None:
-            config = plain(self.options)
-            recorder.track = Track.start(self.options.track, self.files.out, config, self.screen.line)
-        restore_signals = recorder.listen()
-        recorder.event("started", round=recorder.rounds, pid=os.getpid())
-        wanted = self.options.activation_checkpointing
-        try:
-            faster = Faster(bool(facts.get("compile", False)), recorder.rounds, self.screen.line)
-            recompute = bool(facts.get("recompute", False)) if wanted == "auto" else wanted
-            with recomputed(self.base.model, recompute), faster:
-                recorder.faster = faster
-                trainer.run()
-            recorder.settle()
-        finally:
-            restore_signals()
-            self.screen.clear()
-            if recorder.track is not None:
-                recorder.track.end()
-
-    def _tell_stop(self, recorder: Recorder) -> None:
-        if not recorder.saved:
-            raise CheckpointError(
-                f"the run stopped and could not be saved; make room, and the same command goes on from the last checkpoint in "
-                f"{self.files.checkpoints}"
-            )
-        step = max(job.progress.step for job in self.jobs)
-        self.screen.line(f"saved at step {step}; the same command again goes on from there")
-
-    def _receipt(self, job: Job) -> dict[str, Any]:
-        return dict(receipt_of(job, self.material[job.name], __version__))
+        yield
 
 
 def _options(config: TrainOptions | Mapping[str, Any] | str | Path, overrides: Mapping[str, Any]) -> TrainOptions:
@@ -259,68 +212,3 @@ def _options(config: TrainOptions | Mapping[str, Any] | str | Path, overrides: M
     if isinstance(config, (str, Path)):
         return resolve(TrainOptions, config, flags=dict(overrides))[0]
     return TrainOptions(**{**config, **overrides})
-
-
-def _jobs_there(out: Path, jobs: dict[str, TrainOptions]) -> dict[str, TrainOptions]:
-    """The jobs, where they are those of the run in the folder, or these and more.
-
-    Raises ConfigError for a folder that holds another run, naming what differs.
-    """
-    stored, _ = resolve(TrainOptions, out / CONFIG)
-    before = expand(stored, files=False)
-    if len(before) == len(jobs) == 1:
-        jobs = dict(zip(before, jobs.values(), strict=True))  # a folder that was moved: its job keeps its name
-    said: dict[str, None] = {}
-    for name, options in before.items():
-        if name not in jobs:
-            said[f'job "{name}" is there, and is not asked for'] = None
-            continue
-        there, here = plain(options), plain(jobs[name])
-        for key in sorted(key for key in {*there, *here} - {*_FREE} if there.get(key) != here.get(key)):
-            said[f"{key}: {there.get(key)!r} there, {here.get(key)!r} now"] = None
-    added = [name for name in jobs if name not in before]
-    if added and (len(before) == 1 or stored.halving):
-        said[f'job "{added[0]}" is asked for, and is not there'] = None
-    if said:
-        raise ConfigError(
-            f"{out} holds a run with other options ({', '.join(said)}); choose another folder with --out, or start over with --fresh"
-        )
-    return jobs
-
-
-def plan_lines(
-    jobs: list[Job], material: Mapping[str, Material], bank: Bank, facts: Facts, *, restored: bool
-) -> list[str]:
-    """What is about to happen: what was read, once for all that share it, and a line or two a job."""
-    total = sum(parameter.numel() for parameter in bank.model.parameters())
-    shared: dict[int, list[str]] = {}
-    for job in jobs:
-        shared.setdefault(id(material[job.name]), []).append(job.name)
-    lines: list[str] = []
-    for names in shared.values():
-        own = material[names[0]]
-        who = "" if len(shared) == 1 else f"{', '.join(names)}: "
-        lines += [f"{who}{line}" for line in own.report.stated]
-        many = "" if len(own.train) == 1 else "s"
-        lines.append(
-            f"{who}{len(own.train):,} example{many} ({own.report.trained:,} of {own.report.tokens:,} tokens trained), "
-            f"{len(own.held_out):,} held out"
-        )
-        lines += [f"{who}note: {line}" for line in own.remarks]
-    for job in jobs:
-        own = material[job.name]
-        count = bank[job.name].num_parameters()
-        tokens = round(job.steps * job.options.batch_size * own.report.tokens / max(1, own.report.examples))
-        what = f"{job.options.method} r={job.options.r} at {len(bank[job.name].tensors)} sites"
-        if job.options.method == FULL:
-            what = f"{len(bank[job.name].overrides)} layers trained whole"
-        lines.append(
-            f"{job.name}: {what}, {count:,} trainable parameters "
-            f"({100 * count / total:.2f} % of the base), learning rate {job.peak:.2e}; {job.steps:,} steps of "
-            f"{job.options.batch_size}, about {tokens:,} tokens"
-        )
-        if restored:
-            lines.append(f"{job.name}: going on at step {job.progress.step} of {job.steps} ({job.state.value})")
-    if len(jobs) > 1:
-        lines.append(Sharing.recorded(facts).line())
-    return lines

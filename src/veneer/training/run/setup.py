@@ -1,21 +1,26 @@
-"""From options to a run: examples rendered and checked, adapters added, jobs made.
+"""Set up a run in memory: load the base, read and check the data, add the adapters, make the jobs.
 
-Everything that can be refused is refused here, before the first step: rows that cannot be used, rows with nothing to learn, rows longer
-than the base's context, targets that match nothing, a base that cannot be run.
+Everything that can be refused before the first step is refused here: rows that cannot be used, have nothing to learn or are longer than
+the context, targets that match nothing, a base that cannot run.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from veneer._version import __version__
 from veneer.adapters import METHODS, Bank, LoRA, Method
 from veneer.adapters.targets import select
-from veneer.config import DataOptions, LowRankOptions, TrainOptions, default_learning_rate
+from veneer.checkpoints import attach
+from veneer.config import FULL, DataOptions, LowRankOptions, TrainOptions, default_learning_rate
 from veneer.data.chat.render import Renderer, RenderOptions
 from veneer.data.chat.template import read_template
 from veneer.data.check import CheckReport, Remarks
@@ -26,16 +31,18 @@ from veneer.data.hashing import data_hash, template_hash
 from veneer.data.rows.readers import splits
 from veneer.errors import BaseModelError, DataError
 from veneer.evaluate.general import general_text, pieces
-from veneer.models.load import Base
+from veneer.models.fast_modules import fuse
+from veneer.models.flat import FlatRunner
+from veneer.models.load import Base, load_base
+from veneer.training.acceleration import cpp_kernels
 from veneer.training.loop.job import Job
-from veneer.training.run.parent_adapters import seed_of
-
-FULL = "full"
+from veneer.training.loop.step import Stepper
+from veneer.training.run.parent_adapters import load_parents, seed_of
 
 
 @dataclass(frozen=True)
-class Material:
-    """The examples of one job, and where they come from."""
+class JobData:
+    """The examples of a job. ``remarks``: notes about the rows. ``template``: a chat template in place of the base's."""
 
     train: Examples | Selected
     held_out: list[Example]
@@ -44,45 +51,101 @@ class Material:
     template_hash: str
     general: list[Example] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
-    """What is remarkable about the rows, a line each."""
     template: str | None = None
-    """The chat template that was asked for in place of the base's."""
 
 
-def method_of(options: TrainOptions, bank: Bank) -> Method:
-    """The adapter's method with its options, from those of the run. Full fine-tuning is an adapter that has its layers' weights of its
-    own, so it trains beside the others on the same base."""
-    chosen = METHODS[LoRA.name if options.method == FULL else options.method]
-    method = chosen(**{name: getattr(options, name) for name in LowRankOptions.model_fields})
-    if options.method != FULL:
-        return method
-    whole = select(bank.lookout.survey, method, method.kinds)
-    return method.model_copy(update={"modules_to_save": (*method.modules_to_save, *whole)})
+@dataclass(frozen=True)
+class Setup:
+    """A run in memory before its first step. ``data``: by job."""
+
+    options: TrainOptions
+    base: Base
+    bank: Bank
+    data: dict[str, JobData]
+    jobs: list[Job]
+    stepper: Stepper
+
+    @property
+    def device(self) -> torch.device:
+        """The base's device."""
+        return next(self.base.model.parameters()).device
+
+    def receipt_of(self, job: Job) -> dict[str, Any]:
+        """The provenance stored in a job's adapter file."""
+        data, evaluations = self.data[job.name], job.progress.evaluations
+        return {
+            "veneer_version": __version__,
+            "data_sha256": data.data_hash,
+            "template_sha256": data.template_hash,
+            "seed": job.options.seed,
+            **job.built_on,
+            "steps": job.progress.step,
+            "held_out_loss": evaluations[-1][1] if evaluations else None,
+        }
 
 
-def gather(options: TrainOptions, base: Base, limit: int) -> Material:
-    """Read, render and prove a job's rows. limit: most tokens of an example that the base and a pass can take.
+@contextmanager
+def set_up(
+    options: TrainOptions, jobs: Mapping[str, TrainOptions], base: Base | None, say: Callable[[str], None]
+) -> Iterator[Setup]:
+    """Set up a run inside this context; afterwards the base is as it was.
 
-    Raises DataError with every row that cannot be used.
+    Args:
+        options: the options of the run.
+        jobs: the options of each job.
+        base: a base in memory, in place of the one that the options name.
+        say: prints a line.
+    """
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    base = base or load_base(options.base, dtype=options.dtype, revision=options.revision)
+    with cpp_kernels(options.compile, next(base.model.parameters()).device, say):
+        data = load_all(jobs, base, context_of(base))
+        bank = attach(base.model)
+        try:
+            fuse(base.model)
+            made = [make_job(name, own, base, bank, data[name]) for name, own in jobs.items()]
+            load_parents(made, bank)
+            runner = FlatRunner(base.model)
+            if runner.kind != "flat":
+                say(f"rows are padded: {runner.reason}")
+            stepper = Stepper(runner, bank, {job.name: job.route for job in made if job.route})
+            yield Setup(options, base, bank, data, made, stepper)
+        finally:
+            bank.detach()
+
+
+# Data
+
+
+def load_all(jobs: Mapping[str, TrainOptions], base: Base, limit: int) -> dict[str, JobData]:
+    """The data of each job. Jobs with equal data options share it, so that a sweep reads and renders its rows once."""
+    known: dict[str, JobData] = {}
+    found: dict[str, JobData] = {}
+    for name, options in jobs.items():
+        key = repr([getattr(options, field) for field in DataOptions.model_fields])
+        if key not in known:
+            known[key] = load_data(options, base, limit)
+        found[name] = known[key]
+    return found
+
+
+def load_data(options: TrainOptions, base: Base, limit: int) -> JobData:
+    """Read, render and check the rows of a job; ``limit`` is the context length of the base.
+
+    Raises DataError with all rows that cannot be used.
     """
     if base.tokenizer is None:
-        raise BaseModelError(
-            f"{base.name} has no tokenizer, so text cannot be turned into tokens; add its files to the folder"
-        )
+        raise BaseModelError(f"{base.name} has no tokenizer to encode text; add the tokenizer's files to the folder")
     length = min(limit, options.max_length or limit)
     template = read_template(options.chat_template) if options.chat_template is not None else None
-    renderer = Renderer(
-        base.tokenizer,
-        RenderOptions(
-            train_on=options.train_on,
-            max_length=length,
-            chat_template=template,
-            parse_specials=options.parse_specials,
-        ),
+    rendering = RenderOptions(
+        train_on=options.train_on, max_length=length, chat_template=template, parse_specials=options.parse_specials
     )
+    renderer = Renderer(base.tokenizer, rendering)
     shared: dict[str, Any] = {key: getattr(options, key) for key in ("format", "columns", "roles", "truncate")}
-    looked = CheckReport(max_length=length)
-    remarks = Remarks(looked, renderer)
+    checked = CheckReport(max_length=length)
+    remarks = Remarks(checked, renderer)
     files, valid = files_of(options)
     train, report = load_examples(files, renderer, **shared, look=remarks.see)
     held_out: list[Example] = []
@@ -95,59 +158,47 @@ def gather(options: TrainOptions, base: Base, limit: int) -> Material:
     elif options.valid_fraction:
         held_out, learn = _split(train, options.valid_fraction)
     general = pieces(general_text(), base.tokenizer, length=min(256, limit), count=16) if options.watch_general else []
-    return Material(
-        learn,
-        held_out,
-        report,
-        data_hash(learn),
-        template_hash(base.tokenizer, template),
-        general,
-        [*_cut(report, length), *remark_lines(looked)],
-        template,
+    return JobData(
+        train=learn,
+        held_out=held_out,
+        report=report,
+        data_hash=data_hash(learn),
+        template_hash=template_hash(base.tokenizer, template),
+        general=general,
+        remarks=[*_truncation_remarks(report, length), *remark_lines(checked)],
+        template=template,
     )
 
 
 def files_of(options: DataOptions) -> tuple[list[Path], list[Path]]:
-    """(files to train on, held-out files): a folder stands for its train file, and for its valid file where no other is given.
+    """(training files, held-out files). A folder means its train file, and its valid file if no other is given.
 
     Raises DataError for a folder without a train file.
     """
     files: list[Path] = []
-    beside: list[Path] = []
+    valid: list[Path] = []
     for path in options.data:
         found = splits(path)
         files.append(found["train"])
-        beside += [found["valid"]] if "valid" in found else []
+        valid += [found["valid"]] if "valid" in found else []
     if options.valid or options.valid_fraction:
-        beside = [splits(path)["train"] for path in options.valid]
-    return files, beside
+        valid = [splits(path)["train"] for path in options.valid]
+    return files, valid
 
 
-def _cut(report: LoadReport, length: int) -> list[str]:
-    """What the maximum length cost."""
+def _truncation_remarks(report: LoadReport, length: int) -> list[str]:
+    """The numbers of rows that were cut or dropped for their length."""
     if report.cut:
         return [f"rows cut at {length:,} tokens: {report.cut:,}, which lost {report.lost:,} trained tokens"]
     if report.dropped:
         return [
-            f"rows left out for having more than {length:,} tokens: {report.dropped:,}, with {report.lost:,} trained tokens"
+            f"rows dropped for having more than {length:,} tokens: {report.dropped:,}, with {report.lost:,} trained tokens"
         ]
     return []
 
 
-def gather_all(jobs: Mapping[str, TrainOptions], base: Base, limit: int) -> dict[str, Material]:
-    """The material of each job; jobs that want the same share it, so that a sweep reads and renders its rows once."""
-    known: dict[str, Material] = {}
-    found: dict[str, Material] = {}
-    for name, options in jobs.items():
-        key = repr([getattr(options, field) for field in DataOptions.model_fields])
-        if key not in known:
-            known[key] = gather(options, base, limit)
-        found[name] = known[key]
-    return found
-
-
 def _split(examples: Examples, fraction: float) -> tuple[list[Example], Selected]:
-    """Hold out every k-th example, whatever the seed, so that runs of one file are judged on the same rows."""
+    """Hold out every k-th example, whatever the seed, so that all runs on one file are evaluated on the same rows."""
     every = max(2, round(1 / fraction))
     held_out = examples[every - 1 :: every]
     learn = Selected(examples, (i for i in range(len(examples)) if i % every != every - 1))
@@ -158,24 +209,38 @@ def _split(examples: Examples, fraction: float) -> tuple[list[Example], Selected
     return held_out, learn
 
 
-def make_job(name: str, options: TrainOptions, base: Base, bank: Bank, material: Material) -> Job:
-    """Add the job's adapter to the bank and set the job up before its first step."""
+# Jobs
+
+
+def make_job(name: str, options: TrainOptions, base: Base, bank: Bank, data: JobData) -> Job:
+    """Add the job's adapter to the bank and make the job."""
     bank.add(name, method_of(options, bank), seed=seed_of(options))
-    check_tokens(options.trainable_token_indices, material.train, base.tokenizer)
-    config = getattr(base.model, "config", None)
-    text = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
+    check_tokens(options.trainable_token_indices, data.train, base.tokenizer)
+    text = _text_config(base)
     usual = default_learning_rate(getattr(text, "hidden_size", 2000), getattr(text, "model_type", ""))
     peak = options.learning_rate or (usual / 10 if options.method == FULL else usual)
-    per_epoch = len(material.train) / options.batch_size
+    per_epoch = len(data.train) / options.batch_size
     steps = options.steps or max(1, math.ceil(per_epoch * (options.epochs or 1)))
-    job = Job(name, options, bank, material.train, material.held_out, peak=peak, steps=steps)
-    job.general = material.general
-    job.template = material.template
+    job = Job(name, options, bank, data.train, data.held_out, peak=peak, steps=steps)
+    job.general = data.general
+    job.template = data.template
     return job
 
 
+def method_of(options: TrainOptions, bank: Bank) -> Method:
+    """The adapter method with its options. Full fine-tuning is an adapter with complete copies of its layers, so that it trains beside
+    other jobs on the same base."""
+    full = options.method == FULL
+    chosen = LoRA if full else METHODS[options.method]
+    method = chosen(**{name: getattr(options, name) for name in LowRankOptions.model_fields})
+    if not full:
+        return method
+    layers = select(bank.lookout.survey, method, method.kinds)
+    return method.model_copy(update={"modules_to_save": (*method.modules_to_save, *layers)})
+
+
 def check_tokens(tokens: Sequence[int], examples: Sequence[Example], tokenizer: Any) -> None:
-    """Raise DataError for trainable tokens that no example holds: their rows would be saved as if they had been learnt."""
+    """Raise DataError for trainable tokens that no example contains, whose rows would be saved without training."""
     missing = set(tokens)
     for example in examples if missing else ():
         missing.difference_update(example.ids)
@@ -184,28 +249,55 @@ def check_tokens(tokens: Sequence[int], examples: Sequence[Example], tokenizer: 
     if missing:
         shown = ", ".join(f"{token} ({tokenizer.convert_ids_to_tokens(token)!r})" for token in sorted(missing)[:5])
         raise DataError(
-            f"trainable_token_indices: no example holds the token{'s' if len(missing) > 1 else ''} {shown}"
-            f"{f' and {len(missing) - 5} more' if len(missing) > 5 else ''}, so their rows cannot be learnt; take them out, or look at "
-            "how the rows are read (veneer data show FILE --ids): control tokens that are typed in a conversation stay text"
+            f"trainable_token_indices: no example contains the token{'s' if len(missing) > 1 else ''} {shown}"
+            f"{f' and {len(missing) - 5} more' if len(missing) > 5 else ''}, so their rows cannot be learnt; leave them out, or see how "
+            "the rows are encoded (veneer data show FILE --ids): control tokens typed in a conversation stay text"
         )
 
 
 def context_of(base: Base) -> int:
-    """Most tokens that the base's positions reach, or a bound that no example reaches where it does not say."""
-    config = getattr(base.model, "config", None)
-    text = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
+    """The context length of the base in tokens; a very large number if its config has none."""
+    text = _text_config(base)
     found = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
     return int(found) if isinstance(found, int) and found > 0 else 1 << 20
 
 
-def receipt_of(job: Job, material: Material, version: str) -> Mapping[str, Any]:
-    """What the adapter's file says of its making."""
-    return {
-        "veneer_version": version,
-        "data_sha256": material.data_hash,
-        "template_sha256": material.template_hash,
-        "seed": job.options.seed,
-        **job.built_on,
-        "steps": job.progress.step,
-        "held_out_loss": job.progress.evaluations[-1][1] if job.progress.evaluations else None,
-    }
+def _text_config(base: Base) -> Any:
+    config = getattr(base.model, "config", None)
+    return config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
+
+
+# Description
+
+
+def describe(setup: Setup, *, restored: bool) -> list[str]:
+    """Lines that tell what the run has read, once for jobs that share their data, and what each job trains."""
+    total = sum(parameter.numel() for parameter in setup.base.model.parameters())
+    by_data: dict[int, list[Job]] = {}
+    for job in setup.jobs:
+        by_data.setdefault(id(setup.data[job.name]), []).append(job)
+    lines: list[str] = []
+    for jobs in by_data.values():
+        data = setup.data[jobs[0].name]
+        prefix = "" if len(by_data) == 1 else f"{', '.join(job.name for job in jobs)}: "
+        lines += [f"{prefix}{line}" for line in data.report.stated]
+        lines.append(
+            f"{prefix}{len(data.train):,} example{'' if len(data.train) == 1 else 's'} ({data.report.trained:,} of "
+            f"{data.report.tokens:,} tokens trained), {len(data.held_out):,} held out"
+        )
+        lines += [f"{prefix}note: {line}" for line in data.remarks]
+    for job in setup.jobs:
+        adapter, report = setup.bank[job.name], setup.data[job.name].report
+        count = adapter.num_parameters()
+        tokens = round(job.steps * job.options.batch_size * report.tokens / max(1, report.examples))
+        what = f"{job.options.method} r={job.options.r} at {len(adapter.tensors)} sites"
+        if job.options.method == FULL:
+            what = f"full fine-tuning of {len(adapter.overrides)} layers"
+        lines.append(
+            f"{job.name}: {what}, {count:,} trainable parameters ({100 * count / total:.2f} % of the base), learning rate "
+            f"{job.peak:.2e}; {job.steps:,} steps of {job.options.batch_size}, about {tokens:,} tokens"
+        )
+        if restored:
+            state = f"{job.state.value}: {job.reason}" if job.over and job.reason else job.state.value
+            lines.append(f"{job.name}: resuming at step {job.progress.step} of {job.steps} ({state})")
+    return lines

@@ -1,0 +1,62 @@
+"""Decisions made from measurements before the first step: shared passes, the memory and time plan, checkpointing, compilation.
+
+``plan(config)`` makes the plan of a run without starting it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from veneer.config import TrainOptions
+from veneer.models.load import Base
+from veneer.training.acceleration import worth_compiling
+from veneer.training.planning.packing import choose_packing
+from veneer.training.planning.plan import Planner, TrainingPlan
+from veneer.training.run.jobs import expand
+from veneer.training.run.setup import Setup, set_up
+
+
+def decide(setup: Setup, say: Callable[[str], None]) -> dict[str, Any]:
+    """The decisions as the manifest stores them. Raises MemoryPlanError if the run does not fit in memory."""
+    packing = choose_packing(setup.options, setup.stepper, setup.jobs)
+    plan = _plan(setup, packing.tokens, say) if setup.options.plan else None
+    planned = {} if plan is None else {"plan": plan.as_dict(), "recompute": plan.recompute}
+    compiled = worth_compiling(setup.options.compile, None if plan is None else plan.seconds, setup.device)
+    return {**packing.as_dict(), **planned, "compile": compiled}
+
+
+def _plan(setup: Setup, tokens_per_shared_pass: int, say: Callable[[str], None]) -> TrainingPlan | None:
+    planner = Planner(
+        setup.options, setup.stepper, setup.jobs, base=setup.base, tokens_per_shared_pass=tokens_per_shared_pass
+    )
+    try:
+        plan = planner.make()
+    except Exception as error:  # the run itself will report the problem, and the job that has it
+        say(f"no plan: {error}")
+        return None
+    planner.require(plan)
+    return plan
+
+
+def plan(config: TrainOptions | Mapping[str, Any], *, base: Base | None = None) -> tuple[TrainingPlan, list[str]]:
+    """Plan a run without starting it. Nothing is written.
+
+    Args:
+        config: the options of the run.
+        base: a base in memory, in place of the one that the options name.
+
+    Returns:
+        The plan and, if the run does not fit in memory, the single options with which it would.
+
+    Raises:
+        VeneerError: whatever `train` raises before its first step.
+    """
+    options = config if isinstance(config, TrainOptions) else TrainOptions(**config)
+    with set_up(options, expand(options), base, lambda line: None) as setup:
+        tokens = choose_packing(options, setup.stepper, setup.jobs).tokens
+        planner = Planner(
+            options, setup.stepper, setup.jobs, base=setup.base, tokens_per_shared_pass=tokens, thorough=True
+        )
+        found = planner.make()
+        return found, [] if found.fits else planner.remedies(found)
