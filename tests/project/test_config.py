@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import random
 import re
 from pathlib import Path
@@ -11,9 +12,12 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.project.source import dotted, modules, tree
 
 from veneer._options.text import kinds_of
 from veneer.config import (
+    FULL,
+    PER_RUN_OPTIONS,
     Count,
     Flag,
     Options,
@@ -333,3 +337,54 @@ def test_unknown_keys_near_an_option_get_it_suggested(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=f"line 2: {typo}: unknown option") as caught:
             resolve(TrainOptions, write(tmp_path, f"data: a\n{typo}: 1\n"))
         assert len(name) < 2 or f"did you mean {name}?" in str(caught.value)
+
+
+PER_RUN_VALUES: dict[str, Any] = {
+    "compile": False,
+    "activation_checkpointing": True,
+    "out": "elsewhere",
+    "base": "other",
+}
+
+
+@pytest.mark.parametrize("name", PER_RUN_OPTIONS)
+def test_a_job_cannot_set_an_option_of_the_run(name: str) -> None:
+    """Options marked as per run are errors inside a job and in a sweep, by their names."""
+    from veneer.training.run.jobs import expand
+
+    value = PER_RUN_VALUES.get(name, TrainOptions.model_fields[name].default)
+    with pytest.raises(ConfigError, match=f"{name} is an option of the whole run"):
+        expand(TrainOptions(data="x", jobs=[{"name": "a", name: value}, {"name": "b"}]), files=False)
+    with pytest.raises(ConfigError, match=f"{name} (cannot be swept|is given both)"):
+        expand(TrainOptions(data="x", sweep={name: [value]}), files=False)
+
+
+def test_one_list_of_the_options_that_a_run_has_once() -> None:
+    """The marker on the fields is the only source: no module lists these options again."""
+    assert {"base", "out", "compile", "activation_checkpointing", "tokens_per_pass"} <= set(PER_RUN_OPTIONS)
+    assert not {"r", "seed", "steps", "name", "data", "method"} & set(PER_RUN_OPTIONS)
+    lists = []
+    for path in modules():
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.List | ast.Tuple | ast.Set):
+                words = {word.value for word in node.elts if isinstance(word, ast.Constant)}
+                if len(words & set(PER_RUN_OPTIONS)) >= 3 and words <= set(PER_RUN_OPTIONS):
+                    lists.append(f"{dotted(path)}:{node.lineno}")
+    assert lists == []
+
+
+def test_former_names_are_accepted(tmp_path: Path) -> None:
+    """A former name of an option means its new one in Python, YAML, --set, flags and jobs; precedence is kept."""
+    assert TrainOptions(data="x", share=0).tokens_per_shared_pass == 0
+    file = write(tmp_path, "data: a\nshare: 64\n")
+    assert resolve(TrainOptions, file)[0].tokens_per_shared_pass == 64
+    assert resolve(TrainOptions, file, ["share=32"])[0].tokens_per_shared_pass == 32
+    options, origin = resolve(TrainOptions, file, *parse(TrainOptions, ["--share", "0"]))
+    assert options.tokens_per_shared_pass == 0 and origin["tokens_per_shared_pass"] == "--tokens-per-shared-pass"
+
+
+def test_methods_of_the_options_are_those_of_the_table() -> None:
+    """``method`` takes the names of all adapter methods, and full fine-tuning."""
+    from veneer.adapters import METHODS
+
+    assert set(kinds_of(TrainOptions.model_fields["method"].annotation).words) == {*METHODS, FULL}
