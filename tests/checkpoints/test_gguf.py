@@ -11,9 +11,9 @@ from tests.compose.made import METHODS, trained
 from torch import Tensor
 
 from veneer.adapters import Adapter, DoRA, LoRA, attach
-from veneer.checkpoints.foreign.gguf_adapter import (
+from veneer.checkpoints.foreign.gguf import (
     FAMILIES,
-    Layout,
+    GgufLayout,
     gguf_factors,
     interleaved,
     layout_of,
@@ -26,7 +26,7 @@ from veneer.testing import tiny
 ARCHS = ("llama", "mistral", "qwen3", "gemma2", "gemma3", "phi3", "smollm3", "granite", "gpt2")
 
 
-def layout(arch: str) -> tuple[torch.nn.Module, Layout]:
+def layout(arch: str) -> tuple[torch.nn.Module, GgufLayout]:
     model = tiny(arch)
     bank = attach(model)
     bank.detach()
@@ -48,7 +48,7 @@ def llama_rows(weight: Tensor, heads: int) -> Tensor:
     return weight[order]
 
 
-def wanted_at(adapter: Adapter, site: str, name: str, where: Layout) -> Tensor:
+def wanted_at(adapter: Adapter, site: str, name: str, where: GgufLayout) -> Tensor:
     wanted = adapter.delta_2d(site).double()
     if where.reorders and name.split(".")[-2] in ("attn_q", "attn_k"):
         return llama_rows(wanted, where.heads if "attn_q" in name else where.key_value_heads)
@@ -110,7 +110,7 @@ def test_interleaving_is_a_permutation() -> None:
     assert moved[:8, 0].tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
 
 
-def refused(adapter: Adapter, where: Layout, folder: Path, says: str, **options: str) -> None:
+def refused(adapter: Adapter, where: GgufLayout, folder: Path, says: str, **options: str) -> None:
     with pytest.raises(ExportError, match=says):
         write_gguf(adapter, folder / "a.gguf", where, **options)
     assert list(folder.iterdir()) == []
@@ -129,7 +129,7 @@ def test_what_a_file_cannot_hold_is_refused(tmp_path: Path) -> None:
         next(iter(big.tensors.values()))["lora_B"].fill_(1e6)
     refused(big, where, tmp_path, "does not fit the range of f16", dtype="f16")
     refused(trained(model), where, tmp_path, "not one of f32", dtype="q4")
-    tied = Layout(where.family, where.blocks, where.heads, where.key_value_heads, where.reorders, tied=True)
+    tied = GgufLayout(where.family, where.blocks, where.heads, where.key_value_heads, where.reorders, tied=True)
     refused(trained(model, LoRA(r=2, target_modules=("lm_head",))), tied, tmp_path, "shares the embedding's weight")
     with pytest.raises(ExportError, match="FalconForCausalLM is not among the families"):
         layout_of({"architectures": ["FalconForCausalLM"]}, tied=False)
@@ -139,7 +139,7 @@ def test_what_a_file_cannot_hold_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.real
 def test_rows_are_in_the_order_of_a_real_base_file() -> None:
-    """In the embedded model's own GGUF file the rows of q and k stand as `Layout.rows` puts them, bit for bit."""
+    """In the embedded model's own GGUF file the rows of q and k stand as `GgufLayout.rows` puts them, bit for bit."""
     from veneer.models.embedded import find_embedded
     from veneer.models.load import load_base
 

@@ -69,7 +69,7 @@ def test_a_taken_place_is_refused(base: ModelFolder, tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()
     (tmp_path / "file").touch()
-    for name, says in (("full", "a folder that holds something"), ("file", "a file")):
+    for name, says in (("full", "a folder that is not empty"), ("file", "a file")):
         with pytest.raises(CheckpointError, match=says), write_model(base, tmp_path / name, {}):
             raise AssertionError("must not be reached")
     (tmp_path / "empty").mkdir()
@@ -99,7 +99,7 @@ def test_damaged_folders_are_told(base: ModelFolder, tmp_path: Path) -> None:
     folder = base.path
     (folder / "model.safetensors").rename(folder / "one.safetensors")
     save_file({"a": torch.zeros(1)}, folder / "two.safetensors")
-    with pytest.raises(CheckpointError, match=r"tensor a stands in one\.safetensors and in two\.safetensors"):
+    with pytest.raises(CheckpointError, match=r"tensor a is in both one\.safetensors and two\.safetensors"):
         ModelFolder(folder)
     (folder / "two.safetensors").write_bytes(b"\x08")
     with pytest.raises(CheckpointError, match=r"two\.safetensors cannot be read"):

@@ -19,12 +19,6 @@ KNOWN: set[str] = {
     "veneer.adapters.runtime.fast_path",
     "veneer.adapters.runtime.forward",
     "veneer.adapters.runtime.grouping",
-    "veneer.checkpoints.inspect",
-    "veneer.checkpoints.peft.build",
-    "veneer.checkpoints.peft.overrides_in",
-    "veneer.checkpoints.peft.placement",
-    "veneer.checkpoints.peft.value_checks",
-    "veneer.checkpoints.peft.write",
 }
 """Modules that still ask."""
 

@@ -31,7 +31,6 @@ KNOWN_CIRCLES: set[str] = {
 
 KNOWN_CLASSES: set[str] = {
     "Call",
-    "Factors",
     "Layout",
     "LowRankOptions",
     "Piece",
@@ -54,8 +53,6 @@ KNOWN_MISSING: set[str] = {
     "chart.py",
     "elementwise.py",
     "folded.py",
-    "foreign_litgpt.py",
-    "foreign_mlx.py",
     "fused.py",
     "own.py",
     "passes.py",

@@ -1,8 +1,8 @@
-"""A base as its files describe it: its sites, kinds and tied weights, without a weight in memory.
+"""A base read from its files: sites, kinds and tied weights, without a weight in memory.
 
-The model is built on torch's meta device from config.json alone, so that everything which needs to know what stands at a site
-(is this square matrix an nn.Linear or a transposed Conv1D? is the head tied?) asks the model itself and guesses nothing. Weights
-are then read from the files one by one, under the names that they have there.
+The model is built on torch's meta device from config.json alone, so the kind of a layer (is this square matrix an nn.Linear or a
+transposed Conv1D? is the head tied?) comes from the model itself and is never guessed. Weights are read from the files one by one, under
+the names that they have there.
 
 Boundary: reads names and shapes; `ModelFolder` reads tensors.
 """
@@ -161,17 +161,15 @@ def check_changes_only(adapter: Adapter) -> None:
         )
 
 
-def _check_shapes(adapter: Adapter, site: Site, own: Mapping[str, Tensor], problems: Problems) -> None:
-    geometry, rank = site.geometry, adapter.rank(site.name)
-    names = adapter.method.tensor_names(site.kind)
-    expected = dict(zip(names, (geometry.shape_a(rank), geometry.shape_b(rank), (geometry.out,)), strict=False))
-    for key in sorted(set(own) | set(expected)):
-        if key not in own:
+def _check_shapes(adapter: Adapter, site: Site, tensors: Mapping[str, Tensor], problems: Problems) -> None:
+    expected = adapter.method.tensor_shapes(site.geometry, adapter.rank(site.name))
+    for key in sorted({*tensors, *expected}):
+        if key not in tensors:
             problems.add(f"{site.name}: {key} is missing, and the base has a layer of kind {site.kind} here")
         elif key not in expected:
             problems.add(f"{site.name}: {key} does not belong to a layer of kind {site.kind}")
-        elif tuple(own[key].shape) != expected[key]:
-            problems.add(f"{site.name}.{key}: expected shape {expected[key]}, found {tuple(own[key].shape)}")
+        elif tuple(tensors[key].shape) != expected[key]:
+            problems.add(f"{site.name}.{key}: expected shape {expected[key]}, found {tuple(tensors[key].shape)}")
 
 
 def check_float(key: str, weight: Tensor) -> None:

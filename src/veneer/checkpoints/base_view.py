@@ -24,7 +24,7 @@ Shape = tuple[int, ...]
 
 
 class BaseView:
-    """An unknown base: what a folder says is taken as it stands."""
+    """An unknown base: a folder is taken as it is."""
 
     def __init__(self) -> None:
         self.model: nn.Module | None = None
@@ -61,17 +61,17 @@ class BaseView:
         return layer
 
     def is_vocabulary(self, site: str) -> bool:
-        """Whether a layer is an embedding or output head, whose weight PEFT may write without being asked to."""
+        """A layer is an embedding or output head, whose weight PEFT may write without being asked to."""
         return site.rpartition(".")[2] in ("embed_tokens", "lm_head")
 
     def holds(self, site: str, weight: Tensor) -> bool | None:
-        """Whether the base's weight equals this one; None if that is not known."""
+        """The base's weight equals this one; None if that is not known."""
         return None
 
-    # Why something cannot be loaded: a sentence that begins with the layer or tensor, or "".
+    # Reasons that something cannot be loaded: a sentence that begins with the layer or tensor, or "".
 
     def site_problem(self, site: str, *, suggest: bool) -> str:
-        """Why no adapter can act at a site. suggest: look for a similar name."""
+        """The reason that no adapter can act at a site. suggest: look for a similar name."""
         return ""
 
     def kind(self, site: str, shapes: Mapping[str, Shape], *, fan_in_fan_out: bool) -> str:
@@ -88,19 +88,19 @@ class BaseView:
         return Geometry(kind, shape_b[0], shape_a[1] if len(shape_a) > 1 else 1, (kernel[0], kernel[1]))
 
     def override_problem(self, layer: str, name: str, tensor: str, shape: Shape | None) -> str:
-        """Why an adapter cannot override a parameter of a layer. tensor: its name in the file. shape: None for rows of it."""
+        """The reason that an adapter cannot override a parameter of a layer. tensor: its name in the file. shape: None for rows of it."""
         return ""
 
     def rows_problem(self, layer: str, tensor: str, tokens: Iterable[int]) -> str:
-        """Why an adapter cannot override the rows of these tokens."""
+        """The reason that an adapter cannot override the rows of these tokens."""
         return ""
 
     def misfits(self, adapter: Adapter) -> list[str]:
-        """Why an adapter's overrides cannot be used."""
+        """The reasons that an adapter's overrides cannot be used."""
         return []
 
     def missing_overrides(self, names: Iterable[str], overrides: Mapping[str, Mapping[str, object]]) -> list[str]:
-        """What ``modules_to_save`` declares by these names and the overrides lack."""
+        """Parameters that ``modules_to_save`` declares by these names and the overrides lack."""
         return [] if overrides else list(names)
 
     def meaningful(self, names: Iterable[str]) -> tuple[str, ...]:
@@ -202,7 +202,7 @@ def base_view(bank: Bank | None) -> BaseView:
 
 
 def inside(path: str, name: str) -> bool:
-    """Whether a path is, or lies in, a module whose path ends in ``name``: the meaning of PEFT's ``modules_to_save``."""
+    """A path is, or lies in, a module whose path ends in ``name``: the meaning of PEFT's ``modules_to_save``."""
     parts = path.split(".")
     return any(".".join(parts[: at + 1]).endswith(name) for at in range(len(parts)))
 

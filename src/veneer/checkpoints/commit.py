@@ -1,4 +1,4 @@
-"""The commit protocol: a checkpoint is whole and verified, or it is not there.
+"""The commit protocol: a checkpoint is complete and verified, or it does not exist.
 
     1  write every file into a folder aside (``name.tmp-...``), each synced to the disk
     2  write MANIFEST.json with size and SHA-256 of every file, synced
@@ -7,10 +7,10 @@
     5  only now point LATEST at it (written aside, renamed, synced)
     6  only now delete older ones, keeping two at least
 
-Whatever moment the process dies at, the newest folder that agrees with its manifest is a complete checkpoint; what lies aside is
-swept away at the next start. A flipped bit anywhere makes a folder disagree, and the one before it is taken.
+The process may die at any moment: the newest folder that agrees with its manifest is a complete checkpoint, and unfinished folders are
+removed at the next start. After a flipped bit a folder disagrees with its manifest, and the one before it is used.
 
-``at`` is called by name at every point between two effects; tests put faults there.
+``at`` is called by name between any two effects; tests inject faults there.
 """
 
 from __future__ import annotations
@@ -37,8 +37,12 @@ def at(point: str) -> None:
 def commit(parent: Path, name: str, write: Callable[[Path], None], *, keep: int = 2) -> Path:
     """Make the checkpoint ``parent/name`` by this protocol; ``write`` puts the files into the folder that it is given.
 
-    Returns its path. Raises CheckpointError where what was written does not read back; OSError (a full disk) passes through, and
-    then everything committed before is as it was.
+    Returns:
+        The path of the checkpoint.
+
+    Raises:
+        CheckpointError: the checkpoint does not read back as it was written.
+        OSError: it cannot be written (a full disk). Earlier checkpoints are untouched.
     """
     parent.mkdir(parents=True, exist_ok=True)
     final, replaced = parent / name, parent / f"{name}{_REPLACED}"
@@ -67,7 +71,7 @@ def commit(parent: Path, name: str, write: Callable[[Path], None], *, keep: int 
         raise
     at("committed")
     if not verified(final):
-        raise CheckpointError(f"{final} does not read back as it was written; the disk or its memory is at fault")
+        raise CheckpointError(f"{final} does not read back as it was written; check the disk and its memory")
     at("verified")
     replace_text(parent / LATEST, name)
     at("pointed to")
@@ -86,7 +90,7 @@ def candidates(parent: Path) -> list[Path]:
 
 
 def sweep(parent: Path) -> None:
-    """Remove what a process that died left aside. Only the holder of the run's lock may call this."""
+    """Remove the unfinished folders of a process that died. Only the holder of the run's lock may call this."""
     if parent.is_dir():
         for folder in list(parent.iterdir()):
             if folder.name.endswith(_REPLACED):
@@ -96,7 +100,7 @@ def sweep(parent: Path) -> None:
 
 
 def _put_back(replaced: Path, final: Path) -> None:
-    """A checkpoint that was to be replaced by one of its name comes back, unless the other is in its place."""
+    """Restore a checkpoint that was being replaced by one of the same name, unless the replacement is in place."""
     if final.exists():
         shutil.rmtree(replaced, ignore_errors=True)
     elif replaced.exists():
@@ -104,7 +108,7 @@ def _put_back(replaced: Path, final: Path) -> None:
 
 
 def verified(folder: Path) -> bool:
-    """Whether a checkpoint holds exactly the files of its manifest, to the bit."""
+    """A checkpoint holds exactly the files of its manifest, to the bit."""
     try:
         manifest: Any = json.loads((folder / MANIFEST).read_bytes())
         return bool(manifest["files"] == _sums(folder))
@@ -129,7 +133,7 @@ def _sha256(path: Path) -> str:
 
 
 def _prune(parent: Path, latest: Path, keep: int) -> None:
-    """Delete what is older than the ``keep`` newest good ones; ``latest`` has been verified a moment ago."""
+    """Delete checkpoints older than the ``keep`` newest good ones; ``latest`` has just been verified."""
     good = 0
     for folder in candidates(parent):
         if good < max(1, keep):

@@ -1,4 +1,4 @@
-"""What is found wrong, or worth saying, while a folder is read: refusals that can be overridden by name, and notes.
+"""Problems and notes found while a folder is read. A problem may be overridden by name.
 
 A refusal may carry the name of an override. Given in ``force``, the refusal becomes a note, so that what was overridden stays on
 record. All refusals of a file are raised as one error.

@@ -1,11 +1,11 @@
-"""A look into an adapter's folder: what it holds, where it comes from and what is unusual; against a base, whether it fits.
+"""The content of an adapter folder, its origin, and what is unusual about it.
 
 Without a base: method, sites, ranks, scales, sizes, the size of the change at each site, the receipt. For LoRA the change is
 ||s B A||_F, from the Gram matrices of the factors, so nothing of size out x in is formed; for DoRA that is its direction's part.
 
     ||B A||_F^2 = tr((B^T B)(A A^T))
 
-Against a base the loader's own checks have run (`read_adapter_folder`), and the change is also told as a share of ||W||_F.
+With a base the loader has checked the folder (`read_adapter_folder`), and the change is given as a share of ||W||_F too.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class OwnView:
 
 @dataclass
 class View:
-    """What is in an adapter's folder."""
+    """The content of an adapter folder."""
 
     path: str
     method: str
@@ -115,22 +115,22 @@ def view(adapter: Adapter, bank: Bank | None = None) -> View:
 
 
 def unusual(sites: list[SiteView]) -> list[str]:
-    """What training rarely yields, and somebody who downloads an adapter should know."""
-    said: list[str] = []
+    """Findings that training rarely yields, and that somebody who downloads an adapter should know."""
+    findings: list[str] = []
     wide = [site.name for site in sites if site.rank > min(site.in_, site.out)]
     if wide:
-        said.append(
+        findings.append(
             f"the rank is greater than the layer's own sizes at {listed(wide)}: more parameters than the change can use"
         )
     strong = [site.name for site in sites if site.scale > 16]
     if strong:
-        said.append(
+        findings.append(
             f"the change is scaled by {max(site.scale for site in sites):g} (lora_alpha over the rank) at {listed(strong)}"
         )
     zero = [site.name for site in sites if site.norm == 0]
     moving = [site for site in sites if site.norm > 0]
     if zero and moving:
-        said.append(f"the change is zero at {listed(zero)}")
+        findings.append(f"the change is zero at {listed(zero)}")
     by_name = Counter(site.name.rpartition(".")[2] for site in sites)
     if len(set(by_name.values())) > 1 and max(by_name.values()) > 2:
         most = max(by_name.values())
@@ -138,18 +138,18 @@ def unusual(sites: list[SiteView]) -> list[str]:
             f"{name} ({count} of {most})" for name, count in by_name.items() if count < most / 2 and name and count > 1
         ]
         if rare:
-            said.append(f"some layers are adapted in fewer blocks than others: {', '.join(rare)}")
+            findings.append(f"some layers are adapted in fewer blocks than others: {', '.join(rare)}")
     if len(moving) >= 4:
         middle = median(site.norm for site in moving)
         loud = [
             f"{site.name} ({site.norm / middle:.0f} times the median)" for site in moving if site.norm > 20 * middle
         ]
         if loud:
-            said.append(f"the change is far larger than elsewhere at {listed(loud)}")
+            findings.append(f"the change is far larger than elsewhere at {listed(loud)}")
     large = [f"{site.name} ({site.share:.0%})" for site in sites if site.share is not None and site.share > 0.5]
     if large:
-        said.append(f"the change is large beside the base's own weight at {listed(large)}")
-    return said
+        findings.append(f"the change is large beside the base's own weight at {listed(large)}")
+    return findings
 
 
 def _override(adapter: Adapter, layer: str, key: str, base: BaseView) -> OwnView:

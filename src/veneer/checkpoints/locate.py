@@ -1,4 +1,4 @@
-"""Which adapters a path means: the one answer for ``bank.load``, training options and every command.
+"""The adapters that a path means: the one answer for ``bank.load``, training options and every command.
 
     out/                               a PEFT folder                        out
     out/adapter_model.safetensors      a file of one                        out
@@ -73,12 +73,12 @@ def adapter_name(folder: Path) -> str:
 
 
 def is_adapter(path: Path) -> bool:
-    """Whether a path is a PEFT folder."""
+    """A path is a PEFT folder."""
     return (path / CONFIG).is_file()
 
 
 def is_run(path: Path) -> bool:
-    """Whether a path is the folder of a training run."""
+    """A path is the folder of a training run."""
     return (path / "config.yaml").is_file() or (path / "checkpoints").is_dir()
 
 

@@ -1,5 +1,4 @@
-"""Does an adapter do on this model what it should: its logits on a fixed input, against those of the base, of a merge, and of its
-receipt.
+"""Checks an adapter on a model: its logits on a fixed input against those of the base, of a merge, and of its receipt.
 
     adapted against base      the adapter acts at all
     adapted against merged    what the layers compute is W' x (the merged weights stand in the model for one call, by reference)
@@ -74,19 +73,26 @@ def verify_logits(bank: Bank, name: str) -> dict[str, Any]:
     merged = _merged_logits(bank, name)
     size = float(adapted.float().abs().max())
     limit = _TOLERANCE.get(adapted.dtype, 5e-2)
-    said: list[str] = []
+    problems: list[str] = []
     moved, off = float((adapted - base).abs().max()), float((adapted - merged).abs().max())
     if not bool(torch.isfinite(adapted).all()):
-        said.append("the adapter's logits are not finite")
+        problems.append("the adapter's logits are not finite")
     if moved == 0:
-        said.append("the adapter changes no logit")
+        problems.append("the adapter changes no logit")
     if not off <= limit * max(1.0, size):
-        said.append(f"the adapter's logits differ from those of the merged weights by up to {off:.3g}")
-    recorded = _recorded(bank, name, adapted, limit, said)
-    return {"dtype": _dtype(bank), "moved": moved, "merged": off, "recorded": recorded, "ok": not said, "says": said}
+        problems.append(f"the adapter's logits differ from those of the merged weights by up to {off:.3g}")
+    recorded = _recorded(bank, name, adapted, limit, problems)
+    return {
+        "dtype": _dtype(bank),
+        "moved": moved,
+        "merged": off,
+        "recorded": recorded,
+        "ok": not problems,
+        "says": problems,
+    }
 
 
-def _recorded(bank: Bank, name: str, adapted: Tensor, limit: float, said: list[str]) -> float | None:
+def _recorded(bank: Bank, name: str, adapted: Tensor, limit: float, problems: list[str]) -> float | None:
     record = ((bank[name].meta.get("receipt") or {}).get("logits")) or {}
     numbers = record.get("numbers") if isinstance(record, dict) else None
     if not isinstance(numbers, list) or len(numbers) != 8 or record.get("dtype") != _dtype(bank):
@@ -95,7 +101,7 @@ def _recorded(bank: Bank, name: str, adapted: Tensor, limit: float, said: list[s
     now = torch.tensor(eight(adapted.detach().float().cpu().reshape(-1), "logits"), dtype=torch.float64)
     apart = float((now - then).norm() / then.norm().clamp_min(1e-12))
     if not apart <= limit:
-        said.append(f"the adapter's logits differ from those recorded in its receipt by {apart:.2%}")
+        problems.append(f"the adapter's logits differ from those recorded in its receipt by {apart:.2%}")
     return apart
 
 

@@ -1,13 +1,13 @@
-"""Model folders in and out, one tensor at a time: safetensors shards with their index, beside what describes the model.
+"""Model folders, read and written one tensor at a time: safetensors shards with their index, configuration and tokenizer.
 
     base = ModelFolder(path)                    # keys, shapes and dtypes; no tensor is read until it is asked for
     with write_model(base, out, config) as writer:
         writer.put("model.norm.weight", tensor)
 
-A shard is on the disk, read back and compared before the next one begins, so the memory needed is one shard. Everything is
-written into a folder beside ``out``, flushed and renamed: ``out`` is whole or absent.
+A shard is written, read back and compared before the next one begins, so the memory needed is one shard. Everything is written into a
+folder beside ``out``, flushed and renamed: ``out`` is complete or absent.
 
-Boundary: this file knows files, not adapters; what goes into a tensor is up to the caller.
+Boundary: files only; the caller decides the content of a tensor.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class ModelFolder:
                 for key in opened.keys():  # noqa: SIM118 - safetensors has no iteration of its own
                     if key in self.files:
                         raise CheckpointError(
-                            f"{self.path}: the tensor {key} stands in {self.files[key].name} and in {file.name}; "
+                            f"{self.path}: the tensor {key} is in both {self.files[key].name} and {file.name}; "
                             "remove the file that does not belong to this model"
                         )
                     self.files[key] = file
@@ -149,10 +149,17 @@ def write_model(
     shard_bytes: int = SHARD_BYTES,
     check: Callable[[Path], None] | None = None,
 ) -> Iterator[ModelWriter]:
-    """A writer for ``out`` that takes over the base's tokenizer and settings; renamed to ``out`` when the context ends well.
+    """A writer for ``out``, which gets the base's tokenizer and settings too, and appears when the context ends without an error.
 
-    config: content of the new config.json. check: looks at the whole folder before it gets its name, and raises to stop it.
-    Raises CheckpointError where ``out`` holds something already or cannot be written.
+    Args:
+        base: the model whose other files are copied.
+        out: the new folder.
+        config: content of the new config.json.
+        shard_bytes: size of a shard.
+        check: called with the finished folder before it is renamed; raises to stop it.
+
+    Raises:
+        CheckpointError: ``out`` is not empty, or cannot be written.
     """
     check_free(out)
     asked, out = out, out.absolute()
@@ -177,11 +184,11 @@ def write_model(
         if aside is not None and not _lies_in(error.filename, aside):
             raise  # something else than the writing, such as a file of the base
         reason = (
-            "something above it is a file"
-            if isinstance(error, FileExistsError | NotADirectoryError)
-            else error.strerror
+            "a parent of it is a file" if isinstance(error, FileExistsError | NotADirectoryError) else error.strerror
         )
-        raise CheckpointError(f"{asked} cannot be written: {reason}; choose another folder, or make room") from error
+        raise CheckpointError(
+            f"{asked} cannot be written: {reason}; choose another folder, or free some space"
+        ) from error
     finally:
         if aside is not None:
             shutil.rmtree(aside, ignore_errors=True)
@@ -190,7 +197,7 @@ def write_model(
 
 
 def _clear_unfinished(out: Path) -> None:
-    """Remove what was left of this folder by processes that were killed; one that still runs holds a lock on its own."""
+    """Remove unfinished folders of killed processes; a process that still runs holds a lock on its folder."""
     left = re.compile(re.escape(f"{_UNFINISHED}{out.name}-") + r"[^-]+")
     for folder in [path for path in out.parent.iterdir() if left.fullmatch(path.name) and path.is_dir()]:
         if (held := _lock(folder)) is not None:
@@ -199,7 +206,7 @@ def _clear_unfinished(out: Path) -> None:
 
 
 def _lock(folder: Path) -> int | None:
-    """A handle that holds the folder until it is closed or the process ends; None where another has it, or the system has no such locks."""
+    """A handle that locks the folder until it is closed or the process ends; None if it is locked, or the system has no such locks."""
     try:
         import fcntl
     except ImportError:
@@ -218,8 +225,8 @@ def check_free(out: Path) -> None:
     if out.is_dir() and not any(out.iterdir()):
         return
     if out.exists():
-        kind = "a folder that holds something" if out.is_dir() else "a file"
-        raise CheckpointError(f"{out} is {kind} already; choose another folder to write to, or remove it")
+        kind = "a folder that is not empty" if out.is_dir() else "a file"
+        raise CheckpointError(f"{out} is {kind}; choose another folder, or remove it")
 
 
 def copy_companions(source: Path, target: Path) -> None:
@@ -237,12 +244,14 @@ def _weight_files(folder: Path) -> list[Path]:
     if index.is_file():
         names = _read_json(index).get("weight_map")
         if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-            raise CheckpointError(f"{index}: expected a weight_map of names; get the file again")
+            raise CheckpointError(f"{index}: expected a weight_map of names; download the file again")
         shards = list(dict.fromkeys(names.values()))
         files = [folder / name for name in shards]
         missing = [name for name in shards if Path(name).name != name or not (folder / name).is_file()]
         if missing:
-            raise CheckpointError(f"{index} names {', '.join(missing)}, which the folder lacks; get the files again")
+            raise CheckpointError(
+                f"{index} names {', '.join(missing)}, which the folder lacks; download the files again"
+            )
         return files
     single = folder / "model.safetensors"
     files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
@@ -256,7 +265,7 @@ def _open(file: Path) -> Iterator[Any]:
     try:
         opened = safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} cannot be read as safetensors: {error}; get the file again") from error
+        raise CheckpointError(f"{file} cannot be read as safetensors: {error}; download the file again") from error
     with opened:
         yield opened
 
@@ -272,7 +281,7 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _lies_in(name: object, folder: Path) -> bool:
-    """Whether an error's file lies in a folder; an error of a file that is open already names none."""
+    """The file of an error lies in a folder; errors of an open file name none."""
     return name is None or Path(os.fsdecode(str(name))).is_relative_to(folder)
 
 

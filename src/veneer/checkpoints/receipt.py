@@ -1,17 +1,17 @@
-"""Receipts: what an adapter's file says of its origin, and what loading holds against it.
+"""Receipts: the origin of an adapter, stored in its file and verified when it is loaded.
 
-A receipt is JSON in the metadata of ``adapter_model.safetensors``, where other programs pass it by:
+A receipt is JSON in the metadata of ``adapter_model.safetensors``, where other programs ignore it:
 
-    tensors   SHA-256 over all names, dtypes, shapes and bytes: a flipped bit is seen
+    tensors   SHA-256 over all names, dtypes, shapes and bytes: a flipped bit is detected
     base      for each adapted base weight: SHA-256 of the stored tensor with name, shape and dtype, and a sketch of it
-    probes    for each site: the adapter's change put to a fixed vector; settings that were altered afterwards are seen
+    probes    for each site: the adapter's change applied to a fixed vector; later changes of the settings are detected
     seed, version, and the hashes of template, tokenizer and data that the caller knows
 
 A sketch is eight numbers, P (W v): v a fixed vector of signs, P eight sums with fixed signs over all outputs. It moves in proportion
 to the weight, so where the hashes differ it tells the same weights in another precision (differences near the rounding) from
 quantised copies and other revisions (percents) and from other weights (of the size of the sketch). Where the receipt's dtype is the
 narrower one, the weights are sketched as that dtype holds them, so that rounding hides no revision. A probe is P ((W' - W) v), in fp32,
-DoRA's gain included; no model runs. Signs come from SHAKE-256 of the site's name, so they are the same everywhere.
+a magnitude included; no model runs. Signs come from SHAKE-256 of the site's name, so they are the same everywhere.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ KEY = "veneer"
 FORMAT = 1
 NUMBERS = 8
 ROUNDED = "beyond rounding its weights are the same"
-"""How a note ends that tells of another dtype and nothing else."""
+"""The end of a note about a base that differs in dtype only."""
 MADE_ANEW = frozenset({"format", "version", "seed", "tensors", "options", "own", "kinds", "base", "probes", "logits"})
 """Entries that are made whenever a folder is written; the others are the caller's."""
 _ROWS = 1024
@@ -222,7 +222,7 @@ def _probe_agrees(recorded: object, adapter: Adapter, name: str, base: BaseView,
 
 
 def same_probe(recorded: object, now: list[float], floor: float = 0.0) -> bool:
-    """Whether a probe is the recorded one. floor: what may differ for the rounding of the base's own product, with DoRA."""
+    """A probe is the recorded one. floor: allowance for the rounding of the base's own product, if the change depends on the base."""
     if not _is_eight(recorded):
         return False
     one, other = torch.tensor(recorded, dtype=torch.float64), torch.tensor(now, dtype=torch.float64)
@@ -239,7 +239,7 @@ def verify_base(receipt: Receipt, sites: Iterable[str], base: BaseView, found: F
     if not base.sites:
         return False
     if not isinstance(recorded, dict):
-        found.note("the receipt says nothing of the base's weights, so whether this is the right base is not known")
+        found.note("the receipt has no record of the base's weights, so the base was not verified")
         return True
     names = [name for name in sites if _is_record(recorded.get(name))]
     differs: dict[str, float] = {}
@@ -259,7 +259,7 @@ def verify_base(receipt: Receipt, sites: Iterable[str], base: BaseView, found: F
 
 
 def _is_record(value: object) -> bool:
-    """Whether a receipt's record of a base weight can be held against one."""
+    """A receipt's record of a base weight can be compared with one."""
     return isinstance(value, dict) and _is_eight(value.get("sketch"))
 
 
@@ -280,7 +280,7 @@ def _refuse_other_base(differs: dict[str, float], sites: int, base: BaseView, fo
 
 
 def base_distance(known: Record, sketch: list[float], weight_OK: Tensor, name: str) -> float | None:
-    """How far a base weight is from the recorded one, as a share of it; None where it is the same but for its dtype's rounding.
+    """Distance of a base weight from the recorded one, as a share of it; None if only the rounding of its dtype differs.
 
     known: the receipt's record of the weight. sketch: that of ``weight_OK`` as it is held here.
     """
@@ -297,14 +297,14 @@ def sketch_of(weight_OK: Tensor, name: str, dtype: torch.dtype | None = None) ->
 
 
 def _distance(known: list[float], now: list[float]) -> float:
-    """How far two sketches are apart, as a share of the first."""
+    """Distance of two sketches, as a share of the first."""
     one, other = torch.tensor(known, dtype=torch.float64), torch.tensor(now, dtype=torch.float64)
     distance = float((one - other).norm() / one.norm().clamp_min(1e-30))
     return distance if math.isfinite(distance) else math.inf
 
 
 def rounding_between(one: object, other: object) -> float:
-    """How far sketches of the same weights may be apart when these are held in two dtypes; for the same dtype, the sums' own rounding."""
+    """Largest distance of sketches of the same weights in two dtypes; for one dtype, the rounding of the sums."""
     steps = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
     known = [steps[dtype] for dtype in (one, other) if isinstance(dtype, str) and dtype in steps]
     return max(_SUMS, *known) if one != other and len(known) == 2 else _SUMS

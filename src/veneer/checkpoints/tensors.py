@@ -1,14 +1,14 @@
-"""Tensors in a safetensors file: read with every claim of the header checked before a byte of data, and written deterministically.
+"""Safetensors files: read with every claim of the header checked before a byte of data, and written deterministically.
 
     8 bytes            n, the header's length, little-endian
     n bytes            JSON: {"__metadata__": {name: text}, tensor name: {"dtype", "shape", "data_offsets": [begin, end]}}
     the rest           the tensors' bytes, without a hole or an overlap
 
-The format is the library's; this reader is narrower on purpose. A legal file can hold a million empty tensors, shapes of a hundred
+The format is the library's; this reader accepts less on purpose. A legal file can hold a million empty tensors, shapes of a hundred
 thousand dimensions or two tensors of one name; none of these is an adapter. Limits: a header of 4 MiB, 20,000 tensors, 4
 dimensions, at least one number in each tensor, dtypes F32, F16 and BF16.
 
-Boundary: names and shapes are not judged here, only that they are what the file really holds.
+Boundary: names and shapes are compared with the bytes of the file only.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ MAX_TENSORS = 20_000
 MAX_DIMS = 4
 MAX_BYTES = 16 << 30
 
-# What a header of MAX_TENSORS tensors with a receipt may hold of each. Parsed JSON takes many times the room of its text, and these
-# are what it is made of; counting them costs nothing.
+# Most that a header of MAX_TENSORS tensors with a receipt may hold of each. Parsed JSON takes many times the memory of its text;
+# counting its parts first costs nothing.
 _MARKS = {b"{": 4 * MAX_TENSORS, b"[": 4 * MAX_TENSORS, b'"': 24 * MAX_TENSORS, b",": 32 * MAX_TENSORS}
 
 DTYPES: dict[str, torch.dtype] = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -48,7 +48,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Entry:
-    """What the header says of one tensor. begin and end count from the start of the data."""
+    """The header's entry of one tensor. ``begin`` and ``end`` count from the start of the data."""
 
     name: str
     dtype: torch.dtype
@@ -58,7 +58,7 @@ class Entry:
 
     @property
     def numel(self) -> int:
-        """How many numbers it holds."""
+        """Number of elements."""
         return math.prod(self.shape)
 
 
@@ -79,7 +79,7 @@ def read_header(file: BinaryIO, size: int, where: str) -> Header:
     first = file.read(8)
     if size < 8 or len(first) < 8:
         raise CheckpointError(
-            f"{where} is no safetensors file: it has {size} bytes, fewer than the 8 that it begins with"
+            f"{where} is not a safetensors file: it has {size} bytes, fewer than the 8 that it begins with"
         )
     _refuse_other_formats(first, where)
     length = int.from_bytes(first, "little")
@@ -90,10 +90,10 @@ def read_header(file: BinaryIO, size: int, where: str) -> Header:
     raw = read_exactly(file, length, where)
     if raw.count(b'"data_offsets"') > MAX_TENSORS or any(raw.count(mark) > most for mark, most in _MARKS.items()):
         raise CheckpointError(
-            f"{where} names more than {MAX_TENSORS:,} tensors, or says more of them than a header should"
+            f"{where} names more than {MAX_TENSORS:,} tensors, or has more of them than a header should"
         )
     if not raw.startswith(b"{"):
-        raise CheckpointError(f"{where} is no safetensors file: its header does not begin with a brace")
+        raise CheckpointError(f"{where} is not a safetensors file: its header does not begin with a brace")
     parsed = parse_json(raw, f"the header of {where}")
     problems = Problems()
     metadata = _metadata(parsed.pop("__metadata__", {}), problems)
@@ -118,7 +118,7 @@ def read_tensors(file: BinaryIO, header: Header, where: str) -> tuple[dict[str, 
 
 
 def to_buffers(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> list[bytes | memoryview]:
-    """A whole file, piece by piece and without a copy. The same tensors and metadata give the same bytes, in every process."""
+    """The content of a file, piece by piece and without a copy. The same tensors and metadata give the same bytes, in every process."""
     header: dict[str, object] = {"__metadata__": {name: metadata[name] for name in sorted(metadata)}}
     offset = 0
     for name in sorted(tensors):
@@ -134,7 +134,7 @@ def to_buffers(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> li
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
     """The library's own writer, for large files of a run or a model.
 
-    Raises OSError with the file's name where it cannot be written: the library has no other word for a full disk than for a broken file.
+    Raises OSError with the file's name if it cannot be written: the library raises one error for a full disk and for a broken file.
     """
     try:
         save_file(dict(tensors), path, metadata=None if metadata is None else dict(metadata))
@@ -163,15 +163,15 @@ def _raw(tensor: Tensor) -> memoryview:
 def _refuse_other_formats(first: bytes, where: str) -> None:
     begin = first.lower()
     if begin == b"version ":
-        raise CheckpointError(f"{where} is a Git LFS pointer and not the file itself; fetch it: git lfs pull")
+        raise CheckpointError(f"{where} is a Git LFS pointer, not the file itself; fetch it: git lfs pull")
     if begin in (b"<!doctyp", b"<html><h") or begin.startswith(b"<html"):
-        raise CheckpointError(f"{where} is a web page, perhaps an error instead of a download; get the file again")
+        raise CheckpointError(f"{where} is a web page, perhaps an error instead of a download; download the file again")
     kinds = {b"PK\x03\x04": "a zip archive, as torch.save writes it", b"GGUF": "a GGUF file"}
     kinds |= {bytes([0x80, protocol]): "a pickle" for protocol in range(2, 6)}
     kind = next((text for magic, text in kinds.items() if first.startswith(magic)), None)
-    # A header may be 0x0280 bytes long, and then begins like a pickle; but what follows a pickle's mark makes no length that is read.
+    # A header of 0x0280 bytes begins like a pickle; but the bytes after a pickle's mark make a length that is never read.
     if kind is not None and int.from_bytes(first, "little") > MAX_HEADER:
-        raise CheckpointError(f"{where} is {kind}, whatever its name says; expected a safetensors file")
+        raise CheckpointError(f"{where} is {kind}, in spite of its name; expected a safetensors file")
 
 
 def _metadata(value: object, problems: Problems) -> dict[str, str]:
@@ -215,7 +215,7 @@ def _check_layout(entries: Iterable[Entry], available: int, problems: Problems) 
     position = 0
     for entry in sorted(entries, key=lambda entry: (entry.begin, entry.end)):
         if entry.begin != position:
-            what = "overlaps what stands before it" if entry.begin < position else "leaves a hole before it"
+            what = "overlaps the one before it" if entry.begin < position else "leaves a hole before it"
             problems.add(
                 f"tensor {shown(entry.name)} {what}: it begins at byte {entry.begin:,} of the data, expected {position:,}"
             )

@@ -100,7 +100,7 @@ def _peft(args: argparse.Namespace, entries: Sequence[Entry]) -> int:
 
 def _gguf(args: argparse.Namespace, parents: Sequence[Parent]) -> dict[str, Any]:
     from veneer.checkpoints.base_files import base_folder, fit, skeleton
-    from veneer.checkpoints.foreign.gguf_adapter import layout_of, write_gguf
+    from veneer.checkpoints.foreign.gguf import layout_of, write_gguf
     from veneer.checkpoints.model_folder import check_free
     from veneer.deltas.parents import check_base
 

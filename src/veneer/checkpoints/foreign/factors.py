@@ -1,10 +1,10 @@
-"""Adapters that other programs wrote, on their way in: whose folder it is, and from raw factors to an adapter of ours.
+"""Import of adapters that other programs wrote: which program a folder comes from, and an adapter from its factors.
 
-    mlx-lm     adapters.safetensors with adapter_config.json                     ``foreign_mlx.py``
-    LitGPT     lit_model.lora.safetensors with hyperparameters.yaml               ``foreign_litgpt.py``
+    mlx-lm     adapters.safetensors with adapter_config.json                     ``mlx.py``
+    LitGPT     lit_model.lora.safetensors with hyperparameters.yaml               ``litgpt.py``
 
-A reader names sites and gives factors; here they are held against the base's layers, all of them at once, and become an adapter whose
-folder is a PEFT folder. Nothing is left over: a tensor that has no place is an error that names it.
+A reader gives factors by site. They are checked against the base's layers, all at once, and become an adapter that is saved as a PEFT
+folder. A tensor without a layer is an error that names it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from veneer.adapters.adapter import Adapter
 from veneer.adapters.layers.site import Site
-from veneer.adapters.methods import DoRA, LoRA
+from veneer.adapters.methods import method_class_for
 from veneer.checkpoints.files import Folder
 from veneer.checkpoints.tensors import read_header, read_tensors
 from veneer.errors import CheckpointError, Problems
@@ -31,8 +31,8 @@ _MOST_ALPHA, _MOST_RANK = 1e6, 4096
 
 
 @dataclass(frozen=True)
-class Factors:
-    """What another program has at one site: A [r, in], B [out, r], the scale of B A, and DoRA's magnitude [out]."""
+class ForeignFactors:
+    """Another program's factors at one site: A [r, in], B [out, r], the scale of B A, and DoRA's magnitude [out]."""
 
     a_RK: Tensor
     b_OR: Tensor
@@ -41,7 +41,7 @@ class Factors:
 
 
 def program_of(path: Path) -> str:
-    """Whose adapter a folder holds: mlx-lm or litgpt.
+    """The program that wrote a folder: mlx-lm or litgpt.
 
     Raises CheckpointError for anything else, with what to do about it.
     """
@@ -92,9 +92,9 @@ def read_foreign_tensors(path: Path, name: str) -> dict[str, Tensor]:
 
 
 def adapter_of(
-    found: Mapping[str, Factors], sites: Mapping[str, Site], name: str, where: str, *, dropout: object = 0.0
+    found: Mapping[str, ForeignFactors], sites: Mapping[str, Site], name: str, where: str, *, dropout: object = 0.0
 ) -> Adapter:
-    """The adapter with these factors, held against the base's layers. dropout: what the settings say; used if it can be one.
+    """The adapter with these factors, checked against the base's layers. dropout: the value in the settings, ignored if not valid.
 
     Raises CheckpointError that names every site which the base lacks or which has another shape, and where nothing is changed.
     """
@@ -108,8 +108,8 @@ def adapter_of(
     ranks = {site: int(factors.a_RK.shape[0]) for site, factors in found.items()}
     alphas = {site: factors.scale * ranks[site] for site, factors in found.items()}
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
-    gains = any(factors.magnitude_O is not None for factors in found.values())
-    method = (DoRA if gains else LoRA)(
+    use_dora = any(factors.magnitude_O is not None for factors in found.values())
+    method = method_class_for({"use_dora": use_dora})(
         r=rank,
         lora_alpha=alpha,
         lora_dropout=float(dropout) if isinstance(dropout, int | float) and 0 <= dropout < 1 else 0.0,
@@ -138,26 +138,26 @@ def places(sites: Mapping[str, Site]) -> dict[int | None, dict[str, str]]:
     return found
 
 
-def _problems(site: Site | None, factors: Factors) -> list[str]:
+def _problems(site: Site | None, factors: ForeignFactors) -> list[str]:
     if site is None:
         return ["the base has no such layer"]
     geometry, rank = site.geometry, factors.a_RK.shape[0]
     if rank > _MOST_RANK:
         return [f"its rank is {rank}; at most {_MOST_RANK} is read"]
     found = []
-    wanted: dict[str, tuple[tuple[int, ...], Tensor]] = {
+    expected: dict[str, tuple[tuple[int, ...], Tensor]] = {
         "A": ((rank, geometry.in_), factors.a_RK),
         "B": ((geometry.out, rank), factors.b_OR),
     }
     if factors.magnitude_O is not None:
-        wanted["the magnitude"] = (geometry.out,), factors.magnitude_O
+        expected["the magnitude"] = (geometry.out,), factors.magnitude_O
     if site.kind not in ("linear", "conv1d", "embedding"):
         return [f"layers of kind {site.kind} cannot be imported"]
     if site.kind == "embedding" and factors.magnitude_O is not None:
         return [
             "DoRA of an embedding has one magnitude per token there and one per feature here, so it cannot be imported"
         ]
-    for what, (shape, tensor) in wanted.items():
+    for what, (shape, tensor) in expected.items():
         if tuple(tensor.shape) != shape:
             found.append(f"{what} has shape {tuple(tensor.shape)}, and the base's layer needs {shape}")
     if not 0 < factors.scale * rank <= _MOST_ALPHA:

@@ -31,7 +31,7 @@ from veneer.checkpoints.findings import shown
 from veneer.checkpoints.foreign.factors import (
     HYPERPARAMETERS,
     LITGPT,
-    Factors,
+    ForeignFactors,
     adapter_of,
     places,
     read_foreign_tensors,
@@ -55,7 +55,7 @@ _FLAGS = ("lora_query", "lora_key", "lora_value")
 
 @dataclass(frozen=True)
 class _Piece:
-    """Factors that belong to some rows of a base's layer; None means all of them."""
+    """ForeignFactors that belong to some rows of a base's layer; None means all of them."""
 
     site: str
     rows: Tensor | None
@@ -64,7 +64,7 @@ class _Piece:
 
 
 class _Misfit(Exception):
-    """Why a layer cannot be imported."""
+    """A layer cannot be imported; the message is the reason."""
 
 
 def read_litgpt(
@@ -93,7 +93,7 @@ def read_litgpt(
 
 
 class _Where:
-    """Where a base has what LitGPT calls otherwise."""
+    """The base's layers by LitGPT's names."""
 
     def __init__(self, sites: Mapping[str, Site], config: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
         self.config, self.settings = config, settings
@@ -149,7 +149,7 @@ class _Where:
         raise _Misfit("the base's attention is not of a kind whose layers are known here")
 
     def _chosen(self, sizes: Sequence[int], count: int, rows: int) -> tuple[int, ...]:
-        """Which of q, k and v are there, by the settings, or by the shapes where these leave one answer."""
+        """Indices of those of q, k and v that are adapted, from the settings, or from the shapes if these leave one answer."""
         flags = [self.settings.get(flag) for flag in _FLAGS]
         fitting = [c for c in itertools.combinations(range(3), count) if sum(sizes[i] for i in c) == rows]
         if all(isinstance(flag, bool) for flag in flags):
@@ -215,17 +215,17 @@ def _scale(settings: Mapping[str, Any], piece: _Piece, given: float | None, path
     return float(alpha) / piece.b_OR.shape[1]
 
 
-def _joined(pieces: Sequence[_Piece], site: Site, scale: float) -> Factors:
+def _joined(pieces: Sequence[_Piece], site: Site, scale: float) -> ForeignFactors:
     """One pair of factors of all that acts on a layer: A stacked, B with each part's columns in its own rows."""
     if len(pieces) == 1 and pieces[0].rows is None:
-        return Factors(pieces[0].a_RK, pieces[0].b_OR, scale)
+        return ForeignFactors(pieces[0].a_RK, pieces[0].b_OR, scale)
     b_OR = torch.zeros(site.geometry.out, sum(piece.b_OR.shape[1] for piece in pieces))
     at = 0
     for piece in pieces:
         assert piece.rows is not None
         b_OR[piece.rows, at : at + piece.b_OR.shape[1]] = piece.b_OR
         at += piece.b_OR.shape[1]
-    return Factors(torch.cat([piece.a_RK for piece in pieces]), b_OR, scale)
+    return ForeignFactors(torch.cat([piece.a_RK for piece in pieces]), b_OR, scale)
 
 
 def _size(site: Site, rows: Tensor | None) -> int:

@@ -23,7 +23,7 @@ from veneer.adapters.adapter import Adapter
 from veneer.adapters.layers.site import Site
 from veneer.checkpoints.files import Folder, parse_json
 from veneer.checkpoints.findings import shown
-from veneer.checkpoints.foreign.factors import CONFIG, MLX, Factors, adapter_of, places, read_foreign_tensors
+from veneer.checkpoints.foreign.factors import CONFIG, MLX, ForeignFactors, adapter_of, places, read_foreign_tensors
 from veneer.errors import CheckpointError, Problems
 
 _PARTS = ("lora_a", "lora_b", "m")
@@ -47,13 +47,13 @@ def read_mlx(
         )
     chosen = _scale(parameters, path) if scale is None else scale
     layers = _layers(read_foreign_tensors(path, MLX), path / MLX)
-    found: dict[str, Factors] = {}
+    found: dict[str, ForeignFactors] = {}
     known = places(sites)
     for layer, tensors in layers.items():
         site = _site(layer, sites, known)
         if site in found:
             raise CheckpointError(f"{path / MLX} has factors for {site} under two names")
-        found[site] = Factors(tensors["lora_a"].T, tensors["lora_b"].T, chosen, tensors.get("m"))
+        found[site] = ForeignFactors(tensors["lora_a"].T, tensors["lora_b"].T, chosen, tensors.get("m"))
     adapter = adapter_of(found, sites, name, str(path), dropout=parameters.get("dropout"))
     model = settings.get("model")
     return adapter, shown(model) if isinstance(model, str) else None

@@ -29,7 +29,7 @@ from veneer.checkpoints.tensors import Entry
 
 @dataclass
 class Placement:
-    """Where each tensor of a file goes: {layer: {tensor name: entry}} for factors with vectors, and for overrides."""
+    """The layer of each tensor of a file: {layer: {tensor name: entry}} for factors with vectors, and for overrides."""
 
     method: Method
     """The method with default options, for the names and shapes of its tensors."""

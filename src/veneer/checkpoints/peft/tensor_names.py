@@ -110,7 +110,7 @@ def key_of(site: str, tensor: str) -> str:
 
 
 def not_of_an_adapter(name: str) -> str:
-    """Why a tensor of this name is refused."""
+    """The reason that a tensor of this name is refused."""
     if name.startswith(("lora_unet_", "lora_te", "unet.", "text_encoder.")):
         return f"tensor {shown(name)} is named as diffusion tools do it; expected PEFT's names ({PREFIX}<layer>.lora_A.weight)"
     why = ", and no adapter may change a weight of the base" if name.endswith((".weight", ".bias")) else ""

@@ -1,4 +1,4 @@
-"""Adapters as GGUF files, which llama.cpp and what is built on it load beside a GGUF base.
+"""Adapters as GGUF files, which llama.cpp and programs built on it load beside a GGUF base.
 
     <base tensor>.lora_a   [r, in]      <base tensor>.lora_b   [out, r]      in fp32, fp16 or bf16
     general.type = adapter, adapter.type = lora, adapter.lora.alpha = one number for the whole file
@@ -46,8 +46,8 @@ DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
-class Layout:
-    """How a base lies in GGUF: family, number of blocks and heads, and whether its head shares the embedding's weight."""
+class GgufLayout:
+    """The layout of a base in GGUF: family, number of blocks and heads, and whether its head shares the embedding's weight."""
 
     family: str
     blocks: int
@@ -72,7 +72,7 @@ class Layout:
         return interleaved(b_OR, self.heads if last == "attn_q" else self.key_value_heads)
 
 
-def layout_of(config: Mapping[str, Any], *, tied: bool) -> Layout:
+def layout_of(config: Mapping[str, Any], *, tied: bool) -> GgufLayout:
     """The layout of the base that a config.json describes.
 
     Raises ExportError for families that are not known here.
@@ -88,7 +88,7 @@ def layout_of(config: Mapping[str, Any], *, tied: bool) -> Layout:
     heads = config.get("num_attention_heads", config.get("n_head"))
     if not isinstance(blocks, int) or not isinstance(heads, int):
         raise ExportError("the base's config.json does not say how many layers and attention heads it has")
-    return Layout(family, blocks, heads, config.get("num_key_value_heads") or heads, reorders, tied)
+    return GgufLayout(family, blocks, heads, config.get("num_key_value_heads") or heads, reorders, tied)
 
 
 def interleaved(rows: Tensor, heads: int) -> Tensor:
@@ -97,7 +97,7 @@ def interleaved(rows: Tensor, heads: int) -> Tensor:
     return rows.reshape(heads, 2, size, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
 
 
-def gguf_factors(adapter: Adapter, layout: Layout, alpha: float) -> dict[str, tuple[Tensor, Tensor]]:
+def gguf_factors(adapter: Adapter, layout: GgufLayout, alpha: float) -> dict[str, tuple[Tensor, Tensor]]:
     """{GGUF name of the base tensor: (lora_a [r, in], lora_b [out, r])} in fp32, each site's scale folded into B.
 
     Raises ExportError that names every site which a GGUF adapter cannot hold.
@@ -105,7 +105,7 @@ def gguf_factors(adapter: Adapter, layout: Layout, alpha: float) -> dict[str, tu
     problems = Problems()
     if adapter.method.needs_base_weights:
         problems.add(
-            "it is a DoRA adapter, and GGUF adapters are LoRA: give --rank R for the best approximation, or merge it"
+            f"it is a {adapter.method.label} adapter, and GGUF adapters are LoRA: give --rank R for the best approximation, or merge it"
         )
     for place, own in adapter.overrides.items():
         problems.add(f"{place}: it has its own {' and '.join(own)}, which a GGUF adapter cannot hold; merge it")
@@ -124,7 +124,7 @@ def gguf_factors(adapter: Adapter, layout: Layout, alpha: float) -> dict[str, tu
 
 
 def write_gguf(
-    adapter: Adapter, path: Path, layout: Layout, *, dtype: str = "f32", base_name: str | None = None
+    adapter: Adapter, path: Path, layout: GgufLayout, *, dtype: str = "f32", base_name: str | None = None
 ) -> int:
     """Write an adapter as a GGUF file, whole or not at all, and read it back; returns the bytes.
 
@@ -166,8 +166,8 @@ def read_gguf(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, {name: field.contents() for name, field in reader.fields.items()}
 
 
-def _unfit(adapter: Adapter, site: str, name: str | None, layout: Layout) -> str:
-    """Why a site cannot be in a GGUF adapter; empty where it can."""
+def _unfit(adapter: Adapter, site: str, name: str | None, layout: GgufLayout) -> str:
+    """The reason that a site cannot be in a GGUF adapter; empty if it can."""
     kind = adapter.kinds[site]
     if kind not in ("linear", "conv1d"):
         return f"{kind} layers have no place in a GGUF adapter; merge it"
