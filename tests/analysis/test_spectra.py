@@ -206,6 +206,7 @@ def test_from_the_command_line(made: Path, capsys: pytest.CaptureFixture[str]) -
     assert wants_spectra(parsed(*words)) and run_spectra(parsed(*words, "--json")) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["against"] == "dora" and len(found["sites"]) == 14 and found["intruders"] >= 0
+    assert found["one_seed"] is False and len(found["subspaces"]) == 14
     assert run_spectra(parsed(*words, "--html", f"{made}/r/page.html", "--plots", f"{made}/plots")) == 0
     assert "amplification" in capsys.readouterr().out
     names = {file.stem for file in (made / "plots").glob("*.svg")}
@@ -225,6 +226,8 @@ def test_the_page_stands_alone(model: nn.Module) -> None:
     spectra = adapter_spectra(adapter, weights_of(model), against=trained(model, name="other", seed=3))
     page = html_report(spectra)
     assert page == html_report(spectra)
+    assert not spectra.one_seed and "initialised from one seed" not in page
+    assert "initialised from one seed" in html_report(replace(spectra, one_seed=True))
     assert not re.findall(r"<script|<link|<img|@import|src=|url\((?!#)", page)
     assert page.count("<svg") >= 8 and "Against other" in page and page.rstrip().endswith("</html>")
     assert "Correlation of direction and magnitude change" in page

@@ -19,7 +19,7 @@ from torch import Tensor
 from veneer.adapters.adapter import Adapter
 from veneer.deltas.build import Tensors, assemble, site_tensors
 from veneer.deltas.delta import LowRankTerm, SiteDelta, Weights, site_delta
-from veneer.deltas.linalg import Svd, dense_svd, gram_eigh
+from veneer.deltas.linalg import Eigen, dense_svd_near, gram_eigh
 from veneer.errors import ComposeError
 
 
@@ -51,7 +51,8 @@ def find_intruders(weight_OK: Tensor, tuned_OK: Tensor, *, top_k: int = 10, thre
         ComposeError: a setting is out of range.
     """
     _check(top_k, threshold)
-    return _intruders(weight_OK, dense_svd(tuned_OK, top_k)[0], threshold)
+    base = gram_eigh(weight_OK)
+    return _intruders(weight_OK, base, dense_svd_near(tuned_OK, top_k, base)[0], threshold)
 
 
 def reduce_intruders(
@@ -76,11 +77,11 @@ def reduce_intruders(
     for site in adapter.tensors:
         weight_OK = weights(site).double()
         delta = site_delta(adapter, site, weights)
-        leading: Svd = dense_svd(weight_OK + delta.dense(weight_OK), top_k)
-        indices = list(_intruders(weight_OK, leading[0], threshold).indices)
+        base = gram_eigh(weight_OK)
+        u, s, vt = dense_svd_near(weight_OK + delta.dense(weight_OK), top_k, base)
+        indices = list(_intruders(weight_OK, base, u, threshold).indices)
         found[site] = len(indices)
         if indices:
-            u, s, vt = leading
             removed = LowRankTerm(keep - 1, u[:, indices] * s[indices], vt[indices])
             delta = delta + SiteDelta(delta.geometry, (removed,))
         tensors[site] = site_tensors(site, delta, adapter.method, weight_OK)
@@ -92,9 +93,9 @@ def reduce_intruders(
     return ReducedAdapter(assemble(tensors, adapter.kinds, name, method=adapter.method, tied=tied), found)
 
 
-def _intruders(weight_OK: Tensor, ours: Tensor, threshold: float) -> Intruders:
+def _intruders(weight_OK: Tensor, base: Eigen, ours: Tensor, threshold: float) -> Intruders:
     """The intruders among orthonormal columns ``ours``, leading left singular vectors of the fine-tuned weight."""
-    values, vectors = gram_eigh(weight_OK)
+    values, vectors = base
     s = values.sqrt()
     # Directions in which the base is zero up to rounding are no directions of the base.
     kept = s > 1e-6 * s.max().clamp_min(1e-300)

@@ -13,7 +13,7 @@ from pathlib import Path
 from veneer._files import replace_text
 from veneer._version import __version__
 from veneer.analysis.plots import figures, modules_of, picture_bytes
-from veneer.analysis.spectra import AdapterSpectra, SiteSpectrum
+from veneer.analysis.spectra import SAME_SEED, AdapterSpectra, SiteSpectrum
 from veneer.errors import ComposeError
 
 _STYLE = """
@@ -70,6 +70,7 @@ def html_report(spectra: AdapterSpectra) -> str:
     if spectra.subspaces:
         parts += [
             f"<h2>Against {html.escape(str(spectra.against))}</h2>",
+            *([f'<p class="note">{html.escape(SAME_SEED)}</p>'] if spectra.one_seed else []),
             _overlap_table(spectra),
             _legend(_OVERLAP_LEGEND),
         ]

@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -30,8 +30,14 @@ from veneer.adapters.adapter import Adapter
 from veneer.analysis.intruders import Intruders, find_intruders
 from veneer.analysis.subspace import Subspaces, subspaces
 from veneer.deltas.delta import SiteDelta, Weights, site_delta
+from veneer.deltas.parallel import map_sites
 from veneer.deltas.svd import inner_product, nonzero, spectrum_of, svd_of
 
+SAME_SEED = (
+    "Both adapters were initialised from one seed, so their A factors started equal: the overlap of input directions is the seed's and "
+    "not learnt. Compare output directions and cosine."
+)
+"""The note on the overlap of two adapters of one seed."""
 _BLOCK = re.compile(r"(?:^|\.)(\d+)\.(.+)$")
 
 
@@ -78,9 +84,11 @@ class AdapterSpectra:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, without the magnitudes of every output."""
-        found = asdict(self)
+        sites = [{**vars(site), "intruders": site.intruders and vars(site.intruders)} for site in self.sites]
+        pairs = {site: vars(pair) for site, pair in self.subspaces.items()}
+        found = {**vars(self), "sites": sites, "subspaces": pairs, "intruders": self.intruders}
         del found["magnitudes"]
-        return {**found, "intruders": self.intruders}
+        return found
 
 
 def adapter_spectra(
@@ -103,26 +111,11 @@ def adapter_spectra(
     Raises:
         ComposeError: the delta depends on the base weights and ``weights`` is not given.
     """
-    sites: list[SiteSpectrum] = []
-    pairs: dict[str, Subspaces] = {}
-    magnitudes: dict[str, tuple[float, ...]] = {}
-    for site in adapter.tensors:
-        weight_OK = None if weights is None else weights(site).double()
-        known: Weights | None = None if weight_OK is None else partial(_same, weight_OK)
-        delta = site_delta(adapter, site, known)
-        u, s, vt = spectrum_of(delta, weight_OK, adapter.rank(site))
-        keep = min(int(nonzero(s).sum()), u.shape[1])
-        spectrum = _spectrum(site, delta, s)
-        if weight_OK is not None:
-            directions = u[:, :keep], vt[:keep]
-            spectrum, magnitudes[site] = _against_base(spectrum, delta, weight_OK, directions, top_k, threshold)
-        sites.append(spectrum)
-        if against is not None and site in against.tensors:
-            other = site_delta(against, site, known)
-            leading = svd_of(other, weight_OK, against.rank(site))
-            size = spectrum.norm * other.norm(weight_OK)
-            cosine = inner_product(delta, other, weight_OK) / size if size else 0.0
-            pairs[site] = subspaces((u, s, vt), leading, cosine)
+    work = partial(_site, adapter=adapter, weights=weights, against=against, top_k=top_k, threshold=threshold)
+    found = dict(zip(adapter.tensors, map_sites(work, list(adapter.tensors)), strict=True))
+    sites = [spectrum for spectrum, _, _ in found.values()]
+    pairs = {site: overlap for site, (_, _, overlap) in found.items() if overlap is not None}
+    magnitudes = {site: relative for site, (_, relative, _) in found.items() if relative is not None}
     return AdapterSpectra(
         adapter.name,
         adapter.method.name,
@@ -133,6 +126,33 @@ def adapter_spectra(
         against is not None and _one_seed(adapter, against),
         magnitudes,
     )
+
+
+def _site(
+    site: str, *, adapter: Adapter, weights: Weights | None, against: Adapter | None, top_k: int, threshold: float
+) -> tuple[SiteSpectrum, tuple[float, ...] | None, Subspaces | None]:
+    """One site: its spectrum, the relative magnitude change of each output, and the overlap with the other adapter."""
+    weight_OK = None if weights is None else weights(site).double()
+    delta = _resolved(adapter, site, weight_OK)
+    u, s, vt = spectrum_of(delta, weight_OK, adapter.rank(site))
+    keep = min(int(nonzero(s).sum()), u.shape[1])
+    spectrum, relative, overlap = _spectrum(site, delta, s), None, None
+    if weight_OK is not None:
+        directions = u[:, :keep], vt[:keep]
+        spectrum, relative = _against_base(spectrum, delta, weight_OK, directions, top_k, threshold)
+    if against is not None and site in against.tensors:
+        other = _resolved(against, site, weight_OK)
+        leading = svd_of(other, weight_OK, against.rank(site))
+        size = spectrum.norm * other.norm()
+        cosine = inner_product(delta, other) / size if size else 0.0
+        overlap = subspaces((u, s, vt), leading, cosine)
+    return spectrum, relative, overlap
+
+
+def _resolved(adapter: Adapter, site: str, weight_OK: Tensor | None) -> SiteDelta:
+    """A site's delta in a form that no longer depends on the base weight: factors, or one matrix."""
+    delta = site_delta(adapter, site, None if weight_OK is None else lambda _: weight_OK)
+    return delta if delta.factored else SiteDelta(delta.geometry, dense_OK=delta.dense(weight_OK))
 
 
 def stable_rank(s: Tensor) -> float:
@@ -210,10 +230,6 @@ def _correlation(sites: Sequence[SiteSpectrum]) -> float | None:
         if site.direction_change is not None and site.magnitude_change is not None
     ]
     return pearson([d for d, _ in pairs], [m for _, m in pairs])
-
-
-def _same(weight_OK: Tensor, site: str) -> Tensor:
-    return weight_OK
 
 
 def _one_seed(one: Adapter, other: Adapter) -> bool:

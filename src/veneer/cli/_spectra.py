@@ -72,6 +72,7 @@ def run_spectra(args: argparse.Namespace) -> int:
 def lines(found: AdapterSpectra) -> list[str]:
     """The figures by kind of layer, as a table."""
     from veneer.analysis.plots import modules_of
+    from veneer.analysis.spectra import SAME_SEED
     from veneer.cli._table import table
 
     header = ["module", "sites", "norm", "largest", "stable rank", "effective rank"]
@@ -93,6 +94,8 @@ def lines(found: AdapterSpectra) -> list[str]:
             row += [_mean([getattr(pair, key) for pair in pairs]) for key in keys]
         rows.append(row)
     made = table(header, rows)
+    if found.one_seed:
+        made.append(SAME_SEED)
     if found.correlation is not None:
         made.append(
             f"direction and magnitude change over sites correlate by {found.correlation:+.2f} (full fine-tuning: below 0, LoRA: near 1)"

@@ -78,6 +78,8 @@ class SiteDelta:
 
     def dense(self, weight_OK: Tensor | None = None) -> Tensor:
         """The delta as a matrix [O, K], fp64. Raises ComposeError where the base weight is needed and not given."""
+        if self.dense_OK is not None and not self.terms and self.gain_O is None:
+            return self.dense_OK.double()
         b_OR, a_RK = self.factors()
         delta = b_OR @ a_RK
         if self.dense_OK is not None:
