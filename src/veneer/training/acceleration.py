@@ -27,7 +27,7 @@ _PAYS = 240.0
 
 
 def worth_compiling(option: bool | str, seconds: float | None, device: torch.device) -> bool:
-    """Whether torch compiles chains, by the option and the planned ``seconds`` of the run (None without a plan)."""
+    """Decide if torch compiles chains, by the option and the planned ``seconds`` of the run (None without a plan)."""
     if option != "auto":
         return bool(option)
     return seconds is not None and seconds >= _PAYS and cpp_library.library() is None and _has_compiler(device)

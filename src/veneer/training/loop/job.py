@@ -110,12 +110,12 @@ class Job:
 
     @property
     def running(self) -> bool:
-        """Whether the job takes part in the next round."""
+        """True if the job takes part in the next round."""
         return self.state is JobState.RUNNING
 
     @property
     def over(self) -> bool:
-        """Whether the job finished, failed or was cancelled."""
+        """True if the job finished, failed or was cancelled."""
         return self.state not in (JobState.RUNNING, JobState.PAUSED)
 
     def next_examples(self) -> list[Example]:

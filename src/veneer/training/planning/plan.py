@@ -57,7 +57,7 @@ class TrainingPlan:
 
     @property
     def fits(self) -> bool:
-        """Whether the process may use that much."""
+        """True if the process may use that much."""
         return self.free is None or self.peak <= self.free
 
     @property
@@ -104,6 +104,7 @@ class Planner:
         self.options = options
         self.stepper = stepper
         self.jobs = list(jobs)
+        self.held_out: list[Example] = [e for job in jobs for e in (*job.held_out, *job.general)]
         self.base = base
         self.tokens_per_shared_pass = tokens_per_shared_pass
         self.thorough = thorough
@@ -149,7 +150,7 @@ class Planner:
 
     def _fewer_tokens(self, profile: Profile, free: int) -> list[str]:
         """The largest ``tokens_per_pass`` that fits, with a ``max_length`` if there are longer examples."""
-        longest = max([*map(len, self._held_out()), *(n for job in self.jobs for n in lengths_of(job.examples))])
+        longest = max([*map(len, self.held_out), *(n for job in self.jobs for n in lengths_of(job.examples))])
         round_numbers = (step * 2**power for power in range(19, 2, -1) for step in (7, 6, 5, 4))
         for tokens in (n for n in round_numbers if 32 <= n < self.options.tokens_per_pass):
             parts = profile.training, profile.evaluation
@@ -157,9 +158,6 @@ class Planner:
                 shorter = "" if tokens >= longest else f"--max-length {tokens} "
                 return [f"{shorter}--tokens-per-pass {tokens}"]
         return []
-
-    def _held_out(self) -> list[Example]:
-        return [example for job in self.jobs for example in (*job.held_out, *job.general)]
 
     def _make(self, *, recompute: bool) -> tuple[TrainingPlan, Profile]:
         startup, left = process_memory.highest(), process_memory.free()
@@ -170,7 +168,7 @@ class Planner:
                 self.jobs,
                 tokens_per_pass=self.options.tokens_per_pass,
                 tokens_per_shared_pass=self.tokens_per_shared_pass,
-                held_out=self._held_out(),
+                held_out=self.held_out,
                 limit=limit,
                 thorough=self.thorough,
             ).measure()

@@ -183,7 +183,7 @@ class Profiler:
         return found
 
     def _is_safe(self, found: Sequence[Measurement], tokens: int) -> bool:
-        """Whether a pass of ``tokens`` tokens surely fits in memory."""
+        """True if a pass of ``tokens`` tokens surely fits in memory."""
         if not found or self.limit is None or tokens <= found[-1].tokens:
             return True
         return self._start + _SAFETY * (found[-1].bytes - self._start) * tokens / found[-1].tokens <= self.limit

@@ -20,7 +20,7 @@ class Console:
         self.stream = stream or sys.stdout
         self.quiet = quiet
         self.live = not quiet and self.stream.isatty()
-        """Whether progress overwrites one line."""
+        """Progress overwrites one line."""
         self._shown = ""
         self._last = 0.0
 

@@ -57,7 +57,7 @@ class Recorder(Listener):
         self.compilation = compilation
         self.stopped = False
         self.saved = True
-        """Whether the last checkpoint that was due could be written."""
+        """The last checkpoint that was due could be written."""
         self._control = Control(folder.out)
         self._urgent = False
         self._saved_at, self._saved_time = rounds, time.monotonic()

@@ -191,7 +191,7 @@ def _finish(recorder: Recorder) -> RunResult:
 
 
 def _recompute(options: TrainOptions, manifest: Manifest) -> bool:
-    """Whether layers recompute their activations: the option, or the decision that "auto" left to the plan."""
+    """True if layers recompute their activations: by the option, or by the plan for "auto"."""
     asked = options.activation_checkpointing
     return bool(manifest.get("recompute", False)) if asked == "auto" else bool(asked)
 

@@ -48,7 +48,7 @@ class RunFolder:
         return self.out / "best" if self.single else self.out / "best" / job
 
     def has_adapter(self, job: str) -> bool:
-        """Whether a job's last adapter is there."""
+        """True if a job's last adapter is there."""
         return (self.adapter(job) / "adapter_config.json").is_file()
 
     def prepare(self) -> None:

@@ -44,7 +44,7 @@ class SanityChecks:
         self._reached: set[str] = set()
 
     def needed(self, step: int) -> bool:
-        """Whether checks remain for a job at ``step``."""
+        """True if checks remain for a job at ``step``."""
         return step < self.last
 
     def before_step(self, step: int) -> None:
