@@ -179,7 +179,7 @@ def test_mistakes_are_one_sentence(made: Path, capsys: pytest.CaptureFixture[str
         assert captured.err.count("\n") == 1 or "problems" in captured.err  # a line for each
         assert not (made / "out").exists()
     assert main(["compose", f"{made}/lora", "--out", f"{made}/dora"]) == 1
-    assert "holds something already" in capsys.readouterr().err
+    assert "a folder that is not empty" in capsys.readouterr().err
 
 
 def test_many_parents(made: Path, capsys: pytest.CaptureFixture[str]) -> None:

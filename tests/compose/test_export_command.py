@@ -79,4 +79,4 @@ def test_cards(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["export", *words, "--out", f"{made}/x"]) == code
         assert says in capsys.readouterr().err
     assert main(["export", f"{made}/lora", "--to", "card", "--out", f"{made}/card.md"]) == 1
-    assert "a file already" in capsys.readouterr().err
+    assert "is a file;" in capsys.readouterr().err

@@ -297,7 +297,7 @@ def test_bad_inputs_are_one_error(tmp_path: Path) -> None:
         broken.tensors["model.layers.0.mlp.up_proj"]["lora_A"][0, 0] = float("nan")
     with pytest.raises(ComposeError, match=r"up_proj\.lora_A holds values that are not finite"):
         merge_to_folder([(broken, 1.0)], base, tmp_path / "out")
-    with pytest.raises(CheckpointError, match="holds something already"):
+    with pytest.raises(CheckpointError, match="a folder that is not empty"):
         merge_to_folder([(trained(model), 1.0)], base, tmp_path / "wide")
     with pytest.raises(ComposeError, match="nothing to merge"):
         merge_to_folder([], base, tmp_path / "out")

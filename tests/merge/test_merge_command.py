@@ -68,7 +68,7 @@ def test_mistakes_are_one_sentence(made: Path, capsys: pytest.CaptureFixture[str
         ([f"{made}/big:much", *out], "is no weight", 2),
         ([f"{made}/base", *out], "no adapter's folder", 1),
         ([f"{made}/foreign", "--base", f"{made}/base", *out], "was made on another base", 1),
-        ([f"{made}/big", "--out", f"{made}/base"], "holds something already", 1),
+        ([f"{made}/big", "--out", f"{made}/base"], "a folder that is not empty", 1),
         ([f"{made}/big", "--shard-size", "many", *out], "--shard-size", 2),
         ([f"{made}/big", "--residual", "-1", *out], "--residual", 2),
         ([f"{made}/foreign", f"{made}/big", "--base", f"{made}/gone", *out], "neither a file nor a folder", 1),
