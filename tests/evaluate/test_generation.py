@@ -77,7 +77,7 @@ def test_what_cannot_write_is_refused() -> None:
     """A model without text or tokenizer is refused in a sentence."""
     with pytest.raises(BaseModelError, match="no tokenizer"):
         Generator(tiny("llama"), None)
-    with pytest.raises(BaseModelError, match="does not write text"):
+    with pytest.raises(BaseModelError, match="does not generate text"):
         Generator(torch.nn.Linear(2, 2), tiny_tokenizer())
 
 

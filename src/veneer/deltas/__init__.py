@@ -1,1 +1,1 @@
-"""Deltas: what an adapter changes in each weight, and the linear algebra on it that composing, merging and analysis share."""
+"""Deltas of adapters, and the linear algebra on them that composing, merging and analysis share."""

@@ -1,8 +1,8 @@
-"""The adapters that something is made from: read, checked against each other and against the base, and named in the result's receipt.
+"""Parent adapters: reading them, checking them against each other and the base, and recording them in the result's receipt.
 
 Receipts hold a sketch of each adapted base weight (`checkpoints/receipt.py`): eight numbers that are the same for the same weights and
-move with them. Parents whose sketches of one site are further apart than rounding between their dtypes makes them were made on different
-bases, and their changes must not be added.
+move with them. Parents whose sketches of one site differ by more than the rounding between their dtypes were made on different bases, and
+their deltas must not be added.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from veneer.models.load import Base
 
 @dataclass(frozen=True)
 class Parent:
-    """An adapter and the weight with which it takes part."""
+    """An adapter and its weight."""
 
     adapter: Adapter
     weight: float = 1.0
 
     @property
     def record(self) -> dict[str, Any]:
-        """What the result's receipt says of it."""
+        """Its entry in the result's receipt."""
         meta = self.adapter.meta
         return {
             "name": self.adapter.name,
@@ -49,20 +49,20 @@ class Parent:
 
 
 def origin_of(parents: Sequence[Parent]) -> dict[str, Any]:
-    """What a receipt says of the parents: their records, the hash of the chat template (and tokenizer) that all of them were trained
+    """A receipt's entries about the parents: their records, the hash of the chat template (and tokenizer) that all of them were trained
     with, or a note where that is not one and the same."""
     origin: dict[str, Any] = {"parents": [parent.record for parent in parents]}
-    said = {parent.adapter.name: _template_hash(parent.adapter) for parent in parents}
-    if len(set(said.values())) > 1:
-        each = ", ".join(f"{name}: {known[:12] if known else 'not recorded'}" for name, known in said.items())
+    hashes = {parent.adapter.name: _template_hash(parent.adapter) for parent in parents}
+    if len(set(hashes.values())) > 1:
+        each = ", ".join(f"{name}: {known[:12] if known else 'not recorded'}" for name, known in hashes.items())
         origin["notes"] = [f"the parents were trained with different chat templates or tokenizers ({each})"]
-    elif (known := next(iter(said.values()), None)) is not None:
+    elif (known := next(iter(hashes.values()), None)) is not None:
         origin["template_sha256"] = known
     return origin
 
 
 def template_of(parents: Sequence[Parent]) -> str | None:
-    """The chat template that lies in the parents' folders, where it is one and the same for all of them."""
+    """The chat template in the parents' folders, where all of them have the same."""
     if len({_template_hash(parent.adapter) for parent in parents}) != 1:
         return None
     texts = (parent.adapter.meta.get("template") for parent in parents)
@@ -85,7 +85,7 @@ def read_parents(folders: Sequence[tuple[Path, str, float]], *, force: str | Ite
 
 
 def probes_on(adapter: Adapter, weights: Weights) -> dict[str, list[float]]:
-    """The receipt's probes of an adapter whose change depends on the base's weights."""
+    """The receipt's probes of an adapter whose delta depends on the base's weights."""
     found = {}
     for site in adapter.tensors:
         weight_OK = weights(site)
@@ -105,7 +105,7 @@ def notes_on_bases(parents: Sequence[Parent]) -> list[str]:
 
 
 def copy_as(adapter: Adapter, name: str) -> Adapter:
-    """The same adapter under another name, frozen; it shares no parameter with the first."""
+    """A frozen copy of an adapter under another name; it shares no parameter with the first."""
     made: dict[int, Tensor] = {}
     for _, _, value in adapter.named_tensors():
         made[id(value)] = value.detach().clone()
@@ -144,7 +144,7 @@ def check_one_base(adapters: Sequence[Adapter]) -> None:
 
 
 def check_base(adapter: Adapter, weights: Weights, where: str) -> None:
-    """Hold an adapter's receipt against the base's weights; without a receipt there is nothing to hold against.
+    """Compare an adapter's receipt with the base's weights; without a receipt there is nothing to compare.
 
     Raises ComposeError that counts the sites which differ, or names those whose change (with DoRA) is not what its probe recorded.
     """
@@ -175,12 +175,12 @@ def check_base(adapter: Adapter, weights: Weights, where: str) -> None:
 
 
 def _records(adapter: Adapter) -> dict[str, dict[str, Any]]:
-    """What an adapter's receipt says of the base's weights, where it holds a sketch; empty without a receipt."""
+    """The records of base weights in an adapter's receipt that hold a sketch; empty without a receipt."""
     return {site: record for site, record in base_records(adapter).items() if _is_sketch(record.get("sketch"))}
 
 
 def _as_recorded(adapter: Adapter, site: str, weight_OK: Tensor, floor: float) -> bool:
-    """Whether a site's change is what the receipt's probe recorded; True where it recorded none."""
+    """Whether a site's delta matches the receipt's probe; True where there is none."""
     probes = (adapter.meta.get("receipt") or {}).get("probes")
     if not isinstance(probes, Mapping) or site not in probes:
         return True
@@ -206,10 +206,10 @@ def base_records(adapter: Adapter) -> dict[str, dict[str, Any]]:
 
 
 def records_of(base: Skeleton, sites: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """What a receipt says of base weights, from the files alone: fingerprint, dtype and sketch by site."""
+    """Records of base weights for a receipt, from the files alone: fingerprint, dtype and sketch by site."""
     names = {site: f"{site}.weight" for site in sites}
     for site in names:
-        base.key(site)  # a name that the files do not have is told before a hash is asked of a weight that is nowhere
+        base.key(site)  # report a name that the files do not have before its hash is computed
     files = Base(base.model, None, str(base.folder.path), base.folder.path, torch.float32)
     hashes = weight_fingerprints(files, names.values())
     found = {}
@@ -230,7 +230,7 @@ def base_name(adapters: Iterable[Adapter]) -> str | None:
 
 
 def distance(one: Sequence[float], other: Sequence[float]) -> float:
-    """How far two sketches are apart, relative to the first."""
+    """The distance of two sketches, relative to the first."""
     a, b = torch.tensor(one, dtype=torch.float64), torch.tensor(other, dtype=torch.float64)
     return float((a - b).norm() / a.norm().clamp_min(1e-30))
 

@@ -1,4 +1,4 @@
-"""Judging: how well a base, an adapter or a mix does, compared example by example.
+"""Evaluation of a base, an adapter or a mix, compared example by example.
 
-Everything here takes a model, a bank and a route; it knows neither training nor serving.
+Everything here takes a model, a bank and a route; nothing here depends on training or serving.
 """

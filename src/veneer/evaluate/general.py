@@ -1,7 +1,7 @@
-"""A general text to watch forgetting on: the running interpreter's own reference documentation.
+"""A general text that shows forgetting: the running interpreter's own reference documentation.
 
-It is English prose and code on every machine, needs no download, and is not what anybody fine-tunes for; a fine-tune that forgets
-shows it there first. Text is cut into pieces of a fixed number of tokens, each judged behind its own beginning.
+It is English prose and code, is available on every machine without a download, and is no usual target of fine-tuning. The text is cut into
+pieces of a fixed number of tokens, and each is evaluated by itself.
 """
 
 from __future__ import annotations

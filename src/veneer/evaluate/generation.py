@@ -1,7 +1,7 @@
-"""Generation under a route: prompts in, text out, as a whole or as it comes.
+"""Text generation under a route, complete or streamed.
 
-Prompts of a chat go through the data room's renderer, so that control strings in a user's text stay text here as in training.
-Sampling draws from a stream of its own: with the same seed the same text, whatever else runs.
+Chat prompts go through the renderer of the data package, so control strings in a user's text stay text, as in training. Sampling has its
+own random stream: the same seed gives the same text.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. temperature 0 takes the likeliest; seed matters only above 0."""
+    """Sampling options. Temperature 0 is greedy; the seed has an effect only above 0."""
 
     max_new_tokens: int = 256
     temperature: float = 0.0
@@ -34,7 +34,7 @@ class Sampling:
 
 
 class Generator:
-    """Writes answers with one model; a bank's routes say with which adapters."""
+    """Generates text with one model, under the routes of a bank."""
 
     def __init__(self, model: Any, tokenizer: Any, bank: Bank | None = None) -> None:
         if tokenizer is None:
@@ -42,7 +42,7 @@ class Generator:
                 "the base has no tokenizer, so it cannot be given text; add its tokenizer's files to the folder"
             )
         if not hasattr(model, "generate"):
-            raise BaseModelError(f"{type(model).__name__} does not write text; use a causal language model")
+            raise BaseModelError(f"{type(model).__name__} does not generate text; use a causal language model")
         self.model = model
         self.tokenizer = tokenizer
         self.bank = bank
@@ -68,7 +68,7 @@ class Generator:
         return encoder.encode([guarded])[0].ids
 
     def write(self, prompt: str | Sequence[Message], route: RouteLike = None, sampling: Sampling | None = None) -> str:
-        """The answer to one prompt, whole."""
+        """Generate the complete answer to one prompt."""
         ids = torch.tensor([self.prompt_ids(prompt)])
         with self._routed(route), _stream(sampling or Sampling()):
             out = self.model.generate(ids, **self._options(ids, sampling or Sampling()))
@@ -77,7 +77,7 @@ class Generator:
     def stream(
         self, prompt: str | Sequence[Message], route: RouteLike = None, sampling: Sampling | None = None
     ) -> Iterator[str]:
-        """The answer to one prompt, piece by piece. Ending the iteration early ends the generation."""
+        """Generate the answer to one prompt in pieces. Ending the iteration early ends the generation."""
         from transformers import StoppingCriteriaList, TextIteratorStreamer
 
         sampling = sampling or Sampling()
@@ -137,7 +137,7 @@ class Generator:
 
 
 class _stream:
-    """Sampling's own random stream: the process's is put back afterwards."""
+    """A separate random stream for sampling; the process's own is restored afterwards."""
 
     def __init__(self, sampling: Sampling) -> None:
         self._seed = sampling.seed

@@ -60,7 +60,7 @@ class LossDifference:
 
     @property
     def clear(self) -> bool:
-        """Whether the interval leaves zero out."""
+        """Whether the interval excludes zero."""
         return self.low > 0 or self.high < 0
 
 
@@ -99,7 +99,7 @@ def example_losses(
 def compare(one: Losses, other: Losses) -> LossDifference:
     """``one`` less ``other``, over the same examples.
 
-    Raises DataError where the two do not speak of the same examples.
+    Raises DataError where the two are not of the same examples.
     """
     if not torch.equal(one.weights, other.weights):
         raise DataError("two sets of losses can be compared only over the same examples and weights")
