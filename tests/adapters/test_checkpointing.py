@@ -78,7 +78,7 @@ ROUTES: list[Any] = ["a", "b", ["b", None], [{"a": 0.5, "b": 2.0}, "a"]]
 def test_gradients_are_those_without_checkpointing(arch: str, reentrant: bool, inside: bool, fused: bool) -> None:
     """Whether backward runs inside the route's context or after it, every gradient is the one of the plain run."""
     model, bank = banked(arch)
-    bank.fused = fused
+    bank.fast_path = fused
     batch = inputs_of(model)
 
     def run(route: Any) -> dict[str, list[Tensor | None]]:
@@ -143,7 +143,7 @@ def test_the_same_mask_is_drawn_again(reentrant: bool, fused: bool) -> None:
     found = []
     for how in (None, reentrant):
         model, bank = banked(dropout=0.4)
-        bank.fused = fused
+        bank.fast_path = fused
         model.train()
         if how is not None:
             turn_on(model, how)
@@ -453,7 +453,7 @@ def test_memory_does_not_grow() -> None:
     for _ in range(60):
         with bank.use("a"):
             model(**ids).logits.square().mean().backward()
-    noted = bank.traffic.memory._noted
+    noted = bank.runtime.tracker.inputs._noted
     living = [passes for ref, passes in noted.values() if not ref.expired()]
     assert len(noted) <= 1100 and len(living) < 10
     assert all(len(passes) <= 8 and not one.norms for passes in living for one in passes)

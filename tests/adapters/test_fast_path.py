@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from veneer.adapters import DoRA, LoRA, attach, bank_of
 from veneer.adapters.bank import Bank
-from veneer.adapters.runtime import fast_path as fused_module
-from veneer.adapters.runtime.frozen import forget
+from veneer.adapters.runtime import fast_path
 from veneer.adapters.runtime.route import Route
 from veneer.testing import tiny
 
@@ -47,17 +46,17 @@ def model_and_bank(arch: str = "llama", dtype: torch.dtype = torch.float64, p: f
 def calls() -> Iterator[list[int]]:
     """How many layers each call of the kernel took."""
     found: list[int] = []
-    inner = fused_module.adapted_linear
+    inner = fast_path.adapted_linear
 
     def counted(x: Tensor, layers: Any, shares: Any) -> Any:
         found.append(len(layers))
         return inner(x, layers, shares)
 
-    fused_module.adapted_linear = counted
+    fast_path.adapted_linear = counted
     try:
         yield found
     finally:
-        fused_module.adapted_linear = inner
+        fast_path.adapted_linear = inner
 
 
 def outcome(model: Any, bank: Bank, route: Any, *, training: bool = False) -> dict[str, Tensor]:
@@ -91,7 +90,7 @@ def test_equals_plain_on_models(arch: str, route: str) -> None:
     """Logits and gradients of every master are those of the plain form, for each kind of route."""
     model, bank = model_and_bank(arch)
     found = outcome(model, bank, ROUTES[route])
-    bank.fused = False
+    bank.fast_path = False
     with calls() as none:
         expected = outcome(model, bank, ROUTES[route])
     assert_close(found, expected)
@@ -103,9 +102,9 @@ def test_token_routes() -> None:
     model, bank = model_and_bank()
     for index in (torch.arange(24) // 8, torch.arange(24) % 3):
         route = Route.tokens(["lora", None, "dora"], index)
-        bank.fused = True
+        bank.fast_path = True
         found = outcome(model, bank, route)
-        bank.fused = False
+        bank.fast_path = False
         assert_close(found, outcome(model, bank, route))
 
 
@@ -122,7 +121,7 @@ def test_dropout_takes_the_same_masks() -> None:
     model, bank = model_and_bank(p=0.3)
     found = outcome(model, bank, ["lora", "dora", "lora", "lora"], training=True)
     without = outcome(model, bank, ["lora", "dora", "lora", "lora"])
-    bank.fused = False
+    bank.fast_path = False
     assert_close(found, outcome(model, bank, ["lora", "dora", "lora", "lora"], training=True))
     assert not torch.equal(found["logits"], without["logits"])
 
@@ -150,7 +149,7 @@ def test_a_hook_that_changes_a_layers_input_is_respected() -> None:
     k_proj = model.model.layers[0].self_attn.k_proj
     handle = k_proj.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
     found = outcome(model, bank, "lora")
-    bank.fused = False
+    bank.fast_path = False
     expected = outcome(model, bank, "lora")
     handle.remove()
     assert_close(found, expected)
@@ -185,7 +184,7 @@ def test_an_input_changed_in_place_is_another_input() -> None:
     x = torch.randn(4, 8, dtype=torch.float64)
     results = []
     for fused in (True, False):
-        bank.fused = fused
+        bank.fast_path = fused
         with bank.use("a"), torch.no_grad():
             results.append(model(x.clone()))
     assert torch.allclose(*results, rtol=1e-12)
@@ -319,7 +318,7 @@ def test_what_is_kept_between_calls_follows_every_change(mode: Any) -> None:
     route: Any = popular("distinct")
 
     def outputs(fused: bool) -> Tensor:
-        bank.fused = fused
+        bank.fast_path = fused
         with mode(), bank.use(route):
             return model(input_ids=ids).logits.clone()
 
@@ -335,7 +334,7 @@ def test_what_is_kept_between_calls_follows_every_change(mode: Any) -> None:
         lambda: setattr(tensors["lora_B"], "data", tensors["lora_B"].data * 2),
         lambda: tensors["lora_magnitude_vector"].detach().add_(0.3),
         lambda: loose["lora_A"].data.mul_(1.5),
-        lambda: (tensors["lora_A"].data.mul_(0.5), forget(bank["a1"])),
+        lambda: (tensors["lora_A"].data.mul_(0.5), bank.runtime.frozen.forget("a1")),
     ]
     for change in changes:
         change()

@@ -23,7 +23,7 @@ def checked(case: Case, method: Method, *, fused: bool = True) -> bool:
     """`gradcheck` of the layer's output as a function of the adapter's tensors and of the input."""
     model = case.model(torch.float64)
     bank = attach(model)
-    bank.fused = fused
+    bank.fast_path = fused
     nudge(bank.add("a", method), by=0.4)
     own = bank["a"].tensors["layer"]
     x = case.input(torch.float64)
@@ -77,7 +77,7 @@ def test_gradients_match_the_closed_form(case: Case, method: Method, fused: bool
     loses its part along V'."""
     model = case.model(torch.float64)
     bank = attach(model)
-    bank.fused = fused
+    bank.fast_path = fused
     nudge(bank.add("a", method), by=0.4)
     x = case.input(torch.float64)
     if x.is_floating_point():

@@ -11,9 +11,9 @@ import torch
 from tests.adapters.made import bits, nudge
 from torch import Tensor, nn
 
-from veneer.adapters import Bank, DoRA, LoRA, Route, attach
-from veneer.adapters.runtime import grouping as bundles
-from veneer.adapters.runtime.mapping import Charts
+from veneer.adapters import Adapter, Bank, DoRA, LoRA, Route, attach, bank_of
+from veneer.adapters.runtime import grouping
+from veneer.adapters.runtime.mapping import AdapterMapping, Assignment
 from veneer.testing import tiny
 
 NAMES = [f"a{i}" for i in range(8)]
@@ -42,16 +42,16 @@ def run(model: Any, bank: Bank, route: Any, batch: Tensor, **options: Any) -> Te
 
 def plain(model: Any, bank: Bank, route: Any, batch: Tensor) -> Tensor:
     """By the plain form, which remembers nothing."""
-    bank.fused = False
+    bank.fast_path = False
     try:
         return run(model, bank, route, batch)
     finally:
-        bank.fused = True
+        bank.fast_path = True
 
 
 def remembered(bank: Bank) -> int:
     """How many layers of how many routes are remembered."""
-    return sum(len(chart.calls) for chart in bank.traffic.charts._kept.values())
+    return sum(len(plan.calls) for plan in bank.runtime.tracker.mapping._plans.values())
 
 
 def test_the_second_call_is_the_first_to_the_bit() -> None:
@@ -147,7 +147,7 @@ def test_a_copy_remembers_for_itself() -> None:
     model, bank = world()
     expected = run(model, bank, ROWS, ids())
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        other = twin.model.layers[0].self_attn.q_proj.forward.bank
+        other = bank_of(twin)
         assert torch.equal(run(twin, other, ROWS, ids()), expected)
         with torch.no_grad():
             other["a5"].tensors["model.layers.0.self_attn.v_proj"]["lora_B"].mul_(3)
@@ -157,11 +157,11 @@ def test_a_copy_remembers_for_itself() -> None:
 
 def test_only_the_last_few_are_kept() -> None:
     """A thousand routes leave a handful behind; detaching leaves none."""
-    charts = Charts()
-    kept = [charts.of(Route.parse([f"a{i}", None]), ((2, 1),), None) for i in range(1000)]
-    assert len(charts._kept) == 4
-    assert charts.of(Route.parse(["a999", None]), ((2, 1),), None) is kept[-1]
-    assert charts.of(Route.parse(["a999", None]), ((2, 5),), None) is not kept[-1]
+    mapping = AdapterMapping({f"a{i}": Adapter(f"a{i}", LoRA(), {}, {}) for i in range(1000)})
+    kept = [mapping.plan(Route.parse([f"a{i}", None]), ((2, 1),), None) for i in range(1000)]
+    assert len(mapping._plans) == 4
+    assert mapping.plan(Route.parse(["a999", None]), ((2, 1),), None) is kept[-1]
+    assert mapping.plan(Route.parse(["a999", None]), ((2, 5),), None) is not kept[-1]
     model, bank = world()
     run(model, bank, ROWS, ids())
     bank.detach()
@@ -169,24 +169,27 @@ def test_only_the_last_few_are_kept() -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 4])
-def test_bundles_hold_what_padding_allows(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However bundles are cut, from one for all to one for each rank, the numbers are the same."""
+def test_groups_hold_what_padding_allows(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However groups are cut, from one for all to one for each rank, the numbers are the same."""
     model, bank = world(torch.float64)
     found = []
     for waste in (0, 500, 10**9):
-        monkeypatch.setattr(bundles, "_WASTE", waste)
-        bank.traffic.charts.clear()
+        monkeypatch.setattr(grouping, "_PADDING", waste)
+        bank.runtime.tracker.mapping.clear()
         found.append(run(model, bank, ROWS, ids(tokens=tokens)))
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], rtol=1e-10, atol=1e-11)
-    ranked = [(rank, (f"a{i}", torch.tensor([i]), 1.0)) for i, rank in enumerate((64, 4, 8, 4, 64, 16))]
-    monkeypatch.setattr(bundles, "_WASTE", 100_000)
-    assert [len(group) for group in bundles.buckets(ranked, 1152)] == [4, 2]
-    assert [len(group) for group in bundles.buckets(ranked, 16)] == [6]
-    assert sorted(part[0] for group in bundles.buckets(ranked, 10**6) for part in group) == [f"a{i}" for i in range(6)]
+    ranked = [
+        (rank, Assignment(f"a{i}", torch.tensor([i]), 1.0, None, "always"))
+        for i, rank in enumerate((64, 4, 8, 4, 64, 16))
+    ]
+    monkeypatch.setattr(grouping, "_PADDING", 100_000)
+    assert [len(group) for group in grouping.by_rank(ranked, 1152)] == [4, 2]
+    assert [len(group) for group in grouping.by_rank(ranked, 16)] == [6]
+    assert sorted(part[0] for group in grouping.by_rank(ranked, 10**6) for part in group) == [f"a{i}" for i in range(6)]
 
 
-def test_nan_stays_with_its_adapter_in_a_bundle_with_others() -> None:
+def test_nan_stays_with_its_adapter_in_a_group_with_others() -> None:
     """LoRA and DoRA of several ranks in one bundle: what is broken in one, with and without a gain, reaches its own rows only."""
     for broken in ("a0", "a3"):
         model, bank = world()

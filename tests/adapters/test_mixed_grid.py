@@ -139,7 +139,7 @@ def close(found: dict[str, Tensor], expected: dict[str, Tensor], bound: float, t
 def test_mixed_is_separate_in_fp32(kind: str, tokens: int, fused: bool) -> None:
     """Outputs within 2e-6, every tensor's gradient within 1e-5; base rows are those of a batch of base rows, to the bit."""
     model, bank = world(torch.float32)
-    bank.fused = fused
+    bank.fast_path = fused
     rows, batch = popularity(kind), ids(tokens)
     logits, grads = passed(model, bank, rows, batch)
     expected, alone = separate(model, bank, rows, batch)
@@ -224,7 +224,7 @@ def test_weighted_mixes_are_dense_weights(seed: int, fused: bool) -> None:
     """Each row with a mix of its own, of up to four adapters of any method, rank and sign: as through the weights merged for that row."""
     draw = random.Random(seed)
     model, bank = world(torch.float64)
-    bank.fused = fused
+    bank.fast_path = fused
     rows = [
         {name: draw.uniform(-1, 1.5) for name in draw.sample(NAMES, draw.randint(0, 4))} or None for _ in range(ROWS)
     ]

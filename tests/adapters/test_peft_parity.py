@@ -73,7 +73,7 @@ def test_outputs_are_those_of_peft(arch: str, kind: str) -> None:
         base = model(**batch).logits
         expected = theirs(**batch).logits
         assert (expected - base).abs().max() > 100 * LIMIT
-        for bank.fused in (True, False):
+        for bank.fast_path in (True, False):
             with bank.use("a"):
                 assert (model(**batch).logits - expected).abs().max() <= LIMIT
 
@@ -178,8 +178,8 @@ def test_dropout_of_dora_in_the_form_of_peft(has_bias: bool, conv: bool, monkeyp
         bank = attach(model)
         method = DoRA(r=2, lora_alpha=4, lora_dropout=0.5, dropout_form=form, target_modules="0")
         nudge(bank.add("a", method))
-        monkeypatch.setattr("veneer.adapters.runtime.forward.drop", lambda x_n, p, seed: x_n * mask)
-        bank.fused = False
+        monkeypatch.setattr("veneer.adapters.runtime.plain_path.drop", lambda x_n, p, seed: x_n * mask)
+        bank.fast_path = False
         with bank.use("a", training=True):
             results[form] = model(x)
     theirs = peft_twin(nn.Sequential(layer), bank["a"]).train()
@@ -188,12 +188,12 @@ def test_dropout_of_dora_in_the_form_of_peft(has_bias: bool, conv: bool, monkeyp
     assert (results["peft"] - expected).abs().max() <= 1e-6
     site = bank.sites["0"]
     own: dict[str, Tensor] = dict(bank["a"].tensors["0"])
-    gain = site.layer_kind.per_output(
+    scale = site.layer_kind.per_output(
         bank["a"].method.magnitude_scale(own, bank["a"].method.norm(own, site.weight_2d, site.squared_norms(), 2.0))
     )
     bias = 0 if layer.bias is None else site.layer_kind.per_output(layer.bias)
-    low = site.layer_kind.low(layer, x * mask, own["lora_A"], own["lora_B"]) * 2.0
-    wanted = bias + gain * (layer(x) - bias + low)
+    low = site.layer_kind.low_rank(layer, x * mask, own["lora_A"], own["lora_B"]) * 2.0
+    wanted = bias + scale * (layer(x) - bias + low)
     assert (results["low_rank"] - wanted).abs().max() <= 1e-6
     assert (results["low_rank"] - expected).abs().max() > 1e-2
 

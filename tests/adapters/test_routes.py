@@ -43,7 +43,7 @@ def test_each_row_is_as_if_alone(arch: str, fused: bool) -> None:
     model: Any = tiny(arch, dtype=torch.float64, **own)
     batch = inputs_of(model, rows=len(ROWS))
     bank = three(model)
-    bank.fused = fused
+    bank.fast_path = fused
     mixed = logits(model, bank, ROWS, batch)
     for i, route in enumerate(ROWS):
         alone = logits(model, bank, route, batch)[i]
@@ -89,7 +89,7 @@ def test_token_routes_that_are_constant_in_a_row_are_row_routes(arch: str, fused
     model: Any = tiny(arch)
     batch = inputs_of(model, rows=len(ROWS), tokens=6)
     bank = three(model)
-    bank.fused = fused
+    bank.fast_path = fused
     index = torch.arange(len(ROWS)).unsqueeze(1).expand(-1, 6)
     by_row = logits(model, bank, ROWS, batch)
     assert torch.equal(by_row, logits(model, bank, Route.tokens(ROWS, index), batch))
@@ -103,7 +103,7 @@ def test_each_token_has_its_own_dense_weight(name: str, fused: bool) -> None:
     case = CASES[name]
     model = case.model(torch.float64)
     bank = three(model, target_modules="layer")
-    bank.fused = fused
+    bank.fast_path = fused
     x = case.input(torch.float64)
     index = torch.tensor([[0, 3, 1, 2], [5, 0, 4, 2]])
     with bank.use(Route.tokens(ROWS, index)):
@@ -139,7 +139,7 @@ def test_what_is_broken_in_one_adapter_stays_in_its_rows(fused: bool, value: flo
     model: Any = tiny("llama")
     batch = inputs_of(model, rows=4)
     bank = three(model)
-    bank.fused = fused
+    bank.fast_path = fused
     route = ["lora", "dora", None, {"lora": 0.5, "rs": 0.5}]
 
     def gradients() -> tuple[Tensor, dict[str, list[Tensor]]]:
@@ -169,7 +169,7 @@ def test_adapters_that_take_no_part_get_no_gradient(fused: bool) -> None:
     """Gradients of adapters outside the route, or with weight 0, stay None and not zero."""
     model: Any = tiny("llama")
     bank = three(model)
-    bank.fused = fused
+    bank.fast_path = fused
     for route in ("lora", ["lora", None], [{"lora": 1, "rs": 0}, "lora"]):
         with bank.use(route):
             model(**inputs_of(model)).logits.sum().backward()
@@ -216,8 +216,8 @@ def test_an_exception_in_the_forward_leaves_no_route_behind() -> None:
                 model(**wrong)
         assert torch.equal(model(**batch).logits, expected)
     assert torch.equal(model(**batch).logits, logits(model, bank, None, batch))
-    state = bank.traffic.state
-    assert state.current is None and state.around == () and bank.traffic.lease is None
+    state = bank.runtime.tracker.state
+    assert state.current is None and state.around == () and bank.runtime.tracker.context is None
 
 
 @pytest.mark.parametrize("route", [["lora", None, "lora"], ["lora"], ["lora"] * 3, [None] * 5])

@@ -138,15 +138,15 @@ def test_layers_that_are_not_there() -> None:
     [
         ("mixtral", "gate_up_proj", "a stacked parameter of shape 4 x 128 x 32 is no module"),
         ("mixtral", "experts.down_proj", "a stacked parameter"),
-        ("mixtral", "mlp.gate", "MixtralTopKRouter layers have no host"),
-        ("mamba", "dt_proj", "was not called when the model was tried out"),
-        ("mamba", "conv1d", "Conv1d layers have no host"),
+        ("mixtral", "mlp.gate", "MixtralTopKRouter layers are not supported"),
+        ("mamba", "dt_proj", "was not called in the dry run"),
+        ("mamba", "conv1d", "Conv1d layers are not supported"),
         ("opt", "embed_positions", "OPTLearnedPositionalEmbedding overrides Embedding.forward"),
         ("t5", "shared", "was not called"),
     ],
 )
 def test_places_that_cannot_be_adapted_say_why(arch: str, pattern: str, reason: str) -> None:
-    """Asking for what has no host, or is never called, is an error with the reason; all-linear passes it by and the bank lists it."""
+    """Asking for an unsupported layer, or one that is never called, is an error with the reason; all-linear passes it by and the bank lists it."""
     text = refused(arch, target_modules=pattern)
     assert reason in text and "which cannot be adapted" in text
     bank = attach(tiny(arch))
@@ -193,7 +193,7 @@ class Noisy(nn.Linear):
         ("renormed", "max_norm"),
         ("noisy", "Noisy overrides Linear.forward and computes something else"),
         ("in_proj_weight", "is no module"),
-        ("volume", "Conv3d layers have no host"),
+        ("volume", "Conv3d layers are not supported"),
         ("whole", "torch.int8"),
     ],
 )

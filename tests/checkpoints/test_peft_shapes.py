@@ -225,7 +225,7 @@ REFUSALS: dict[str, tuple[Shape, str]] = {
     ),
     "stacked experts": (
         ("mixtral", UNTIED, {"target_parameters": ["experts.gate_up_proj"], "target_modules": []}),
-        "there is no host for it|cannot be adapted",
+        "is not supported|cannot be adapted",
     ),
     "regex in alpha_pattern": (
         ("llama", UNTIED, {**QV, "alpha_pattern": {"(q|v)_proj": 5}}),

@@ -11,8 +11,16 @@ from torch import Tensor
 
 from veneer.kernels.lora.dora_norm import dora_norm, squared_row_norms
 from veneer.kernels.lora.dropout import drop
-from veneer.kernels.lora.linear import Bundle, Factors, Grid, Layer, Share, adapted_linear, stack
-from veneer.kernels.lora.reference import Term, adapted
+from veneer.kernels.lora.linear import (
+    Factors,
+    GroupedBranch,
+    Layer,
+    SingleBranch,
+    TokenGrid,
+    adapted_linear,
+    pad_factors,
+)
+from veneer.kernels.lora.reference import AdapterTerm, adapted
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 MASTER = {torch.float64: torch.float64, torch.float32: torch.float32, torch.bfloat16: torch.float32}
@@ -28,7 +36,7 @@ class Case:
         self.layers: list[Layer] = [
             (self.random(o, k, dtype=dtype) / k**0.5, self.random(o, dtype=dtype) if bias else None) for o in outs
         ]
-        self.shares: list[Share] = []
+        self.shares: list[SingleBranch] = []
 
     def random(self, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
         return torch.randn(*shape, generator=self.draw, dtype=torch.float64).to(dtype)
@@ -52,7 +60,7 @@ class Case:
             None if r is None else self.factors(h, r, dora, (p, 7 * len(self.shares) + h) if p else None)
             for h, r in enumerate(ranks)
         ]
-        self.shares.append(Share(rows, weight, factors))
+        self.shares.append(SingleBranch(rows, weight, factors))
 
     def leaves(self) -> list[Tensor]:
         masters = [m for share in self.shares for m in share.masters if m is not None]
@@ -65,8 +73,10 @@ class Case:
         self, cells: list[Tensor], factors: list[list[Factors | None]], weights: list[Any]
     ) -> tuple[Tensor, ...]:
         """All adapters as one branch."""
-        grid = Grid(cells, weights)
-        return adapted_linear(self.x, self.layers, [Bundle(grid, factors, stack(factors, self.layers, grid))])
+        grid = TokenGrid(cells, weights)
+        return adapted_linear(
+            self.x, self.layers, [GroupedBranch(grid, factors, pad_factors(factors, self.layers, grid))]
+        )
 
     def plain(self) -> tuple[Tensor, ...]:
         return tuple(self._plain(h) for h in range(len(self.layers)))
@@ -79,7 +89,7 @@ class Case:
         return adapted(y.reshape(-1, y.shape[-1]), x_NK, bias, terms).view(y.shape)
 
 
-def term(share: Share, f: Factors, cells: int) -> Term:
+def term(share: SingleBranch, f: Factors, cells: int) -> AdapterTerm:
     rows = torch.arange(cells)[share.rows] if isinstance(share.rows, slice) else share.rows
     gain = None if f.magnitude is None or f.norm is None else f.magnitude.to(f.norm.dtype) / f.norm
 
@@ -89,7 +99,7 @@ def term(share: Share, f: Factors, cells: int) -> Term:
     dropout = f.dropout
     dropping = None if dropout is None else (lambda x: drop(x, *dropout))
     weight = share.weight.to(torch.float64) if isinstance(share.weight, Tensor) else share.weight
-    return Term(rows, weight, low, dropping, gain)
+    return AdapterTerm(rows, weight, low, dropping, gain)
 
 
 def relative(a: Tensor, b: Tensor) -> float:
@@ -165,7 +175,7 @@ def test_a_magnitude_of_zero_has_its_gradient() -> None:
     assert factors.magnitude is not None
     with torch.no_grad():
         factors.magnitude[5] = 0
-    case.shares = [Share(None, 1.0, [factors])]
+    case.shares = [SingleBranch(None, 1.0, [factors])]
     check(case)
 
 
@@ -177,7 +187,7 @@ def test_a_gain_of_one_changes_no_bit() -> None:
         squared = squared_row_norms(weight)
         zero = torch.zeros(24, 4)
         factors = Factors(torch.randn(4, 16), zero, 2.0, squared.sqrt(), squared.sqrt())
-        y = adapted_linear(case.x, case.layers, [Share(None, 1.0, (factors,))])[0]
+        y = adapted_linear(case.x, case.layers, [SingleBranch(None, 1.0, (factors,))])[0]
         assert torch.equal(y, F.linear(case.x, weight))
 
 
@@ -351,5 +361,5 @@ def test_a_bundle_with_a_magnitude_of_zero_has_its_gradient() -> None:
     assert factors[1].magnitude is not None
     with torch.no_grad():
         factors[1].magnitude[5] = 0
-    case.shares = [Share(own, 1.0, [f]) for own, f in zip(cells, factors, strict=True)]
+    case.shares = [SingleBranch(own, 1.0, [f]) for own, f in zip(cells, factors, strict=True)]
     check(case, case.bundled(cells, [[f] for f in factors], [1.0, 1.0]))

@@ -13,11 +13,11 @@ from tests.adapters.made import nudge
 from tests.kernels.test_lora_linear import TOLERANCE, Case, check, relative
 
 from veneer.adapters import DoRA, LoRA, attach
-from veneer.adapters.runtime import fast_path as fused
+from veneer.adapters.runtime import fast_path
 from veneer.kernels import cpp_library as native
 from veneer.kernels.frozen_linear import linear, longest_product
 from veneer.kernels.lora.dora_norm import dora_norm_plain, dora_norms, squared_row_norms
-from veneer.kernels.lora.linear import Factors, Native, adapted_linear, fits
+from veneer.kernels.lora.linear import AdapterSpan, Factors, NativeBranch, adapted_linear, fits
 from veneer.kernels.lora.native import agrees
 from veneer.testing import tiny
 
@@ -30,14 +30,14 @@ class NativeCase(Case):
     def fused(self) -> tuple[torch.Tensor, ...]:
         return adapted_linear(self.x, self.layers, [self.branch()])
 
-    def branch(self, *, lasting: bool = False) -> Native:
-        runs: list[Any] = []
+    def branch(self, *, lasting: bool = False) -> NativeBranch:
+        spans: list[AdapterSpan] = []
         for share in self.shares:
             parts = dict(share.parts)
             factors = [parts.get(h) for h in range(len(self.layers))]
             assert fits(self.layers, factors)
-            runs.append((share.rows, share.weight, factors))
-        return Native(self.layers, runs, lasting=lasting)
+            spans.append(AdapterSpan(share.rows, share.weight, factors))
+        return NativeBranch(self.layers, spans, lasting=lasting)
 
 
 @pytest.mark.usefixtures("native_kernels")
@@ -225,13 +225,13 @@ def test_what_it_does_not_know_is_left_to_the_plain_forms() -> None:
 def test_the_check_at_the_start_tells_right_from_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     """It passes here, and would not if one gradient were a tenth too large."""
     assert agrees()
-    inner = Native.gradients_
+    inner = NativeBranch.gradients_
 
-    def wrong(self: Native, back: Any, kept: Any) -> Any:
+    def wrong(self: NativeBranch, back: Any, kept: Any) -> Any:
         first, *others = inner(self, back, kept)
         return [first * 1.1, *others]
 
-    monkeypatch.setattr(Native, "gradients_", wrong)
+    monkeypatch.setattr(NativeBranch, "gradients_", wrong)
     assert not agrees()
 
 
@@ -258,15 +258,15 @@ def test_frozen_adapters_are_packed_once(dtype: torch.dtype, rows: int, monkeypa
     bank = attach(model)
     for i, name in enumerate("abc"):
         nudge(bank.add(name, (DoRA if i else LoRA)(r=4 * (i + 1))), by=0.1, seed=i).requires_grad_(False)
-    made: list[Native] = []
-    init = Native.__init__
+    made: list[NativeBranch] = []
+    init = NativeBranch.__init__
 
-    def seen(self: Native, *args: Any, **kwargs: Any) -> None:
+    def seen(self: NativeBranch, *args: Any, **kwargs: Any) -> None:
         init(self, *args, **kwargs)
         made.append(self)
 
-    monkeypatch.setattr(Native, "__init__", seen)
-    monkeypatch.setattr(fused, "_FEW", {})
+    monkeypatch.setattr(NativeBranch, "__init__", seen)
+    monkeypatch.setattr(fast_path, "_FEW", {})
     batch = torch.randint(3, 300, (4, rows), generator=torch.Generator().manual_seed(rows))
 
     def run() -> torch.Tensor:
@@ -299,7 +299,7 @@ def test_frozen_adapters_with_few_tokens_each(dtype: torch.dtype, turned: bool) 
     with torch.no_grad():
         first, second = (adapted_linear(case.x, case.layers, [branch]) for _ in range(2))
         expected = case.plain()
-    assert branch._wholes == {9: dtype == torch.bfloat16 and longest_product() > 0}
+    assert branch._with_base == {9: dtype == torch.bfloat16 and longest_product() > 0}
     for a, b, c in zip(first, second, expected, strict=True):
         assert torch.equal(a, b) and relative(a, c) < TOLERANCE[dtype]
 
@@ -328,8 +328,10 @@ def test_threads_share_a_branch() -> None:
     weight = model.model.layers[0].self_attn.q_proj.weight
     layers = [(weight, None)]
     site = "model.layers.0.self_attn.q_proj"
-    runs = [(slice(i * 80, i * 80 + 80), 1.0, [_factors_of(bank[name], site)]) for i, name in enumerate("ab")]
-    branch = Native(layers, runs, lasting=True)
+    spans = [
+        AdapterSpan(slice(i * 80, i * 80 + 80), 1.0, [_factors_of(bank[name], site)]) for i, name in enumerate("ab")
+    ]
+    branch = NativeBranch(layers, spans, lasting=True)
     inputs = [torch.randn(160, weight.shape[1], generator=torch.Generator().manual_seed(i)) for i in range(2)]
     with torch.no_grad():
         expected = [adapted_linear(x, layers, [branch])[0] for x in inputs]

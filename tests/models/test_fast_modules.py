@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from veneer.adapters import LoRA, attach
-from veneer.models.fast_modules import fuse, unfuse
+from veneer.models.fast_modules import fast_modules, fuse, unfuse
 from veneer.testing import tiny
 
 IDS = torch.arange(24).reshape(4, 6) % 60 + 1
@@ -62,20 +62,26 @@ def test_same_numbers(arch: str, dtype: torch.dtype) -> None:
 
 
 def test_undone_without_a_trace() -> None:
-    """After unfuse, and after a bank's detach, every module is what it was and computes the same bits."""
+    """After unfuse and after the context, with a bank attached and detached around it, every module computes the same bits."""
     model = frozen("llama", torch.float32)
     before = [dict(module.__dict__) for module in model.modules()]
     logits = model(input_ids=IDS).logits
-    for undo in (lambda: unfuse(model), lambda: attach_and_detach(model)):
-        fuse(model)
-        undo()
+    for use in (fuse_and_unfuse, attach_inside):
+        use(model)
         assert [module.__dict__.keys() for module in model.modules()] == [own.keys() for own in before]
         assert torch.equal(model(input_ids=IDS).logits, logits)
 
 
-def attach_and_detach(model: Any) -> None:
+def fuse_and_unfuse(model: Any) -> None:
+    fuse(model)
+    unfuse(model)
+
+
+def attach_inside(model: Any) -> None:
     bank = attach(model)
     bank.add("a", LoRA(r=2))
+    with fast_modules(model) as found:
+        assert any(found.values())
     bank.detach()
 
 

@@ -12,14 +12,7 @@ METHODS = PACKAGE / "adapters" / "methods"
 CLASSES = {"LoRA", "DoRA"}
 NAMES = {"lora", "dora"}
 
-KNOWN: set[str] = {
-    "veneer.adapters.adapter",
-    "veneer.adapters.compatibility",
-    "veneer.adapters.overrides",
-    "veneer.adapters.runtime.fast_path",
-    "veneer.adapters.runtime.forward",
-    "veneer.adapters.runtime.grouping",
-}
+KNOWN: set[str] = set()
 """Modules that still ask."""
 
 

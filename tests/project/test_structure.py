@@ -12,18 +12,6 @@ from tests.project.source import PACKAGE, ROOT, circles, dotted, import_graph, m
 FOLDER_FILES = 15
 
 KNOWN_CIRCLES: set[str] = {
-    "veneer.adapters.attach",
-    "veneer.adapters.bank",
-    "veneer.adapters.call_check",
-    "veneer.adapters.compatibility",
-    "veneer.adapters.merge",
-    "veneer.adapters.module",
-    "veneer.adapters.overrides",
-    "veneer.adapters.runtime.fast_path",
-    "veneer.adapters.runtime.forward",
-    "veneer.adapters.runtime.frozen",
-    "veneer.adapters.runtime.grouping",
-    "veneer.adapters.runtime.tracker",
     "veneer.models.flat",
     "veneer.models.flat_check",
 }
@@ -50,12 +38,7 @@ KNOWN_CLASSES: set[str] = {
 
 KNOWN_MISSING: set[str] = {
     "attention_native.py",
-    "chart.py",
     "elementwise.py",
-    "folded.py",
-    "fused.py",
-    "own.py",
-    "passes.py",
     "probe.py",
 }
 """Names of files in docstrings and comments that are still out of date."""

@@ -45,7 +45,7 @@ def fast(bank: Bank, optimizer: torch.optim.Optimizer, rows: list[Example]) -> l
 
 def plain(bank: Bank, optimizer: torch.optim.Optimizer, rows: list[Example]) -> list[float]:
     """Padded rows through the model's own forward, logits of all tokens, the plain form of every layer."""
-    bank.fused = False
+    bank.fast_path = False
     width = max(map(len, rows))
     ids = torch.zeros(len(rows), width, dtype=torch.long)
     mask, weights = torch.zeros_like(ids), torch.zeros(len(rows), width)

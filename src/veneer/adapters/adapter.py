@@ -1,7 +1,7 @@
-"""An adapter: a name, a frozen method and its tensors by site. An object of its own, not a state of a model.
+"""An adapter: a name, a frozen method and its tensors by site. It is an object, not a state of a model.
 
-It can be made, loaded, saved, composed and looked at without a model in memory. Tensors are exact-rank masters in fp32 (fp64 on an
-fp64 base); what a layer computes with is cast from them, so an optimizer never sees anything else.
+It can be made, loaded, saved, composed and inspected without a model in memory. Tensors are exact-rank masters in fp32 (fp64 on an fp64
+base); layers compute with casts of them, so an optimizer sees the masters only.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.adapters.layers.site import Site
+from veneer.adapters.layers.site import Site, Survey
 from veneer.adapters.methods import Method
 from veneer.adapters.targets import by_pattern
 from veneer.errors import AdapterError
@@ -26,11 +26,16 @@ BASE_NAME = "base"
 class Adapter:
     """A trained, or trainable, change to a base.
 
-    name: how routes call it. method: `LoRA` or `DoRA`, frozen. tensors: {site: {tensor name: Parameter}} in PEFT's names and shapes.
-    overrides: whole weights, biases and rows at some places, {place: {"weight", "bias", "rows" or "lora_bias": Parameter}};
-    one Parameter may stand at two places. tokens: which tokens the rows are of. kinds: the layer kind of each site. alphas: lora_alpha
-    of each site. seed: of the initialiser and of dropout. draws: how many training passes have drawn dropout so far. meta: what its file
-    says of its origin.
+    Attributes:
+        name: its name in routes.
+        method: `LoRA` or `DoRA`, frozen.
+        tensors: {site: {tensor name: Parameter}} in PEFT's names and shapes.
+        overrides: {site: {"weight", "bias", "rows" or "lora_bias": Parameter}}; two sites may share a Parameter.
+        tokens: the tokens of the overridden rows, by site.
+        kinds: the layer kind of each site.
+        seed: seed of the initialiser and of dropout.
+        draws: number of training passes that have drawn dropout so far.
+        meta: what its file says of its origin.
     """
 
     def __init__(
@@ -76,19 +81,20 @@ class Adapter:
         return self.method.scaling(self.rank(site), self.alpha(site))
 
     def follows_at(self, site: Site) -> bool:
-        """Whether this adapter acts on an output head through the factors of the embedding that the head is tied to."""
+        """Whether the adapter acts on an output head through the factors of the embedding that the head is tied to."""
         return self.method.ensure_weight_tying and site.tied_to in self.tensors and site.name not in self.tensors
 
-    def acts_at(self, site: Site) -> bool:
-        """Whether this adapter has a low-rank change at a site, of its own or an embedding's that the site follows."""
-        return site.name in self.tensors or self.follows_at(site)
+    def sites(self, survey: Survey) -> list[Site]:
+        """Sites whose forward the adapter takes part in, tied heads and layers with overrides included."""
+        found = [survey.site(name) for name in dict.fromkeys([*self.tensors, *self.overrides])]
+        return found + [site for site in survey.sites.values() if self.follows_at(site)]
 
     def named_tensors(self) -> Iterator[tuple[str, str, nn.Parameter]]:
-        """(site, name, tensor) of everything that the adapter holds, the low-rank changes first; what two places share comes once."""
+        """(site, name, tensor) of everything that the adapter holds, low-rank changes first; a shared tensor comes once."""
         seen: set[int] = set()
         for table in (self.tensors, self.overrides):
-            for site, own in table.items():
-                for key, value in own.items():
+            for site, tensors in table.items():
+                for key, value in tensors.items():
                     if id(value) not in seen:
                         seen.add(id(value))
                         yield site, key, value
@@ -99,7 +105,7 @@ class Adapter:
             yield value
 
     def num_parameters(self) -> int:
-        """How many numbers the adapter holds."""
+        """Number of trainable values."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def requires_grad_(self, on: bool = True) -> Adapter:
@@ -131,14 +137,14 @@ def new_adapter(
 ) -> Adapter:
     """A fresh adapter over ``sites`` that leaves the base's output exactly as it is; in fp32, or in fp64 where the base is.
 
-    Each site draws from a stream of its own, so that the values at one site do not depend on which others are adapted.
+    Each site has its own random stream, so that the values at one site do not depend on which others are adapted.
     """
     tensors: dict[str, dict[str, Tensor]] = {}
     for site in sites:
         r = by_pattern(method.rank_pattern, site.name, method.r)
         dtype = torch.promote_types(site.weight.dtype, torch.float32)
         if site.weight.is_meta:
-            # A base without values: shapes are all there is, for counting and planning.
+            # A base without values: shapes are enough for counting and planning.
             shapes = method.tensor_shapes(site.geometry, r)
             tensors[site.name] = {key: torch.empty(shape, dtype=dtype, device="meta") for key, shape in shapes.items()}
             continue
@@ -149,13 +155,13 @@ def new_adapter(
 
 
 def stream_seed(*parts: object) -> int:
-    """A 63-bit seed that is a function of its parts alone, the same in every process."""
+    """A 63-bit seed that depends on its parts alone, the same in every process."""
     digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
 def check_name(name: str) -> str:
-    """The name itself, if it can stand in routes, files and URLs.
+    """The name, if it is valid in routes, files and URLs.
 
     Raises AdapterError otherwise.
     """
@@ -168,10 +174,10 @@ def check_name(name: str) -> str:
 
 
 def _parameters(tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, nn.Parameter]]:
-    """The same tables with every tensor a Parameter; a tensor that stands twice stays one."""
+    """The same tables with every tensor a Parameter; a tensor that occurs twice stays one."""
     made: dict[int, nn.Parameter] = {}
-    for own in tensors.values():
-        for value in own.values():
+    for table in tensors.values():
+        for value in table.values():
             if id(value) not in made:
                 made[id(value)] = value if isinstance(value, nn.Parameter) else nn.Parameter(value)
-    return {site: {key: made[id(value)] for key, value in own.items()} for site, own in tensors.items()}
+    return {site: {key: made[id(value)] for key, value in table.items()} for site, table in tensors.items()}

@@ -1,13 +1,12 @@
-"""The bank: every adapter that is attached to one base, and the door through which they are used.
+"""The bank: every adapter that is attached to one base, and how they are used.
 
     bank = attach(model)
     bank.add("sql", LoRA(r=16)); bank.load("runs/style/adapter", name="style")
     with bank.use(["sql", None, {"sql": 0.7, "style": 0.3}]):
         model(**batch)
 
-Slot 0 is the base; each adapter has a slot of its own. Which adapters act is an argument of the batch: `use` holds a route for the
-length of its context, under one owner, and nothing else in the model changes. Adding, loading and removing cost in proportion to
-the adapter's own tensors.
+Which adapters act is an argument of the batch: `use` holds a route for the length of its context, owned by one thread, and nothing else
+in the model changes. Adding, loading and removing cost in proportion to the adapter's own tensors.
 """
 
 from __future__ import annotations
@@ -21,22 +20,23 @@ import torch
 from torch import Tensor, nn
 
 from veneer.adapters.adapter import Adapter, check_name, new_adapter
-from veneer.adapters.attach import Patches
 from veneer.adapters.call_check import CallMonitor
-from veneer.adapters.compatibility import check_fit, check_tying
+from veneer.adapters.compatibility import check_fit, check_overrides, check_tying
 from veneer.adapters.layers.site import Site, Survey
 from veneer.adapters.merge import merged_state_dict, unties
 from veneer.adapters.methods import Method
 from veneer.adapters.module import adapter_module
-from veneer.adapters.overrides import fresh_own
-from veneer.adapters.runtime.route import Mix, Route, RouteLike
+from veneer.adapters.overrides import fresh_overrides
+from veneer.adapters.patches import Patches
+from veneer.adapters.runtime.route import Route, RouteLike
+from veneer.adapters.runtime.runtime import Runtime
 from veneer.adapters.runtime.tracker import RouteTracker
 from veneer.adapters.targets import select
 from veneer.errors import AdapterError, RouteError
 
 
 class FolderFormat(Protocol):
-    """How adapters are read from and written to folders; handed in, so that this room knows no file format."""
+    """How adapters are read from and written to folders; handed in, so that this package knows no file format."""
 
     def find(self, path: Path) -> tuple[str, Path]:
         """(name, folder) of the adapter that a path means."""
@@ -52,7 +52,13 @@ class FolderFormat(Protocol):
 
 
 class Bank:
-    """Adapters attached to one base. Made by `attach`; ended by `detach`."""
+    """Adapters attached to one base. Made by `attach`; ended by `detach`.
+
+    Attributes:
+        model: the base.
+        survey: its sites; also as ``sites``, ``uncovered``, ``tied`` and ``vector_layers`` (layers without a matrix, such as norms).
+        runtime: what adapted layers read.
+    """
 
     def __init__(
         self,
@@ -64,57 +70,53 @@ class Bank:
         folders: FolderFormat | None = None,
     ) -> None:
         self.model = model
+        self.survey = survey
         self.sites: dict[str, Site] = survey.sites
         self.uncovered: dict[str, str] = survey.uncovered
         self.tied: dict[str, tuple[str, ...]] = survey.tied
         self.vector_layers: dict[str, Site] = survey.vector_layers
-        """Layers without a host where an adapter can have values of its own (norms)."""
-        self.fused = True
-        """Whether layers may take the fast form; off, all take the plain one."""
-        self.traffic = RouteTracker(self)
-        self.wiring = Patches(self)
-        self.lookout = CallMonitor(self, survey, called=called, rows_known=rows_known)
+        self._adapters: dict[str, Adapter] = {}
+        monitor = CallMonitor(model, survey, self._adapters, called=called, rows_known=rows_known)
+        self.runtime = Runtime(self._adapters, RouteTracker(self._adapters, monitor), self)
+        self._patches = Patches(model, self.runtime, survey.sites)
         self._folders = folders
-        self._slots: dict[str, Adapter] = {}
-        self._numbers: dict[str, int] = {}
-        self._next_slot = 1
         self._detached = False
+
+    @property
+    def fast_path(self) -> bool:
+        """Whether layers may use the fast path; if not, all use the plain one."""
+        return self.runtime.fast_path
+
+    @fast_path.setter
+    def fast_path(self, on: bool) -> None:
+        self.runtime.fast_path = on
 
     # What is in the bank
 
     @property
     def names(self) -> list[str]:
         """Names of the adapters, in the order in which they came."""
-        return list(self._slots)
+        return list(self._adapters)
 
     def __getitem__(self, name: str) -> Adapter:
         try:
-            return self._slots[name]
+            return self._adapters[name]
         except KeyError:
-            have = ", ".join(self._slots) or "none"
+            have = ", ".join(self._adapters) or "none"
             raise AdapterError(f'the bank has no adapter "{name}"; it has: {have}') from None
 
     def __contains__(self, name: str) -> bool:
-        return name in self._slots
+        return name in self._adapters
 
     def __len__(self) -> int:
-        return len(self._slots)
+        return len(self._adapters)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._slots)
-
-    def slot(self, name: str | None) -> int:
-        """The slot of an adapter; 0 is the base."""
-        return 0 if name is None else self._numbers[self[name].name]
+        return iter(self._adapters)
 
     def sites_of(self, name: str) -> list[Site]:
-        """Sites whose forward an adapter takes part in, a tied head and places with values of its own among them."""
-        adapter = self[name]
-        names = dict.fromkeys([*adapter.tensors, *adapter.overrides])
-        sites = [self.sites.get(name) or self.vector_layers[name] for name in names]
-        if adapter.method.ensure_weight_tying:
-            sites += [site for site in self.sites.values() if site.tied_to is not None and adapter.follows_at(site)]
-        return sites
+        """Sites whose forward an adapter takes part in, a tied head and layers with overrides included."""
+        return self[name].sites(self.survey)
 
     # Adapters in and out
 
@@ -124,51 +126,56 @@ class Bank:
         Raises TargetError for patterns that match nothing, AdapterError for a name that is taken or unfit.
         """
         self._check_free(name)
-        chosen = select(self.lookout.survey, method, method.kinds)
-        own, tokens = fresh_own(self.model, self.lookout.survey, method, chosen)
-        check_tying(method, [*chosen, *own], self.sites)
+        chosen = select(self.survey, method, method.kinds)
+        overrides, tokens = fresh_overrides(self.model, self.survey, method, chosen)
+        check_tying(method, [*chosen, *overrides], self.sites)
         if method.ensure_weight_tying:
             # A head that was chosen too takes the embedding's factors, as in PEFT, and none of its own.
             chosen = [site for site in chosen if self.sites[site].tied_to not in chosen]
-        # As in PEFT, a layer that is trained whole is not adapted too.
-        sites = [self.sites[site] for site in chosen if "weight" not in own.get(site, ())]
-        return self.insert(new_adapter(name, method, sites, seed=seed, overrides=own, tokens=tokens))
+        # As in PEFT, a layer whose weight is overridden is not adapted too.
+        sites = [self.sites[site] for site in chosen if "weight" not in overrides.get(site, ())]
+        adapter = new_adapter(name, method, sites, seed=seed, overrides=overrides, tokens=tokens)
+        check_overrides(adapter, self.survey)
+        return self._install(adapter)
 
     def insert(self, adapter: Adapter) -> Adapter:
-        """Put an existing adapter into the bank, after holding its tensors against this base.
+        """Put an existing adapter into the bank, after checking its tensors against this base.
 
-        Raises AdapterError with every site that is missing or of another shape, or if the model is not this bank's to change.
+        Raises AdapterError with every site that is missing or of another shape, or if another library changed the model.
         """
         self._check_free(adapter.name)
         self.check_fit(adapter)
-        self.wiring.check()
-        self._slots[adapter.name] = adapter
-        self._numbers[adapter.name] = self._next_slot
-        self._next_slot += 1
-        self.traffic.charts.clear()
-        for site in self.sites_of(adapter.name):
-            self.wiring.install(site, adapter.name)
+        return self._install(adapter)
+
+    def _install(self, adapter: Adapter) -> Adapter:
+        self._patches.check()
+        self._adapters[adapter.name] = adapter
+        self.runtime.tracker.mapping.clear()
+        for site in adapter.sites(self.survey):
+            self._patches.install(site, adapter)
         return adapter
 
     def check_fit(self, adapter: Adapter) -> None:
         """Raise AdapterError unless every tensor of the adapter fits the site that it names; TargetError where its tying cannot be."""
-        check_fit(adapter, self.sites, self.vector_layers)
+        check_fit(adapter, self.survey)
         check_tying(adapter.method, [*adapter.tensors, *adapter.overrides], self.sites)
 
     def remove(self, name: str) -> None:
-        """Take an adapter out; layers that no other adapter acts on go back to what they were.
+        """Take an adapter out; layers that no other adapter acts on are restored.
 
         Raises RouteError while a route that uses it is active.
         """
         sites = self.sites_of(name)
-        if name in self.traffic.names_in_use():
+        tracker = self.runtime.tracker
+        if name in tracker.names_in_use():
             raise RouteError(f'adapter "{name}" is in use by an active route; leave its context first')
-        self.wiring.check()
+        self._patches.check()
         for site in sites:
-            self.wiring.uninstall(site, name)
-        self.lookout.forget(name)
-        self.traffic.charts.clear()
-        del self._slots[name], self._numbers[name]
+            self._patches.uninstall(site, name)
+        tracker.monitor.forget(name)
+        tracker.mapping.clear()
+        self.runtime.frozen.forget(name)
+        del self._adapters[name]
 
     def load(self, path: str | Path, name: str | None = None, **options: Any) -> Adapter:
         """Read an adapter into the bank, strictly. ``path`` is a PEFT folder, its .safetensors file, or a run.
@@ -194,16 +201,15 @@ class Bank:
         """Optimizer groups of an adapter: B at ``loraplus_lr_ratio`` times the rate of the rest (LoRA+)."""
         adapter = self[name]
         ratio = adapter.method.loraplus_lr_ratio
-        fast = [
-            p for own in adapter.tensors.values() for key, p in own.items() if key in ("lora_B", "lora_embedding_B")
-        ]
+        ups = {site: adapter.method.factor_names(kind)[1] for site, kind in adapter.kinds.items()}
+        fast = [tensors[ups[site]] for site, tensors in adapter.tensors.items()]
         known = {id(p) for p in fast}
         rest = [p for p in adapter.parameters() if id(p) not in known]
         return [{"params": rest, "lr": lr}, {"params": fast, "lr": lr * ratio}]
 
     def module(self, name: str) -> nn.Module:
-        """The base under one adapter, as a module whose parameters and state_dict are the adapter's: what transformers' Trainer, or any
-        other loop that zeroes, clips and saves by the module it is given, has to be given."""
+        """The base under one adapter, as a module whose parameters and state_dict are the adapter's, for transformers' Trainer or any other
+        loop that zeroes, clips and saves the module that it is given."""
         return adapter_module(self, name)
 
     # Use
@@ -214,12 +220,15 @@ class Bank:
     ) -> Iterator[Bank]:
         """Route every call of the model inside this context.
 
-        route: an adapter's name, None for the base, a mix {name: weight}, a list of these row by row, or `Route.tokens(...)`.
-        repeat: consecutive rows of the batch for each entry of a list, as beam search makes them.
-        keep: which tokens the head sees, where it does not see all [K].
-        training: whether adapters drop out; by default what the layers' own train() and eval() say.
+        Args:
+            route: an adapter's name, None for the base, a mix {name: weight}, a list of these row by row, or `Route.tokens(...)`.
+            repeat: consecutive rows of the batch for each entry of a list, as beam search makes them.
+            keep: indices of the tokens that the head receives, if it does not receive all [K].
+            training: whether adapters drop out; by default the layers' own train() and eval() modes.
 
-        Raises RouteError while another owner's route is active; AdapterError for names that are not in the bank.
+        Raises:
+            RouteError: another thread's route is active.
+            AdapterError: a name is not in the bank.
         """
         parsed = Route.parse(route, repeat)
         if self._detached and parsed.names:
@@ -227,29 +236,29 @@ class Bank:
         devices: dict[str, torch.device] = {}
         for name in parsed.names:
             self._ready(self[name], devices)
-        with self.traffic.hold(parsed, keep, training):
+        with self.runtime.tracker.hold(parsed, keep, training):
             yield self
 
     # The end
 
     def merged_state_dict(self, route: RouteLike) -> dict[str, Tensor]:
         """The base's state_dict with the adapters of a one-row route, a weighted mix too, merged in: the base's names, new tensors."""
-        return merged_state_dict(self, self._one_mix(route))
+        return merged_state_dict(self.model, self.survey, self._one_mix(route))
 
     def unties(self, route: RouteLike) -> list[tuple[str, ...]]:
         """Groups of modules whose shared weight comes apart when ``route`` is merged."""
-        return unties(self, self._one_mix(route))
+        return unties(self.survey, self._one_mix(route))
 
     def detach(self) -> None:
-        """Take everything off the model: it is to the bit what it was before `attach`. The adapters stay in this object.
+        """Restore the model to the bit. The adapters stay in this object. Take `fast_modules` off first, if they were put on.
 
         Raises RouteError while a route is active.
         """
-        if self.traffic.lease is not None:
+        if self.runtime.tracker.context is not None:
             raise RouteError("the bank cannot be detached while a route is active; leave its context first")
-        self.wiring.check()
-        self.wiring.remove_all()
-        self.traffic.charts.clear()
+        self._patches.check()
+        self._patches.remove_all()
+        self.runtime.tracker.mapping.clear()
         self._detached = True
 
     # Inside
@@ -263,27 +272,27 @@ class Bank:
         check_name(name)
         if self._detached:
             raise AdapterError("this bank is detached from its model; attach again for a new one")
-        if name in self._slots:
+        if name in self._adapters:
             raise AdapterError(f'the bank already has an adapter "{name}"; remove it first, or choose another name')
 
     def _ready(self, adapter: Adapter, devices: dict[str, torch.device]) -> None:
         """Move an adapter's tensors to where its layers are, in place, so that optimizers keep hold of them.
 
-        devices: where layers are, as far as they were looked at. Raises AdapterError where the model has lost a layer that it had, or
+        ``devices`` holds where layers are, as far as known. Raises AdapterError where the model has lost a layer that it had, or
         where a tensor has no values.
         """
         for table in (adapter.tensors, adapter.overrides):
-            for name, own in table.items():
+            for name, tensors in table.items():
                 device = devices.get(name)
                 if device is None:
                     device = devices[name] = self._device(name, adapter)
-                for key, parameter in own.items():
+                for key, parameter in tensors.items():
                     if parameter.device != device:
                         self._move(adapter, f"{name}.{key}", parameter, device)
 
     def _device(self, name: str, adapter: Adapter) -> torch.device:
         site = self.sites.get(name) or self.vector_layers[name]
-        if not site.stands():
+        if not site.is_current():
             raise AdapterError(
                 f'{name}: the model has another layer here than when the bank was attached, so adapter "{adapter.name}" would '
                 "do nothing there; detach and attach again after changing the model"
@@ -298,10 +307,8 @@ class Bank:
             )
         parameter.data = parameter.data.to(device)
 
-    def _one_mix(self, route: RouteLike) -> Mix:
+    def _one_mix(self, route: RouteLike) -> list[tuple[Adapter, float]]:
         parsed = Route.parse(route)
         if not parsed.uniform:
             raise RouteError("merging takes a route of one row: a name, or a weighted mix {name: weight}")
-        for name in parsed.names:
-            self[name]
-        return parsed.mixes[0]
+        return [(self[name], weight) for name, weight in parsed.mixes[0]]

@@ -1,32 +1,37 @@
-"""Does an adapter fit a base? Its tensors against the sites that they name, every problem told at once."""
+"""Checks of an adapter against a base: its tensors against the sites that they name, all problems in one error."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from veneer.adapters.adapter import Adapter
-from veneer.adapters.layers.site import Site
+from veneer.adapters.layers.site import Site, Survey
 from veneer.adapters.methods import Method
 from veneer.adapters.overrides import problems_of
 from veneer.errors import AdapterError, Problems, TargetError
 
 
-def check_fit(adapter: Adapter, sites: Mapping[str, Site], places: Mapping[str, Site]) -> None:
+def check_fit(adapter: Adapter, survey: Survey) -> None:
     """Raise AdapterError unless the adapter has tensors, and every one of them fits the site that it names."""
+    problems = [problem for name in adapter.tensors for problem in _problems_at(adapter, name, survey.sites.get(name))]
+    check_overrides(adapter, survey, problems)
+
+
+def check_overrides(adapter: Adapter, survey: Survey, others: Iterable[str] = ()) -> None:
+    """`check_fit` for an adapter whose factors were made for this base. ``others``: problems that were found before."""
     problems = Problems()
     if not adapter.tensors and not adapter.overrides:
         problems.add("it has no tensors, so it would do nothing")
-    for name in adapter.tensors:
-        for problem in _problems_at(adapter, name, sites.get(name)):
-            problems.add(problem)
+    for problem in others:
+        problems.add(problem)
     for name in adapter.overrides:
-        for problem in problems_of(adapter, name, sites.get(name) or places.get(name)):
+        for problem in problems_of(adapter, name, survey.find(name)):
             problems.add(problem)
     problems.raise_if_any(AdapterError, f'adapter "{adapter.name}" does not fit this base')
 
 
 def _problems_at(adapter: Adapter, name: str, site: Site | None) -> list[str]:
-    own = adapter.tensors[name]
+    tensors = adapter.tensors[name]
     if site is None:
         return [f"{name}: the base has no such layer"]
     kind = adapter.kinds.get(name)
@@ -35,20 +40,22 @@ def _problems_at(adapter: Adapter, name: str, site: Site | None) -> list[str]:
     found = [f"{name}: {site.reason}"] if site.reason else []
     names = adapter.method.tensor_names(site.kind)
     found += [
-        f"{name}: {adapter.method.name} has a tensor {key} here, which is missing" for key in names if key not in own
+        f"{name}: {adapter.method.name} has a tensor {key} here, which is missing"
+        for key in names
+        if key not in tensors
     ]
-    found += [f"{name}: {adapter.method.name} has no tensor {key}" for key in own if key not in names]
+    found += [f"{name}: {adapter.method.name} has no tensor {key}" for key in tensors if key not in names]
     if found:
         return found
     expected = adapter.method.tensor_shapes(site.geometry, adapter.rank(name))
-    for key, tensor in own.items():
+    for key, tensor in tensors.items():
         if tuple(tensor.shape) != expected[key]:
             found.append(f"{name}.{key}: expected shape {expected[key]}, found {tuple(tensor.shape)}")
     return found
 
 
 def check_tying(method: Method, names: list[str], sites: Mapping[str, Site]) -> None:
-    """Raise TargetError where an adapter shall act on a tied head through its embedding and cannot."""
+    """Raise TargetError where an adapter must act on a tied head through its embedding and cannot."""
     if not method.ensure_weight_tying:
         return
     if not method.serves_tied_head and not method.modules_to_save:

@@ -1,4 +1,4 @@
-"""Merging: a plain state_dict of the base's own names with the change in it.
+"""Merging: a plain state_dict with the base's own names and the change in its weights.
 
     W' = W + sum_j w_j (W'_j - W)
 
@@ -8,49 +8,47 @@ weight that two modules share (a tied embedding and head) is written twice when 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from veneer.adapters.layers.site import Site
-from veneer.adapters.overrides import own_deltas, own_matrix, vector_changes
-from veneer.adapters.runtime.route import Mix
+from veneer.adapters.adapter import Adapter
+from veneer.adapters.layers.site import Site, Survey
+from veneer.adapters.overrides import matrix_deltas, override_matrix, vector_deltas
 from veneer.errors import AdapterError
 
-if TYPE_CHECKING:
-    from veneer.adapters.bank import Bank
+Weighted = Sequence[tuple[Adapter, float]]
 
 
-def merged_weight(bank: Bank, site: Site, mix: Mix, dtype: torch.dtype | None = None) -> Tensor | None:
+def merged_weight(site: Site, mix: Weighted, dtype: torch.dtype | None = None) -> Tensor | None:
     """The merged weight of one site in its stored layout and ``dtype`` (the base's by default), or None if the mix leaves it."""
     base = site.weight_2d
     wide = torch.promote_types(base.dtype, torch.float32)
     merged: Tensor | None = None
-    for name, weight in mix:
-        adapter = bank[name]
+    for adapter, weight in mix:
         deltas = []
         if site.name in adapter.tensors:
             deltas.append(adapter.delta_2d(site.name, base))
         elif site.tied_to is not None and adapter.follows_at(site):
             deltas.append(adapter.delta_2d(site.tied_to, base.T).T)
         if site.name in adapter.overrides:
-            deltas += own_deltas(adapter, site)
+            deltas += matrix_deltas(adapter, site)
         for delta in deltas:
             merged = (base.to(wide) if merged is None else merged).add(delta.to(wide), alpha=weight)
     if merged is None:
         return None
-    return site.layer_kind.delta(site.module, merged).to(dtype or base.dtype).contiguous()
+    return site.layer_kind.stored(site.module, merged).to(dtype or base.dtype).contiguous()
 
 
-def merged_state_dict(bank: Bank, mix: Mix) -> dict[str, Tensor]:
+def merged_state_dict(model: nn.Module, survey: Survey, mix: Weighted) -> dict[str, Tensor]:
     """The attached model's state_dict with merged weights in place of adapted ones; what is not adapted is the base's own tensor.
 
     A module that the model has under several names is written under each. Raises AdapterError where the state_dict has no such name.
     """
-    state: dict[str, Tensor] = {name: value.detach() for name, value in bank.model.state_dict().items()}
-    for site in bank.sites.values():
-        merged = merged_weight(bank, site, mix)
+    state: dict[str, Tensor] = {name: value.detach() for name, value in model.state_dict().items()}
+    for site in survey.sites.values():
+        merged = merged_weight(site, mix)
         if merged is None:
             continue
         for path in site.names:
@@ -61,7 +59,7 @@ def merged_state_dict(bank: Bank, mix: Mix) -> dict[str, Tensor]:
                     "model's tensors: merge before it is installed"
                 )
             state[key] = merged
-    for key, value in _merged_vectors(bank, mix).items():
+    for key, value in _merged_vectors(survey, mix).items():
         if key not in state:
             raise AdapterError(
                 f'the base has no "{key}", which an adapter of the mix has, so it cannot be merged into the base\'s own parameters'
@@ -70,15 +68,14 @@ def merged_state_dict(bank: Bank, mix: Mix) -> dict[str, Tensor]:
     return state
 
 
-def _merged_vectors(bank: Bank, mix: Mix) -> dict[str, Tensor]:
-    """Merged biases, and merged parameters of places, by their names in the model."""
+def _merged_vectors(survey: Survey, mix: Weighted) -> dict[str, Tensor]:
+    """Merged biases, and merged parameters of vector layers, by their names in the model."""
     sums: dict[str, Tensor] = {}
     bases: dict[str, Tensor | None] = {}
-    for name, weight in mix:
-        adapter = bank[name]
-        for place in adapter.overrides:
-            site = bank.sites.get(place) or bank.vector_layers[place]
-            for key, change in vector_changes(adapter, site).items():
+    for adapter, weight in mix:
+        for name in adapter.overrides:
+            site = survey.site(name)
+            for key, change in vector_deltas(adapter, site).items():
                 base: Tensor | None = getattr(site.module, key, None)
                 for path in site.names:
                     full = f"{path}.{key}" if path else key
@@ -91,21 +88,20 @@ def _merged_vectors(bank: Bank, mix: Mix) -> dict[str, Tensor]:
     return merged
 
 
-def unties(bank: Bank, mix: Mix) -> list[tuple[str, ...]]:
+def unties(survey: Survey, mix: Weighted) -> list[tuple[str, ...]]:
     """Groups of modules that share a weight in the base and will not after merging ``mix``."""
     apart = set()
-    for name, _ in mix:
-        adapter = bank[name]
-        for group in bank.tied.values():
+    for adapter, _ in mix:
+        for group in survey.tied.values():
             touched = {site for site in group if site in adapter.tensors}
-            # One tensor of the adapter's own at all of them keeps them together.
-            if len({id(own_matrix(adapter, site)) for site in group}) > 1:
+            # One override that all of them share keeps them together.
+            if len({id(override_matrix(adapter, site)) for site in group}) > 1:
                 apart.add(group)
-            if touched and not (adapter.method.ensure_weight_tying and _follows(bank, group, touched)):
+            if touched and not (adapter.method.ensure_weight_tying and _follows(survey, group, touched)):
                 apart.add(group)
     return sorted(apart)
 
 
-def _follows(bank: Bank, group: tuple[str, ...], touched: set[str]) -> bool:
+def _follows(survey: Survey, group: tuple[str, ...], touched: set[str]) -> bool:
     """Whether every module of a group that an adapter has no factors for takes those of an embedding that it has."""
-    return all(site in touched or bank.sites[site].tied_to in touched for site in group) and len(touched) == 1
+    return all(site in touched or survey.sites[site].tied_to in touched for site in group) and len(touched) == 1

@@ -1,4 +1,4 @@
-"""The model under one adapter, as a module whose parameters are the adapter's: for loops that other libraries own.
+"""The model under one adapter, as a module whose parameters are the adapter's, for training loops of other libraries.
 
     Trainer(bank.module("sql"), arguments, train_dataset=rows).train()
 
@@ -15,15 +15,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from torch import nn
 
+from veneer.adapters.adapter import Adapter
+from veneer.adapters.runtime.route import RouteLike
 from veneer.errors import AdapterError
-
-if TYPE_CHECKING:
-    from veneer.adapters.adapter import Adapter
-    from veneer.adapters.bank import Bank
 
 _OF_THE_BASE = frozenset(
     {
@@ -34,29 +32,45 @@ _OF_THE_BASE = frozenset(
         *("enable_input_require_grads", "disable_input_require_grads", "get_input_embeddings", "get_output_embeddings"),
     }
 )
-"""What a training loop asks of a model and the base answers. Not everything: its ``save_pretrained`` would save no adapter."""
+"""Attributes that a training loop reads and the base has. Not all of them: its ``save_pretrained`` would save no adapter."""
+
+
+class ModuleBank(Protocol):
+    """What the module needs of a bank."""
+
+    model: nn.Module
+
+    def __getitem__(self, name: str) -> Adapter: ...
+
+    def use(self, route: RouteLike) -> Any:
+        """Run the model under a route."""
+        ...
+
+    def save(self, name: str, path: str | Path) -> None:
+        """Write an adapter as a folder."""
+        ...
 
 
 class AdapterModule(nn.Module):
     """One adapter of a bank with the base behind it. Made by `Bank.module`."""
 
-    bank: Bank
+    bank: ModuleBank
     name: str
     held: Adapter
 
-    def __init__(self, bank: Bank, name: str) -> None:
+    def __init__(self, bank: ModuleBank, name: str) -> None:
         super().__init__()
         self.__dict__["bank"] = bank
         self.__dict__["name"] = name
         self.__dict__["held"] = bank[name]
         self.adapter = nn.Module()
         for site, key, parameter in bank[name].named_tensors():
-            place = self.adapter
+            holder = self.adapter
             for part in site.split(".") if site else ():
-                if part not in place._modules:
-                    place.add_module(part, nn.Module())
-                place = place.get_submodule(part)
-            place.register_parameter(key, parameter)
+                if part not in holder._modules:
+                    holder.add_module(part, nn.Module())
+                holder = holder.get_submodule(part)
+            holder.register_parameter(key, parameter)
         self.training = bank.model.training
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -71,11 +85,11 @@ class AdapterModule(nn.Module):
             return model.generate(*args, **kwargs)
 
     def save_pretrained(self, path: str | Path, **others: Any) -> None:
-        """Write the adapter as a folder, as `Bank.save` does; what else a library passes concerns whole models."""
+        """Write the adapter as a folder, as `Bank.save` does; other arguments concern whole models and are ignored."""
         self.bank.save(self.name, path)
 
     def train(self, mode: bool = True) -> AdapterModule:
-        """Switch the base too: it is its layers that drop out."""
+        """Switch the base too: the mode of its layers decides about dropout."""
         super().train(mode)
         self.bank.model.train(mode)
         return self
@@ -85,11 +99,11 @@ class AdapterModule(nn.Module):
             return getattr(self.bank.model, name)
         return super().__getattr__(name)
 
-    def __reduce__(self) -> tuple[Callable[..., AdapterModule], tuple[Bank, str]]:
+    def __reduce__(self) -> tuple[Callable[..., AdapterModule], tuple[ModuleBank, str]]:
         return adapter_module, (self.bank, self.name)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> AdapterModule:
-        """Moves and casts reach both."""
+        """Apply moves and casts to both."""
         model: Any = self.bank.model
         model._apply(fn, recurse)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -103,7 +117,7 @@ class AdapterModule(nn.Module):
         return self.bank.use(self.name)
 
 
-def adapter_module(bank: Bank, name: str) -> AdapterModule:
+def adapter_module(bank: ModuleBank, name: str) -> AdapterModule:
     """The module of one adapter. Its class bears the name of the base's and has its forward's signature, since libraries read from those
     which columns and labels the model takes, and how its loss is shifted."""
     kind = type(bank.model)

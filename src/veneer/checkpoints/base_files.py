@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from veneer.adapters.adapter import Adapter
-from veneer.adapters.layers.site import Site, Survey, survey
+from veneer.adapters.layers.site import Site, Survey
+from veneer.adapters.layers.survey import survey
 from veneer.adapters.overrides import problems_of
 from veneer.checkpoints.model_folder import ModelFolder
 from veneer.errors import ComposeError, Problems

@@ -1,7 +1,7 @@
 """Faster forms of a model's elementwise chains, put on its own modules one instance at a time.
 
-    found = fuse(model)        # {"norm": 61, "gated": 30, "rotary": 30}
-    unfuse(model)              # nothing is left; a bank's detach does it too
+    with fast_modules(model) as found:        # {"norm": 61, "gated": 30, "rotary": 30}
+        ...                                   # afterwards nothing is left
 
 A module is changed by one instance attribute (``forward``), as at an adapter's site; no class and no function of another library is
 touched. Which modules qualify is not read off their names: what would stand in is run beside the module's own forward once for each kind,
@@ -23,6 +23,7 @@ from __future__ import annotations
 import types
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,10 +32,19 @@ from torch import Tensor, nn
 
 from veneer.kernels.elementwise.functions import ACTIVATIONS, gated, rms_norm, rotary
 
-__all__ = ["fuse", "unfuse"]
+__all__ = ["fast_modules", "fuse", "unfuse"]
 
 _ROTARY = "apply_rotary_pos_emb"
 _BOUND = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+@contextmanager
+def fast_modules(model: nn.Module) -> Iterator[dict[str, int]]:
+    """Use faster forms inside the context; yields how many of each kind. Enter it after `attach`, leave it before `Bank.detach`."""
+    try:
+        yield fuse(model)
+    finally:
+        unfuse(model)
 
 
 def fuse(model: nn.Module) -> dict[str, int]:

@@ -4,7 +4,7 @@
     with        one tensor [T, D] per layer, and all tensors of the one layer that runs again
 
 It costs one more forward pass (about a third of a step) and changes no bit: a layer that runs again uses the route and the dropout masks
-of its first run (``adapters/runtime/recompute.py``).
+of its first run (``adapters/runtime/tracker.py``).
 
 The layers are those that transformers marks as ``GradientCheckpointingLayer``. They run again only in training mode, which a base never is
 in, since its own dropout must stay off. So each layer is in training mode only when it is called from outside, and not inside.

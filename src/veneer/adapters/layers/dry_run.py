@@ -1,12 +1,12 @@
-"""One tiny forward at attach: is each layer really called, and how do the rows of a batch lie in its input?
+"""The dry run: one tiny forward at attach that shows which layers are called and how the rows of a batch lie in their inputs.
 
-Some models read a layer's weight without calling the layer (Mamba's ``dt_proj``); an adapter there would do nothing, in silence.
-Some reshape on the way, or feed a layer a constant; a route row by row must not be shifted by that. So the probe runs rows that are
-all alike: where rows lie behind each other, the cells of a layer's input repeat from row to row; where they are interleaved, or
-where the input has nothing to do with rows, they do not.
+Some models read a layer's weight without calling the layer (Mamba's ``dt_proj``); an adapter there would silently do nothing. Some
+reshape on the way, or feed a layer a constant; a route row by row must not be shifted by that. So the dry run uses rows that are all
+equal: where rows lie one after the other, the tokens of a layer's input repeat from row to row; where they are interleaved, or where the
+input does not depend on rows, they do not.
 
-A model whose inputs cannot be guessed is probed with ``example``, or else with the first batch that is routed row by row. The probe
-runs in eval mode without gradients; buffers, modes and the random state are as before when it is done.
+A model whose inputs cannot be guessed is run with ``example``, or else with the first batch that is routed row by row. The dry run is in
+eval mode without gradients; afterwards buffers, modes and the random state are as before.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from veneer.adapters.runtime.forward_pass import tensors_in
 ROWS, TOKENS = 3, 5
 _SELECTED = re.compile(r"(?:^|\.)experts\.\d+(?:\.|$)")
 NEVER_CALLED = (
-    "the layer was not called when the model was tried out, so an adapter there would do nothing (the model may read its weight "
+    "the layer was not called in the dry run, so an adapter there would do nothing (the model may read its weight "
     "without calling it; if it is called for other inputs, attach with example=)"
 )
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What one call of a layer showed: the leading sizes of its input, and a number for each cell's content with its size."""
+class ObservedCall:
+    """One call of a layer: the leading sizes of its input, and for each token a number made from its content, and its norm."""
 
-    lead: tuple[int, ...]
+    batch_shape: tuple[int, ...]
     mark_N: Tensor
     norm_N: Tensor
 
@@ -49,12 +49,12 @@ def is_selected(site: Site) -> bool:
     return _SELECTED.search(site.name) is not None
 
 
-def probe(model: nn.Module, survey: Survey, args: tuple[Any, ...], kwargs: Mapping[str, Any], rows: int) -> None:
-    """Run the model once on ``rows`` equal rows and write what was seen into the sites that have no verdict yet.
+def dry_run(model: nn.Module, survey: Survey, args: tuple[Any, ...], kwargs: Mapping[str, Any], rows: int) -> None:
+    """Run the model once on ``rows`` equal rows and write the findings into the sites.
 
-    Whatever the model raises goes through.
+    Exceptions of the model pass through.
     """
-    seen: dict[str, list[Seen]] = {}
+    seen: dict[str, list[ObservedCall]] = {}
     order: list[tuple[Site, bool]] = []
     outputs: list[tuple[Site, Tensor, int]] = []
     note = _note(seen, order)
@@ -64,7 +64,7 @@ def probe(model: nn.Module, survey: Survey, args: tuple[Any, ...], kwargs: Mappi
     ]
     try:
         with undisturbed(model), warnings.catch_warnings():
-            # What a model warns of in a real call it will say there.
+            # The model repeats its warnings in a real call.
             warnings.simplefilter("ignore")
             model(*args, **kwargs)
     finally:
@@ -77,7 +77,7 @@ def probe(model: nn.Module, survey: Survey, args: tuple[Any, ...], kwargs: Mappi
             site.layout = "constant"
         elif calls:
             kinds = {layout_of(call, rows) for call in calls}
-            # A layer that is called on different terms in one forward: one that cannot be matched spoils all.
+            # A layer may be called with different layouts in one forward; the least useful one counts.
             site.layout = next(kind for kind in ("constant", "blocks", "tokens", "rows") if kind in kinds)
         site.overwritten = not calls or site.name in changed
     _group(order)
@@ -97,34 +97,34 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-        for module, own in buffers:
-            if any(module._buffers.get(name) is not buffer for name, buffer in own.items()) or len(own) != len(
+        for module, saved in buffers:
+            if any(module._buffers.get(name) is not buffer for name, buffer in saved.items()) or len(saved) != len(
                 module._buffers
             ):
                 module._buffers.clear()
-                module._buffers.update(own)
+                module._buffers.update(saved)
         with torch.no_grad():
             for buffer, before in values:
                 if not torch.equal(buffer, before):
                     buffer.copy_(before)
 
 
-def _note(seen: dict[str, list[Seen]], order: list[tuple[Site, bool]]) -> Callable[..., None]:
-    """Writes down each call: what the layer was given, and whether that is the very tensor of the call before."""
+def _note(seen: dict[str, list[ObservedCall]], order: list[tuple[Site, bool]]) -> Callable[..., None]:
+    """Record each call: the layer's input, and whether it is the same tensor as in the call before."""
     last: list[Tensor] = []
 
     def hook(site: Site, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
-        if site.kind != "place":
+        if site.kind != "vector_layer":
             order.append((site, bool(last) and last[0] is x))
             last[:] = [x]
-        lead = site.layer_kind.lead(module, x)
-        cells = x.detach().reshape(math.prod(lead), -1).float()
-        # A fixed vector of signs and sizes: equal cells give equal marks, and different ones practically never do.
-        weights = torch.cos(torch.arange(cells.shape[1], device=x.device, dtype=torch.float32) * 2.399963 + 1.0)
+        batch_shape = site.layer_kind.batch_shape(module, x)
+        tokens = x.detach().reshape(math.prod(batch_shape), -1).float()
+        # A fixed vector of signs and sizes: equal tokens give equal marks, and different ones practically never do.
+        weights = torch.cos(torch.arange(tokens.shape[1], device=x.device, dtype=torch.float32) * 2.399963 + 1.0)
         # Token ids are compared as they are.
-        norms = cells.norm(dim=1) if x.is_floating_point() else cells.new_zeros(len(cells))
-        seen.setdefault(site.name, []).append(Seen(lead, cells @ weights, norms))
+        norms = tokens.norm(dim=1) if x.is_floating_point() else tokens.new_zeros(len(tokens))
+        seen.setdefault(site.name, []).append(ObservedCall(batch_shape, tokens @ weights, norms))
 
     return hook
 
@@ -137,7 +137,7 @@ def _note_output(
 
 
 def _group(order: list[tuple[Site, bool]]) -> None:
-    """Tell linear layers that were called one after the other with the same tensor of each other."""
+    """Group linear layers that were called one after the other with the same tensor."""
     times = Counter(site.name for site, _ in order)
     runs: list[list[Site]] = []
     for site, same in order:
@@ -152,19 +152,19 @@ def _group(order: list[tuple[Site, bool]]) -> None:
             site.group = tuple(member.name for member in run)
 
 
-def layout_of(call: Seen, rows: int) -> str:
-    """How ``rows`` equal rows lie in one call of a layer: rows, tokens, blocks, or constant where they cannot be told."""
-    lead = call.lead
-    count = math.prod(lead)
-    if not rows or not lead or count == 0 or lead[0] % rows:
+def layout_of(call: ObservedCall, rows: int) -> str:
+    """Layout of ``rows`` equal rows in one call of a layer: rows, tokens, blocks, or constant where it cannot be determined."""
+    shape = call.batch_shape
+    count = math.prod(shape)
+    if not rows or not shape or count == 0 or shape[0] % rows:
         return "constant"
     mark, norm = call.mark_N.view(rows, -1), call.norm_N.view(rows, -1)
     # Equal rows may differ by rounding where the model groups tokens; different content differs by about its own size.
     if bool(((mark - mark[:1]).abs() > 0.02 * norm.max(0).values.clamp_min(1e-12)).any()):
         return "constant"
-    if lead[0] == rows:
+    if shape[0] == rows:
         return "rows"
-    return "tokens" if len(lead) == 1 else "blocks"
+    return "tokens" if len(shape) == 1 else "blocks"
 
 
 def equal_rows(values: Any, rows: int) -> Any:
@@ -185,7 +185,7 @@ def equal_rows(values: Any, rows: int) -> Any:
 
 
 def rows_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-    """How many rows a call's first tensor has, or 0."""
+    """Number of rows of a call's first tensor, or 0."""
     first = next(tensors_in((*args, *kwargs.values())), None)
     return 0 if first is None or not first.dim() else int(first.shape[0])
 

@@ -1,209 +1,264 @@
-"""Which layers take the fast form, and how layers that read the same input share one call of it.
+"""The fast path: layers that one kernel call computes, adapters included.
 
-The fast form (`kernels/adapted_linear`) is for plain frozen linear layers (and Conv1D), with LoRA of any kind and with DoRA whose norm is a
-constant. Everything else takes the plain form: other layer kinds, layers with a forward of their own, weights that are trained or
-quantized, autocast, DoRA in a weighted mix or where the model goes on in place on the output, PEFT's form of DoRA dropout, tied
-heads.
+The fast form (``kernels/lora/linear.py``) takes plain frozen linear layers (and Conv1D) with LoRA of any kind, and with DoRA whose norm
+is constant. Everything else takes the plain path: other layer kinds, layers with a forward of their own, weights that are trained or
+quantized, autocast, DoRA in a weighted mix or where the model writes over the output, PEFT's form of DoRA dropout, tied heads.
 
-Layers that were seen at attach to read the same input one after the other (q, k, v; gate, up) are computed when the first of them is
-called, and the others find their output ready, if what they are given is that very tensor, unchanged. Each layer stays a host of its
-own: hooks on it run as ever, and one that is handed something else computes for itself.
+Layers that the dry run saw reading the same input one after the other (q, k, v; gate, up) are computed when the first of them is called;
+the others take their `SharedOutputs` if they are given the same tensor, unchanged. Hooks on each layer run as always, and a layer that
+is given another input computes for itself.
+
+Where nothing is trained, a layer's whole call (the layers that share it, its branches) is kept with the route's plan and reused while
+the adapters, the weights and the shapes are the same.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from veneer.adapters.runtime.forward_pass import Pass
-from veneer.adapters.runtime.frozen import generation, keep, states
-from veneer.adapters.runtime.grouping import plan, recall, remember
-from veneer.adapters.runtime.mapping import Part
-from veneer.adapters.runtime.recompute import Ready
+from veneer.adapters.runtime.forward_pass import ForwardPass, SharedOutputs
+from veneer.adapters.runtime.grouping import groups_of
+from veneer.adapters.runtime.layer import AdaptedLayer
+from veneer.adapters.runtime.mapping import Assignment
 from veneer.kernels.lora.linear import (
+    AdapterSpan,
     Branch,
-    Bundle,
     Factors,
-    Grid,
+    GroupedBranch,
     Layer,
-    Native,
-    Run,
-    Share,
+    NativeBranch,
+    SingleBranch,
+    TokenGrid,
     adapted_linear,
     fits,
-    stack,
+    pad_factors,
 )
-
-if TYPE_CHECKING:
-    from veneer.adapters.adapter import Adapter
-    from veneer.adapters.runtime.forward import AdaptedForward
 
 _PLAIN = (Tensor, nn.Parameter)
 _FEW = {torch.float32: 64}
-"""Up to so many cells of a frozen adapter are computed faster without the kernels in C++, with what is kept of it (docs/log.md)."""
+"""Up to so many tokens of a frozen adapter are computed faster without the kernels in C++, from kept factors (docs/log.md)."""
 
 
-def fused(host: AdaptedForward, current: Pass, parts: list[Part], x: Tensor) -> Tensor | None:
-    """The layer's output with its adapters, or None where the plain form is to be taken."""
-    bank = host.bank
-    if not bank.fused or not _fits(host, x) or not all(_can(host, current, part) for part in parts):
-        return None
-    found = _taken(host, current, x)
-    if found is not None:
-        return found
-    hosts = [host, *_siblings(host, current, parts, x)]
-    layers = [_layer(each) for each in hosts]
-    branches, left = _native(hosts, layers, current, parts, x)
-    branches += [
-        branch
-        for number, (group, grid) in enumerate(plan(host, current, left) if left else ())
-        for branch in _branches(hosts, layers, current, group, grid, number)
-    ]
-    remember(hosts, current, x, branches, _marks(layers))
-    return _run(hosts, layers, branches, current, x)
+@dataclass(frozen=True, eq=False)
+class LayerCall:
+    """A layer's call where nothing is trained.
 
-
-def again(host: AdaptedForward, current: Pass, x: Tensor) -> Tensor | None:
-    """The layer's output as in an earlier call that was the same but for its numbers, or None where there was none.
-
-    Spares a step of decoding the search for what it will compute.
+    Attributes:
+        layers: the adapted layers that share the call.
+        branches: what the kernel takes.
+        versions, weights: versions of the adapters, marks of the base weights.
+        batch_shape: the input's leading sizes, None where the branches do not depend on them.
+        drops: whether an adapter would drop out in training.
     """
-    bank, chart = host.bank, current.chart
-    if chart.owned is None:
-        chart.owned = any(bank[name].overrides for name in current.route.names)
-    if chart.owned or not bank.fused or not _fits(host, x):
+
+    layers: list[AdaptedLayer]
+    branches: list[Branch]
+    versions: tuple[int, ...]
+    weights: tuple[object, ...]
+    batch_shape: tuple[int, ...] | None
+    dtype: torch.dtype
+    drops: bool
+
+
+def fast_forward(layer: AdaptedLayer, current: ForwardPass, assignments: list[Assignment], x: Tensor) -> Tensor | None:
+    """The layer's output with its adapters, or None where the plain path must compute it."""
+    if not _fits(layer, x) or not all(_supports(layer, one) for one in assignments):
         return None
-    found = _taken(host, current, x)
+    found = _shared_output(layer, current, x)
     if found is not None:
         return found
-    call = recall(host, current, x)
-    if call is None or not all(_fits(each, x) for each in call.hosts[1:]):
+    members = [layer, *_siblings(layer, assignments, x)]
+    weights = [_weights(each) for each in members]
+    branches, left = _native(members, weights, current, assignments, x)
+    for number, (group, grid) in enumerate(groups_of(layer, current.plan, left) if left else ()):
+        branches += _branches(members, weights, current, group, grid, number)
+    _remember(members, current, x, branches, _marks(weights))
+    return _run(members, weights, branches, current, x)
+
+
+def reuse_call(layer: AdaptedLayer, current: ForwardPass, x: Tensor) -> Tensor | None:
+    """The layer's output by an earlier call that differed only in the input's values, or None where there is none.
+
+    It saves a decoding step the search for what it will compute.
+    """
+    if not _fits(layer, x):
         return None
-    layers = [_layer(each) for each in call.hosts]
-    return _run(call.hosts, layers, call.branches, current, x) if _marks(layers) == call.weights else None
-
-
-def _taken(host: AdaptedForward, current: Pass, x: Tensor) -> Tensor | None:
-    """The output, where a layer that reads the same input has computed it along."""
-    state = host.bank.traffic.state
-    ready, state.ready = state.ready, None
-    if ready is None or ready.mark != _mark(x, current) or host.site.name not in ready.outputs:
+    found = _shared_output(layer, current, x)
+    if found is not None:
+        return found
+    call: LayerCall | None = current.plan.calls.get(layer.site.name)
+    if call is None or torch.is_grad_enabled() or call.dtype != x.dtype:
         return None
-    state.ready = ready
-    return ready.outputs.pop(host.site.name)
+    if call.batch_shape is not None and call.batch_shape != x.shape[:-1]:
+        return None
+    if call.drops and layer.training(current):
+        return None
+    if layer.runtime.frozen.all_frozen(current) != call.versions or not all(_fits(each, x) for each in call.layers[1:]):
+        return None
+    weights = [_weights(each) for each in call.layers]
+    return _run(call.layers, weights, call.branches, current, x) if _marks(weights) == call.weights else None
 
 
-def _run(hosts: list[AdaptedForward], layers: list[Layer], branches: list[Branch], current: Pass, x: Tensor) -> Tensor:
-    first, *others = adapted_linear(x, layers, branches)
+def _remember(
+    layers: list[AdaptedLayer], current: ForwardPass, x: Tensor, branches: list[Branch], weights: tuple[object, ...]
+) -> None:
+    """Keep a call for the next steps, if all its adapters are frozen."""
+    plan, layer = current.plan, layers[0]
+    if torch.is_grad_enabled() or not current.lasting or plan.has_overrides:
+        return
+    versions = layer.runtime.frozen.all_frozen(current)
+    if versions is None or (plan.drops and layer.training(current)):
+        return
+    batch_shape = None if plan.uniform is not None else tuple(x.shape[:-1])
+    plan.calls[layer.site.name] = LayerCall(layers, branches, versions, weights, batch_shape, x.dtype, plan.drops)
+
+
+def _shared_output(layer: AdaptedLayer, current: ForwardPass, x: Tensor) -> Tensor | None:
+    """The output, where a layer that reads the same input has computed it."""
+    state = layer.runtime.tracker.state
+    shared, state.shared = state.shared, None
+    if shared is None or shared.key != _input_key(x, current) or layer.site.name not in shared.outputs:
+        return None
+    state.shared = shared
+    return shared.outputs.pop(layer.site.name)
+
+
+def _run(
+    members: list[AdaptedLayer], weights: list[Layer], branches: list[Branch], current: ForwardPass, x: Tensor
+) -> Tensor:
+    first, *others = adapted_linear(x, weights, branches)
     if others:
-        names = [each.site.name for each in hosts[1:]]
-        hosts[0].bank.traffic.state.ready = Ready(x, current, _mark(x, current), dict(zip(names, others, strict=True)))
+        names = [each.site.name for each in members[1:]]
+        outputs = dict(zip(names, others, strict=True))
+        members[0].runtime.tracker.state.shared = SharedOutputs(x, current, _input_key(x, current), outputs)
     return first
 
 
-def _marks(layers: list[Layer]) -> tuple[object, ...]:
-    """What changes when a weight does."""
-    return tuple((w.dtype, w.data_ptr(), -1 if w.is_inference() else w._version) for w, _ in layers)
-
-
-def _native(
-    hosts: list[AdaptedForward], layers: list[Layer], current: Pass, parts: list[Part], x: Tensor
-) -> tuple[list[Branch], list[Part]]:
-    """Adapters that kernels in C++ can take, as one branch where they share no cell, and the parts that are left."""
-    if not fits(layers):
-        return [], parts
-    bank, spans = hosts[0].bank, current.chart.spans
-    cells = x.numel() // max(1, x.shape[-1])
-    runs: list[Run] = []
-    left: list[Part] = []
-    for part in parts:
-        name, rows, weight = part
-        adapter = bank[name]
-        where = None if rows is None else spans.get(id(rows))
-        few = not torch.is_grad_enabled() and (cells if rows is None else len(rows)) <= _FEW.get(x.dtype, 0)
-        if (rows is None) == (where is None) and not (few and generation(current, adapter) is not None):
-            factors = _own_factors(hosts, layers, current, adapter)
-            if fits(layers, factors, x.numel()):
-                runs.append((where, weight, factors))
-                continue
-        left.append(part)
-    if not runs:
-        return [], left
-    lasting = not torch.is_grad_enabled() and states(current, bank) is not None
-    groups = [runs] if current.chart.apart else [[run] for run in runs]
-    return [Native(layers, group, lasting=lasting) for group in groups], left
-
-
-def _state(
-    hosts: list[AdaptedForward], layers: list[Layer], current: Pass, adapters: list[Adapter]
-) -> tuple[object, ...] | None:
-    """What tells one state of frozen adapters at these layers from another; None where something is trained, or drops out."""
-    if torch.is_grad_enabled() or any(hosts[0].dropout(current, adapter) for adapter in adapters):
-        return None
-    numbers = [generation(current, adapter) for adapter in adapters]
-    return None if None in numbers else (*numbers, *_marks(layers))
-
-
-def _own_factors(
-    hosts: list[AdaptedForward], layers: list[Layer], current: Pass, adapter: Adapter
-) -> list[Factors | None]:
-    """An adapter's factors at the layers of a call; those of a frozen one are folded, and kept."""
-    state = _state(hosts, layers, current, [adapter])
-
-    def made() -> list[Factors | None]:
-        own = [_factors(each, current, adapter) for each in hosts]
-        if state is not None:
-            for f, (weight, _) in zip(own, layers, strict=True):
-                if f is not None:
-                    f.folded = f.fold(weight.dtype)
-        return own
-
-    return made() if state is None else keep(hosts[0].bank, hosts[0].site.name, (adapter.name,), state, made)
-
-
-def _branches(
-    hosts: list[AdaptedForward], layers: list[Layer], current: Pass, group: list[Part], grid: Grid | None, number: int
-) -> list[Branch]:
-    """Parts as branches of a call: one for a bundle, else one each. Of frozen adapters all that can be kept is."""
-    bank = hosts[0].bank
-    adapters = [bank[name] for name, _, _ in group]
-    if grid is not None:
-        state = _state(hosts, layers, current, adapters)
-
-        def every() -> list[list[Factors | None]]:
-            return [[_factors(each, current, adapter) for each in hosts] for adapter in adapters]
-
-        if state is None:
-            own = every()
-            return [Bundle(grid, own, stack(own, layers, grid))]
-        names, site = tuple(adapter.name for adapter in adapters), hosts[0].site.name
-        kept = keep(bank, site, names, (*state, grid.few), lambda: stack(every(), layers, grid), number)
-        return [Bundle(grid, None, kept)]
-    branches: list[Branch] = []
-    for adapter, (_, rows, weight) in zip(adapters, group, strict=True):
-        where = None if rows is None else current.chart.spans.get(id(rows), rows)
-        branches.append(Share(where, weight, _own_factors(hosts, layers, current, adapter)))
-    return branches
-
-
-def _mark(x: Tensor, current: Pass) -> tuple[int, ...]:
-    """What must be the same for an output that is ready to be taken. Ids hold while the input and the pass are kept alive."""
+def _input_key(x: Tensor, current: ForwardPass) -> tuple[int, ...]:
+    """What must agree for an output to be taken. Ids hold while the input and the pass are kept alive."""
     return id(x), -1 if x.is_inference() else x._version, id(current), torch.is_grad_enabled()
 
 
-def _layer(host: AdaptedForward) -> Layer:
-    module: Any = host.site.module
-    return module.weight.T if host.site.kind == "conv1d" else module.weight, module.bias
+def _marks(weights: list[Layer]) -> tuple[object, ...]:
+    """What changes when a weight does."""
+    return tuple((w.dtype, w.data_ptr(), -1 if w.is_inference() else w._version) for w, _ in weights)
 
 
-def _fits(host: AdaptedForward, x: Tensor) -> bool:
-    """Whether a layer is a plain frozen linear one, or transformers' Conv1D, as it stands there now."""
-    turned = host.site.kind == "conv1d"
-    if host.inner is not None or not (turned or type(host.site.module).forward is nn.Linear.forward):
+def _weights(layer: AdaptedLayer) -> Layer:
+    module: Any = layer.site.module
+    return module.weight.T if layer.site.kind == "conv1d" else module.weight, module.bias
+
+
+def _native(
+    members: list[AdaptedLayer], weights: list[Layer], current: ForwardPass, assignments: list[Assignment], x: Tensor
+) -> tuple[list[Branch], list[Assignment]]:
+    """The adapters that kernels in C++ can take, in one branch if they share no token, and the assignments that are left."""
+    if not fits(weights):
+        return [], assignments
+    frozen = members[0].runtime.frozen
+    trains = torch.is_grad_enabled()
+    tokens = x.numel() // max(1, x.shape[-1])
+    spans: list[AdapterSpan] = []
+    left: list[Assignment] = []
+    for one in assignments:
+        few = not trains and (tokens if one.tokens is None else len(one.tokens)) <= _FEW.get(x.dtype, 0)
+        if (one.tokens is None) == (one.span is None) and not (
+            few and frozen.versions(current)[one.adapter] is not None
+        ):
+            factors = _factors(members, weights, current, one.adapter)
+            if fits(weights, factors, x.numel()):
+                spans.append(AdapterSpan(one.span, one.weight, factors))
+                continue
+        left.append(one)
+    if not spans:
+        return [], left
+    lasting = not trains and frozen.all_frozen(current) is not None
+    groups = [spans] if current.plan.exclusive else [[span] for span in spans]
+    return [NativeBranch(weights, group, lasting=lasting) for group in groups], left
+
+
+def _branches(
+    members: list[AdaptedLayer],
+    weights: list[Layer],
+    current: ForwardPass,
+    group: list[Assignment],
+    grid: TokenGrid | None,
+    number: int,
+) -> list[Branch]:
+    """One branch for a group on a grid, else one for each assignment."""
+    if grid is None:
+        return [
+            SingleBranch(
+                one.tokens if one.span is None else one.span,
+                one.weight,
+                _factors(members, weights, current, one.adapter),
+            )
+            for one in group
+        ]
+    names = tuple(one.adapter for one in group)
+    version = _version(members, weights, current, names)
+
+    def every() -> list[list[Factors | None]]:
+        return [[_factors_at(each, current, name) for each in members] for name in names]
+
+    if version is None:
+        factors = every()
+        return [GroupedBranch(grid, factors, pad_factors(factors, weights, grid))]
+    padded = members[0].runtime.frozen.keep(
+        members[0].site.name, names, (*version, grid.few), lambda: pad_factors(every(), weights, grid), number
+    )
+    return [GroupedBranch(grid, None, padded)]
+
+
+def _version(
+    members: list[AdaptedLayer], weights: list[Layer], current: ForwardPass, names: tuple[str, ...]
+) -> tuple[object, ...] | None:
+    """What tells one version of frozen adapters at these layers from another; None where one is trained or drops out."""
+    first = members[0]
+    if torch.is_grad_enabled() or any(first.dropout(current, first.adapters[name].adapter) for name in names):
+        return None
+    versions = first.runtime.frozen.versions(current)
+    numbers = [versions[name] for name in names]
+    return None if None in numbers else (*numbers, *_marks(weights))
+
+
+def _factors(
+    members: list[AdaptedLayer], weights: list[Layer], current: ForwardPass, name: str
+) -> list[Factors | None]:
+    """An adapter's factors at the layers of a call; those of a frozen one are prepared and kept."""
+    version = _version(members, weights, current, (name,))
+    if version is None:
+        return [_factors_at(each, current, name) for each in members]
+
+    def prepared() -> list[Factors | None]:
+        made = [_factors_at(each, current, name) for each in members]
+        for factors, (weight, _) in zip(made, weights, strict=True):
+            if factors is not None:
+                factors.prepared = factors.prepare(weight.dtype)
+        return made
+
+    return members[0].runtime.frozen.keep(members[0].site.name, (name,), version, prepared)
+
+
+def _factors_at(layer: AdaptedLayer, current: ForwardPass, name: str) -> Factors | None:
+    at = layer.adapters.get(name)
+    if at is None or at.tensors is None or at.tied:
+        return None
+    norm = None if at.norms == "none" else layer.norm(current, at)
+    magnitude = None if norm is None else at.adapter.method.magnitude(at.tensors)
+    return Factors(at.tensors[at.a], at.tensors[at.b], at.scale, magnitude, norm, layer.dropout(current, at.adapter))
+
+
+def _fits(layer: AdaptedLayer, x: Tensor) -> bool:
+    """Whether a layer is a plain frozen linear one, or transformers' Conv1D, as it is now."""
+    turned = layer.site.kind == "conv1d"
+    if layer.inner is not None or not (turned or type(layer.site.module).forward is nn.Linear.forward):
         return False
-    weight, bias = _layer(host)
+    weight, bias = _weights(layer)
     if weight.is_contiguous() == turned and min(weight.shape) > 1:
         return False
     frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
@@ -219,46 +274,30 @@ def _fits(host: AdaptedForward, x: Tensor) -> bool:
     )
 
 
-def _can(host: AdaptedForward, current: Pass, part: Part) -> bool:
-    """Whether the fast form knows what this adapter does here."""
-    name, _, weight = part
-    if host.site.name not in host.bank[name].tensors:
+def _supports(layer: AdaptedLayer, one: Assignment) -> bool:
+    """Whether the fast path knows what this adapter does here."""
+    at = layer.adapters[one.adapter]
+    if at.tensors is None or at.tied:
         return False
-    key = (name, id(weight))
-    support = current.chart.plans.get(key)
-    if support is None:
-        method = host.bank[name].method
-        support = current.chart.plans[key] = method.fast_support(weight, exclusive=current.chart.apart)
     # The output is kept for the gradient of a magnitude, so the model must not write over it.
-    kept = not (host.site.overwritten and torch.is_grad_enabled())
-    return support == "always" or (support == "unless_overwritten" and kept)
+    unchanged = not (layer.site.overwritten and torch.is_grad_enabled())
+    return one.fast == "always" or (one.fast == "unless_overwritten" and unchanged)
 
 
-def _siblings(host: AdaptedForward, current: Pass, parts: list[Part], x: Tensor) -> list[AdaptedForward]:
-    """The hosts that will be called next with the same input, and may share this call."""
-    group = host.site.group
-    if not group or group[0] != host.site.name:
+def _siblings(layer: AdaptedLayer, assignments: list[Assignment], x: Tensor) -> list[AdaptedLayer]:
+    """The layers that will be called next with the same input and may share this call."""
+    group = layer.site.group
+    if not group or group[0] != layer.site.name:
         return []
     found = []
     for name in group[1:]:
-        other = host.bank.wiring.host(host.bank.sites[name])
+        other: AdaptedLayer | None = layer.runtime.layers.get(name)
         if other is not None and _fits(other, x):
-            there = [part for part in parts if name in host.bank[part[0]].tensors]
-            if there and all(_can(other, current, part) for part in there):
+            here = [
+                one
+                for one in assignments
+                if (at := other.adapters.get(one.adapter)) is not None and at.tensors is not None
+            ]
+            if here and all(_supports(other, one) for one in here):
                 found.append(other)
     return found
-
-
-def _factors(host: AdaptedForward, current: Pass, adapter: Adapter) -> Factors | None:
-    own = adapter.tensors.get(host.site.name)
-    if own is None:
-        return None
-    names = adapter.method.factor_names(host.site.kind)
-    return Factors(
-        own[names[0]],
-        own[names[1]],
-        adapter.scale(host.site.name),
-        adapter.method.magnitude(own),
-        host.norm(current, adapter),
-        host.dropout(current, adapter),
-    )

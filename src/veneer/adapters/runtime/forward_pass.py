@@ -1,7 +1,7 @@
-"""Passes: one call of the model under a route.
+"""Forward passes: one call of the model under a route.
 
-A pass is what must be remembered of a call until its backward is over: the lease that it runs under, the numbers of its dropout masks,
-its DoRA norms, the autograd nodes that it made. What its route comes to in a layer, the next call that is alike may share (``chart.py``).
+A `ForwardPass` holds what must be remembered of a call until its backward is over: the context that it runs under, the numbers of its
+dropout masks, its DoRA norms, and the autograd nodes that it made. What calls of the same shapes share is in the plan (``mapping.py``).
 """
 
 from __future__ import annotations
@@ -9,20 +9,27 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from veneer.adapters.runtime.mapping import Chart, Extents
+from veneer.adapters.runtime.mapping import RoutePlan, Shapes
 from veneer.adapters.runtime.route import Route
 
 
-class Lease:
-    """One open `use`: its route, what the head sees, whether adapters drop out, the thread that owns it.
+class RouteContext:
+    """One open `Bank.use`.
 
-    outer: the `use` around it. task: the backward pass that it was opened in, or -1. guests: calls of the whole model that other
-    threads are in. open: False once its context is left.
+    Attributes:
+        route, keep: the route, and the route of the tokens that the head receives, None if it receives all.
+        training: whether adapters drop out; None follows the layers' modes.
+        owner: the thread that opened the context.
+        outer: the context around it.
+        task: the backward pass in which it was opened, or -1.
+        visitors: calls of the whole model that other threads are running.
+        open: False once the context is left.
     """
 
     def __init__(self, route: Route, keep: Route | None, training: bool | None, owner: int) -> None:
@@ -30,40 +37,44 @@ class Lease:
         self.keep = keep
         self.training = training
         self.owner = owner
-        self.outer: Lease | None = None
+        self.outer: RouteContext | None = None
         self.task = -1
-        self.guests = 0
+        self.visitors = 0
         self.open = True
 
 
-class Pass:
+class ForwardPass:
     """One call of the model, or of a part of it that is called alone, under a route.
 
-    lease: the `use` that it runs under, None outside. chart: what its route comes to.
-    top: path of the module that was called ("" is the whole model).
-    extents: leading sizes of the call's inputs. grad: whether gradients were wanted when it began. draws: the number of this pass in
-    each adapter's dropout stream, drawn when it is first needed. norms: DoRA norms, while the pass lasts.
+    Attributes:
+        context: the `use` that it runs under, None outside any.
+        top: path of the module that was called ("" is the whole model).
+        shapes: shapes of the call's inputs.
+        grad: whether gradients were enabled when it began.
+        lasting: True until the call returns.
+        draws: number of this pass in each adapter's dropout stream, drawn when it is first needed.
+        norms: constant DoRA norms by (adapter, site), until the call returns.
+        versions: version of each adapter of the route, None for one that is trained (``frozen.py``); looked up once.
+        frozen: the same as a tuple if all adapters are frozen.
     """
 
-    def __init__(self, lease: Lease | None, chart: Chart, extents: Extents, top: str) -> None:
-        self.lease = lease
-        self.chart = chart
-        self.route = chart.route
-        self.training = None if lease is None else lease.training
-        self.extents = extents
+    def __init__(self, context: RouteContext | None, plan: RoutePlan, shapes: Shapes, top: str) -> None:
+        self.context = context
+        self.plan = plan
+        self.route = plan.route
+        self.training = None if context is None else context.training
+        self.shapes = shapes
         self.top = top
         self.grad = torch.is_grad_enabled()
         self.linked = False
         self.lasting = True
         self.draws: dict[str, int] = {}
         self.norms: dict[tuple[str, str], Tensor] = {}
+        self.versions: dict[str, int | None] | None = None
+        self.frozen: tuple[int, ...] | None = None
         self.thread = threading.get_ident()
         self.first_node = _next_node()
         self.end_node: int | None = None
-        self.generations: dict[str, int | None] = {}
-        """The state of each frozen adapter (see ``folded.py``)."""
-        self.states: tuple[int, ...] | bool | None = False
-        """The states of all adapters of the route, None where one is trained; False before anybody has looked."""
 
     def made(self, node: int) -> bool:
         """Whether an autograd node, by its number, was made in this pass (or just before: by a checkpoint around the call)."""
@@ -71,12 +82,31 @@ class Pass:
             return True
         return not self.grad and node == self.first_node - 1
 
+    def computes_like(self, other: ForwardPass) -> bool:
+        """Whether running a layer under either pass gives the same result."""
+        a, b = self.route, other.route
+        same = a is b or (a.uniform and b.uniform and a.mixes == b.mixes)
+        return same and self.draws == other.draws and self.training == other.training
+
     def close(self) -> None:
-        """The call is over."""
+        """End the call."""
         self.lasting = False
         self.norms.clear()
         if self.end_node is None:
             self.end_node = _next_node()
+
+
+@dataclass(eq=False)
+class SharedOutputs:
+    """Outputs of layers that were computed together with the first of them, until the others are called.
+
+    x, current: the input and the pass that they were computed for. key: tells this input and its state from all others.
+    """
+
+    x: Tensor
+    current: ForwardPass
+    key: tuple[int, ...]
+    outputs: dict[str, Tensor]
 
 
 def _next_node() -> int:
@@ -86,8 +116,8 @@ def _next_node() -> int:
     return number
 
 
-def extents_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Extents:
-    """Sizes of a call's tensors: (B, T) of token ids, (B, ...) of anything else."""
+def input_shapes(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Shapes:
+    """Shapes of a call's tensors: (B, T) of token ids, (B, ...) of anything else."""
     return tuple(tuple(value.shape) for value in tensors_in((*args, *kwargs.values())) if value.dim() >= 1)
 
 

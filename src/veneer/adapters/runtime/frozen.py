@@ -1,111 +1,103 @@
-"""Factors of frozen adapters, ready to compute with and kept from call to call.
+"""Factors of frozen adapters, cast and scaled once and kept from call to call.
 
-While an adapter is only used its factors are the same in every call: cast to the compute dtype, the scale and DoRA's gain folded into B,
-and the norm behind that gain, which takes a product with the whole base weight. For an adapter whose tensors require no gradients
-(``adapter.requires_grad_(False)``, as serving does) they are kept for as long as all its tensors are the very same, by identity, address
-and version, which is looked up once a pass. Adapters that are computed as a bundle have their banks kept too, for the last few sets of
-adapters at each site. Writing to a frozen adapter through ``tensor.data`` is the one change that a tensor does not tell of; `forget` is
-for those who must.
+The factors of an adapter that is only used are the same in every call: cast to the compute dtype, with the scale and DoRA's magnitude
+scale multiplied into B, and the norm behind that scale, which takes a product with the whole base weight. For an adapter whose tensors
+require no gradients (``adapter.requires_grad_(False)``, as in serving) they are kept for as long as all its tensors are the same by
+identity, address and version, which is checked once a pass. Padded factors of adapters that are computed together are kept too, for the
+last few sets of adapters at each site. Writing to a frozen adapter through ``tensor.data`` is the one change that cannot be seen;
+`FrozenFactors.forget` is for callers that do so.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from itertools import count
 from operator import attrgetter
-from typing import TYPE_CHECKING, TypeVar
-from weakref import WeakKeyDictionary
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
-from veneer.adapters.runtime.forward_pass import Pass
-
-if TYPE_CHECKING:
-    from veneer.adapters.adapter import Adapter
-    from veneer.adapters.bank import Bank
-
-__all__ = ["forget", "generation", "keep", "states"]
+from veneer.adapters.adapter import Adapter
+from veneer.adapters.runtime.forward_pass import ForwardPass
 
 _SETS = 2
-"""Banks of so many sets of adapters are kept at a site: those that decode, and those that came just before."""
-_count = itertools.count(1)
+"""Number of sets of adapters whose padded factors are kept at a site: those that decode, and those that came just before."""
 T = TypeVar("T")
-
-
-class _State:
-    """An adapter's tensors as they were seen last, and the number of that state."""
-
-    def __init__(self, tensors: list[Tensor], marks: list[list[int]]) -> None:
-        self.tensors = tensors
-        self.marks = marks
-        self.number = next(_count)
-
-
 _VERSION, _TRAINED = attrgetter("_version"), attrgetter("requires_grad")
 
 
-_states: WeakKeyDictionary[Adapter, _State] = WeakKeyDictionary()
-_kept: WeakKeyDictionary[Bank, dict[tuple[str, object], OrderedDict[object, object]]] = WeakKeyDictionary()
+class _Seen(NamedTuple):
+    """An adapter's tensors as they were seen last, held so that their ids stay theirs, and the number of that version."""
+
+    tensors: list[Tensor]
+    marks: list[list[int]]
+    version: int
 
 
-def generation(current: Pass, adapter: Adapter) -> int | None:
-    """A number that changes whenever a tensor of a frozen adapter does; None for one that is trained, or that tells of no changes.
+class FrozenFactors:
+    """The kept factors of one bank's frozen adapters, by (site, adapter or slot), and the version of each adapter."""
 
-    Looked up once a pass.
-    """
-    known = current.generations.get(adapter.name, -1)
-    if known != -1:
-        return known
-    # Written as maps over builtins: with sixteen adapters there are thousands of tensors to look at in every step of decoding.
-    tables = (*adapter.tensors.values(), *adapter.overrides.values()) if adapter.overrides else adapter.tensors.values()
-    tensors: list[Tensor] = [value for own in tables for value in own.values()]
-    found = None
-    if not any(map(_TRAINED, tensors)):
+    def __init__(self) -> None:
+        self._count = count(1)
+        self._seen: dict[str, _Seen] = {}
+        self._kept: dict[tuple[str, object], OrderedDict[object, Any]] = {}
+
+    def versions(self, current: ForwardPass) -> Mapping[str, int | None]:
+        """A number per adapter of a pass that changes whenever one of its tensors does; None for one that is trained."""
+        if current.versions is None:
+            found = {name: self._version(adapter) for name, adapter in current.plan.adapters.items()}
+            numbers = tuple(found.values())
+            current.frozen = None if None in numbers else numbers  # type: ignore[assignment]
+            current.versions = found
+        return current.versions
+
+    def all_frozen(self, current: ForwardPass) -> tuple[int, ...] | None:
+        """The versions of all adapters of a pass; None where one of them is trained."""
+        if current.versions is None:
+            self.versions(current)
+        return current.frozen
+
+    def forget(self, name: str) -> None:
+        """Drop what is kept of an adapter."""
+        self._seen.pop(name, None)
+
+    def keep(
+        self, site: str, names: tuple[str, ...], version: tuple[object, ...], make: Callable[[], T], slot: int = 0
+    ) -> T:
+        """The result of ``make`` for these adapters at a site, kept while ``version`` stays the same.
+
+        One entry is kept for a single adapter. For sets of adapters the last few are kept per ``slot``: the number of the set among
+        those of its batch.
+        """
+        single = len(names) == 1
+        entries = self._kept.setdefault((site, names[0] if single else slot), OrderedDict())
+        key = (names, version)
+        known: T | None = entries.get(key)
+        if known is not None:
+            entries.move_to_end(key)
+            return known
+        made = entries[key] = make()
+        while len(entries) > (1 if single else _SETS):
+            entries.popitem(last=False)
+        return made
+
+    def _version(self, adapter: Adapter) -> int | None:
+        # Written as maps over builtins: with sixteen adapters every decoding step looks at thousands of tensors.
+        tables = (
+            (*adapter.tensors.values(), *adapter.overrides.values()) if adapter.overrides else adapter.tensors.values()
+        )
+        tensors: list[Tensor] = [value for table in tables for value in table.values()]
+        if any(map(_TRAINED, tensors)):
+            return None
         try:
             marks = [list(map(id, tensors)), list(map(_VERSION, tensors)), list(map(Tensor.data_ptr, tensors))]
-        except RuntimeError:  # made in inference mode, a tensor does not tell of changes
-            marks = []
-        state = _states.get(adapter)
-        if marks and (state is None or state.marks != marks):
-            state = _states[adapter] = _State(tensors, marks)
-        found = state.number if marks and state is not None else None
-    current.generations[adapter.name] = found
-    return found
+        except RuntimeError:  # tensors made in inference mode have no version
+            return None
+        seen = self._seen.get(adapter.name)
+        if seen is None or seen.marks != marks:
+            seen = self._seen[adapter.name] = _Seen(tensors, marks, next(self._count))
+        return seen.version
 
-
-def states(current: Pass, bank: Bank) -> tuple[int, ...] | None:
-    """The generations of all adapters of a pass; None where one of them is trained."""
-    found = current.states
-    if isinstance(found, bool):
-        numbers = [generation(current, bank[name]) for name in current.route.names]
-        found = current.states = None if None in numbers else tuple(numbers)  # type: ignore[arg-type]
-    return found
-
-
-def forget(adapter: Adapter) -> None:
-    """Make what is kept of an adapter anew at its next use."""
-    _states.pop(adapter, None)
-
-
-def keep(
-    bank: Bank, site: str, names: tuple[str, ...], state: tuple[object, ...], make: Callable[[], T], place: int = 0
-) -> T:
-    """What ``make`` gives for these adapters at a site, kept while ``state`` stays the same.
-
-    A single adapter's has a place of its own; of sets of adapters the last few are kept at each ``place``: the number of the set among
-    those of its batch.
-    """
-    single = len(names) == 1
-    places = _kept.setdefault(bank, {})
-    entries = places.setdefault((site, names[0] if single else place), OrderedDict())
-    key = (names, state)
-    known = entries.get(key)
-    if known is not None:
-        entries.move_to_end(key)
-        return known  # type: ignore[return-value]
-    made = make()
-    entries[key] = made
-    while len(entries) > (1 if single else _SETS):
-        entries.popitem(last=False)
-    return made
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (FrozenFactors, ())

@@ -1,21 +1,20 @@
-"""Charts: what a route comes to in calls of certain sizes, worked out once and kept for the next calls that are alike.
+"""Plans: the part of a forward that depends only on the route and on shapes, computed once and shared by the next calls.
 
-A mixed batch costs the adapters' products, and the work of finding out who has which cells and how they are bundled. The second depends
-on the route and on the sizes of the call alone, so a step of decoding, which looks like the step before it, finds it done. A chart holds
+A decoding step has the shapes of the step before it, so the search for each adapter's tokens and for a grouping is done once. A
+`RoutePlan` belongs to one (route, input shapes) and holds
 
-    parts       for inputs of some leading sizes: (adapter, its cells or None for all, weight)
-    plans       which parts the fast form takes, and how they are bundled (``fused.py``)
-    calls       where nothing is trained: what each site computes with (``fused.py``)
+    assignments   by layer input shape: each adapter's tokens and weight (`Assignment`)
+    groups        which assignments are computed together (``grouping.py``)
+    calls         where nothing is trained: what each site computes with (``fast_path.py``)
 
-How the rows of a batch lie in a layer's input is what the probe saw there (``probe.py``):
+How the rows of a batch lie in a layer's input was found by the dry run (``layers/dry_run.py``):
 
-    rows      [B, ...]       first size is the number of rows
-    tokens    [B*n]          rows behind each other, n cells each
-    blocks    [B*n, m, ...]  rows behind each other, cut into blocks (windows of an image)
+    rows      [B, ...]       the first size is the number of rows
+    tokens    [B*n]          rows one after the other, n tokens each
+    blocks    [B*n, m, ...]  rows one after the other, cut into blocks (windows of an image)
     constant  anything else  cannot be matched with rows or tokens
 
-Boundary: index arithmetic. What an adapter does with its cells is the host's business. Adapters that join or leave the bank end all
-charts.
+Plans are dropped when an adapter joins or leaves the bank.
 """
 
 from __future__ import annotations
@@ -23,139 +22,162 @@ from __future__ import annotations
 import math
 import threading
 from collections import OrderedDict
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from veneer.adapters.adapter import Adapter
+from veneer.adapters.layers.site import Site
 from veneer.adapters.runtime.route import Route
 from veneer.errors import RouteError
 
-Part = tuple[str, Tensor | None, Tensor | float]
-Extents = tuple[tuple[int, ...], ...]
-_KEPT = 4
-"""Charts of so many routes are kept: those that decode, and those that came just before."""
+Shapes = tuple[tuple[int, ...], ...]
+_PLANS = 4
+"""Number of plans that are kept: those of the sequences being decoded, and those that came just before."""
 
 
-class Chart:
-    """What a route comes to in calls whose inputs have the sizes ``extents``. keep: the route of what the head sees, or None for all."""
+class Assignment(NamedTuple):
+    """One adapter's tokens in a layer's input.
 
-    def __init__(self, route: Route, extents: Extents, keep: Route | None) -> None:
+    tokens: their indices [n], None for all. weight: a float, or a tensor [n]. span: the same tokens as a slice, where they are
+    consecutive. fast: whether the fast path supports the adapter's method with this weight.
+    """
+
+    adapter: str
+    tokens: Tensor | None
+    weight: float | Tensor
+    span: slice | None
+    fast: str
+
+
+class RoutePlan:
+    """A route for calls whose inputs have these shapes. ``keep`` is the route of the tokens that the head receives, or None for all."""
+
+    def __init__(self, route: Route, shapes: Shapes, keep: Route | None, adapters: Mapping[str, Adapter]) -> None:
         self.route = route
-        self.extents = extents
+        self.shapes = shapes
         self.keep = keep
-        self.apart = all(len(mix) <= 1 for mix in route.mixes)
-        """Whether no cell takes more than one adapter."""
-        self.spans: dict[int, slice] = {}
-        """The cells of a part as a slice, by the id of their tensor, where they stand behind each other."""
-        self.plans: dict[tuple[object, ...], Any] = {}
+        self.adapters = {name: adapters[name] for name in route.names}
+        self.exclusive = all(len(mix) <= 1 for mix in route.mixes)
+        """Whether no token uses more than one adapter."""
+        self.has_overrides = any(adapter.overrides for adapter in self.adapters.values())
+        self.drops = any(adapter.method.lora_dropout for adapter in self.adapters.values())
+        self.uniform: tuple[Assignment, ...] | None = None
+        """The assignments of every layer, where one mix holds for all tokens."""
+        if route.uniform:
+            self.uniform = tuple(self._assignment(name, None, weight) for name, weight in route.mixes[0])
+        self.groups: dict[tuple[object, ...], Any] = {}
         self.calls: dict[str, Any] = {}
-        self.owned: bool | None = None
-        """Whether an adapter of the route has values of its own somewhere, once somebody has looked."""
-        self._parts: dict[tuple[object, ...], list[Part]] = {}
-        self._alive: list[Tensor] = []
+        self._assignments: dict[tuple[object, ...], tuple[Assignment, ...]] = {}
 
-    def parts(self, lead: tuple[int, ...], device: torch.device, site: str, is_head: bool, layout: str) -> list[Part]:
-        """(adapter, its cells or None for all, weight) at a layer whose input has the leading sizes ``lead``.
+    def assignments(self, batch_shape: tuple[int, ...], device: torch.device, site: Site) -> tuple[Assignment, ...]:
+        """Each adapter's tokens at a layer whose input has the leading sizes ``batch_shape``.
 
         Raises RouteError where the sizes cannot be matched with the route and more than one mix is in play.
         """
-        if self.route.uniform:
-            return [(name, None, weight) for name, weight in self.route.mixes[0]]
-        key = (lead, is_head, layout, device)
-        found = self._parts.get(key)
+        key = (batch_shape, site.is_head, site.layout, device)
+        found = self._assignments.get(key)
         if found is None:
-            # Where two threads come here at once, both shall go on with the same tensors: plans know them by their ids.
-            found = self._parts.setdefault(key, self._compile(self._cells(lead, site, is_head, layout), device))
+            # Two threads that arrive at once must go on with the same tensors: groups are found by their ids.
+            found = self._assignments.setdefault(key, self._compile(self._mix_of_token(batch_shape, site), device))
         return found
 
-    def _compile(self, cells: Tensor, device: torch.device) -> list[Part]:
-        parts: list[Part] = []
+    def _assignment(
+        self, name: str, tokens: Tensor | None, weight: float | Tensor, span: slice | None = None
+    ) -> Assignment:
+        fast = self.adapters[name].method.fast_support(weight, exclusive=self.exclusive)
+        return Assignment(name, tokens, weight, span, fast)
+
+    def _compile(self, mix_N: Tensor, device: torch.device) -> tuple[Assignment, ...]:
+        found: list[Assignment] = []
         for name in self.route.names:
             table = torch.tensor([dict(mix).get(name, 0.0) for mix in self.route.mixes], dtype=torch.float64)
-            weight_N = table[cells]
-            rows = weight_N.nonzero().squeeze(1)
-            if rows.numel() == 0:
+            weight_N = table[mix_N]
+            tokens = weight_N.nonzero().squeeze(1)
+            if tokens.numel() == 0:
                 continue
-            weights = weight_N[rows]
-            same = bool((weights == weights[0]).all())
-            everywhere = rows.numel() == cells.numel()
-            where = None if everywhere else rows.to(device)
-            first, last = int(rows[0]), int(rows[-1])
-            if where is not None:
-                self._alive.append(where)
-                if last - first + 1 == rows.numel():
-                    self.spans[id(where)] = slice(first, last + 1)
-            parts.append((name, where, float(weights[0]) if same else weights.to(device)))
-        return parts
+            weights = weight_N[tokens]
+            weight = float(weights[0]) if bool((weights == weights[0]).all()) else weights.to(device)
+            first, last = int(tokens[0]), int(tokens[-1])
+            everywhere = tokens.numel() == mix_N.numel()
+            consecutive = not everywhere and last - first + 1 == tokens.numel()
+            span = slice(first, last + 1) if consecutive else None
+            found.append(self._assignment(name, None if everywhere else tokens.to(device), weight, span))
+        return tuple(found)
 
-    def _cells(self, lead: tuple[int, ...], site: str, is_head: bool, layout: str) -> Tensor:
-        """The mix number of each cell [prod(lead)]."""
-        index = self.route.index
+    def _mix_of_token(self, batch_shape: tuple[int, ...], site: Site) -> Tensor:
+        """The mix number of each token [prod(batch_shape)]."""
+        index, layout = self.route.index, site.layout
         assert index is not None
-        count = math.prod(lead)
+        count = math.prod(batch_shape)
         if count == 0:
             return index[:0]
-        if not layout and all(extent[0] > 1 for extent in self.extents):
+        if not layout and all(shape[0] > 1 for shape in self.shapes):
             raise RouteError(
-                f"{site}: how the rows of a batch lie in this layer's input is not known, so a route of {index.numel()} "
+                f"{site.name}: the order of the batch's rows in this layer's input is not known, so a route of {index.numel()} "
                 f"{self.route.unit}s cannot be matched with it; give attach(model, example=...) a batch of two rows or more"
             )
         if layout != "constant":
             if self.route.unit == "token":
                 if count == index.numel() and layout != "blocks":
                     return index
-                if is_head and self.keep is not None and count == self.keep.length:
+                if site.is_head and self.keep is not None and count == self.keep.length:
                     assert self.keep.index is not None
                     return self.keep.index
             else:
-                per_row = self._per_row(lead, index.numel(), layout)
+                per_row = self._tokens_per_row(batch_shape, index.numel(), layout)
                 if per_row:
                     return index.repeat_interleave(per_row)
-        shape = " x ".join(map(str, lead)) or "no"
+        shape = " x ".join(map(str, batch_shape)) or "no"
         raise RouteError(
-            f"{site}: the layer's input has leading sizes {shape}, which cannot be matched with a route of {index.numel()} "
+            f"{site.name}: the layer's input has leading sizes {shape}, which cannot be matched with a route of {index.numel()} "
             f"{self.route.unit}s; route the whole batch one way, or leave this site out of the adapters that take part"
         )
 
-    def _per_row(self, lead: tuple[int, ...], rows: int, layout: str) -> int:
-        """Consecutive cells that belong to one row, or 0 where the layer's sizes do not say."""
-        count = math.prod(lead)
+    def _tokens_per_row(self, batch_shape: tuple[int, ...], rows: int, layout: str) -> int:
+        """Number of consecutive tokens that belong to one row, or 0 where the sizes do not determine it."""
+        count = math.prod(batch_shape)
         if count % rows:
             return 0
-        if lead[0] == rows or (layout == "blocks" and lead[0] % rows == 0):
+        if batch_shape[0] == rows or (layout == "blocks" and batch_shape[0] % rows == 0):
             return count // rows
-        # Rows behind each other in one line: only if none is cut short, as models do that leave padding out.
-        in_line = layout == "tokens" and len(lead) == 1
-        return count // rows if in_line and count // rows in self._lengths(rows) else 0
+        # Rows one after the other in one dimension: only if none is shortened, as in models that drop padding.
+        flat = layout == "tokens" and len(batch_shape) == 1
+        return count // rows if flat and count // rows in self._row_lengths(rows) else 0
 
-    def _lengths(self, rows: int) -> set[int]:
-        """How many cells a row may have, by the call's inputs."""
-        own = [extent[1:] for extent in self.extents if len(extent) >= 2 and extent[0] == rows]
-        return {math.prod(sizes) for sizes in own} | {sizes[0] for sizes in own}
+    def _row_lengths(self, rows: int) -> set[int]:
+        """Numbers of tokens that a row may have, by the call's inputs."""
+        found = [shape[1:] for shape in self.shapes if len(shape) >= 2 and shape[0] == rows]
+        return {math.prod(sizes) for sizes in found} | {sizes[0] for sizes in found}
 
 
-class Charts:
-    """The charts of the last few routes of one bank."""
+class AdapterMapping:
+    """The plans of the last few routes of one bank."""
 
-    def __init__(self) -> None:
-        self._kept: OrderedDict[tuple[object, ...], Chart] = OrderedDict()
+    def __init__(self, adapters: Mapping[str, Adapter]) -> None:
+        self._adapters = adapters
+        self._plans: OrderedDict[tuple[object, ...], RoutePlan] = OrderedDict()
         self._lock = threading.Lock()
 
-    def of(self, route: Route, extents: Extents, keep: Route | None) -> Chart:
-        """The chart of a route in calls of these sizes."""
-        key = (route.mixes,) if route.uniform else (route.mixes, route.unit, route.bytes, extents, keep and keep.bytes)
+    def plan(self, route: Route, shapes: Shapes, keep: Route | None) -> RoutePlan:
+        """The plan of a route in calls with these input shapes."""
+        key = (route.mixes,) if route.uniform else (route.mixes, route.unit, route.bytes, shapes, keep and keep.bytes)
         with self._lock:
-            found = self._kept.get(key)
+            found = self._plans.get(key)
             if found is None:
-                found = self._kept[key] = Chart(route, extents, keep)
-                while len(self._kept) > _KEPT:
-                    self._kept.popitem(last=False)
+                found = self._plans[key] = RoutePlan(route, shapes, keep, self._adapters)
+                while len(self._plans) > _PLANS:
+                    self._plans.popitem(last=False)
             else:
-                self._kept.move_to_end(key)
+                self._plans.move_to_end(key)
         return found
 
     def clear(self) -> None:
-        """Adapters have joined or left."""
+        """Drop all plans: adapters have joined or left."""
         with self._lock:
-            self._kept.clear()
+            self._plans.clear()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (AdapterMapping, (self._adapters,))

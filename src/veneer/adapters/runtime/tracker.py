@@ -1,12 +1,18 @@
-"""RouteTracker: who uses the model now, and under which route each of its calls runs.
+"""RouteTracker: under which route each call of the model runs, in forward and when layers run again in backward.
 
-`Bank.use` takes a lease on the model for one route. A call of the whole model, or of a part of it outside any such call, is a pass:
-it begins when the first module at or around a site is entered and belongs to the lease that is open then. One thread owns the lease;
-threads that it starts run under it too, since generation often does. What would silently fall back to the base or onto another
-route, because a lease ended or changed under a running call, is an error.
+`Bank.use` opens a context with one route. A call of the whole model, or of a part of it outside any such call, is a forward pass: it
+begins when the first module at or around a site is entered and belongs to the context that is open then. One thread owns the context;
+threads that it starts run under it too, since generation often does. A context that ends or changes under a running call is an error,
+because the call would silently continue on the base or on another route.
 
-The reentrant kind of activation checkpointing runs its forward without gradients and cuts the graph if nothing that enters it
-requires one: with a frozen base nothing below would ever train. That is seen here, and refused.
+Activation checkpointing calls a part of the model a second time while gradients are computed, when the route's context may be closed or
+another one open. The storage of the part's input reaches the second call unchanged. So in forward every module at or around a site notes,
+per input storage, the pass that it ran under; in backward the first module of a recomputed part looks its input up, and the pass found
+holds until the autograd node that asked for the recomputation is done. If one input went through several passes, or was made inside the
+part, the number of that node decides: autograd counts a thread's nodes in order. Anything still ambiguous is an error.
+
+The reentrant kind of checkpointing runs its forward without gradients and cuts the graph if none of its inputs requires one: with a
+frozen base, nothing below would ever train. The tracker refuses it.
 """
 
 from __future__ import annotations
@@ -15,192 +21,159 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from veneer.adapters.runtime.forward_pass import Lease, Pass, extents_of, tensors_in
-from veneer.adapters.runtime.mapping import Charts
-from veneer.adapters.runtime.recompute import Memory, Moment, State, backward_moment
+from veneer.adapters.adapter import Adapter
+from veneer.adapters.call_check import CallMonitor
+from veneer.adapters.runtime.forward_pass import ForwardPass, RouteContext, SharedOutputs, input_shapes, tensors_in
+from veneer.adapters.runtime.mapping import AdapterMapping
 from veneer.adapters.runtime.route import Route
 from veneer.errors import RouteError
 
-if TYPE_CHECKING:
-    from veneer.adapters.bank import Bank
-
 BASE = Route(((),))
 _RECENT = 64
-"""So many passes that want gradients are known by the numbers of their autograd nodes."""
+"""Number of passes with gradients that can be found by the numbers of their autograd nodes."""
+_PRUNE_AT = 1024
+_PASSES_PER_STORAGE = 8
+BackwardPosition = tuple[int, int]
+"""(backward pass, autograd node) that a thread is computing."""
+
+
+def backward_position() -> BackwardPosition | None:
+    """Which node of which backward pass this thread is computing, or None outside backward."""
+    task: int = torch._C._current_graph_task_id()
+    if task == -1:
+        return None
+    node: Any = torch._C._current_autograd_node()
+    return (task, -1 if node is None else node._sequence_nr())
+
+
+class ThreadState(threading.local):
+    """What a thread is doing with a bank's model.
+
+    Attributes:
+        current, around: the pass that it runs, None outside any call; the passes around it, None the outermost.
+        visited: the last context of another thread that it ran under.
+        recomputed, position: the pass that it runs again in backward, and for which node.
+        muted: a dry run is running and adapters do not act.
+        shared: outputs of layers that were computed ahead.
+    """
+
+    current: ForwardPass | None = None
+    around: tuple[ForwardPass | None, ...] = ()
+    visited: RouteContext | None = None
+    recomputed: ForwardPass | None = None
+    position: BackwardPosition | None = None
+    muted: bool = False
+    shared: SharedOutputs | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (ThreadState, ())
+
+
+class InputRegistry:
+    """The passes under which each tensor entered a watched module, by storage. Weak: it keeps no activation alive."""
+
+    def __init__(self) -> None:
+        self._noted: dict[int, tuple[StorageWeakRef, list[ForwardPass]]] = {}
+        self._prune_at = _PRUNE_AT
+
+    def note(self, x: Tensor, current: ForwardPass) -> None:
+        """Remember that ``x`` entered a module under ``current``."""
+        storage = x.untyped_storage()
+        entry = self._noted.get(storage._cdata)
+        # A weak reference keeps the address from being used again, so an entry that is not expired is this very storage.
+        if entry is not None and not entry[0].expired():
+            passes = entry[1]
+            if passes[-1] is not current and current not in passes:
+                passes.append(current)
+                del passes[:-_PASSES_PER_STORAGE]
+            return
+        if len(self._noted) >= self._prune_at:
+            # list() first: another thread may be noting.
+            self._noted = {key: value for key, value in list(self._noted.items()) if not value[0].expired()}
+            self._prune_at = max(_PRUNE_AT, 2 * len(self._noted))
+        self._noted[storage._cdata] = (StorageWeakRef(storage), [current])
+
+    def find(self, x: Tensor, path: str, node: int) -> ForwardPass | None:
+        """The pass under which this storage entered a module, or None. ``node`` is the autograd node that asks.
+
+        Raises RouteError where several passes are possible and differ.
+        """
+        entry = self._noted.get(x.untyped_storage()._cdata)
+        if entry is None or entry[0].expired():
+            return None
+        seen = [one for one in entry[1] if one.made(node)] or entry[1]
+        if not all(seen[0].computes_like(other) for other in seen[1:]):
+            raise RouteError(
+                f"{path or 'the model'} is recomputed in backward, but the same tensor entered it under {len(seen)} different "
+                "routes; give each route its own copy of the input (x.clone()), or call backward after each"
+            )
+        return seen[-1]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (InputRegistry, ())
 
 
 class RouteTracker:
-    """The lease on one bank's model, and the passes that run under it."""
+    """The open context of one bank's model, and the passes that run under it."""
 
-    def __init__(self, bank: Bank) -> None:
-        self.bank = bank
-        self.memory = Memory()
-        self.state = State()
-        self.recent: deque[Pass] = deque(maxlen=_RECENT)
-        self.charts = Charts()
-        self.lease: Lease | None = None
+    def __init__(self, adapters: Mapping[str, Adapter], monitor: CallMonitor) -> None:
+        self.adapters = adapters
+        self.monitor = monitor
+        self.inputs = InputRegistry()
+        self.state = ThreadState()
+        self.recent: deque[ForwardPass] = deque(maxlen=_RECENT)
+        self.mapping = AdapterMapping(adapters)
+        self.context: RouteContext | None = None
         self._lock = threading.Lock()
 
     @contextmanager
     def hold(self, route: Route, keep: Tensor | None, training: bool | None) -> Iterator[None]:
-        """Run every call of the model inside this context under ``route``; what was before comes back after it."""
+        """Run every call of the model inside this context under ``route``; afterwards the context around it is restored."""
         me = threading.get_ident()
-        lease = Lease(route, None if keep is None else route.select(keep), training, me)
-        moment = backward_moment()
-        lease.task = -1 if moment is None else moment[0]
+        context = RouteContext(route, None if keep is None else route.select(keep), training, me)
+        position = backward_position()
+        context.task = -1 if position is None else position[0]
         state = self.state
         with self._lock:
-            outer = self.lease
+            outer = self.context
             if outer is not None and outer.owner != me:
                 raise RouteError(
                     "another thread's route is active on this bank; one model runs under one route at a time: "
                     "put the rows into one batch with a route row by row, or wait for it to end"
                 )
-            lease.outer = outer
-            self.lease = lease
+            context.outer = outer
+            self.context = context
         before = (state.current, state.around)
         try:
             yield
         finally:
             with self._lock:
-                self.lease = outer
-                lease.open = False
+                self.context = outer
+                context.open = False
             state.current, state.around = before
-        if lease.guests:
+        if context.visitors:
             raise RouteError(
                 "the context of a route was left while another thread was still running the model under it; wait for the "
                 "thread (thread.join()) inside the context"
             )
 
     def names_in_use(self) -> set[str]:
-        """Adapters of the open `use` and of those around it."""
+        """Adapters of the open context and of those around it."""
         found: set[str] = set()
-        lease = self.lease
-        while lease is not None:
-            found.update(lease.route.names)
-            lease = lease.outer
+        context = self.context
+        while context is not None:
+            found.update(context.route.names)
+            context = context.outer
         return found
 
-    # Calls of the model
-
-    def enter(self, path: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, opens: bool = True) -> Pass | None:
-        """A module at or around a site is entered: the pass that it runs under, or None where hosts must stand aside.
-
-        opens: whether the module's call is a pass where none is running. Whoever enters such a module must `leave` it. In backward
-        the pass is that of the forward which is run again, or None if it is not known (yet).
-        """
-        state = self.state
-        if state.muted:
-            return None
-        moment = self._moment()
-        if moment is not None:
-            return self._again(path, args, kwargs, moment)
-        current = state.current
-        begins = opens and (current is None or path == current.top or self._changed(current))
-        if begins:
-            current = self._begin(path, args, kwargs)
-        if current is None:
-            return None
-        if torch.is_grad_enabled():
-            x = _first(args, kwargs)
-            if x is not None:
-                self.memory.note(x, current)
-        elif (begins or current.grad) and not torch.is_inference_mode_enabled():
-            x = _first(args, kwargs)
-            if x is not None:
-                self.memory.note(x, current)
-                if current.grad and not current.linked and x.is_floating_point():
-                    self._refuse_cut(path, x, current)
-        return current
-
-    def leave(self, path: str) -> bool:
-        """A module is left, after an exception too. Returns whether its call was a pass of its own."""
-        state = self.state
-        ended = state.current
-        if ended is None or ended.top != path or state.muted or self._moment() is not None:
-            return False
-        ended.close()
-        if ended.lease is not None and ended.lease.owner != threading.get_ident():
-            with self._lock:
-                ended.lease.guests -= 1
-        state.current, state.around = state.around[-1], state.around[:-1]
-        return True
-
-    def _begin(self, path: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Pass:
-        state, lease = self.state, self.lease
-        if lease is None:
-            if state.visited is not None:
-                raise RouteError(
-                    "the route under which this thread ran the model is over, and none is open now; wait for the thread "
-                    "(thread.join()) inside the context, or open bank.use(None) here to go on with the base"
-                )
-        else:
-            state.visited = None if lease.owner == threading.get_ident() else lease
-        extents = extents_of(args, kwargs)
-        route = BASE if lease is None else lease.route
-        if route.repeat > 1:
-            rows = {size[0] for size in extents}
-            if route.length not in rows and route.before_beams().length in rows:
-                route = route.before_beams()
-        if route.unit == "row" and extents and all(size[0] != route.length for size in extents):
-            raise RouteError(
-                f"the route has {route.length} rows, the batch has {extents[0][0]}; give one entry a row "
-                "(beam search repeats each row num_beams times: use(..., repeat=num_beams))"
-            )
-        if not path and not route.uniform:
-            self.bank.lookout.find_rows(args, kwargs)
-        begun = Pass(lease, self.charts.of(route, extents, None if lease is None else lease.keep), extents, path)
-        if lease is not None and state.visited is not None:
-            with self._lock:
-                lease.guests += 1
-        state.current, state.around = begun, (*state.around, state.current)
-        if begun.grad:
-            self.recent.append(begun)
-        return begun
-
-    def _changed(self, current: Pass) -> bool:
-        """Whether a `use` was opened inside the call that this thread is in.
-
-        Raises RouteError if the one that the call runs under was left, by the thread that owns it.
-        """
-        if current.lease is self.lease:
-            return False
-        if current.lease is not None and not current.lease.open:
-            raise RouteError(
-                "the context of a route was left while this call of the model was still running under it; wait for the "
-                "thread (thread.join()) inside the context"
-            )
-        return self.lease is not None and self.lease.owner == threading.get_ident()
-
-    def _moment(self) -> Moment | None:
-        """The moment of backward in which this thread runs layers again; a `use` that was opened in backward is no such thing."""
-        moment = backward_moment()
-        return None if moment is None or (self.lease is not None and self.lease.task == moment[0]) else moment
-
-    def _again(self, path: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], moment: Moment) -> Pass | None:
-        state = self.state
-        x = _first(args, kwargs)
-        if state.moment != moment:
-            found = None if x is None else self.memory.recall(x, path, moment[1])
-            if found is None:
-                # Nodes are counted thread by thread, so their numbers tell only a backward in the thread of its forward.
-                here = [one for one in self.recent if one.thread == threading.get_ident() and one.made(moment[1])]
-                if not here:
-                    return None
-                found = max(here, key=lambda one: one.first_node)
-            state.replay, state.moment = found, moment
-        elif x is not None and state.replay is not None:
-            # A checkpoint inside a checkpoint: its own second run will look for this tensor.
-            self.memory.note(x, state.replay)
-        return state.replay
-
-    def at_site(self, path: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Pass | None:
-        """`enter` for a site itself, where adapters act.
+    def at_site(self, path: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ForwardPass | None:
+        """`enter` for a site, where adapters act.
 
         Raises RouteError where a layer runs again in backward and its route cannot be known.
         """
@@ -213,9 +186,131 @@ class RouteTracker:
             )
         return current
 
-    def _refuse_cut(self, path: str, x: Tensor, current: Pass) -> None:
-        """Without gradients inside a call that wants them: the first half of a reentrant checkpoint."""
-        trains = any(p.requires_grad for name in current.route.names for p in self.bank[name].parameters())
+    def enter(
+        self, path: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, opens: bool = True
+    ) -> ForwardPass | None:
+        """Enter a module at or around a site: the pass that it runs under, or None where adapters do not act.
+
+        ``opens``: the module's call is a pass where none is running; then its end must be announced by `leave`. In backward the pass is
+        that of the forward which is recomputed, or None if it is not known (yet).
+        """
+        state = self.state
+        if state.muted:
+            return None
+        position = self._recomputing()
+        if position is not None:
+            return self._recompute(path, args, kwargs, position)
+        current = state.current
+        begins = opens and (current is None or path == current.top or self._changed(current))
+        if begins:
+            current = self._begin(path, args, kwargs)
+        if current is None:
+            return None
+        if torch.is_grad_enabled():
+            x = _first(args, kwargs)
+            if x is not None:
+                self.inputs.note(x, current)
+        elif (begins or current.grad) and not torch.is_inference_mode_enabled():
+            x = _first(args, kwargs)
+            if x is not None:
+                self.inputs.note(x, current)
+                if current.grad and not current.linked and x.is_floating_point():
+                    self._refuse_cut(path, x, current)
+        return current
+
+    def leave(self, path: str) -> bool:
+        """Leave a module, after an exception too. Returns whether its call was a pass."""
+        state = self.state
+        ended = state.current
+        if ended is None or ended.top != path or state.muted or self._recomputing() is not None:
+            return False
+        ended.close()
+        if ended.context is not None and ended.context.owner != threading.get_ident():
+            with self._lock:
+                ended.context.visitors -= 1
+        state.current, state.around = state.around[-1], state.around[:-1]
+        return True
+
+    def _begin(self, path: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ForwardPass:
+        state, context = self.state, self.context
+        if context is None:
+            if state.visited is not None:
+                raise RouteError(
+                    "the route under which this thread ran the model is over, and none is open now; wait for the thread "
+                    "(thread.join()) inside the context, or open bank.use(None) here to go on with the base"
+                )
+        else:
+            state.visited = None if context.owner == threading.get_ident() else context
+        shapes = input_shapes(args, kwargs)
+        route = BASE if context is None else context.route
+        if route.repeat > 1:
+            rows = {shape[0] for shape in shapes}
+            if route.length not in rows and route.before_beams().length in rows:
+                route = route.before_beams()
+        if route.unit == "row" and shapes and all(shape[0] != route.length for shape in shapes):
+            raise RouteError(
+                f"the route has {route.length} rows, the batch has {shapes[0][0]}; give one entry a row "
+                "(beam search repeats each row num_beams times: use(..., repeat=num_beams))"
+            )
+        if not path and not route.uniform:
+            state.muted = True
+            try:
+                self.monitor.find_rows(args, kwargs)
+            finally:
+                state.muted = False
+        plan = self.mapping.plan(route, shapes, None if context is None else context.keep)
+        begun = ForwardPass(context, plan, shapes, path)
+        if context is not None and state.visited is not None:
+            with self._lock:
+                context.visitors += 1
+        state.current, state.around = begun, (*state.around, state.current)
+        if begun.grad:
+            self.recent.append(begun)
+        return begun
+
+    def _changed(self, current: ForwardPass) -> bool:
+        """Whether a context was opened inside the call that this thread is in.
+
+        Raises RouteError if the one that the call runs under was left by the thread that owns it.
+        """
+        if current.context is self.context:
+            return False
+        if current.context is not None and not current.context.open:
+            raise RouteError(
+                "the context of a route was left while this call of the model was still running under it; wait for the "
+                "thread (thread.join()) inside the context"
+            )
+        return self.context is not None and self.context.owner == threading.get_ident()
+
+    def _recomputing(self) -> BackwardPosition | None:
+        """The position in backward at which this thread recomputes layers; a context that was opened in backward recomputes none."""
+        position = backward_position()
+        if position is None or (self.context is not None and self.context.task == position[0]):
+            return None
+        return position
+
+    def _recompute(
+        self, path: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], position: BackwardPosition
+    ) -> ForwardPass | None:
+        state = self.state
+        x = _first(args, kwargs)
+        if state.position != position:
+            found = None if x is None else self.inputs.find(x, path, position[1])
+            if found is None:
+                # Nodes are counted per thread, so their numbers decide only for a backward in the thread of its forward.
+                here = [one for one in self.recent if one.thread == threading.get_ident() and one.made(position[1])]
+                if not here:
+                    return None
+                found = max(here, key=lambda one: one.first_node)
+            state.recomputed, state.position = found, position
+        elif x is not None and state.recomputed is not None:
+            # A checkpoint inside a checkpoint: its own second run will look for this tensor.
+            self.inputs.note(x, state.recomputed)
+        return state.recomputed
+
+    def _refuse_cut(self, path: str, x: Tensor, current: ForwardPass) -> None:
+        """Refuse a call without gradients inside one that wants them: the first half of a reentrant checkpoint."""
+        trains = any(p.requires_grad for name in current.route.names for p in self.adapters[name].parameters())
         if trains and not x.requires_grad:
             raise RouteError(
                 f"{path or 'the model'} runs under reentrant activation checkpointing, and what it is given requires no gradient, so "
@@ -225,38 +320,11 @@ class RouteTracker:
         current.linked = True
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_lock": None, "lease": None, "recent": deque(maxlen=_RECENT), "charts": None}
+        return {**self.__dict__, "_lock": None, "context": None, "recent": deque(maxlen=_RECENT)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._lock = threading.Lock()
-        self.charts = Charts()
-
-
-class Watch:
-    """Forward pre-hook of a module that stands beside sites in a block: in a recomputed block it may be the first to see the input."""
-
-    def __init__(self, bank: Bank, path: str) -> None:
-        self.bank = bank
-        self.path = path
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.bank.traffic.enter(self.path, args, kwargs, opens=False)
-
-
-class Enter(Watch):
-    """Forward pre-hook of a module that holds sites: where no call is running, its own begins."""
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.bank.traffic.enter(self.path, args, kwargs)
-
-
-class Leave(Watch):
-    """Forward hook of a module that holds sites, run after an exception too: its call is over."""
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
-        if self.bank.traffic.leave(self.path) and not self.path and output is not None:
-            self.bank.lookout.after_call(module.training)
 
 
 def _first(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:

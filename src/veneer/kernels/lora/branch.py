@@ -1,8 +1,8 @@
-"""What the fused adapted linear is put together from: an adapter's factors at a layer, the cells it acts on, and what a branch must do.
+"""The parts of a fast adapted linear call: an adapter's factors at a layer, its tokens, and the contract of a branch.
 
-A branch is one adapter's part in a call (`adapted_share`), or that of several adapters with few cells each (`adapted_bundle`). Base
-product and gradient of the input belong to the call (`adapted_linear`); branches work on them in place.
-Shapes: N cells, n an adapter's cells, K in, O out, R rank (of one layer, or of all layers behind each other).
+A branch is one adapter's part in a call (`SingleBranch`), or that of several adapters (`GroupedBranch`, `NativeBranch`). The base product
+and the gradient of the input belong to the call (`adapted_linear`); branches work on them in place.
+Shapes: N tokens, n an adapter's tokens, K in, O out, R rank (of one layer, or of all layers behind each other).
 """
 
 from __future__ import annotations
@@ -10,28 +10,28 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from veneer.kernels.lora.dropout import dropped
-from veneer.kernels.lora.magnitude_scale import column_dots, regain
+from veneer.kernels.lora.magnitude_scale import apply_scale, column_dots
 
 Rows = Tensor | slice | None
 Layer = tuple[Tensor, Tensor | None]
 """A frozen weight [O, K] and bias [O] or None. A weight that is stored as [K, O] is a view with its dimensions exchanged."""
 Gradients = list[Tensor | None]
 _WEAK = 1e-20
-"""Gains below this cannot be divided out of an output again."""
+"""Magnitude scales below this cannot be divided out of an output again."""
 
 
-class Folded(NamedTuple):
+class PreparedFactors(NamedTuple):
     """Factors as a layer computes with them: A, s S B in the compute dtype, and S [O] or None."""
 
     a_RK: Tensor
     b_OR: Tensor
-    gain_O: Tensor | None
+    s_O: Tensor | None
 
 
 @dataclass(eq=False)
@@ -39,7 +39,7 @@ class Factors:
     """One adapter at one layer.
 
     a [R, K], b [O, R]: masters. scale: s. magnitude, norm [O]: m and ||W + s B A||_row, or None for LoRA. dropout: (p, seed) or None.
-    folded: what `fold` would make of them, where that is known already.
+    prepared: the result of `prepare`, if it is known.
     """
 
     a: Tensor
@@ -48,11 +48,11 @@ class Factors:
     magnitude: Tensor | None = None
     norm: Tensor | None = None
     dropout: tuple[float, int] | None = None
-    folded: Folded | None = None
+    prepared: PreparedFactors | None = None
 
     @property
     def masters(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What may require gradients."""
+        """The tensors that may require gradients."""
         return (self.a, self.b, self.magnitude)
 
     @property
@@ -60,73 +60,73 @@ class Factors:
         """1 - p: the part of the input that dropout leaves."""
         return 1.0 if self.dropout is None else 1 - self.dropout[0]
 
-    def places(self, count: int, device: torch.device) -> Tensor | None:
-        """Where dropout sets an input of so many numbers to zero: ascending, in as few bytes as do; None without dropout."""
+    def dropped(self, count: int, device: torch.device) -> Tensor | None:
+        """Ascending indices that dropout sets to zero in an input of ``count`` numbers, in int32 if they fit; None without dropout."""
         if self.dropout is None:
             return None
-        places = dropped(count, *self.dropout, device)
-        return places.to(torch.int32) if count < 2**31 else places
+        indices = dropped(count, *self.dropout, device)
+        return indices.to(torch.int32) if count < 2**31 else indices
 
-    def gain(self) -> Tensor | None:
+    def magnitude_scale(self) -> Tensor | None:
         """S [O] in the norm's dtype."""
-        if self.folded is not None:
-            return self.folded.gain_O
+        if self.prepared is not None:
+            return self.prepared.s_O
         if self.magnitude is None or self.norm is None:
             return None
         return self.magnitude.detach().to(self.norm.dtype) / self.norm.clamp_min(torch.finfo(self.norm.dtype).tiny)
 
-    def fold(self, dtype: torch.dtype) -> Folded:
-        """The factors as they are computed with. The scale and the gain go into B while it is wide."""
-        if self.folded is not None:
-            return self.folded
-        gain = self.gain()
+    def prepare(self, dtype: torch.dtype) -> PreparedFactors:
+        """The factors in the compute dtype. The scale and S are multiplied into B while it is wide."""
+        if self.prepared is not None:
+            return self.prepared
+        s = self.magnitude_scale()
         b = self.b.detach()
-        b = b * self.scale if gain is None else b * (gain * self.scale).unsqueeze(1)
-        return Folded(self.a.detach().to(dtype), b.to(dtype), gain)
+        b = b * self.scale if s is None else b * (s * self.scale).unsqueeze(1)
+        return PreparedFactors(self.a.detach().to(dtype), b.to(dtype), s)
 
 
-class Branch(Protocol):
+class Branch:
     """One part of a call beside its base products."""
 
     masters: list[Tensor | None]
-    scales: bool
-    """Whether `run_` multiplies by the gain itself, so that `regain_` is for backward only."""
+    applies_magnitude = False
+    """Whether `run_` multiplies by S itself, so that `apply_magnitude_` is for backward only."""
 
-    def whole(self, cells: int) -> bool:
-        """Whether, with so many cells, `run_` and `gradients_` take the layers' own products too, and write over what stands there."""
-        ...
+    def takes_base_product(self, tokens: int) -> bool:
+        """Whether, with so many tokens, `run_` and `gradients_` take the layers' base products too and overwrite their outputs."""
+        return False
 
-    def covers(self, h: int, cells: int) -> bool:
-        """Whether each of so many cells has an adapter of this branch at layer h, and its product may be one in C++."""
-        ...
+    def covers_all_tokens(self, h: int, tokens: int) -> bool:
+        """Whether every token has an adapter of this branch at layer h, so that its base product may be taken in C++."""
+        return False
 
-    def gained(self, h: int) -> bool:
-        """Whether a gain acts at layer h."""
-        ...
+    def has_magnitude(self, h: int) -> bool:
+        """Whether a magnitude acts at layer h."""
+        raise AssertionError
 
-    def whole_gain(self, h: int) -> Tensor | None:
-        """S [O] at layer h, where one gain acts on every cell."""
-        ...
+    def full_magnitude_scale(self, h: int) -> Tensor | None:
+        """S [O] at layer h, if one S acts on every token."""
+        return None
 
-    def regain_(self, h: int, t_NO: Tensor, bias_O: Tensor | None) -> None:
-        """C (t - b) + b on the branch's cells, in place."""
-        ...
+    def apply_magnitude_(self, h: int, t_NO: Tensor, bias_O: Tensor | None) -> None:
+        """C (t - b) + b on the branch's tokens, in place."""
+        raise AssertionError
 
     def run_(self, x_NK: Tensor, y_NO: Sequence[Tensor]) -> list[Tensor | None]:
-        """Add the low-rank products to the layers' outputs; returns what `gradients_` needs of them again."""
-        ...
+        """Add the low-rank products to the layers' outputs; returns the tensors that `gradients_` needs."""
+        raise AssertionError
 
     def gradients_(self, back: Backward, kept: Sequence[Tensor | None]) -> Gradients:
-        """Gradients of the masters; the branch's part of the input's gradient is added in place."""
-        ...
+        """Gradients of the masters, three a layer; the branch's part of the input's gradient is added in place."""
+        raise AssertionError
 
 
 @dataclass(eq=False)
 class Backward:
-    """What a call hands to its branches in backward.
+    """The tensors of a call that its branches need in backward.
 
-    x_NK: the input, or None where no master is trained. y_NO: outputs of layers with a gain. g_NO: gradients of the outputs, None for
-    outputs that were not used. dx_NK: where the input's gradient is summed, or None if nobody wants it.
+    x_NK: the input, or None where no master is trained. y_NO: outputs of layers with a magnitude. g_NO: gradients of the outputs, None for
+    outputs that were not used. dx_NK: the sum of the input's gradient, or None if it is not needed.
     """
 
     layers: tuple[Layer, ...]
@@ -137,7 +137,7 @@ class Backward:
 
 
 def take(t_N: Tensor, rows: Rows) -> Tensor:
-    """An adapter's cells: a view where that is possible."""
+    """An adapter's tokens: a view where that is possible."""
     if rows is None:
         return t_N
     return t_N[rows] if isinstance(rows, slice) else t_N.index_select(0, rows)
@@ -149,22 +149,22 @@ def put_(t_N: Tensor, rows: Rows, part: Tensor) -> None:
         t_N.index_copy_(0, rows, part)
 
 
-def regain_cells_(t_NO: Tensor, rows: Rows, gain_O: Tensor, bias_O: Tensor | None) -> None:
-    """S (t - b) + b on an adapter's cells, in place."""
+def scale_tokens_(t_NO: Tensor, rows: Rows, s_O: Tensor, bias_O: Tensor | None) -> None:
+    """S (t - b) + b on an adapter's tokens, in place."""
     part = take(t_NO, rows)
     if bias_O is None:
-        regain(part, gain_O, out=part)
+        apply_scale(part, s_O, out=part)
     else:
-        part.addcmul_(part - bias_O, (gain_O - 1).to(part.dtype))
+        part.addcmul_(part - bias_O, (s_O - 1).to(part.dtype))
     put_(t_NO, rows, part)
 
 
 class Reduction(NamedTuple):
-    """What one magnitude's gradient is made from: its layer, factors and S, and g, y, x, x A^T (None: not kept) on its adapter's cells."""
+    """The operands of one magnitude's gradient: layer, factors, S, and g, y, x, x A^T (None: not kept) on its adapter's tokens."""
 
     layer: Layer
     factors: Factors
-    gain_O: Tensor
+    s_O: Tensor
     g_nO: Tensor
     y_nO: Tensor
     x_nK: Tensor
@@ -172,20 +172,20 @@ class Reduction(NamedTuple):
 
 
 def magnitude_gradients(parts: Sequence[Reduction]) -> list[Tensor]:
-    """dm = sum_t g z / norm, [O], with z = (y - b) / S, for parts of the same cells."""
+    """dm = sum_t g z / norm, [O], with z = (y - b) / S, for parts of the same tokens."""
     if not parts:
         return []
     dots = column_dots([(part.g_nO, part.y_nO, part.layer[1]) for part in parts])
-    return [by_magnitude(part, dot) for part, dot in zip(parts, dots, strict=True)]
+    return [magnitude_gradient(part, dot) for part, dot in zip(parts, dots, strict=True)]
 
 
-def by_magnitude(part: Reduction, dots_O: Tensor) -> Tensor:
+def magnitude_gradient(part: Reduction, dots_O: Tensor) -> Tensor:
     """dm from sum_t g (y - b), [O]."""
     m = part.factors.magnitude
     assert m is not None
-    dm = dots_O.to(part.gain_O.dtype) / m.detach().to(part.gain_O.dtype)
-    if not math.isfinite(float(dm.sum())):  # a sum tells as much as a look at each, in a third of the time
-        weak = (part.gain_O.abs() < _WEAK).nonzero().squeeze(1)
+    dm = dots_O.to(part.s_O.dtype) / m.detach().to(part.s_O.dtype)
+    if not math.isfinite(float(dm.sum())):  # one sum finds any, in a third of the time
+        weak = (part.s_O.abs() < _WEAK).nonzero().squeeze(1)
         if len(weak):
             dm[weak] = _weak_gradients(part, weak)
     return dm.to(m.dtype)

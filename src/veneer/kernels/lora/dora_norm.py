@@ -4,7 +4,7 @@
 
 ||W||^2 is computed once per base weight and cached by the caller. Cost: one product of W with the r rows of A, and nothing of
 size out x in is ever allocated. At B = 0 the result is sqrt(||W||^2) to the bit, except in a row of zeros, so a magnitude that
-starts there gives a gain of exactly one. (DoRA, arXiv 2402.09353, eq. 5; the identity is plain algebra.)
+starts there gives a magnitude scale of exactly one. (DoRA, arXiv 2402.09353, eq. 5; the identity is plain algebra.)
 Norms of several adapters at one weight take one pass over it where kernels in C++ are in use (`dora_norms`). Shapes: O out, K in, R rank.
 """
 
@@ -38,7 +38,7 @@ def dora_norm(weight_OK: Tensor, squared_O: Tensor, a_RK: Tensor, b_OR: Tensor, 
     a_RK, b_OR = a_RK.to(wide), b_OR.to(wide)
     cross_O = (wa_OR * b_OR).sum(1)
     own_O = ((b_OR @ (a_RK @ a_RK.T)) * b_OR).sum(1)
-    # A row of zeros has no direction: the smallest normal number keeps its gain 0 / norm, and the root's gradient, finite.
+    # A row of zeros has no direction: the smallest normal number keeps its magnitude scale 0 / norm, and the root's gradient, finite.
     square_O = (squared_O + 2 * scale * cross_O + scale * scale * own_O).clamp_min(torch.finfo(wide).tiny)
     norm_O: Tensor = square_O.sqrt()
     return norm_O
@@ -48,7 +48,7 @@ Adapter = tuple[Tensor, Tensor, float]
 """A [R, K], B [O, R], s."""
 
 
-class _Norm(ctypes.Structure):
+class NormRow(ctypes.Structure):
     _fields_ = [
         ("a", ctypes.c_void_p),
         ("b", ctypes.c_void_p),
@@ -68,7 +68,7 @@ def dora_norms(weight_OK: Tensor, squared_O: Tensor, adapters: Sequence[Adapter]
         with torch.no_grad():
             return [dora_norm(weight_OK, squared_O, *adapter) for adapter in adapters]
     found = [torch.empty_like(squared_O) for _ in adapters]
-    each = (_Norm * len(adapters))()
+    each = (NormRow * len(adapters))()
     for one, (a, b, scale), square in zip(each, adapters, found, strict=True):
         one.a, one.b, one.square, one.rank, one.scale = a.data_ptr(), b.data_ptr(), square.data_ptr(), len(a), scale
     made.veneer_squared_row_norms(

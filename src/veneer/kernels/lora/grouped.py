@@ -1,15 +1,15 @@
-"""Several adapters' part in a fused adapted linear call, each with few cells: batched products over padded banks.
+"""Several adapters' part in a fast adapted linear call, each with few tokens: batched products over padded factors.
 
 With one adapter a row (a decoding step that serves sixteen adapters, say) a loop over adapters costs more than the layer itself. So the
-cells of J adapters are laid out as a grid [J, n], padded by repeating an adapter's own first cell, their factors are stacked to
+tokens of J adapters are laid out as a grid [J, n], padded by repeating an adapter's own first token, their factors are stacked to
 [J, R] padded with zeros, and one batched product does for all:
 
     forward     y_h += w (x A_h^T) (s S B)_h^T                    on the grid
-    backward    as for one adapter (`adapted_share`), batched over J
+    backward    as for one adapter (`SingleBranch`), batched over J
 
-The banks live for one call, or for as long as nothing is trained and no factor changes (`Stack`). An optimizer sees masters of exact
-rank only. A cell meets its own adapter's factors and nothing else, so a NaN stays with its adapter.
-Shapes: J adapters, n cells of each, M = real cells, K in, O out, R rank.
+The padded factors live for one call, or while nothing is trained and no factor changes (`PaddedFactors`). An optimizer sees masters of
+exact rank only. A token meets its own adapter's factors and nothing else, so a NaN stays with its adapter.
+Shapes: J adapters, n tokens of each, M = real tokens, K in, O out, R rank.
 """
 
 from __future__ import annotations
@@ -21,41 +21,41 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from veneer.kernels.lora.branch import Backward, Factors, Gradients, Layer, Reduction, magnitude_gradients
+from veneer.kernels.lora.branch import Backward, Branch, Factors, Gradients, Layer, Reduction, magnitude_gradients
 
-__all__ = ["Bundle", "Grid", "Stack", "stack"]
+__all__ = ["GroupedBranch", "PaddedFactors", "TokenGrid", "pad_factors"]
 
 _FEW = 4
-"""Up to so many cells an adapter, products are taken in the masters' own width: those of few rows are slow in narrow types."""
+"""Up to so many tokens an adapter, products are taken in the masters' own width: those of few rows are slow in narrow types."""
 
 
-class Grid:
-    """Where the cells of J adapters stand in [N], laid out as [J, n].
+class TokenGrid:
+    """The indices in [N] of the tokens of J adapters, laid out as [J, n].
 
-    Made once for a batch and used by every layer of the same sizes. ``cells``: each adapter's cells, LongTensor [n_j], all distinct.
+    Made once for a batch and used by every layer of the same sizes. ``tokens``: each adapter's tokens, LongTensor [n_j], all distinct.
     """
 
-    def __init__(self, cells: Sequence[Tensor], weights: Sequence[float | Tensor]) -> None:
-        sizes = [len(own) for own in cells]
+    def __init__(self, tokens: Sequence[Tensor], weights: Sequence[float | Tensor]) -> None:
+        sizes = [len(indices) for indices in tokens]
         self.sizes = sizes
-        self.shape = (len(cells), max(sizes))
-        joined = torch.cat(list(cells))
+        self.shape = (len(tokens), max(sizes))
+        joined = torch.cat(list(tokens))
         padded = min(sizes) < self.shape[1]
         self.real: Tensor | None = None
-        """Which places of the grid are no padding [M], or None if all are."""
+        """Flat grid positions that are no padding [M], or None if all are."""
         self.rows = joined
-        """The cell of each of these places, [M]."""
+        """The token at each of these positions, [M]."""
         self.index = joined
-        """The cell of every place, [J * n]."""
+        """The token at every position, [J * n]."""
         if padded:
-            self.index = torch.cat([torch.cat((own, own[:1].expand(self.shape[1] - len(own)))) for own in cells])
+            self.index = torch.cat([torch.cat((one, one[:1].expand(self.shape[1] - len(one)))) for one in tokens])
             self.real = torch.cat([torch.arange(size) + j * self.shape[1] for j, size in enumerate(sizes)]).to(
                 joined.device
             )
         first, last = int(joined[0]), int(joined[-1])
         runs = not padded and last - first + 1 == len(joined) and bool((joined.diff() == 1).all())
         self.span = slice(first, last + 1) if runs else None
-        """The cells as they stand, where they stand in the order of the grid."""
+        """The tokens as a slice, where they are consecutive in the order of the grid."""
         self.weight_Jn1 = self._weights(sizes, weights) if padded or any(not _is_one(w) for w in weights) else None
 
     @property
@@ -85,31 +85,31 @@ class Grid:
         return t_JnX if self.weight_Jn1 is None else t_JnX * self.weight_Jn1.to(t_JnX.dtype)
 
 
-class Stack(NamedTuple):
+class PaddedFactors(NamedTuple):
     """Factors of J adapters, padded to the largest rank, at those layers of a call where one of them acts.
 
-    present: the layers. a_JKR: A^T of all layers. b_JRO: (s S B)^T per layer. gain_J1O: S per layer, or None.
+    present: the layers. a_JKR: A^T of all layers. b_JRO: (s S B)^T per layer. s_J1O: S per layer, or None.
     """
 
     present: list[int]
     a_JKR: Tensor
     b_JRO: list[Tensor]
-    gain_J1O: list[Tensor | None]
+    s_J1O: list[Tensor | None]
 
 
-def stack(factors: Sequence[Sequence[Factors | None]], layers: Sequence[Layer], grid: Grid) -> Stack:
-    """Stack the factors [J][layer] for computing on ``grid``."""
+def pad_factors(factors: Sequence[Sequence[Factors | None]], layers: Sequence[Layer], grid: TokenGrid) -> PaddedFactors:
+    """PaddedFactors the factors [J][layer] for computing on ``grid``."""
     dtype = layers[0][0].dtype
     present = _present(factors)
     layers = [layers[h] for h in present]
-    columns = [[own[h] for own in factors] for h in present]
+    columns = [[row[h] for row in factors] for h in present]
     a_JRK = torch.cat([_stack_a(column, layer) for column, layer in zip(columns, layers, strict=True)], dim=1)
     if not grid.few:
         a_JRK = a_JRK.to(dtype)
-    gains = [_stack_gain(column) for column in columns]
+    scales = [_stack_gain(column) for column in columns]
     dtype = a_JRK.dtype
-    bs = [_stack_b(c, layer, gain, dtype) for c, layer, gain in zip(columns, layers, gains, strict=True)]
-    return Stack(present, a_JRK.transpose(1, 2).contiguous(), bs, gains)
+    bs = [_stack_b(c, layer, s, dtype) for c, layer, s in zip(columns, layers, scales, strict=True)]
+    return PaddedFactors(present, a_JRK.transpose(1, 2).contiguous(), bs, scales)
 
 
 def _stack_a(column: Sequence[Factors | None], layer: Layer) -> Tensor:
@@ -119,8 +119,8 @@ def _stack_a(column: Sequence[Factors | None], layer: Layer) -> Tensor:
     return torch.stack([_one(column).a.new_zeros(rank, layer[0].shape[1]) if p is None else p for p in parts])
 
 
-def _stack_b(column: Sequence[Factors | None], layer: Layer, gain_J1O: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """[J, R, O], scale and gain included."""
+def _stack_b(column: Sequence[Factors | None], layer: Layer, s_J1O: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """[J, R, O], scale and S included."""
     rank, like = _rank(column), _one(column).b
     parts = [None if f is None else F.pad(f.b.detach(), (0, rank - f.b.shape[1])) for f in column]
     b_JOR = torch.stack([like.new_zeros(len(layer[0]), rank) if p is None else p for p in parts])
@@ -128,22 +128,22 @@ def _stack_b(column: Sequence[Factors | None], layer: Layer, gain_J1O: Tensor | 
         b_JOR
         * torch.tensor([0.0 if f is None else f.scale for f in column], dtype=like.dtype).to(like.device)[:, None, None]
     )
-    if gain_J1O is not None:
-        b_JOR = b_JOR * gain_J1O.transpose(1, 2)
+    if s_J1O is not None:
+        b_JOR = b_JOR * s_J1O.transpose(1, 2)
     return b_JOR.transpose(1, 2).to(dtype).contiguous()
 
 
 def _stack_gain(column: Sequence[Factors | None]) -> Tensor | None:
-    gains = [None if f is None else f.gain() for f in column]
-    like = next((gain for gain in gains if gain is not None), None)
+    scales = [None if f is None else f.magnitude_scale() for f in column]
+    like = next((s for s in scales if s is not None), None)
     if like is None:
         return None
-    return torch.stack([torch.ones_like(like) if gain is None else gain for gain in gains]).unsqueeze(1)
+    return torch.stack([torch.ones_like(like) if s is None else s for s in scales]).unsqueeze(1)
 
 
 def _present(factors: Sequence[Sequence[Factors | None]]) -> list[int]:
     """Layers where one of the adapters acts."""
-    return [h for h in range(len(factors[0])) if any(own[h] is not None for own in factors)]
+    return [h for h in range(len(factors[0])) if any(row[h] is not None for row in factors)]
 
 
 def _one(column: Sequence[Factors | None]) -> Factors:
@@ -158,51 +158,39 @@ def _is_one(weight: float | Tensor) -> bool:
     return not isinstance(weight, Tensor) and weight == 1.0
 
 
-class Bundle:
-    """Adapters with few cells each, as one branch. Without dropout.
+class GroupedBranch(Branch):
+    """Adapters with few tokens each, as one branch. Without dropout.
 
-    grid: their cells. factors: [J][layer], None where an adapter leaves a layer alone; not needed where nothing is trained.
-    stacked: these, as `stack` makes them.
+    grid: their tokens. factors: [J][layer], None where an adapter leaves a layer alone; not needed where nothing is trained.
+    stacked: these, as `pad_factors` makes them.
     """
 
-    scales = False
-
-    def __init__(self, grid: Grid, factors: Sequence[Sequence[Factors | None]] | None, stacked: Stack) -> None:
+    def __init__(
+        self, grid: TokenGrid, factors: Sequence[Sequence[Factors | None]] | None, stacked: PaddedFactors
+    ) -> None:
         self.grid = grid
         self.factors = factors or ()
         self.stacked = stacked
-        self.masters: list[Tensor | None] = [m for own in self.factors for f in own if f is not None for m in f.masters]
+        self.masters: list[Tensor | None] = [m for row in self.factors for f in row if f is not None for m in f.masters]
         self._present = stacked.present
-        self._gains = dict(zip(stacked.present, stacked.gain_J1O, strict=True))
+        self._scales = dict(zip(stacked.present, stacked.s_J1O, strict=True))
         self._ranks = [b.shape[1] for b in stacked.b_JRO]
 
-    def whole(self, cells: int) -> bool:
-        """Never."""
-        return False
+    def has_magnitude(self, h: int) -> bool:
+        """Whether a magnitude acts at layer h."""
+        return self._scales.get(h) is not None
 
-    def covers(self, h: int, cells: int) -> bool:
-        """Never told."""
-        return False
-
-    def gained(self, h: int) -> bool:
-        """Whether a gain acts at layer h."""
-        return self._gains.get(h) is not None
-
-    def whole_gain(self, h: int) -> Tensor | None:
-        """None: no one gain acts on every cell."""
-        return None
-
-    def regain_(self, h: int, t_NO: Tensor, bias_O: Tensor | None) -> None:
+    def apply_magnitude_(self, h: int, t_NO: Tensor, bias_O: Tensor | None) -> None:
         """S (t - b) + b on the grid, in place."""
-        gain = self._gains.get(h)
-        if gain is not None:
+        s = self._scales.get(h)
+        if s is not None:
             part = self.grid.take(t_NO)
-            less = (gain - 1).to(part.dtype)
+            less = (s - 1).to(part.dtype)
             part = part.addcmul_(part if bias_O is None else part - bias_O, less)
             self.grid.put_(t_NO, part)
 
     def run_(self, x_NK: Tensor, y_NO: Sequence[Tensor]) -> list[Tensor | None]:
-        """Add the low-rank products to the outputs. Keeps the banks and x A^T (times w)."""
+        """Add the low-rank products to the outputs. Keeps the padded factors and x A^T (times w)."""
         x_JnK = self.grid.take(x_NK)
         a_JKR = self.stacked.a_JKR
         xa_JnR = self.grid.weighted(torch.bmm(x_JnK.to(a_JKR.dtype), a_JKR))
@@ -220,14 +208,14 @@ class Bundle:
         a_JKR, xa_JnR = kept[0], kept[1]
         assert a_JKR is not None and xa_JnR is not None
         g_JnO = [None if (g := back.g_NO[h]) is None else self.grid.take(g) for h in self._present]
-        slopes = []
+        grads = []
         for g, b, rank in zip(g_JnO, kept[2:], self._ranks, strict=True):
             assert b is not None
             if g is None:
-                slopes.append(xa_JnR.new_zeros(*self.grid.shape, rank))
+                grads.append(xa_JnR.new_zeros(*self.grid.shape, rank))
             else:
-                slopes.append(torch.bmm(g.to(b.dtype), b.transpose(1, 2)).to(g.dtype))
-        gb_JnR = self.grid.weighted(slopes[0] if len(slopes) == 1 else torch.cat(slopes, dim=2))
+                grads.append(torch.bmm(g.to(b.dtype), b.transpose(1, 2)).to(g.dtype))
+        gb_JnR = self.grid.weighted(grads[0] if len(grads) == 1 else torch.cat(grads, dim=2))
         if back.dx_NK is not None:
             self.grid.put_(
                 back.dx_NK, self.grid.take(back.dx_NK).baddbmm_(gb_JnR, a_JKR.to(gb_JnR.dtype).transpose(1, 2))
@@ -238,18 +226,18 @@ class Bundle:
         das = torch.bmm(gb_JnR.transpose(1, 2), x_JnK).split(self._ranks, dim=1)
         pieces = zip(self._present, g_JnO, das, self._columns(xa_JnR), strict=True)
         columns = {h: self._column(h, back, g, da, xa, x_JnK) for h, g, da, xa in pieces}
-        return [slope for j, own in enumerate(self.factors) for h, f in enumerate(own) if f for slope in columns[h][j]]
+        return [grad for j, row in enumerate(self.factors) for h, f in enumerate(row) if f for grad in columns[h][j]]
 
     def _column(
         self, h: int, back: Backward, g_JnO: Tensor | None, da_JRK: Tensor, xa_JnR: Tensor, x_JnK: Tensor
     ) -> list[tuple[Tensor | None, ...]]:
         """(dA, dB, dm) of every adapter at layer h."""
         db_JRO = None if g_JnO is None else torch.bmm(xa_JnR.transpose(1, 2), g_JnO)
-        y_NO, gains = back.y_NO[h], self._gains[h]
-        y_JnO = None if y_NO is None or gains is None else self.grid.take(y_NO)
+        y_NO, scales = back.y_NO[h], self._scales[h]
+        y_JnO = None if y_NO is None or scales is None else self.grid.take(y_NO)
         found: list[tuple[Tensor | None, ...]] = []
-        for j, own in enumerate(self.factors):
-            f = own[h]
+        for j, row in enumerate(self.factors):
+            f = row[h]
             if f is None:
                 found.append(())
                 continue
@@ -259,11 +247,11 @@ class Bundle:
             if g_JnO is not None and db_JRO is not None:
                 # Contiguous: torch's fused optimizers read a gradient's memory in the parameter's order, whatever its strides say.
                 db = db_JRO[j, :rank].to(f.b.dtype).T.contiguous()
-                db = db.mul_(f.scale if gains is None else (gains[j, 0] * f.scale).to(db.dtype).unsqueeze(1))
-                if gains is not None and y_JnO is not None and f.magnitude is not None:
+                db = db.mul_(f.scale if scales is None else (scales[j, 0] * f.scale).to(db.dtype).unsqueeze(1))
+                if scales is not None and y_JnO is not None and f.magnitude is not None:
                     n = self.grid.sizes[j]
                     reduction = Reduction(
-                        back.layers[h], f, gains[j, 0], g_JnO[j, :n], y_JnO[j, :n], x_JnK[j, :n], xa_JnR[j, :n, :rank]
+                        back.layers[h], f, scales[j, 0], g_JnO[j, :n], y_JnO[j, :n], x_JnK[j, :n], xa_JnR[j, :n, :rank]
                     )
                     dm = magnitude_gradients([reduction])[0]
             found.append((da, db, dm))

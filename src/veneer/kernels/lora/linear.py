@@ -1,22 +1,22 @@
-"""Linear layers with adapters, forward and backward by hand: the fast form of `adapted`.
+"""Linear layers with adapters, forward and backward by hand: the fast form of `adapted` (``reference.py``).
 
 One call takes every layer that reads the same input x (q, k, v; gate, up): layers h with frozen W_h and b_h, and adapters j that each
-act on some of the cells (rows, tokens) with weight w_tj:
+act on some of the tokens (rows, tokens) with weight w_tj:
 
     forward     y_h = C (x W_h^T) + b_h + sum_j w_j (x A_hj^T) (s S B)_hj^T
     backward    dx  = sum_h (C g_h) W_h + sum_j G_j [A_1j; A_2j; ...],       G_j = w_j [g_1 (s S B)_1j | g_2 (s S B)_2j | ...]
 
-with S = m / norm for DoRA and 1 for LoRA, C = S on the cells of a DoRA adapter and 1 elsewhere; gradients of A, B and m stand where they
-are taken (`adapted_share`, `adapted_bundle`, `adapted_native`). What autograd would do in many passes over [cells, out] happens inside
+with S = m / norm for DoRA and 1 for LoRA, C = S on the tokens of a DoRA adapter and 1 elsewhere; gradients of A, B and m stand where they
+are taken (``single.py``, ``grouped.py``, ``native.py``). What autograd would do in many passes over [tokens, out] happens inside
 the matrix products: the low-rank branch is added into the base product in place, the gradients of x from all layers land in one buffer,
-and the products with A are taken for all layers at once. Kept for backward: x, once; x A^T, which costs less to keep ([cells, rank])
+and the products with A are taken for all layers at once. Kept for backward: x, once; x A^T, which costs less to keep ([tokens, rank])
 than to compute again; and for DoRA the output. Without its bias that is z S, so that m's gradient needs no second base product. The base
 product takes the bias along and C acts as y + (C - 1) (y - b), so that C = 1 changes no bit. Where W has fewer columns than there
-are cells, S multiplies W's rows (a temporary) and not the outputs.
+are tokens, S multiplies W's rows (a temporary) and not the outputs.
 
-Boundary: the cells of a DoRA adapter belong to no other adapter and its weight is 1; the norm is a constant. Whatever else there is
-takes the plain form, as decided above this room.
-Shapes: N cells, K in, O out.
+Boundary: the tokens of a DoRA adapter belong to no other adapter and its weight is 1; the norm is a constant. Whatever else there is
+takes the plain path; the caller decides.
+Shapes: N tokens, K in, O out.
 """
 
 from __future__ import annotations
@@ -30,26 +30,26 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from veneer.kernels.frozen_linear import linear
-from veneer.kernels.lora.branch import Backward, Branch, Factors, Folded, Layer
-from veneer.kernels.lora.grouped import Bundle, Grid, Stack, stack
+from veneer.kernels.lora.branch import Backward, Branch, Factors, Layer, PreparedFactors
+from veneer.kernels.lora.grouped import GroupedBranch, PaddedFactors, TokenGrid, pad_factors
 from veneer.kernels.lora.magnitude_scale import scale_rows
-from veneer.kernels.lora.native import Native, Run, fits
-from veneer.kernels.lora.single import Share
+from veneer.kernels.lora.native import AdapterSpan, NativeBranch, fits
+from veneer.kernels.lora.single import SingleBranch
 
 __all__ = [
+    "AdapterSpan",
     "Branch",
-    "Bundle",
     "Factors",
-    "Folded",
-    "Grid",
+    "GroupedBranch",
     "Layer",
-    "Native",
-    "Run",
-    "Share",
-    "Stack",
+    "NativeBranch",
+    "PaddedFactors",
+    "PreparedFactors",
+    "SingleBranch",
+    "TokenGrid",
     "adapted_linear",
     "fits",
-    "stack",
+    "pad_factors",
 ]
 
 
@@ -59,124 +59,124 @@ def adapted_linear(x: Tensor, layers: Sequence[Layer], branches: Sequence[Branch
     Gradients reach x and the masters of the branches, these in their own dtype. The compute dtype is x's, which the layers share.
     """
     if not torch.is_grad_enabled():
-        return tuple(_forward(_Call(tuple(layers), tuple(branches), trains=False), x)[0])
+        return tuple(_forward(_LinearCall(tuple(layers), tuple(branches), trains=False), x)[0])
     masters = [master for branch in branches for master in branch.masters]
     trains = any(m is not None and m.requires_grad for m in masters)
-    call: Any = _Fused.apply
-    return call(_Call(tuple(layers), tuple(branches), trains), x, *masters)  # type: ignore[no-any-return]
+    call: Any = AdaptedLinear.apply
+    return call(_LinearCall(tuple(layers), tuple(branches), trains), x, *masters)  # type: ignore[no-any-return]
 
 
-class _Call:
-    """What one call computes, and how its saved tensors lie behind each other."""
+class _LinearCall:
+    """The layers and branches of one call, and how many tensors each branch saved."""
 
     def __init__(self, layers: tuple[Layer, ...], branches: tuple[Branch, ...], trains: bool) -> None:
         self.layers = layers
         self.branches = branches
         self.trains = trains
-        self.gained = [any(branch.gained(h) for branch in branches) for h in range(len(layers))]
+        self.has_magnitude = [any(branch.has_magnitude(h) for branch in branches) for h in range(len(layers))]
         self.sizes: list[int] = []
-        self.whole = False
+        self.base_in_branch = False
         """Whether the only branch takes the base products too."""
 
-    def folds(self, h: int, cells: int) -> Tensor | None:
-        """S, if it is cheaper to multiply W's rows by it: one DoRA adapter has all the cells, and they outnumber W's columns."""
-        if len(self.branches) > 1 or cells <= self.layers[h][0].shape[1]:
+    def scales_weight(self, h: int, tokens: int) -> Tensor | None:
+        """S, if it is cheaper to multiply W's rows by it: one DoRA adapter has all the tokens, and they outnumber W's columns."""
+        if len(self.branches) > 1 or tokens <= self.layers[h][0].shape[1]:
             return None
-        return self.branches[0].whole_gain(h)
+        return self.branches[0].full_magnitude_scale(h)
 
-    def regain_(self, h: int, t_NO: Tensor) -> None:
+    def apply_magnitude_(self, h: int, t_NO: Tensor) -> None:
         """C t, in place."""
         for branch in self.branches:
-            branch.regain_(h, t_NO, None)
+            branch.apply_magnitude_(h, t_NO, None)
 
 
-class _Fused(torch.autograd.Function):
+class AdaptedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, call: _Call, x: Tensor, *masters: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, call: _LinearCall, x: Tensor, *masters: Tensor | None) -> tuple[Tensor, ...]:
         outputs, kept = _forward(call, x)
-        gained = [y if call.trains and call.gained[h] else None for h, y in enumerate(outputs)]
+        has_magnitude = [y if call.trains and call.has_magnitude[h] else None for h, y in enumerate(outputs)]
         ctx.call, ctx.shape = call, x.shape
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x if call.trains else None, *gained, *kept, *masters)
+        ctx.save_for_backward(x if call.trains else None, *has_magnitude, *kept, *masters)
         return tuple(outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        call: _Call = ctx.call
+        call: _LinearCall = ctx.call
         x, *saved = ctx.saved_tensors
         g_NO = [None if g is None else g.reshape(-1, g.shape[-1]) for g in grads]
-        cells = next((len(g) for g in g_NO if g is not None), 0)
-        dx_NK = _base_gradient(call, g_NO, cells) if ctx.needs_input_grad[1] and cells else None
+        tokens = next((len(g) for g in g_NO if g is not None), 0)
+        dx_NK = _base_gradient(call, g_NO, tokens) if ctx.needs_input_grad[1] and tokens else None
         y_NO = [None if t is None else t.view(-1, t.shape[-1]) for t in saved[: len(g_NO)]]
         x_NK = None if x is None else x.reshape(-1, x.shape[-1])
         back = Backward(call.layers, x_NK, y_NO, g_NO, dx_NK)
-        slopes: list[Tensor | None] = []
+        masters: list[Tensor | None] = []
         at = len(g_NO)
         for branch, size in zip(call.branches, call.sizes, strict=True):
-            slopes += branch.gradients_(back, saved[at : at + size])
+            masters += branch.gradients_(back, saved[at : at + size])
             at += size
-        return (None, None if dx_NK is None else dx_NK.view(ctx.shape), *slopes)
+        return (None, None if dx_NK is None else dx_NK.view(ctx.shape), *masters)
 
 
-def _forward(call: _Call, x: Tensor) -> tuple[list[Tensor], list[Tensor | None]]:
-    """The outputs, and what the branches need again in backward."""
+def _forward(call: _LinearCall, x: Tensor) -> tuple[list[Tensor], list[Tensor | None]]:
+    """The outputs, and the tensors that the branches need in backward."""
     x_NK = x.reshape(-1, x.shape[-1])
     # Outputs are no views, so that a model may go on in place; where that spoils what backward needs, autograd says so.
-    call.whole = len(call.branches) == 1 and call.branches[0].whole(len(x_NK))
+    call.base_in_branch = len(call.branches) == 1 and call.branches[0].takes_base_product(len(x_NK))
     outputs = [_base(call, h, x, len(x_NK)) for h in range(len(call.layers))]
     y_NO = [y.view(-1, y.shape[-1]) for y in outputs]
     kept: list[Tensor | None] = []
     for branch in call.branches:
-        own = branch.run_(x_NK, y_NO)
-        call.sizes.append(len(own))
-        kept += own
+        saved = branch.run_(x_NK, y_NO)
+        call.sizes.append(len(saved))
+        kept += saved
     return outputs, kept
 
 
-def _base(call: _Call, h: int, x: Tensor, cells: int) -> Tensor:
+def _base(call: _LinearCall, h: int, x: Tensor, tokens: int) -> Tensor:
     """C (x W^T) + b, [..., O]."""
     weight, bias = call.layers[h]
-    if call.whole:
+    if call.base_in_branch:
         return x.new_empty(*x.shape[:-1], len(weight))
-    if not any(branch.gained(h) for branch in call.branches if not branch.scales):
-        if not any(branch.covers(h, cells) for branch in call.branches):
+    if not any(branch.has_magnitude(h) for branch in call.branches if not branch.applies_magnitude):
+        if not any(branch.covers_all_tokens(h, tokens) for branch in call.branches):
             return _product(x, weight, bias)
         y = linear(x.reshape(-1, x.shape[-1]), weight, bias)
         return y.view(*x.shape[:-1], len(weight))
-    gain = call.folds(h, cells)
-    if gain is not None:
-        return F.linear(x, scale_rows(weight, gain), bias)
+    s = call.scales_weight(h, tokens)
+    if s is not None:
+        return F.linear(x, scale_rows(weight, s), bias)
     y = _product(x, weight, bias)
     for branch in call.branches:
-        if not branch.scales:
-            branch.regain_(h, y.view(-1, y.shape[-1]), bias)
+        if not branch.applies_magnitude:
+            branch.apply_magnitude_(h, y.view(-1, y.shape[-1]), bias)
     return y
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x W^T + b by the layer's own call, so that cells without an adapter keep their bits: Conv1D stores [K, O] and takes addmm."""
+    """x W^T + b by the layer's own call, so that tokens without an adapter keep their bits: Conv1D stores [K, O] and takes addmm."""
     if weight.is_contiguous() or bias is None:
         return F.linear(x, weight, bias)
     return torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight.T).view(*x.shape[:-1], len(weight))
 
 
-def _base_gradient(call: _Call, g_NO: list[Tensor | None], cells: int) -> Tensor:
+def _base_gradient(call: _LinearCall, g_NO: list[Tensor | None], tokens: int) -> Tensor:
     """sum_h (C g_h) W_h, [N, K], all in one buffer."""
-    if call.whole:
-        return call.layers[0][0].new_empty(cells, call.layers[0][0].shape[1])
+    if call.base_in_branch:
+        return call.layers[0][0].new_empty(tokens, call.layers[0][0].shape[1])
     dx: Tensor | None = None
     for h, g in enumerate(g_NO):
         if g is None:
             continue
         weight = call.layers[h][0]
-        if call.gained[h]:
-            gain = call.folds(h, cells)
-            if gain is not None:
-                weight = scale_rows(weight, gain)
+        if call.has_magnitude[h]:
+            s = call.scales_weight(h, tokens)
+            if s is not None:
+                weight = scale_rows(weight, s)
             else:
                 g = g.clone()
-                call.regain_(h, g)
+                call.apply_magnitude_(h, g)
         dx = g @ weight if dx is None else dx.addmm_(g, weight)
     assert dx is not None
     return dx

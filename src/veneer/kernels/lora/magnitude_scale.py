@@ -1,11 +1,11 @@
-"""What DoRA's gain S [out] costs beside its matrix products: multiplying by it, and the reduction in the gradient of its magnitude.
+"""DoRA's magnitude scale S [out]: multiplying by it, and the reduction in the gradient of its magnitude.
 
-    regain          t S, as t + t (S - 1): S = 1 changes no bit, and what is rounded before the sum is the small difference
+    apply_scale     t S, as t + t (S - 1): S = 1 changes no bit, and what is rounded before the sum is the small difference
     column_dots     sum_t a_to (b_to - c_o), [O], for several pairs at once
 
-The reduction is one pass over memory where it runs compiled. It is tiled over cells then, because a compiler that reduces over a first
+The reduction is one pass over memory where it runs compiled. It is tiled over tokens then, because a compiler that reduces over a first
 dimension directly walks it column by column.
-Shapes: T cells, O out, K in.
+Shapes: T tokens, O out, K in.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from torch import Tensor
 
 from veneer.kernels.elementwise.compiled import Chain, compiling
 
-__all__ = ["column_dots", "regain", "scale_rows"]
+__all__ = ["apply_scale", "column_dots", "scale_rows"]
 
 Pair = tuple[Tensor, Tensor, "Tensor | None"]
 _TILE = 16
 
 
-def regain(t_TO: Tensor, gain_O: Tensor, out: Tensor | None = None) -> Tensor:
+def apply_scale(t_TO: Tensor, s_O: Tensor, out: Tensor | None = None) -> Tensor:
     """t S over the last dimension, in t's dtype."""
-    return torch.addcmul(t_TO, t_TO, (gain_O - 1).to(t_TO.dtype), out=out)
+    return torch.addcmul(t_TO, t_TO, (s_O - 1).to(t_TO.dtype), out=out)
 
 
-def scale_rows(weight_OK: Tensor, gain_O: Tensor) -> Tensor:
+def scale_rows(weight_OK: Tensor, s_O: Tensor) -> Tensor:
     """S_o W_ok: a new weight."""
-    return torch.addcmul(weight_OK, weight_OK, (gain_O - 1).to(weight_OK.dtype).unsqueeze(1))
+    return torch.addcmul(weight_OK, weight_OK, (s_O - 1).to(weight_OK.dtype).unsqueeze(1))
 
 
 def column_dots(pairs: Sequence[Pair]) -> list[Tensor]:

@@ -1,9 +1,9 @@
-"""All adapters' part in a fused adapted linear call, in C++ (``cpp/low_rank.cpp``): each adapter on a run of tokens of its own.
+"""All adapters' part in a fast adapted linear call, in C++ (``cpp/low_rank.cpp``): each adapter on consecutive tokens.
 
     forward     u = w x A^T,          y_h = S (W_h x) + b_h + u_h (s S B)_h^T
     backward    G = w [g_1 (s S B)_1 | g_2 (s S B)_2 | ...],      dx += G A,      dA = G^T x,      dB_h = s S u_h^T g_h
 
-and sum_t g_h (y_h - b_h), from which m's gradient is made. The formulas are those of `adapted_share`, which is the reference. Each of
+and sum_t g_h (y_h - b_h), from which m's gradient is made. The formulas are those of `SingleBranch`, which is the reference. Each of
 these products alone moves far more than it multiplies, and is slow in matrix libraries for that; here a block of tokens is read once
 for all of them, one call does for all adapters and layers, and gradients come out in the masters' fp32 with nothing rounded between.
 Rounded to the compute dtype are A, s S B, u and G.
@@ -12,7 +12,7 @@ In bf16, where the processor multiplies pairs of it and every token has an adapt
 too (``cpp/products.h``), one for each layer and one for the gradient of the input, with S and the low-rank products inside.
 
 Dropout hides some numbers of x from a layer's factors: products with A then take a copy of x, a block of tokens at a time, with zeros in
-their places. The factor 1 / (1 - p) is part of w.
+their place. The factor 1 / (1 - p) is part of w.
 
 Not for scattered tokens or high ranks (where matrix libraries are as quick). Shapes: N tokens,
 n an adapter's, K in, O out, R rank, padded to a multiple of 8 inside.
@@ -31,18 +31,18 @@ from veneer.kernels.cpp_library import KINDS, library
 from veneer.kernels.frozen_linear import longest_product
 from veneer.kernels.lora.branch import (
     Backward,
+    Branch,
     Factors,
     Gradients,
     Layer,
     Reduction,
-    by_magnitude,
-    regain_cells_,
+    magnitude_gradient,
+    scale_tokens_,
     take,
 )
-from veneer.kernels.lora.native_layout import Call, Layout, Own, Run, covered
-from veneer.kernels.lora.single import Share
+from veneer.kernels.lora.single import SingleBranch
 
-__all__ = ["Native", "Run", "agrees", "fits"]
+__all__ = ["AdapterSpan", "NativeBranch", "agrees", "fits"]
 
 _STEP = 32
 """Widths are multiples of it."""
@@ -53,23 +53,23 @@ _SIZES = 8
 """Layouts for calls of so many sizes are kept."""
 _MANY = 16
 """Tokens an adapter from which on products of weights are quicker here for each by itself; packing a panel of a weight costs that much."""
-_PLACES = 2**31 - 1
-"""Places that dropout hides are told as numbers up to this."""
+_MAX_INDEX = 2**31 - 1
+"""Largest index of a dropped number."""
+_UNIT = 8
+"""Ranks are padded to a multiple of it."""
+_LONG, _POINTER, _INT, _FLOAT = ctypes.c_long, ctypes.c_void_p, ctypes.c_int, ctypes.c_float
 
 
 def fits(layers: Sequence[Layer], factors: Sequence[Factors | None] = (), numbers: int = 0) -> bool:
-    """Whether an adapter's part at these layers can be computed in C++ here and now; without factors, whether any could.
-
-    numbers: how many the input has.
-    """
+    """Whether an adapter's part at these layers can be computed in C++; without factors, whether any could. The input has ``numbers``."""
     weight = layers[0][0]
     if library() is None or weight.dtype not in KINDS or weight.device.type != "cpu" or weight.shape[1] % _STEP:
         return False
-    # A bias of another width is for torch to refuse; addresses tell nothing of it.
+    # torch refuses a bias of another dtype; an address does not show it.
     if any(bias is not None and not (bias.dtype == weight.dtype and bias.is_contiguous()) for _, bias in layers):
         return False
     there = [f for f in factors if f is not None]
-    if numbers > _PLACES and any(f.dropout is not None for f in there):
+    if numbers > _MAX_INDEX and any(f.dropout is not None for f in there):
         return False
     return all(_knows(f, _HIGHEST[weight.dtype]) for f in there) and len({f.kept for f in there}) <= 1
 
@@ -81,7 +81,7 @@ def _knows(f: Factors, highest: int) -> bool:
 
 
 def agrees() -> bool:
-    """Whether the kernels, as built here, compute what the plain form does, on random numbers."""
+    """Whether the kernels, as built here, agree with `SingleBranch` on random numbers."""
     draw = torch.Generator().manual_seed(0)
     for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
         shapes = ((64, 3), (32, 9))
@@ -92,91 +92,203 @@ def agrees() -> bool:
         layers: tuple[Layer, ...] = tuple((torch.randn(o, 32, generator=draw).to(dtype), None) for o, _ in shapes)
         g: list[Tensor | None] = [torch.randn(70, o, generator=draw).to(dtype) for o, _ in shapes]
         found = []
-        for branch in (Native(layers, [(None, 0.7, factors)]), Share(None, 0.7, factors)):
-            branch.whole(len(x))  # the products with the weights are in it then, and written over what stands here
+        for branch in (NativeBranch(layers, [AdapterSpan(None, 0.7, factors)]), SingleBranch(None, 0.7, factors)):
+            branch.takes_base_product(len(x))  # may include the base products, which overwrite these
             y = [x @ weight.T for weight, _ in layers]
             dx = sum(
-                (slope @ w for slope, (w, _) in zip(g, layers, strict=True) if slope is not None), torch.zeros_like(x)
+                (grad @ w for grad, (w, _) in zip(g, layers, strict=True) if grad is not None), torch.zeros_like(x)
             )
             kept = branch.run_(x, y)
-            slopes = branch.gradients_(Backward(layers, x, [None, None], g, dx), kept)
-            found.append([t.double() for t in (*y, dx, *slopes) if t is not None])
+            grads = branch.gradients_(Backward(layers, x, [None, None], g, dx), kept)
+            found.append([t.double() for t in (*y, dx, *grads) if t is not None])
         if not all((a - b).norm() <= bound * b.norm() for a, b in zip(*found, strict=True)):
             return False
     return True
 
 
-class Native:
-    """Adapters that share no token, as one branch.
+class LayerRow(ctypes.Structure):
+    """One adapter at one layer."""
 
-    lasting: whether the factors stay as they are for as long as this branch is used, so that they are packed once.
+    _fields_ = [
+        *((name, _LONG) for name in ("width", "rank", "at")),
+        *((name, _POINTER) for name in ("a", "b", "gain", "w", "bias", "y", "out")),
+        ("host", _LONG),
+        *((name, _POINTER) for name in ("da", "db", "dots", "gone")),
+        ("lost", _LONG),
+        ("turned", _INT),
+        ("scale", _FLOAT),
+    ]
+
+
+class RunRow(ctypes.Structure):
+    """One adapter in a call, without the call's tensors."""
+
+    _fields_ = [
+        *((name, _LONG) for name in ("rows", "first", "columns", "layers", "layer", "memory", "u")),
+        ("weights", _POINTER),
+        ("weight", _FLOAT),
+    ]
+
+
+class NativeCall(ctypes.Structure):
+    """The tensors of a call, y and out by layer."""
+
+    _fields_ = [
+        *((name, _POINTER) for name in ("x", "dx", "memory", "u")),
+        *((name, ctypes.POINTER(_POINTER)) for name in ("y", "out")),
+        *((name, _INT) for name in ("packed", "joint")),
+    ]
+
+
+class AdapterSpan:
+    """One adapter in the call.
+
+    Args:
+        rows: its tokens, None for all.
+        weight: w, a float or [n].
+        factors: its factors at each layer, None where it does not act.
     """
 
-    scales = True
+    def __init__(self, rows: slice | None, weight: float | Tensor, factors: Sequence[Factors | None]) -> None:
+        self.rows = rows
+        self.weight = weight
+        self.factors = factors
+        self.parts = [(h, f) for h, f in enumerate(factors) if f is not None]
+        self.scales = {h: s.contiguous() for h, f in self.parts if (s := f.magnitude_scale()) is not None}
+        self.drops = any(f.dropout is not None for _, f in self.parts)
 
-    def __init__(self, layers: Sequence[Layer], runs: Sequence[Run], *, lasting: bool = False) -> None:
-        self._owns = [Own(run) for run in runs]
+    def range(self, tokens: int) -> tuple[int, int]:
+        """(first token, number of tokens) in a call with so many."""
+        first, last, _ = (slice(None) if self.rows is None else self.rows).indices(tokens)
+        return first, max(0, last - first)
+
+
+def covers(spans: Sequence[AdapterSpan], h: int, tokens: int) -> bool:
+    """Whether each of so many tokens has an adapter at layer h."""
+    return tokens == sum(span.range(tokens)[1] for span in spans if span.factors[h] is not None)
+
+
+class NativeLayout:
+    """What all calls with this number of tokens share: the adapters (runs), and each one's layers. Read only, so threads may share it.
+
+    The structures are those of the C++ sources, field by field.
+    """
+
+    def __init__(self, layers: Sequence[Layer], spans: Sequence[AdapterSpan], tokens: int, *, with_base: bool) -> None:
+        self.runs = (RunRow * len(spans))()
+        self.layers = (LayerRow * sum(len(span.parts) for span in spans))()
+        self.alive: list[Tensor] = []
+        """Tensors that addresses point to."""
+        self.covered = [covers(spans, h, tokens) for h in range(len(layers))]
+        """Whether each token has an adapter, by layer."""
+        self.memory = self.u = layer = 0
+        for run, span in zip(self.runs, spans, strict=True):
+            run.first, run.rows = span.range(tokens)
+            run.layer, run.layers, run.memory, run.u = layer, len(span.parts), self.memory, self.u
+            self._weigh(run, span)
+            for h, f in span.parts:
+                self._lay(self.layers[layer], run, h, f, layers[h], span.scales.get(h), with_base=with_base)
+                layer += 1
+            self.u += run.columns * run.rows
+
+    def _weigh(self, run: RunRow, span: AdapterSpan) -> None:
+        weight = span.weight / next((f.kept for _, f in span.parts), 1.0)
+        if isinstance(weight, Tensor):
+            self.alive.append(weight.to(torch.float32).contiguous())
+            run.weights = self.alive[-1].data_ptr()
+        else:
+            run.weight = weight
+
+    def _lay(
+        self, row: LayerRow, run: RunRow, h: int, f: Factors, layer: Layer, s: Tensor | None, *, with_base: bool
+    ) -> None:
+        weight, bias = layer
+        rank, width = len(f.a), len(f.b)
+        row.host, row.lost = h, -1
+        row.w, row.turned = weight.data_ptr() if with_base else None, not weight.is_contiguous()
+        row.bias = None if bias is None else bias.data_ptr()
+        row.width, row.rank, row.at, row.scale = width, rank, run.columns, f.scale
+        row.a, row.b, row.gain = f.a.data_ptr(), f.b.data_ptr(), None if s is None else s.data_ptr()
+        padded = -(-rank // _UNIT) * _UNIT
+        run.columns += padded
+        self.memory += 2 * padded * (weight.shape[1] + width)
+
+    def copy_layers(self) -> Any:
+        """A copy of the layers, for the addresses of one call."""
+        return type(self.layers).from_buffer_copy(self.layers)
+
+
+class NativeBranch(Branch):
+    """Adapters that share no token, as one branch.
+
+    lasting: the factors do not change while this branch is used, so they are packed once.
+    """
+
+    applies_magnitude = True
+
+    def __init__(self, layers: Sequence[Layer], spans: Sequence[AdapterSpan], *, lasting: bool = False) -> None:
+        self._spans = spans
         self._layers = layers
         self._columns = layers[0][0].shape[1]
-        self._layouts: dict[int, Layout] = {}
-        self._wholes: dict[int, bool] = {}
-        """What `whole` said; a call with other branches beside this one does not ask, and takes no products here."""
+        self._layouts: dict[int, NativeLayout] = {}
+        self._with_base: dict[int, bool] = {}
+        """Answers of `takes_base_product`; a call with other branches does not ask, and takes no base products here."""
         self._lasting = lasting
         self._packed: Tensor | None = None
-        self._gained = {h for own in self._owns for h in own.gains}
-        self._drops = any(own.drops for own in self._owns)
+        self._scaled = {h for span in self._spans for h in span.scales}
+        self._drops = any(span.drops for span in self._spans)
         self._made = library()
-        """Kept, so that a backward ends as its forward began, whatever is in use by then."""
-        self.masters: list[Tensor | None] = [m for own in self._owns for _, f in own.parts for m in f.masters]
+        """Kept, so that backward uses the library of its forward."""
+        self.masters: list[Tensor | None] = [m for span in self._spans for _, f in span.parts for m in f.masters]
 
-    def whole(self, cells: int) -> bool:
+    def takes_base_product(self, tokens: int) -> bool:
         """Whether `run_` and `gradients_` take the products with the layers' weights too: every token is an adapter's, at every layer."""
-        if cells in self._wholes:
-            return self._wholes[cells]
+        if tokens in self._with_base:
+            return self._with_base[tokens]
         weights = [weight for weight, _ in self._layers]
         most = longest_product() if weights[0].dtype == torch.bfloat16 else 0
         fits = max(self._columns, sum(map(len, weights))) <= most
-        fits = fits and all(w.is_contiguous() or (w.T.is_contiguous() and not self._gained) for w in weights)
-        fits = fits and (self._lasting or not self._sparse(cells))
-        if len(self._wholes) >= _SIZES:
-            self._wholes.clear()
-        self._wholes[cells] = fits and all(covered(self._owns, h, cells) for h in range(len(weights)))
-        return self._wholes[cells]
+        fits = fits and all(w.is_contiguous() or (w.T.is_contiguous() and not self._scaled) for w in weights)
+        fits = fits and (self._lasting or not self._sparse(tokens))
+        if len(self._with_base) >= _SIZES:
+            self._with_base.clear()
+        self._with_base[tokens] = fits and all(covers(self._spans, h, tokens) for h in range(len(weights)))
+        return self._with_base[tokens]
 
-    def _sparse(self, cells: int) -> bool:
-        """Whether adapters have too few tokens each for products with weights of their own."""
-        return cells < _MANY * len(self._owns)
+    def _sparse(self, tokens: int) -> bool:
+        """Whether adapters have too few tokens for separate products with the weights."""
+        return tokens < _MANY * len(self._spans)
 
-    def covers(self, h: int, cells: int) -> bool:
+    def covers_all_tokens(self, h: int, tokens: int) -> bool:
         """Whether every token has an adapter at layer h."""
-        return self._layout(cells).covered[h]
+        return self._layout(tokens).covered[h]
 
-    def gained(self, h: int) -> bool:
-        """Whether a gain acts at layer h."""
-        return h in self._gained
+    def has_magnitude(self, h: int) -> bool:
+        """Whether a magnitude acts at layer h."""
+        return h in self._scaled
 
-    def whole_gain(self, h: int) -> Tensor | None:
-        """S [O] at layer h, if it acts on every cell."""
-        first = self._owns[0]
-        return first.gains.get(h) if len(self._owns) == 1 and first.rows is None else None
+    def full_magnitude_scale(self, h: int) -> Tensor | None:
+        """S [O] at layer h, if it acts on every token."""
+        first = self._spans[0]
+        return first.scales.get(h) if len(self._spans) == 1 and first.rows is None else None
 
-    def regain_(self, h: int, t_NO: Tensor, bias_O: Tensor | None) -> None:
-        """S (t - b) + b on each adapter's cells, in place."""
-        for own in self._owns:
-            if (gain := own.gains.get(h)) is not None:
-                regain_cells_(t_NO, own.rows, gain, bias_O)
+    def apply_magnitude_(self, h: int, t_NO: Tensor, bias_O: Tensor | None) -> None:
+        """S (t - b) + b on each adapter's tokens, in place."""
+        for span in self._spans:
+            if (s := span.scales.get(h)) is not None:
+                scale_tokens_(t_NO, span.rows, s, bias_O)
 
     def run_(self, x_NK: Tensor, y_NO: Sequence[Tensor]) -> list[Tensor | None]:
-        """Multiply the outputs by S, and add the low-rank products. Keeps the factors as they were computed with, u, and dropped places."""
+        """Multiply the outputs by S, and add the low-rank products. Keeps the packed factors, u, and dropped indices."""
         x = x_NK.contiguous()
         layout = self._layout(len(x))
         packed = self._packed
         memory = x.new_empty(layout.memory) if packed is None else packed
         u = x.new_empty(layout.u)
-        gone = self._places(layout, x.device)
+        gone = self._dropped(layout, x.device)
         layers = self._hidden(layout, gone)
-        joint = self._wholes.get(len(x), False) and self._sparse(len(x))
-        call = Call(packed=packed is not None, joint=joint)
+        joint = self._with_base.get(len(x), False) and self._sparse(len(x))
+        call = NativeCall(packed=packed is not None, joint=joint)
         self._call("veneer_low_rank_forward", layout, layers, call, x, None, memory, u, y_NO)
         if self._lasting:
             self._packed = memory
@@ -187,64 +299,68 @@ class Native:
         memory, u, *gone = kept
         assert memory is not None and u is not None
         g_NO = [None if g is None else g.contiguous() for g in back.g_NO]
-        cells = next((len(g) for g in g_NO if g is not None), 0)
+        tokens = next((len(g) for g in g_NO if g is not None), 0)
         x = None if back.x_NK is None else back.x_NK.contiguous()
-        layout = self._layout(cells)
-        layers = self._hidden(layout, gone) if self._drops else layout.own_layers()
-        make = torch.empty_like if cells else torch.zeros_like
+        layout = self._layout(tokens)
+        layers = self._hidden(layout, gone) if self._drops else layout.copy_layers()
+        make = torch.empty_like if tokens else torch.zeros_like
         found: Gradients = []
-        dots: list[tuple[int, int, Factors, Own, Tensor, Tensor | None]] = []
-        for run, own in zip(layout.runs, self._owns, strict=True):
-            for layer, (h, f) in zip(layers[run.layer : run.layer + run.layers], own.parts, strict=True):
-                g, y, gain = g_NO[h], back.y_NO[h], own.gains.get(h)
+        dots: list[tuple[int, int, Factors, AdapterSpan, Tensor, Tensor | None]] = []
+        for run, span in zip(layout.runs, self._spans, strict=True):
+            for layer, (h, f) in zip(layers[run.layer : run.layer + run.layers], span.parts, strict=True):
+                g, y, s = g_NO[h], back.y_NO[h], span.scales.get(h)
                 da = None if x is None else make(f.a)
                 db = None if x is None or g is None else make(f.b)
                 layer.da, layer.db = (None if d is None else d.data_ptr() for d in (da, db))
-                if x is not None and g is not None and y is not None and gain is not None:
+                if x is not None and g is not None and y is not None and s is not None:
                     u_nR = u[run.u : run.u + run.rows * run.columns].view(run.rows, run.columns)
                     seen = None if f.dropout is None else u_nR[:, layer.at : layer.at + layer.rank]
-                    dots.append((len(found) + 2, h, f, own, make(gain), seen))
+                    dots.append((len(found) + 2, h, f, span, make(s), seen))
                     layer.dots = dots[-1][4].data_ptr()
                 found += [da, db, None]
-        if cells:
-            self._call("veneer_low_rank_backward", layout, layers, Call(), x, back.dx_NK, memory, u, g_NO, back.y_NO)
-        for place, h, f, own, dots_O, seen in dots:
+        if tokens:
+            self._call(
+                "veneer_low_rank_backward", layout, layers, NativeCall(), x, back.dx_NK, memory, u, g_NO, back.y_NO
+            )
+        for place, h, f, span, dots_O, seen in dots:
             g, y = g_NO[h], back.y_NO[h]
             assert x is not None and g is not None and y is not None
-            g_nO, y_nO, x_nK = (take(t, own.rows) for t in (g, y, x))
-            reduction = Reduction(back.layers[h], f, own.gains[h], g_nO, y_nO, x_nK, seen)
-            found[place] = by_magnitude(reduction, dots_O)
+            g_nO, y_nO, x_nK = (take(t, span.rows) for t in (g, y, x))
+            reduction = Reduction(back.layers[h], f, span.scales[h], g_nO, y_nO, x_nK, seen)
+            found[place] = magnitude_gradient(reduction, dots_O)
         return found
 
-    def _layout(self, cells: int) -> Layout:
-        found = self._layouts.get(cells)
+    def _layout(self, tokens: int) -> NativeLayout:
+        found = self._layouts.get(tokens)
         if found is None:
             if len(self._layouts) >= _SIZES:
                 self._layouts.clear()
-            found = self._layouts[cells] = Layout(self._layers, self._owns, cells, whole=self._wholes.get(cells, False))
+            found = self._layouts[tokens] = NativeLayout(
+                self._layers, self._spans, tokens, with_base=self._with_base.get(tokens, False)
+            )
         return found
 
-    def _places(self, layout: Layout, device: torch.device) -> list[Tensor | None]:
-        """What dropout hides, layer by layer; nothing where nothing is dropped."""
+    def _dropped(self, layout: NativeLayout, device: torch.device) -> list[Tensor | None]:
+        """Dropped indices, layer by layer; empty without dropout."""
         if not self._drops:
             return []
-        pairs = zip(layout.runs, self._owns, strict=True)
-        return [f.places(run.rows * self._columns, device) for run, own in pairs for _, f in own.parts]
+        pairs = zip(layout.runs, self._spans, strict=True)
+        return [f.dropped(run.rows * self._columns, device) for run, span in pairs for _, f in span.parts]
 
-    def _hidden(self, layout: Layout, gone: Sequence[Tensor | None]) -> Any:
-        """The layers, each with the places that dropout hides from it."""
-        layers = layout.own_layers() if gone else layout.layers
-        for layer, places in zip(layers if gone else (), gone, strict=True):
-            if places is not None:
-                layer.gone, layer.lost = places.data_ptr(), len(places)
+    def _hidden(self, layout: NativeLayout, gone: Sequence[Tensor | None]) -> Any:
+        """The layers, each with the indices that dropout hides from it."""
+        layers = layout.copy_layers() if gone else layout.layers
+        for layer, indices in zip(layers if gone else (), gone, strict=True):
+            if indices is not None:
+                layer.gone, layer.lost = indices.data_ptr(), len(indices)
         return layers
 
     def _call(
         self,
         name: str,
-        layout: Layout,
+        layout: NativeLayout,
         layers: Any,
-        call: Call,
+        call: NativeCall,
         x: Tensor | None,
         dx: Tensor | None,
         memory: Tensor,

@@ -1,11 +1,11 @@
-"""One adapter's part in a fused adapted linear call: the low-rank branch on its own cells, forward and backward.
+"""One adapter's part in a fast adapted linear call: the low-rank branch on its tokens, forward and backward.
 
     forward     y_h += w (x A_h^T) (s S B)_h^T
     backward    G = w [g_1 (s S B)_1 | g_2 (s S B)_2 | ...],    dx += G [A_1; A_2; ...],    dA_h = G_h^T x,
                 dB_h = s S g_h^T (w x A_h^T),                   dm_h = sum_t g_h (y_h - b_h) / m_h
 
-The products with A, dx and dA are taken for all layers h of the call at once. Dropout acts on the branch's input; the places that it
-drops are kept as integers, and each layer has its own.
+The products with A, dx and dA are taken for all layers h of the call at once. Dropout acts on the branch's input; the dropped
+indices are kept as integers, and each layer has its own.
 """
 
 from __future__ import annotations
@@ -17,91 +17,82 @@ from torch import Tensor
 
 from veneer.kernels.lora.branch import (
     Backward,
+    Branch,
     Factors,
     Gradients,
     Reduction,
     Rows,
     magnitude_gradients,
     put_,
-    regain_cells_,
+    scale_tokens_,
     take,
 )
 from veneer.kernels.lora.dropout import zero_
 
-__all__ = ["Share"]
+__all__ = ["SingleBranch"]
 
 
-class Share:
+class SingleBranch(Branch):
     """One adapter's part.
 
-    rows: the cells that it acts on: None for all, a slice, or LongTensor [n]. weight: w, a float or a tensor [n].
+    rows: the tokens that it acts on: None for all, a slice, or LongTensor [n]. weight: w, a float or a tensor [n].
     factors: one for each layer, None where the adapter leaves that layer alone (not all of them).
     """
-
-    scales = False
 
     def __init__(self, rows: Rows, weight: float | Tensor, factors: Sequence[Factors | None]) -> None:
         self.rows = rows
         self.weight = weight
         self.parts = [(h, f) for h, f in enumerate(factors) if f is not None]
         self.masters: list[Tensor | None] = [master for _, f in self.parts for master in f.masters]
-        self._gains = {h: gain for h, f in self.parts if (gain := f.gain()) is not None}
+        self._scales = {h: s for h, f in self.parts if (s := f.magnitude_scale()) is not None}
         self._ranks = [f.a.shape[0] for _, f in self.parts]
         self._drops = any(f.dropout is not None for _, f in self.parts)
 
-    def whole(self, cells: int) -> bool:
-        """Never."""
-        return False
+    def has_magnitude(self, h: int) -> bool:
+        """Whether a magnitude acts at layer h."""
+        return h in self._scales
 
-    def covers(self, h: int, cells: int) -> bool:
-        """Never told."""
-        return False
+    def full_magnitude_scale(self, h: int) -> Tensor | None:
+        """S [O] at layer h, if it acts on every token."""
+        return self._scales.get(h) if self.rows is None else None
 
-    def gained(self, h: int) -> bool:
-        """Whether a gain acts at layer h."""
-        return h in self._gains
-
-    def whole_gain(self, h: int) -> Tensor | None:
-        """S [O] at layer h, if it acts on every cell."""
-        return self._gains.get(h) if self.rows is None else None
-
-    def regain_(self, h: int, t_NO: Tensor, bias_O: Tensor | None) -> None:
-        """S (t - b) + b on the adapter's cells, in place."""
-        if (gain := self._gains.get(h)) is not None:
-            regain_cells_(t_NO, self.rows, gain, bias_O)
+    def apply_magnitude_(self, h: int, t_NO: Tensor, bias_O: Tensor | None) -> None:
+        """S (t - b) + b on the adapter's tokens, in place."""
+        if (s := self._scales.get(h)) is not None:
+            scale_tokens_(t_NO, self.rows, s, bias_O)
 
     def run_(self, x_NK: Tensor, y_NO: Sequence[Tensor]) -> list[Tensor | None]:
-        """Add the low-rank products to the outputs. Keeps A of all layers, x A^T (times w), and per layer s S B and the dropped places."""
+        """Add the low-rank products to the outputs. Keeps A of all layers, x A^T (times w), and per layer s S B and the dropped indices."""
         x_nK = take(x_NK, self.rows)
         a_RK, b_OR = self._fold(x_nK.dtype)
-        xa_nR, places = self._down(x_nK, a_RK)
+        xa_nR, gone = self._down(x_nK, a_RK)
         for (h, _), b, xa in zip(self.parts, b_OR, self._columns(xa_nR), strict=True):
             part = take(y_NO[h], self.rows)
             put_(y_NO[h], self.rows, part.addmm_(xa, b.T))
-        return [a_RK, xa_nR, *b_OR, *places]
+        return [a_RK, xa_nR, *b_OR, *gone]
 
     def gradients_(self, back: Backward, kept: Sequence[Tensor | None]) -> Gradients:
         """Gradients of the masters, three a layer; dx is added to in place."""
         a_RK, xa_nR, b_OR = kept[0], kept[1], kept[2 : 2 + len(self.parts)]
-        places = kept[2 + len(self.parts) :]
+        gone = kept[2 + len(self.parts) :]
         assert a_RK is not None and xa_nR is not None
         g_nO = [None if (g := back.g_NO[h]) is None else take(g, self.rows) for h, _ in self.parts]
-        slopes = []
+        grads = []
         for g, b in zip(g_nO, b_OR, strict=True):
             assert b is not None
-            slopes.append(xa_nR.new_zeros(len(xa_nR), b.shape[1]) if g is None else g @ b)
-        gb_nR = self._weighted(slopes[0] if len(slopes) == 1 else torch.cat(slopes, dim=1))
+            grads.append(xa_nR.new_zeros(len(xa_nR), b.shape[1]) if g is None else g @ b)
+        gb_nR = self._weighted(grads[0] if len(grads) == 1 else torch.cat(grads, dim=1))
         if back.dx_NK is not None:
-            self._add_to_(back.dx_NK, gb_nR, a_RK, places)
+            self._add_to_(back.dx_NK, gb_nR, a_RK, gone)
         if back.x_NK is None:
             return [None] * len(self.masters)
         x_nK = take(back.x_NK, self.rows)
-        das = self._a_gradients(gb_nR, x_nK, places)
+        das = self._a_gradients(gb_nR, x_nK, gone)
         xas = self._columns(xa_nR)
         found: Gradients = []
         for (h, f), g, da, xa in zip(self.parts, g_nO, das, xas, strict=True):
             found += [da.to(f.a.dtype), None if g is None else self._b_gradient(h, f, g, xa), None]
-        trained = [i for i, (h, _) in enumerate(self.parts) if h in self._gains and g_nO[i] is not None]
+        trained = [i for i, (h, _) in enumerate(self.parts) if h in self._scales and g_nO[i] is not None]
         dms = magnitude_gradients([self._reduction(i, back, g_nO[i], x_nK, xas[i]) for i in trained])
         for i, dm in zip(trained, dms, strict=True):
             found[3 * i + 2] = dm
@@ -109,16 +100,16 @@ class Share:
 
     def _fold(self, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
         """A of all layers and s S B of each, in the compute dtype."""
-        if len(self.parts) == 1 or self.parts[0][1].folded is not None:
-            folded = [f.fold(dtype) for _, f in self.parts]
-            a_RK = folded[0].a_RK if len(folded) == 1 else torch.cat([one.a_RK for one in folded])
-            return a_RK, [one.b_OR for one in folded]
+        if len(self.parts) == 1 or self.parts[0][1].prepared is not None:
+            prepared = [f.prepare(dtype) for _, f in self.parts]
+            a_RK = prepared[0].a_RK if len(prepared) == 1 else torch.cat([one.a_RK for one in prepared])
+            return a_RK, [one.b_OR for one in prepared]
         # Cast once, not layer by layer.
         a_RK = torch.cat([f.a.detach() for _, f in self.parts]).to(dtype)
         b_OR = []
         for h, f in self.parts:
-            gain, b = self._gains.get(h), f.b.detach()
-            b_OR.append((b * f.scale if gain is None else b * (gain * f.scale).unsqueeze(1)).to(dtype))
+            s, b = self._scales.get(h), f.b.detach()
+            b_OR.append((b * f.scale if s is None else b * (s * f.scale).unsqueeze(1)).to(dtype))
         return a_RK, b_OR
 
     def _columns(self, t_nR: Tensor) -> Sequence[Tensor]:
@@ -130,48 +121,48 @@ class Share:
         return t_nR if self.weight == 1.0 else t_nR * self.weight
 
     def _down(self, x_nK: Tensor, a_RK: Tensor) -> tuple[Tensor, list[Tensor | None]]:
-        """x A^T times w, and the places that were dropped from x before, per layer."""
+        """x A^T times w, and the indices that were dropped from x before, per layer."""
         if not self._drops:
             return self._weighted(x_nK @ a_RK.T), [None] * len(self.parts)
         columns, kept = [], []
         for (_, f), a in zip(self.parts, a_RK.split(self._ranks), strict=True):
-            places = f.places(x_nK.numel(), x_nK.device)
-            columns.append((_without(x_nK, places) @ a.T).div_(f.kept))
-            kept.append(places)
+            gone = f.dropped(x_nK.numel(), x_nK.device)
+            columns.append((_without(x_nK, gone) @ a.T).div_(f.kept))
+            kept.append(gone)
         return self._weighted(torch.cat(columns, dim=1)), kept
 
-    def _add_to_(self, dx_NK: Tensor, gb_nR: Tensor, a_RK: Tensor, places: Sequence[Tensor | None]) -> None:
+    def _add_to_(self, dx_NK: Tensor, gb_nR: Tensor, a_RK: Tensor, gone: Sequence[Tensor | None]) -> None:
         part = take(dx_NK, self.rows)
         if not self._drops:
             part.addmm_(gb_nR, a_RK)
         else:
-            pieces = zip(self.parts, places, self._columns(gb_nR), a_RK.split(self._ranks), strict=True)
-            for (_, f), gone, gb, a in pieces:
+            pieces = zip(self.parts, gone, self._columns(gb_nR), a_RK.split(self._ranks), strict=True)
+            for (_, f), dropped, gb, a in pieces:
                 dx = gb @ a
-                part.add_(dx if gone is None else zero_(dx, gone.long()).div_(f.kept))
+                part.add_(dx if dropped is None else zero_(dx, dropped.long()).div_(f.kept))
         put_(dx_NK, self.rows, part)
 
-    def _a_gradients(self, gb_nR: Tensor, x_nK: Tensor, places: Sequence[Tensor | None]) -> Sequence[Tensor]:
+    def _a_gradients(self, gb_nR: Tensor, x_nK: Tensor, gone: Sequence[Tensor | None]) -> Sequence[Tensor]:
         """dA of each layer, [R, K]."""
         if not self._drops:
             das_RK = gb_nR.T @ x_nK
             return (das_RK,) if len(self.parts) == 1 else das_RK.split(self._ranks)
-        pieces = zip(self.parts, places, self._columns(gb_nR), strict=True)
-        return [(gb.T @ _without(x_nK, gone)).div_(f.kept) for (_, f), gone, gb in pieces]
+        pieces = zip(self.parts, gone, self._columns(gb_nR), strict=True)
+        return [(gb.T @ _without(x_nK, dropped)).div_(f.kept) for (_, f), dropped, gb in pieces]
 
     def _b_gradient(self, h: int, f: Factors, g_nO: Tensor, xa_nR: Tensor) -> Tensor:
         # Contiguous: torch's fused optimizers read a gradient's memory in the parameter's order, whatever its strides say.
         db_OR = (xa_nR.T @ g_nO).to(f.b.dtype).T.contiguous()
-        gain = self._gains.get(h)
-        return db_OR.mul_(f.scale if gain is None else (gain * f.scale).to(db_OR.dtype).unsqueeze(1))
+        s = self._scales.get(h)
+        return db_OR.mul_(f.scale if s is None else (s * f.scale).to(db_OR.dtype).unsqueeze(1))
 
     def _reduction(self, i: int, back: Backward, g_nO: Tensor | None, x_nK: Tensor, xa_nR: Tensor) -> Reduction:
         h, f = self.parts[i]
         y_NO = back.y_NO[h]
         assert g_nO is not None and y_NO is not None
-        return Reduction(back.layers[h], f, self._gains[h], g_nO, take(y_NO, self.rows), x_nK, xa_nR)
+        return Reduction(back.layers[h], f, self._scales[h], g_nO, take(y_NO, self.rows), x_nK, xa_nR)
 
 
-def _without(x_nK: Tensor, places: Tensor | None) -> Tensor:
-    """x with zeros at the dropped places."""
-    return x_nK if places is None else zero_(x_nK.clone(memory_format=torch.contiguous_format), places.long())
+def _without(x_nK: Tensor, gone: Tensor | None) -> Tensor:
+    """x with zeros at the dropped indices."""
+    return x_nK if gone is None else zero_(x_nK.clone(memory_format=torch.contiguous_format), gone.long())

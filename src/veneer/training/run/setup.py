@@ -31,7 +31,7 @@ from veneer.data.hashing import data_hash, template_hash
 from veneer.data.rows.readers import splits
 from veneer.errors import BaseModelError, DataError
 from veneer.evaluate.general import general_text, pieces
-from veneer.models.fast_modules import fuse
+from veneer.models.fast_modules import fast_modules
 from veneer.models.flat import FlatRunner
 from veneer.models.load import Base, load_base
 from veneer.training.acceleration import cpp_kernels
@@ -103,14 +103,14 @@ def set_up(
         data = load_all(jobs, base, context_of(base))
         bank = attach(base.model)
         try:
-            fuse(base.model)
-            made = [make_job(name, own, base, bank, data[name]) for name, own in jobs.items()]
-            load_parents(made, bank)
-            runner = FlatRunner(base.model)
-            if runner.kind != "flat":
-                say(f"rows are padded: {runner.reason}")
-            stepper = Stepper(runner, bank, {job.name: job.route for job in made if job.route})
-            yield Setup(options, base, bank, data, made, stepper)
+            with fast_modules(base.model):
+                made = [make_job(name, own, base, bank, data[name]) for name, own in jobs.items()]
+                load_parents(made, bank)
+                runner = FlatRunner(base.model)
+                if runner.kind != "flat":
+                    say(f"rows are padded: {runner.reason}")
+                stepper = Stepper(runner, bank, {job.name: job.route for job in made if job.route})
+                yield Setup(options, base, bank, data, made, stepper)
         finally:
             bank.detach()
 
@@ -235,7 +235,7 @@ def method_of(options: TrainOptions, bank: Bank) -> Method:
     method = chosen(**{name: getattr(options, name) for name in LowRankOptions.model_fields})
     if not full:
         return method
-    layers = select(bank.lookout.survey, method, method.kinds)
+    layers = select(bank.survey, method, method.kinds)
     return method.model_copy(update={"modules_to_save": (*method.modules_to_save, *layers)})
 
 

@@ -1,0 +1,197 @@
+"""Finding the sites of a model: one walk, and for each layer the kind that adapters can act on it as.
+
+A subclass with a forward of its own counts as its parent only if it is seen to compute the same. A layer or parameter that looks like a
+site but is none is kept with its reason, so that a pattern that names it gets an answer.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.adapters.layers.kinds import (
+    Conv1DKind,
+    Conv2dKind,
+    EmbeddingKind,
+    LayerKind,
+    ScaledEmbeddingKind,
+    VectorKind,
+)
+from veneer.adapters.layers.site import Site, Survey
+
+HEAD_NAMES = ("lm_head", "embed_out", "score", "classifier", "qa_outputs", "output_layer")
+_KINDS: dict[str, LayerKind] = {kind.kind: kind for kind in (LayerKind(), Conv1DKind(), EmbeddingKind(), Conv2dKind())}
+_SCALED = ScaledEmbeddingKind()
+_VECTOR = VectorKind()
+
+
+def survey(model: nn.Module) -> Survey:
+    """Walk a model once and find every site and vector layer.
+
+    Modules that appear under two names count once, under the first; modules that share a weight tensor are listed in ``tied``.
+    """
+    blocks = _block_indices(model)
+    heads = _heads(model)
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    sites: dict[str, Site] = {}
+    vector_layers: dict[str, Site] = {}
+    uncovered: dict[str, str] = {}
+    by_weight: dict[int, list[str]] = {}
+    for module, (name, *others) in names.items():
+        kind, reason = layer_kind_for(module)
+        if kind is not None:
+            block = _block_of(name, blocks)
+            is_head = module in heads or (block is None and name.rpartition(".")[2] in HEAD_NAMES)
+            parent = model.get_submodule(name.rpartition(".")[0]) if name else None
+            sites[name] = Site(
+                name, module, kind, block is not None, block, is_head, parent=parent, names=(name, *others)
+            )
+            weight: Any = module.weight
+            by_weight.setdefault(id(weight), []).append(name)
+        elif reason:
+            uncovered[name] = reason
+        else:
+            uncovered.update(_weights_without_kind(name, module))
+            if is_vector_layer(module):
+                parent = model.get_submodule(name.rpartition(".")[0]) if name else None
+                block = _block_of(name, blocks)
+                vector_layers[name] = Site(
+                    name, module, _VECTOR, block is not None, block, False, parent=parent, names=(name, *others)
+                )
+    tied = {name: tuple(group) for group in by_weight.values() if len(group) > 1 for name in group}
+    for name, group in tied.items():
+        if sites[name].kind == "linear":
+            sites[name].tied_to = next((other for other in group if sites[other].kind == "embedding"), None)
+    return Survey(sites, uncovered, tied, vector_layers)
+
+
+def _weights_without_kind(name: str, module: nn.Module) -> dict[str, str]:
+    """Matrices of a module that is no supported layer: another kind of layer, or a bare parameter such as a mixture's
+    stacked experts. Position tables and class tokens, stored as [1, n, d], are no matrices."""
+    found: dict[str, str] = {}
+    for key, parameter in module.named_parameters(recurse=False):
+        stacked = parameter.dim() >= 3 and parameter.shape[0] > 1
+        layer = key == "weight" and not any(True for _ in module.children())
+        if parameter.dim() < 2 or not (stacked or layer or "weight" in key):
+            continue
+        if layer:
+            found[name] = f"{type(module).__name__} layers are not supported"
+        else:
+            shape = " x ".join(map(str, parameter.shape))
+            what = "a stacked parameter" if stacked else "a parameter"
+            found[f"{name}.{key}" if name else key] = f"{what} of shape {shape} is no module and is not supported"
+    return found
+
+
+def _heads(model: nn.Module) -> set[nn.Module]:
+    get = getattr(model, "get_output_embeddings", None)
+    head = get() if callable(get) else None
+    return {head} if isinstance(head, nn.Module) else set()
+
+
+def _block_indices(model: nn.Module) -> dict[str, int]:
+    """Paths of the members of every list of blocks, with their index: ``model.layers.3`` -> 3."""
+    found: dict[str, int] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList):
+            for index, child in enumerate(module):
+                if any(True for _ in child.children()):
+                    found[f"{name}.{index}" if name else str(index)] = index
+    return found
+
+
+def _block_of(name: str, blocks: dict[str, int]) -> int | None:
+    """Index of the outermost block that holds a module, or None."""
+    parts = name.split(".")
+    for end in range(1, len(parts)):
+        index = blocks.get(".".join(parts[:end]))
+        if index is not None:
+            return index
+    return None
+
+
+def is_vector_layer(module: nn.Module) -> bool:
+    """Whether a layer without a matrix can have overrides: a leaf with vectors, and no statistics over a batch."""
+    parameters = list(module.parameters(recurse=False))
+    leaf = not any(True for _ in module.children())
+    return leaf and bool(parameters) and all(p.dim() == 1 for p in parameters) and not hasattr(module, "running_mean")
+
+
+def layer_kind_for(module: nn.Module) -> tuple[LayerKind | None, str]:
+    """The layer kind of a module, or None with the reason why a layer with a weight cannot be adapted (empty: not a layer)."""
+    kind, reason = _by_class(module)
+    if kind is None:
+        return None, reason
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return None, "its weight is computed from other parameters (a parametrization, weight norm or pruning)"
+    if isinstance(weight, nn.parameter.UninitializedParameter):
+        return None, "its weight has no shape before the first forward; run the model once before attaching"
+    if not weight.is_floating_point():
+        return None, f"its weight is stored as {weight.dtype}, which is not supported"
+    return kind, ""
+
+
+def _by_class(module: nn.Module) -> tuple[LayerKind | None, str]:
+    cls = type(module)
+    if isinstance(module, nn.Linear):
+        return _like(module, nn.Linear, "linear")
+    if cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils":
+        return _KINDS["conv1d"], ""
+    if isinstance(module, nn.Embedding):
+        if module.max_norm is not None:
+            return None, "nn.Embedding with max_norm rewrites its own weight at every lookup"
+        return _like(module, nn.Embedding, "embedding")
+    if isinstance(module, nn.Conv2d):
+        if module.groups != 1:
+            return None, "grouped convolutions (groups > 1) are not supported"
+        return _like(module, nn.Conv2d, "conv2d")
+    return None, ""
+
+
+def _like(module: nn.Module, parent: type[nn.Module], kind: str) -> tuple[LayerKind | None, str]:
+    """The layer kind of this name; for a subclass with its own forward only if that is seen to compute the same.
+
+    Falcon writes the product of nn.Linear anew, Gemma multiplies what nn.Embedding looks up by a constant; another one may compute
+    anything, and adapting it as its parent would be a guess.
+    """
+    cls: Any = type(module)
+    if cls.forward is parent.forward:
+        return _KINDS[kind], ""
+    refused = None, f"{cls.__name__} overrides {parent.__name__}.forward and computes something else"
+    if kind == "conv2d":
+        return refused
+    x = torch.tensor([[0, 2], [1, 3]]) if kind == "embedding" else torch.linspace(-1, 1, 24).view(2, 3, 4)
+    try:
+        twin = _twin(module)
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            found, expected = cls.forward(twin, x), parent.forward(twin, x)
+            scale = torch.as_tensor(getattr(twin, "embed_scale", 1.0)).to(expected) if kind == "embedding" else None
+    except Exception:
+        return refused
+    if not isinstance(found, Tensor) or found.shape != expected.shape:
+        return refused
+    if torch.allclose(found, expected, atol=1e-6):
+        return _KINDS[kind], ""
+    if scale is not None and scale.numel() == 1 and torch.allclose(found, expected * scale, atol=1e-6):
+        return _SCALED, ""
+    return refused
+
+
+def _twin(module: nn.Module) -> Any:
+    """A layer of the same class and settings with small weights, to run without touching the module."""
+    twin = copy.copy(module)
+    vector = torch.linspace(-0.7, 0.9, 4)
+    values = {"weight": torch.outer(torch.linspace(1, 2, 4), vector).sin(), "bias": vector}
+    parameters = {name: None if value is None else values[name] for name, value in module._parameters.items()}
+    buffers = {
+        name: torch.full_like(value, 1.5, device="cpu") if value is not None and value.is_meta else value
+        for name, value in module._buffers.items()
+    }
+    twin.__dict__.update(_parameters=parameters, _buffers=buffers)
+    return twin

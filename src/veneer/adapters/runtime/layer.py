@@ -1,0 +1,120 @@
+"""One adapted layer: what the plain, the fast and the override path have in common.
+
+A layer knows its site, the forward that stood there before, and for each of its adapters an `AdapterAtSite`: the adapter's factors and
+the method's answers, resolved once when the adapter is installed. The paths ask for the base layer's own call, the norm behind a
+magnitude, and the dropout of a pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from veneer.adapters.adapter import Adapter, stream_seed
+from veneer.adapters.layers.site import Site
+from veneer.adapters.runtime.forward_pass import ForwardPass
+from veneer.adapters.runtime.runtime import Runtime
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterAtSite:
+    """One adapter at one layer.
+
+    Attributes:
+        tensors: its factors there, by name; None where it has overrides only.
+        a, b: names of the factors. A head that follows a tied embedding has the embedding's, exchanged and transposed (`tied`).
+        scale: s in W + s B A.
+        norms, drops_base_product: the method's answers (``methods/base.py``).
+        overrides: whether it has overrides at the layer.
+    """
+
+    adapter: Adapter
+    tensors: Mapping[str, nn.Parameter] | None
+    a: str
+    b: str
+    scale: float
+    tied: bool
+    norms: str
+    drops_base_product: bool
+    overrides: bool
+
+
+def adapter_at(adapter: Adapter, site: Site) -> AdapterAtSite:
+    """Resolve an adapter at a site."""
+    method, name = adapter.method, site.name
+    tied = adapter.follows_at(site)
+    source = site.tied_to if tied else name
+    tensors = None if source is None else adapter.tensors.get(source)
+    a, b = method.factor_names("embedding" if tied else site.kind)
+    scale = 1.0 if tensors is None or source is None else adapter.scale(source)
+    norms = "none" if tied or tensors is None else method.norms
+    a, b = (b, a) if tied else (a, b)
+    return AdapterAtSite(
+        adapter, tensors, a, b, scale, tied, norms, method.drops_base_product, name in adapter.overrides
+    )
+
+
+class AdaptedLayer:
+    """The module at one site while adapters act on it.
+
+    Attributes:
+        inner: a forward that stood on the instance before (another library's hook), kept and called.
+        adapters: the adapters that act here, by name.
+    """
+
+    def __init__(self, site: Site, runtime: Runtime, inner: Callable[..., Tensor] | None) -> None:
+        self.site = site
+        self.runtime = runtime
+        self.inner = inner
+        self.adapters: dict[str, AdapterAtSite] = {}
+
+    def base_call(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer's own output."""
+        if self.inner is not None:
+            return self.inner(*args, **kwargs)
+        module = self.site.module
+        forward: Callable[..., Tensor] = type(module).forward
+        return forward(module, *args, **kwargs)
+
+    def norm(self, current: ForwardPass, at: AdapterAtSite) -> Tensor | None:
+        """||W + s B A||_row for a method with a magnitude, else None.
+
+        A norm that is constant in backward is computed once a pass, however often the layer runs in it, and for all adapters of the
+        pass in one read of the base weight.
+        """
+        if at.norms == "none":
+            return None
+        name = self.site.name
+        norm = current.norms.get((at.adapter.name, name))
+        if norm is None and current.lasting and at.norms == "constant":
+            others = [self.adapters[one] for one in current.route.names if one in self.adapters]
+            here = [one for one in others if one.norms == "constant" and one.tensors is not None]
+            each = [(one.tensors or {}, one.scale) for one in here]
+            norms = at.adapter.method.constant_norms(self.site.weight_2d, self.site.squared_norms(), each)
+            current.norms.update({(one.adapter.name, name): norm for one, norm in zip(here, norms, strict=True)})
+            norm = current.norms[at.adapter.name, name]
+        if norm is None:
+            norm = at.adapter.method.norm(at.tensors or {}, self.site.weight_2d, self.site.squared_norms(), at.scale)
+        return norm
+
+    def dropout(self, current: ForwardPass, adapter: Adapter) -> tuple[float, int] | None:
+        """(p, seed) of an adapter's dropout at this layer in this pass, or None where nothing is dropped.
+
+        The stream belongs to the adapter and is keyed by its seed, the pass and the site: other adapters in the batch do not shift it,
+        and running the layer again draws the same mask.
+        """
+        p = adapter.method.lora_dropout
+        if p == 0 or not self.training(current) or self.site.kind == "embedding":
+            return None
+        number = current.draws.get(adapter.name)
+        if number is None:
+            adapter.draws += 1
+            number = current.draws[adapter.name] = adapter.draws
+        return p, stream_seed(adapter.seed, "dropout", number, self.site.name)
+
+    def training(self, current: ForwardPass) -> bool:
+        """Whether adapters drop out here."""
+        return self.site.module.training if current.training is None else current.training
