@@ -146,7 +146,7 @@ def test_layers_that_are_not_there() -> None:
     ],
 )
 def test_places_that_cannot_be_adapted_say_why(arch: str, pattern: str, reason: str) -> None:
-    """Asking for an unsupported layer, or one that is never called, is an error with the reason; all-linear passes it by and the bank lists it."""
+    """An unsupported layer, or one that is never called, is an error with the reason; all-linear skips it and the bank lists it."""
     text = refused(arch, target_modules=pattern)
     assert reason in text and "which cannot be adapted" in text
     bank = attach(tiny(arch))
