@@ -1,4 +1,4 @@
-"""Examples, flat batches, the order of data and the filling of passes."""
+"""Examples, flat batches, the order of the data."""
 
 from __future__ import annotations
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,13 +13,12 @@ from tests.data.families import tokenizer_of
 
 from veneer.data import dataset
 from veneer.data.chat.render import Renderer, RenderOptions
-from veneer.data.check import CheckReport, check_files
-from veneer.data.check_text import FINDINGS, check_lines
-from veneer.data.dataset import Examples, Selected, load_examples
+from veneer.data.chat.rendered import NOTES
+from veneer.data.check import FINDINGS, CheckReport, check_files, report_lines
+from veneer.data.dataset import Examples, Subset, load_examples
 from veneer.data.example import Example
-from veneer.data.hashing import data_hash, file_hash, template_hash
-from veneer.data.notes import NOTES
-from veneer.data.preview import html_page, id_lines, pieces, plain_text, rich_text, summary
+from veneer.data.hashing import data_hash, template_hash
+from veneer.data.preview import html_page, id_lines, plain_text, rich_text, shown_tokens, summary
 from veneer.data.rows.row import Row
 from veneer.errors import ConfigError, DataError
 
@@ -54,15 +52,17 @@ def test_examples_come_in_the_file_s_order(tmp_path: Path) -> None:
     assert (report.rows, report.examples, report.bad_count) == (3, 3, 0)
     assert report.tokens == examples.tokens == sum(examples.lengths) == sum(len(example) for example in examples)
     assert report.trained == sum(example.trained for example in examples)
-    assert report.stated == [f"{name}: format messages (the rows have messages)" for name in ("one.jsonl", "two.jsonl")]
+    assert report.notices == [
+        f"{name}: format messages (the rows have messages)" for name in ("one.jsonl", "two.jsonl")
+    ]
 
 
-def test_how_pairs_are_rendered_is_stated(tmp_path: Path) -> None:
+def test_how_pairs_are_rendered_is_reported(tmp_path: Path) -> None:
     """Whether prompt and completion go through the chat template is told with what was recognised."""
     path = file_of(tmp_path, {"prompt": "a", "completion": "b"})
-    for style, words in (("auto", "through the chat template"), ("plain", "as plain text behind each other")):
+    for style, words in (("auto", "through the chat template"), ("plain", "as plain text")):
         _, report = load_examples([path], renderer_of(prompt_style=style))
-        assert len(report.stated) == 2 and report.stated[1].endswith(words)
+        assert len(report.notices) == 2 and report.notices[1].endswith(words)
 
 
 def test_all_bad_rows_are_told_at_once(tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_a_long_list_of_bad_rows_is_cut_and_counted(tmp_path: Path) -> None:
     """The error shows the first bad rows of a kind and counts all."""
     with pytest.raises(DataError, match="100 problems in 101 rows") as caught:
         load_examples([file_of(tmp_path, chat("a", "b"), *[{"messages": 5}] * 100)], renderer_of())
-    assert str(caught.value).count("\n") == 3 and str(caught.value).endswith("(and 97 more rows alike)")
+    assert str(caught.value).count("\n") == 3 and str(caught.value).endswith("(and 97 more rows like it)")
     unlike = [{"messages": [{"role": f"bot{i}", "content": "x"}]} for i in range(100)]
     with pytest.raises(DataError, match="100 problems in 100 rows") as caught:
         load_examples([file_of(tmp_path, *unlike)], renderer_of())
@@ -99,7 +99,7 @@ def test_a_long_list_of_bad_rows_is_cut_and_counted(tmp_path: Path) -> None:
 def test_rows_beyond_the_maximum_length(tmp_path: Path) -> None:
     """Too long a row is an error, or left out, or cut; the last two are counted with the trained tokens they cost."""
     path = file_of(tmp_path, chat("a", "b"), chat("a", "b " * 100))
-    with pytest.raises(DataError, match=r"rows\.jsonl:2: \d+ tokens, and the maximum length is 60"):
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: \d+ tokens, but the maximum length is 60"):
         load_examples([path], renderer_of(max_length=60))
     examples, report = load_examples([path], renderer_of(max_length=60), truncate="drop")
     assert len(examples) == 1 and report.dropped == 1 and report.lost > 100
@@ -141,7 +141,7 @@ def test_examples_larger_than_memory_go_to_a_file(monkeypatch: pytest.MonkeyPatc
 def test_selected_examples_are_those_of_the_whole(tmp_path: Path) -> None:
     """A part of the examples by their numbers: the same examples and lengths, one by one and in slices."""
     examples = Examples([Example((1,) * n, (0.0, *(1.0,) * (n - 1)), f"a:{n}") for n in range(1, 7)])
-    part = Selected(examples, (4, 0, 5))
+    part = Subset(examples, (4, 0, 5))
     assert [len(part), part.lengths] == [3, [5, 1, 6]]
     assert part[1] == examples[0] and part[-1] == examples[5] and part[1:] == [examples[0], examples[5]]
     with pytest.raises(IndexError):
@@ -176,14 +176,6 @@ def test_the_template_s_hash_is_of_tokenizer_and_template() -> None:
     assert len({first, template_hash(tokenizer, "{{ 1 }}"), template_hash(tokenizer_of("smollm"))}) == 3
 
 
-def test_a_file_s_hash_does_not_see_the_zip(tmp_path: Path) -> None:
-    """A zipped file hashes as its content."""
-    plain = file_of(tmp_path, chat("a", "b"))
-    zipped = tmp_path / "rows.jsonl.gz"
-    zipped.write_bytes(gzip.compress(plain.read_bytes()))
-    assert file_hash(plain) == file_hash(zipped)
-
-
 # --- checks -----------------------------------------------------------------------------------------------------------
 
 
@@ -193,14 +185,14 @@ def check(folder: Path, *rows: Any, valid: Any = (), name: str = "chatml", **opt
 
 
 def found(report: CheckReport) -> dict[str, list[str]]:
-    return {name: [place.split(" ")[0] for place in finding.places] for name, finding in report.findings.items()}
+    return {name: [place.split(" ")[0] for place in finding.sources] for name, finding in report.findings.items()}
 
 
 def test_a_clean_file_has_no_findings(tmp_path: Path) -> None:
     """Nothing is remarkable about rows that are as they should be."""
     report = check(tmp_path, chat("a", "b"), chat("c", "d", "e", "f"), valid=[chat("x", "y")])
     assert report.usable and report.findings == {} and not report.load.notes
-    assert check_lines(report)[-1] == "All rows can be trained."
+    assert report_lines(report)[-1] == "All rows can be trained."
 
 
 def test_the_check_finds_what_is_remarkable(tmp_path: Path) -> None:
@@ -255,10 +247,10 @@ def test_the_check_finds_missing_ends_and_doubled_begins(tmp_path: Path) -> None
 
 
 def test_unusable_rows_make_a_file_unusable(tmp_path: Path) -> None:
-    """Bad rows, rows with nothing to learn and rows cut to their prompt are unusable, each with its place."""
+    """BadRow rows, rows with nothing to learn and rows cut to their prompt are unusable, each with its place."""
     report = check(tmp_path, chat("a", "b"), {"messages": 5}, chat("c"), chat("d " * 99, "e"), max_length=20)
     assert not report.usable and [bad.source for bad in report.load.bad] == [f"rows.jsonl:{n}" for n in (2, 3, 4)]
-    assert check_lines(report)[-1] == "3 rows cannot be trained."
+    assert report_lines(report)[-1] == "3 rows cannot be trained."
 
 
 def test_the_report_is_json_and_text(tmp_path: Path) -> None:
@@ -270,7 +262,7 @@ def test_the_report_is_json_and_text(tmp_path: Path) -> None:
     assert sum(bucket["examples"] for bucket in as_json["lengths"]) == 31
     assert as_json["lengths"][0]["from"] <= min(report.lengths) <= as_json["lengths"][0]["to"]
     assert as_json["tokens"] == sum(report.lengths) and as_json["bad_rows"]["first"][0]["place"] == "rows.jsonl:32"
-    text = "\n".join(check_lines(report))
+    text = "\n".join(report_lines(report))
     assert "32 rows, 31 examples" in text and FINDINGS["duplicate"] in text and "and 19 more" in text
 
 
@@ -280,7 +272,7 @@ def test_every_note_has_words(tmp_path: Path) -> None:
     for name, notes in (("qwen3", {"split"}), ("deepseek", {"opening_differs"}), ("chatml", {"boundary_cut"})):
         report = check(tmp_path, *rows, name=name)
         assert notes <= set(report.load.notes) <= set(NOTES)
-        assert all(NOTES[note] in "\n".join(check_lines(report)) for note in notes)
+        assert all(NOTES[note] in "\n".join(report_lines(report)) for note in notes)
 
 
 # --- previews ---------------------------------------------------------------------------------------------------------
@@ -289,7 +281,7 @@ def test_every_note_has_words(tmp_path: Path) -> None:
 def shown(*said: str, **options: Any) -> tuple[Any, list[Any]]:
     renderer = renderer_of(**options)
     (piece,) = renderer.render(Row.chat("rows.jsonl:1", chat(*said)["messages"]))
-    return piece, pieces(piece, renderer.encoder)
+    return piece, shown_tokens(piece, renderer.encoder)
 
 
 def test_the_text_view_marks_what_is_trained() -> None:
@@ -328,7 +320,7 @@ def test_added_tokens_are_shown() -> None:
     """An end token that stands nowhere in a plain row's text is shown all the same."""
     renderer = renderer_of()
     (piece,) = renderer.render(Row("text", "rows.jsonl:1", text="one two"))
-    text = plain_text(pieces(piece, renderer.encoder))
+    text = plain_text(shown_tokens(piece, renderer.encoder))
     assert text.replace("[[", "") == "one two<|endoftext|>]]"
 
 

@@ -12,7 +12,7 @@ import pytest
 from tests.data.families import FAMILIES, Family, Message, conversation, tokenizer_of
 
 from veneer.data.chat.render import Rendered, Renderer, RenderOptions
-from veneer.data.rows.row import Bad, Row
+from veneer.data.rows.row import BadRow, Row
 
 PER_FAMILY = 500
 
@@ -27,7 +27,7 @@ def renderer_of(name: str) -> Renderer:
 def rendered(family: Family, conversations: list[list[Message]]) -> Iterator[tuple[list[Message], list[Rendered]]]:
     rows = (Row.chat(f"rows.jsonl:{number}", messages) for number, messages in enumerate(conversations, 1))
     for messages, (_, found) in zip(conversations, renderer_of(family.name).render_many(rows), strict=True):
-        assert not isinstance(found, Bad), found
+        assert not isinstance(found, BadRow), found
         yield messages, found
 
 

@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from veneer.data.chat.render import Rendered, Renderer, RenderOptions
-from veneer.data.rows.row import Bad, Row
+from veneer.data.rows.row import BadRow, Row
 from veneer.errors import ConfigError, DataError
 
 PAIR = Row("pair", "rows.jsonl:1", prompt="one ", completion="two", key="completion")
@@ -31,7 +31,7 @@ def trained(tokenizer: Any, piece: Rendered) -> str:
 
 def refusal(renderer: Renderer, row: Row) -> str:
     ((_, found),) = renderer.render_many([row])
-    assert isinstance(found, Bad)
+    assert isinstance(found, BadRow)
     return str(found)
 
 
@@ -146,7 +146,7 @@ def test_what_the_template_refuses_is_told_in_its_words() -> None:
     ("messages", "tools", "words"),
     [
         ([{"role": "user", "content": "a\ufdd1b"}, CHAT[1]], None, "U+FDD1"),
-        (CHAT, [{"name": "f", "x": {"<|im_end|>": 1}}], "tools: the key '<|im_end|>' holds"),
+        (CHAT, [{"name": "f", "x": {"<|im_end|>": 1}}], "tools: the key '<|im_end|>' contains"),
     ],
 )
 def test_text_that_cannot_be_kept_apart_is_refused(messages: Any, tools: Any, words: str) -> None:
@@ -160,7 +160,7 @@ def test_a_template_that_looks_for_the_typed_control_string_is_refused() -> None
     template = tokenizer_of("chatml").chat_template.replace("m['content']", "m['content'].split('<|im_end|>')[0]")
     renderer = Renderer(tokenizer_of("chatml"), RenderOptions(chat_template=template))
     row = Row.chat("rows.jsonl:1", [{"role": "user", "content": "a <|im_end|> b"}, CHAT[1]])
-    assert "treats that text in a special way" in refusal(renderer, row)
+    assert "treats that text specially" in refusal(renderer, row)
 
 
 def test_conversations_need_a_template() -> None:
@@ -231,7 +231,7 @@ def test_rows_are_rendered_the_same_alone_and_in_company() -> None:
     """Rendering in blocks gives what rendering one by one gives, and bad rows stay in their place."""
     renderer = Renderer(made(sentence_piece(prefix=True), tokenizer_of("chatml").chat_template, eos_token="<|im_end|>"))
     rows = [Row.chat(f"rows.jsonl:{k}", [CHAT[0], {"role": "assistant", "content": f"two {k}"}]) for k in range(20)]
-    bad = Bad("rows.jsonl:99", "", "no row")
+    bad = BadRow("rows.jsonl:99", "", "no row")
     mixed = [*rows[:7], bad, *rows[7:]]
     found = list(renderer.render_many(mixed, chunk=3))
     assert found[7] == (None, bad)

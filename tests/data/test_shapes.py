@@ -12,8 +12,8 @@ import pytest
 from tests.data.families import tokenizer_of
 
 from veneer.data.chat.render import Renderer
-from veneer.data.rows.row import Bad, Row
-from veneer.data.rows.shapes import Rows
+from veneer.data.rows.row import BadRow, Row
+from veneer.data.rows.shapes import RowReader
 from veneer.errors import ConfigError, DataError
 
 CHAT = {"messages": [{"role": "user", "content": "ask"}, {"role": "assistant", "content": "answer"}]}
@@ -28,14 +28,14 @@ def file_of(folder: Path, *rows: Any, name: str = "rows.jsonl") -> Path:
 
 
 def one(folder: Path, row: Any, **options: Any) -> Row:
-    (found,) = Rows(file_of(folder, row), **options)
+    (found,) = RowReader(file_of(folder, row), **options)
     assert isinstance(found, Row), found
     return found
 
 
 def faults(folder: Path, row: Any, good: Any = CHAT) -> list[str]:
     """What is said of a row behind a good one."""
-    return [str(found) for found in Rows(file_of(folder, good, row)) if isinstance(found, Bad)]
+    return [str(found) for found in RowReader(file_of(folder, good, row)) if isinstance(found, BadRow)]
 
 
 def test_messages(tmp_path: Path) -> None:
@@ -109,22 +109,24 @@ def test_lists_may_be_json_text_in_a_table(tmp_path: Path) -> None:
     path.write_text(
         'messages\n"[{""role"": ""user"", ""content"": ""a""}]"\n"[{""role"": ""user""]"\n', encoding="utf-8"
     )
-    good, bad = Rows(path)
+    good, bad = RowReader(path)
     assert isinstance(good, Row) and good.messages == ({"role": "user", "content": "a"},)
-    assert isinstance(bad, Bad) and bad.source == "a.csv:3" and bad.key == "messages" and "not valid JSON" in bad.reason
+    assert (
+        isinstance(bad, BadRow) and bad.source == "a.csv:3" and bad.key == "messages" and "not valid JSON" in bad.reason
+    )
 
 
-def test_the_shape_is_stated_with_its_reason(tmp_path: Path) -> None:
+def test_the_shape_is_reported_with_its_reason(tmp_path: Path) -> None:
     """What was recognised, which columns stand for ours and which are not used is one line."""
-    rows = Rows(file_of(tmp_path, {"q": "a", "a": "b", "id": 1}), columns={"prompt": "q", "completion": "a"})
-    assert rows.stated() == [
+    rows = RowReader(file_of(tmp_path, {"q": "a", "a": "b", "id": 1}), columns={"prompt": "q", "completion": "a"})
+    assert rows.notices() == [
         "rows.jsonl: format prompt (the rows have prompt and completion); prompt is column q, completion is column a; "
         "not used: id"
     ]
     (row,) = rows
     assert isinstance(row, Row) and row.key == "a"
-    alpaca = Rows(file_of(tmp_path, {"instruction": "a", "output": "b"}))
-    assert "answers in history are trained" in alpaca.stated()[0]
+    alpaca = RowReader(file_of(tmp_path, {"instruction": "a", "output": "b"}))
+    assert "answers in history are trained" in alpaca.notices()[0]
 
 
 @pytest.mark.parametrize(
@@ -132,12 +134,12 @@ def test_the_shape_is_stated_with_its_reason(tmp_path: Path) -> None:
     [
         ({"question": "a", "answer": "b"}, {}, "--columns prompt=question,completion=answer"),
         ({"mr": "a", "ref": "b"}, {}, "--columns prompt=mr,completion=ref"),
-        ({"x": "a", "y": "b"}, {}, "If x asks and y answers"),
+        ({"x": "a", "y": "b"}, {}, "if x is the question and y the answer"),
         ({"body": "a"}, {}, "--columns text=body"),
         (
             {"prompt": "a", "chosen": "b", "rejected": "c"},
             {},
-            "to learn the chosen answers alone, give --columns completion=chosen",
+            "to train on the chosen answers, pass --columns completion=chosen",
         ),
         ({"message": []}, {}, "--columns messages=message"),
         ({"x": "a"}, {"columns": {"text": "y"}}, "no column 'y'"),
@@ -149,7 +151,7 @@ def test_the_shape_is_stated_with_its_reason(tmp_path: Path) -> None:
 def test_columns_that_are_not_understood(tmp_path: Path, row: Any, options: Any, words: str) -> None:
     """The error names the file and line, the columns it has, and the map that would read them."""
     with pytest.raises(DataError, match=re.escape(words)) as caught:
-        Rows(file_of(tmp_path, row), **options)
+        RowReader(file_of(tmp_path, row), **options)
     assert "rows.jsonl:1" in str(caught.value)
     assert all(name in str(caught.value) for name in row)
 
@@ -166,7 +168,7 @@ def test_columns_that_are_not_understood(tmp_path: Path, row: Any, options: Any,
 def test_options_that_do_not_exist(tmp_path: Path, options: Any, words: str) -> None:
     """An unknown format, column or role is told with what is known."""
     with pytest.raises(ConfigError, match=words):
-        Rows(file_of(tmp_path, CHAT), **options)
+        RowReader(file_of(tmp_path, CHAT), **options)
 
 
 def message(**changes: Any) -> dict[str, Any]:
@@ -257,7 +259,9 @@ def test_a_bad_row_of_the_other_shapes(tmp_path: Path, good: Any, row: Any, word
 
 def test_faults_are_told_under_the_file_s_own_names(tmp_path: Path) -> None:
     """With a column map, the key in the message is the one that stands in the file."""
-    rows = Rows(file_of(tmp_path, {"q": "a", "a": "b"}, {"q": "a", "a": 5}), columns={"prompt": "q", "completion": "a"})
+    rows = RowReader(
+        file_of(tmp_path, {"q": "a", "a": "b"}, {"q": "a", "a": 5}), columns={"prompt": "q", "completion": "a"}
+    )
     assert [str(found) for found in rows][1] == "rows.jsonl:2: a: expected text, found the number 5"
 
 
@@ -265,11 +269,11 @@ def test_a_file_without_a_readable_row(tmp_path: Path) -> None:
     """Where no row can be read, the first reason is told."""
     path = tmp_path / "rows.jsonl"
     path.write_text("this\nis text\n", encoding="utf-8")
-    with pytest.raises(DataError, match=r"none of the first 2 rows can be read; the first: rows\.jsonl:1: not valid"):
-        Rows(path)
+    with pytest.raises(DataError, match=r"none of the first 2 rows can be read: rows\.jsonl:1: not valid"):
+        RowReader(path)
     path.write_text("\n\n", encoding="utf-8")
-    with pytest.raises(DataError, match="holds no row"):
-        Rows(path)
+    with pytest.raises(DataError, match="the file has no rows"):
+        RowReader(path)
 
 
 # --- mutated rows -----------------------------------------------------------------------------------------------------
@@ -355,9 +359,9 @@ def test_mutated_rows_never_crash_and_are_told_by_place_and_key(tmp_path: Path, 
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"\n".join(lines))
     renderer = Renderer(tokenizer_of("smollm"))
-    refused: dict[int, list[Bad]] = {}
-    for _, found in renderer.render_many(Rows(path)):
-        if isinstance(found, Bad):
+    refused: dict[int, list[BadRow]] = {}
+    for _, found in renderer.render_many(RowReader(path)):
+        if isinstance(found, BadRow):
             name, _, line = found.source.partition(":")
             assert name == "rows.jsonl" and found.reason
             refused.setdefault(int(line), []).append(found)

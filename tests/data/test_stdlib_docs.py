@@ -147,5 +147,5 @@ def test_pairs_can_be_rendered() -> None:
 def test_an_interpreter_without_sources_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Where the library's sources are not installed, the error says so."""
     monkeypatch.setattr(stdlib_docs.sysconfig, "get_path", lambda name: str(tmp_path))
-    with pytest.raises(DataError, match="sources of Python's standard library are not there"):
+    with pytest.raises(DataError, match="sources of Python's standard library, which are not installed"):
         stdlib_pairs()

@@ -46,8 +46,8 @@ def test_what_is_remarkable_is_told_before_the_first_step(place: Path, base: Bas
     valid = rows(tmp_path / "b.jsonl", chat("2+2", "4"), chat("3+3", "6"))
     said = said_by(options(place, tmp_path / "r", data=(data,), valid=(valid,)), base)
     assert "note: rows that occurred before" in said and "a.jsonl:2 (same as a.jsonl:1)" in said
-    assert "so the held-out loss looks too good: 1 (b.jsonl:1 (same as a.jsonl:3))" in said
-    assert "these stay text and control nothing: 1 (a.jsonl:4 (<|im_end|>))" in said
+    assert "which makes the held-out loss too low: 1 (b.jsonl:1 (same as a.jsonl:3))" in said
+    assert "these are encoded as text: 1 (a.jsonl:4 (<|im_end|>))" in said
 
 
 def test_clean_rows_are_passed_over_in_silence(place: Path, base: Base, tmp_path: Path) -> None:

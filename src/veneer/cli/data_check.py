@@ -23,12 +23,11 @@ def run(args: argparse.Namespace) -> int:
     found = splits(args.file)
     valid = [splits(args.valid)["train"]] if args.valid else [found["valid"]] if "valid" in found else []
     renderer = renderer_of(args)
-    from veneer.data.check import check_files
-    from veneer.data.check_text import check_lines
+    from veneer.data.check import check_files, report_lines
 
     report = check_files([found["train"]], renderer, valid=valid, format=args.format, columns=columns, roles=roles)
     if args.json:
         print(json.dumps(report.as_dict(), ensure_ascii=False, indent=2))
     else:
-        print("\n".join(check_lines(report)))
+        print("\n".join(report_lines(report)))
     return 0 if report.usable else 1

@@ -14,7 +14,7 @@ from veneer.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from veneer.data.chat.render import Rendered
-    from veneer.data.preview import Piece
+    from veneer.data.preview import ShownToken
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,29 +32,29 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"-n must be at least 1 and --skip at least 0, found {args.n} and {args.skip}")
     columns, roles = pairs_of("--columns", args.columns), pairs_of("--roles", args.roles)
     from veneer.data.rows.readers import splits
-    from veneer.data.rows.shapes import Rows
+    from veneer.data.rows.shapes import RowReader
 
-    rows = Rows(splits(args.file)["train"], format=args.format, columns=columns, roles=roles)
+    rows = RowReader(splits(args.file)["train"], format=args.format, columns=columns, roles=roles)
     renderer = renderer_of(args)
-    from veneer.data.preview import pieces
-    from veneer.data.rows.row import Bad
+    from veneer.data.preview import shown_tokens
+    from veneer.data.rows.row import BadRow
 
-    shown: list[tuple[Rendered, list[Piece]]] = []
+    shown: list[tuple[Rendered, list[ShownToken]]] = []
     bad = []
     chosen = islice(rows, args.skip, args.skip + args.n)
     for _, found in renderer.render_many(chosen):
-        if isinstance(found, Bad):
+        if isinstance(found, BadRow):
             bad.append(found)
         else:
-            shown += [(rendered, pieces(rendered, renderer.encoder)) for rendered in found]
+            shown += [(rendered, shown_tokens(rendered, renderer.encoder)) for rendered in found]
     if not shown and not bad:
         raise DataError(f"{args.file}: there is no row behind the first {args.skip}")
-    stated = [*rows.stated(), *renderer.stated(rows.shape.format)]
+    notices = [*rows.notices(), *renderer.notices(rows.shape.format)]
     if args.html:
-        _write_page(Path(args.html), shown, rows.path.name, stated)
+        _write_page(Path(args.html), shown, rows.path.name, notices)
         print(f"{args.html}: {len(shown)} examples")
     else:
-        print("\n".join(stated))
+        print("\n".join(notices))
         _print(shown, ids=args.ids)
     nothing = [rendered.source for rendered, _ in shown if not rendered.trained]
     for reason in [
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     return 1 if bad or nothing else 0
 
 
-def _print(shown: list[tuple[Rendered, list[Piece]]], *, ids: bool) -> None:
+def _print(shown: list[tuple[Rendered, list[ShownToken]]], *, ids: bool) -> None:
     from veneer.data.preview import id_lines, plain_text, rich_text, summary
 
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
@@ -83,11 +83,11 @@ def _print(shown: list[tuple[Rendered, list[Piece]]], *, ids: bool) -> None:
             print(plain_text(tokens))
 
 
-def _write_page(path: Path, shown: list[tuple[Rendered, list[Piece]]], title: str, stated: list[str]) -> None:
+def _write_page(path: Path, shown: list[tuple[Rendered, list[ShownToken]]], title: str, notices: list[str]) -> None:
     from veneer._files import replace_text
     from veneer.data.preview import html_page
 
     try:
-        replace_text(path, html_page(shown, title, stated))
+        replace_text(path, html_page(shown, title, notices))
     except OSError as error:
         raise DataError(f"{path} cannot be written: {error.strerror}; choose another path with --html") from error

@@ -157,7 +157,7 @@ def _put(out: Path, rows_of: Mapping[Path, Sequence[Mapping[str, Any]]]) -> None
 
 def _show_rows(base: Base, file: Path) -> None:
     from veneer.data.chat.render import Renderer
-    from veneer.data.preview import pieces, plain_text, rich_text, summary
+    from veneer.data.preview import plain_text, rich_text, shown_tokens, summary
     from veneer.data.rows.row import Row
 
     renderer = Renderer(base.tokenizer)
@@ -167,7 +167,7 @@ def _show_rows(base: Base, file: Path) -> None:
     rows.sort(key=lambda row: len(row["messages"][0]["content"]))
     for row in rows[60 : 60 + _SHOWN_ROWS]:
         rendered = renderer.render(Row.chat("example", row["messages"]))[0]
-        shown = pieces(rendered, renderer.encoder)
+        shown = shown_tokens(rendered, renderer.encoder)
         if sys.stdout.isatty():
             from rich.console import Console
 

@@ -1,1 +1,1 @@
-"""Room 1: data. Readers, row shapes, chat rendering with exact masks, checks, preview and flat batches."""
+"""Data: readers, row shapes, chat rendering with exact masks, checks, preview and flat batches."""

@@ -1,6 +1,6 @@
-"""Flat batches: sequences behind each other, no padding, and an order that is a pure function.
+"""Flat batches (concatenated sequences without padding) and the order of the data as a pure function.
 
-Legend: T tokens of all segments together, S segments.
+Legend: T tokens of all segments, S segments.
 
 A batch of segments a (3 tokens) and b (2 tokens) is
 
@@ -12,12 +12,10 @@ A batch of segments a (3 tokens) and b (2 tokens) is
 
 so ``weights[t]`` is the weight of predicting ``targets[t]`` at position t.
 
-The order of the data is ``Order(n, seed).index(epoch, i)``: a permutation of range(n) for each epoch, computed and
-never stored, from a keyed Feistel network over the smallest even power of two that holds n, walked until it is in
-range(n) (Luby and Rackoff 1988 for the network, Black and Rogaway 2002 for the walk). One integer, the cursor
-``epoch * n + i``, is therefore all the state that reading data has, and no random generator is touched.
-
-Boundary: ``Batch`` knows the job of each segment, not what an adapter is.
+The order of the data is ``Order(n, seed).index(epoch, i)``: a permutation of range(n) for each epoch, computed without
+being stored by a keyed Feistel network over the smallest even power of two that is at least n, iterated until the result
+is in range(n) (Luby and Rackoff 1988 for the network, Black and Rogaway 2002 for the iteration). The position in the data
+is therefore one integer, the cursor ``epoch * n + i``, and no random generator is used.
 """
 
 from __future__ import annotations
@@ -40,16 +38,16 @@ _ROUNDS = 6
 
 @dataclass(frozen=True)
 class Batch:
-    """Segments behind each other.
+    """Concatenated segments.
 
     Attributes:
         ids: [T] long, token ids.
-        positions: [T] long, each segment counts from 0.
-        offsets: [S+1] long, segment s is [offsets[s], offsets[s+1]).
+        positions: [T] long, starting at 0 in each segment.
+        offsets: [S+1] long, segment s covers [offsets[s], offsets[s+1]).
         targets: [T] long, the next token inside the segment, -100 at a segment's last token.
         weights: [T] float32, loss weight of predicting ``targets[t]``; 0 where the target is -100.
-        jobs: per segment, the job (adapter) that it belongs to.
-        sources: per segment, "file:line".
+        jobs: the job (adapter) of each segment.
+        sources: "file:line" of each segment.
     """
 
     ids: torch.Tensor
@@ -67,11 +65,11 @@ class Batch:
 
     @property
     def trained(self) -> int:
-        """The number of positions that the loss counts."""
+        """The number of positions with a weight."""
         return int((self.weights > 0).sum())
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch with its per-token tensors on ``device``; ``offsets`` stay on the CPU, where they are read."""
+        """Move the per-token tensors to ``device``; ``offsets`` stay on the CPU, where they are read."""
         return Batch(
             ids=self.ids.to(device),
             positions=self.positions.to(device),
@@ -84,20 +82,20 @@ class Batch:
 
 
 def make_batch(examples: Sequence[Example], jobs: Sequence[str] | str) -> Batch:
-    """Put examples behind each other, in the order given.
+    """Concatenate examples in the given order.
 
     Args:
         examples: at least one.
         jobs: the job of each example, or one job for all.
 
     Raises:
-        DataError: no example, or as many jobs as there are not examples.
+        DataError: there is no example, or the number of jobs differs from that of examples.
     """
     if not examples:
-        raise DataError("A batch needs at least one example, found none.")
+        raise DataError("a batch needs at least one example, found none")
     owners = (jobs,) * len(examples) if isinstance(jobs, str) else tuple(jobs)
     if len(owners) != len(examples):
-        raise DataError(f"Expected one job per example, found {len(examples)} examples and {len(owners)} jobs.")
+        raise DataError(f"expected one job per example, found {len(examples)} examples and {len(owners)} jobs")
     ids: list[int] = []
     positions: list[int] = []
     targets: list[int] = []
@@ -123,7 +121,7 @@ def make_batch(examples: Sequence[Example], jobs: Sequence[str] | str) -> Batch:
 
 
 def _mix(x: int) -> int:
-    """The finaliser of SplitMix64 (Steele, Lea and Flood 2014): 64 bits in, 64 well-mixed bits out."""
+    """The finaliser of SplitMix64 (Steele, Lea and Flood 2014): a bijective hash of 64 bits."""
     x = (x + 0x9E3779B97F4A7C15) & _MASK64
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK64
@@ -131,7 +129,7 @@ def _mix(x: int) -> int:
 
 
 class Order:
-    """The order in which n examples are read: a permutation for each epoch, from (seed, epoch, index) alone.
+    """The order in which n examples are read: a permutation per epoch, a function of (seed, epoch, index).
 
     >>> order = Order(5, seed=1)
     >>> sorted(order.index(0, i) for i in range(5))
@@ -142,7 +140,7 @@ class Order:
 
     def __init__(self, n: int, seed: int = 0, *, shuffle: bool = True) -> None:
         if n < 1:
-            raise DataError(f"An order needs at least one example, found {n}.")
+            raise DataError(f"an order needs at least one example, found {n}")
         self.n = n
         self.seed = seed
         self.shuffle = shuffle
@@ -153,24 +151,26 @@ class Order:
         return self.n
 
     def index(self, epoch: int, i: int) -> int:
-        """The example that stands at place ``i`` (0 <= i < n) of ``epoch``."""
+        """The example at position ``i`` (0 <= i < n) of ``epoch``."""
         if not 0 <= i < self.n or epoch < 0:
-            raise IndexError(f"place {i} of epoch {epoch} is outside {self.n} examples")
+            raise IndexError(f"position {i} of epoch {epoch} is out of range for {self.n} examples")
         if not self.shuffle:
             return i
         keys = self._keys(epoch)
         half, mask = self._half, (1 << self._half) - 1
-        place = i
-        while True:  # the network permutes a range up to four times n; walking on stays a permutation of range(n)
-            left, right = place >> half, place & mask
+        position = i
+        while (
+            True
+        ):  # the network permutes a range of up to 4n; iterating until below n keeps it a permutation of range(n)
+            left, right = position >> half, position & mask
             for key in keys:
                 left, right = right, left ^ (_mix(key ^ right) & mask)
-            place = (left << half) | right
-            if place < self.n:
-                return place
+            position = (left << half) | right
+            if position < self.n:
+                return position
 
     def at(self, cursor: int) -> int:
-        """The example at ``cursor``, which counts on through the epochs: cursor = epoch * n + i."""
+        """The example at ``cursor`` = epoch * n + i."""
         return self.index(*divmod(cursor, self.n))
 
     def _keys(self, epoch: int) -> tuple[int, ...]:

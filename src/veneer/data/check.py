@@ -1,11 +1,7 @@
-"""``veneer data check``: everything that is wrong or remarkable about files of rows, before a run is paid for.
+"""Checks for ``veneer data check`` and for the beginning of a run: rows that are unusable, and rows to warn about.
 
-Unusable (exit code 1): rows that cannot be read or understood, that the template refuses, that have nothing to learn or
-lose all of it to the maximum length. Remarkable (told, with places): rows that occur twice, rows cut and the trained
-tokens that costs, two begin tokens, no end token, what the template changed in the assistant's words, control strings and
-invisible characters in the text, rows that are held out and trained on.
-
-Boundary: a report is data; ``check_text.py`` writes it out.
+Unusable (exit code 1): rows that cannot be read or interpreted, that the template refuses, and that have nothing to learn
+or lose all of it to the maximum length. Warnings: see ``FINDINGS``.
 """
 
 from __future__ import annotations
@@ -20,41 +16,68 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from veneer.data.chat.render import Rendered, Renderer
-from veneer.data.dataset import LoadReport, pieces_of
-from veneer.data.rows.row import Bad, Row
-from veneer.data.rows.shapes import Rows
+from veneer.data.chat.rendered import NOTES
+from veneer.data.dataset import LoadReport, usable_parts
+from veneer.data.rows.messages import THINKING_KEYS
+from veneer.data.rows.row import BadRow, Row
+from veneer.data.rows.shapes import RowReader
 
-__all__ = ["CheckReport", "Finding", "Remarks", "check_files"]
+__all__ = ["FINDINGS", "CheckReport", "Finding", "RowChecks", "check_files", "report_lines", "warning_lines"]
 
-_PLACES = 10
-_COMPARED = 5_000_000  # rows of which the text is remembered, about 200 bytes each
+FINDINGS = {
+    "duplicate": "duplicate rows; the model sees them more often than the others",
+    "overlap": "held-out rows that are also trained on, which makes the held-out loss too low",
+    "overlap_prompt": "held-out rows whose prompt is trained on with another answer",
+    "duplicate_valid": "duplicate held-out rows",
+    "truncated": "rows longer than the maximum length",
+    "double_bos": "rows that begin with two begin-of-text tokens, one of them from the row's text",
+    "no_end": "rows without an end token after the answer, so the model does not learn to stop",
+    "thinking_dropped": "rows with reasoning that the chat template leaves out, so it is not trained",
+    "space_changed": "rows in which the chat template changes white space of the assistant's text",
+    "words_changed": "rows in which the chat template changes the assistant's text",
+    "control": "rows with control strings in their text; these are encoded as text",
+    "invisible": "rows with invisible or replacement characters",
+    "not_compared": "rows that were not compared with the others, because there are too many",
+}
+"""The description of each finding."""
+
+_SOURCES = 10  # sources that a finding keeps
+_SOURCES_SHORT = 3  # sources that a warning shows
+_BAR = 40  # characters of the longest bar of the histogram
+_COMPARED = 5_000_000  # rows whose text is remembered, about 200 bytes each
 _INVISIBLE = re.compile("[\u200b\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff\ufffd\u0080-\u009f]")
 _THINK = re.compile(r"<think>(.*?)</think>", re.DOTALL)
 
 
 @dataclass(slots=True)
 class Finding:
-    """How many rows something is true of, and the places of the first ones."""
+    """The number of rows with a finding, and the sources of the first ones."""
 
     count: int = 0
-    places: list[str] = field(default_factory=list)
+    sources: list[str] = field(default_factory=list)
 
-    def add(self, place: str) -> None:
+    def add(self, source: str) -> None:
+        """Count a row."""
         self.count += 1
-        if len(self.places) < _PLACES:
-            self.places.append(place)
+        if len(self.sources) < _SOURCES:
+            self.sources.append(source)
+
+    def listed(self, most: int) -> str:
+        """The first sources and the number of the others."""
+        shown = self.sources[:most]
+        return ", ".join(shown) + (f" and {self.count - len(shown):,} more" if self.count > len(shown) else "")
 
 
 @dataclass(slots=True)
 class CheckReport:
-    """What a check found.
+    """The result of a check.
 
     Attributes:
-        load: rows, bad rows, notes and what was recognised, as in training.
-        max_length: the length that truncation was judged by, None for no bound.
-        lengths: tokens of each piece before truncation.
-        findings: by name (see ``check_text.FINDINGS``).
-        control_strings: which were typed, and in how many rows.
+        load: rows, bad rows and notes, as in training.
+        max_length: the limit for truncation, None for no limit.
+        lengths: tokens of each example before truncation.
+        findings: by name, see ``FINDINGS``.
+        control_strings: control strings in the rows' text, with the number of rows.
     """
 
     load: LoadReport = field(default_factory=LoadReport)
@@ -65,19 +88,19 @@ class CheckReport:
 
     @property
     def usable(self) -> bool:
-        """Whether every row can be trained."""
+        """True if every row can be trained."""
         return self.load.bad_count == 0
 
-    def note(self, name: str, place: str) -> None:
+    def add(self, name: str, source: str) -> None:
         """Count a row under a finding."""
-        self.findings.setdefault(name, Finding()).add(place)
+        self.findings.setdefault(name, Finding()).add(source)
 
     def as_dict(self) -> dict[str, Any]:
-        """The report as JSON takes it."""
+        """The report as JSON values."""
         load = self.load
         return {
             "usable": self.usable,
-            "stated": load.stated,
+            "stated": load.notices,
             "rows": load.rows,
             "examples": len(self.lengths),
             "tokens": sum(self.lengths),
@@ -90,13 +113,13 @@ class CheckReport:
             "truncated_rows": load.cut,
             "lost_trained_tokens": load.lost,
             "lengths": [{"from": a, "to": b, "examples": n} for a, b, n in self.histogram()],
-            "findings": {name: {"rows": f.count, "first": f.places} for name, f in self.findings.items()},
+            "findings": {name: {"rows": f.count, "first": f.sources} for name, f in self.findings.items()},
             "notes": dict(load.notes),
             "control_strings": dict(self.control_strings.most_common()),
         }
 
     def histogram(self) -> list[tuple[int, int, int]]:
-        """(from, to, examples) with bounds at powers of two, from the shortest to the longest."""
+        """(from, to, number of examples) in steps of powers of two, from the shortest to the longest."""
         counts = Counter(max(0, length - 1).bit_length() for length in self.lengths)
         if not counts:
             return []
@@ -112,123 +135,116 @@ def check_files(
     columns: Mapping[str, str] | None = None,
     roles: Mapping[str, str] | None = None,
 ) -> CheckReport:
-    """Check files of rows, and that none of the held-out rows in ``valid`` is among them.
+    """Check files of rows; ``valid`` are held-out files, whose rows should not occur in the others.
 
     Raises:
-        DataError: a file as a whole cannot be read; what is wrong with rows is in the report instead.
+        DataError: a file as a whole cannot be read. Errors of rows are in the report instead.
     """
     report = CheckReport(max_length=renderer.options.max_length)
-    remarks = Remarks(report, renderer)
+    checks = RowChecks(report, renderer)
     for held_out, paths in ((False, files), (True, valid)):
         for path in paths:
-            rows = Rows(path, format=format, columns=columns, roles=roles)
+            rows = RowReader(path, format=format, columns=columns, roles=roles)
             for result in renderer.render_many(rows):
                 report.load.rows += 1
-                pieces = pieces_of(result, report.load)
-                if pieces and result[0] is not None:
-                    _lengths(report, pieces, result[0])
-                    remarks.see(result[0], pieces, held_out=held_out)
-            report.load.stated += [*rows.stated(), *renderer.stated(rows.shape.format)]
+                parts = usable_parts(result, report.load)
+                if parts and result[0] is not None:
+                    _add_lengths(report, parts, result[0])
+                    checks.add(result[0], parts, held_out=held_out)
+            report.load.notices += [*rows.notices(), *renderer.notices(rows.shape.format)]
     report.load.examples, report.load.tokens = len(report.lengths), sum(report.lengths)
     return report
 
 
-def _lengths(report: CheckReport, pieces: list[Rendered], row: Row) -> None:
-    """Count a row's tokens, and what the maximum length costs it."""
+def _add_lengths(report: CheckReport, parts: list[Rendered], row: Row) -> None:
     load = report.load
-    report.lengths.extend(piece.length for piece in pieces)
-    load.trained += sum(piece.trained for piece in pieces)
-    lost = sum(piece.lost for piece in pieces)
-    if any(piece.length > len(piece.ids) for piece in pieces):
+    report.lengths.extend(part.length for part in parts)
+    load.trained += sum(part.trained for part in parts)
+    if any(part.length > len(part.ids) for part in parts):
+        lost = sum(part.lost for part in parts)
         load.cut += 1
         load.lost += lost
-        report.note("truncated", f"{row.source} ({max(piece.length for piece in pieces)} tokens, {lost} trained lost)")
-    if not any(piece.trained for piece in pieces):
-        reason = f"nothing to learn within {report.max_length} tokens: the answer lies behind them"
-        load.refuse(Bad(row.source, row.key, reason))
+        longest = max(part.length for part in parts)
+        report.add("truncated", f"{row.source} ({longest} tokens, {lost} trained lost)")
+    if not any(part.trained for part in parts):
+        reason = f"nothing to learn within {report.max_length} tokens: the answer comes after them"
+        load.refuse(BadRow(row.source, row.key, reason))
 
 
-class Remarks:
-    """Looks at one usable row after another, notes what is remarkable, and remembers what is needed to compare them."""
+class RowChecks:
+    """Checks usable rows one after another and adds findings to a report; remembers rows to compare them."""
 
     def __init__(self, report: CheckReport, renderer: Renderer) -> None:
         self.report = report
         self.bos = getattr(renderer.tokenizer, "bos_token_id", None)
-        self.eos = getattr(renderer.tokenizer, "eos_token_id", None)
-        self.seen: dict[bytes, str] = {}
+        self.trained: dict[bytes, str] = {}
         self.prompts: set[bytes] = set()
-        self.held: set[bytes] = set()
+        self.held_out: set[bytes] = set()
 
-    def see(self, row: Row, pieces: list[Rendered], *, held_out: bool = False) -> None:
-        """Take in a row and its pieces. Those that are held out come behind those that are trained."""
-        self._same(pieces, row, held_out=held_out)
-        self._tokens(pieces, row)
-        self._words(pieces, row)
+    def add(self, row: Row, parts: list[Rendered], *, held_out: bool = False) -> None:
+        """Check a row and its parts. Held-out rows must come after trained rows."""
+        self._compare(parts, row, held_out=held_out)
+        self._check_tokens(parts, row)
+        self._check_text(parts, row)
 
-    def _same(self, pieces: list[Rendered], row: Row, *, held_out: bool) -> None:
-        whole = _digest(*(piece.text for piece in pieces))
-        first = pieces[0]
+    def _compare(self, parts: list[Rendered], row: Row, *, held_out: bool) -> None:
+        whole = _digest(*(part.text for part in parts))
+        first = parts[0]
         begin = next((first.starts[i] for i, w in enumerate(first.weights) if w > 0.0), len(first.text))
         prompt = _digest(first.text[:begin]) if begin and row.kind != "text" else None
         if not held_out:
-            earlier = self.seen.get(whole)
-            if earlier is not None:
-                self.report.note("duplicate", f"{row.source} (same as {earlier})")
-            elif len(self.seen) >= _COMPARED:
-                self.report.note("not_compared", row.source)
+            if whole in self.trained:
+                self.report.add("duplicate", f"{row.source} (same as {self.trained[whole]})")
+            elif len(self.trained) >= _COMPARED:
+                self.report.add("not_compared", row.source)
             else:
-                self.seen[whole] = row.source
+                self.trained[whole] = row.source
                 if prompt is not None:
                     self.prompts.add(prompt)
-        elif whole in self.seen:
-            self.report.note("overlap", f"{row.source} (same as {self.seen[whole]})")
+        elif whole in self.trained:
+            self.report.add("overlap", f"{row.source} (same as {self.trained[whole]})")
         elif prompt is not None and prompt in self.prompts:
-            self.report.note("overlap_prompt", row.source)
-        elif whole in self.held:
-            self.report.note("duplicate_valid", row.source)
+            self.report.add("overlap_prompt", row.source)
+        elif whole in self.held_out:
+            self.report.add("duplicate_valid", row.source)
         if held_out:
-            self.held.add(whole)
+            self.held_out.add(whole)
 
-    def _tokens(self, pieces: list[Rendered], row: Row) -> None:
-        for piece in pieces:
-            if self.bos is not None and piece.ids[:2] == (self.bos, self.bos):
-                self.report.note("double_bos", row.source)
-                break
-        for piece in pieces:
-            unended = "no_end_token" in piece.notes
-            if unended and piece.length == len(piece.ids):
-                self.report.note("no_end", row.source)
-                break
+    def _check_tokens(self, parts: list[Rendered], row: Row) -> None:
+        if self.bos is not None and any(part.ids[:2] == (self.bos, self.bos) for part in parts):
+            self.report.add("double_bos", row.source)
+        if any("no_end_token" in part.notes and part.length == len(part.ids) for part in parts):
+            self.report.add("no_end", row.source)
 
-    def _words(self, pieces: list[Rendered], row: Row) -> None:
-        typed = {text for piece in pieces for text in piece.typed}
+    def _check_text(self, parts: list[Rendered], row: Row) -> None:
+        typed = {text for part in parts for text in part.typed}
         if typed:
             self.report.control_strings.update(typed)
-            self.report.note("control", f"{row.source} ({', '.join(sorted(typed)[:3])})")
-        if any(_INVISIBLE.search(piece.text) for piece in pieces if not piece.text.isascii()):
-            self.report.note("invisible", row.source)
+            self.report.add("control", f"{row.source} ({', '.join(sorted(typed)[:3])})")
+        if any(_INVISIBLE.search(part.text) for part in parts if not part.text.isascii()):
+            self.report.add("invisible", row.source)
         changes = {
             change
-            for piece in pieces
-            for message, a, b in piece.turns
-            if (change := _changed(row.messages[message], piece.text[a:b]))
+            for part in parts
+            for message, a, b in part.turns
+            if (change := _changed(row.messages[message], part.text[a:b]))
         }
         for change in sorted(changes):
-            self.report.note(change, row.source)
+            self.report.add(change, row.source)
 
 
 def _changed(message: Mapping[str, Any], turn: str) -> str:
-    """What the template made of an assistant's words: "" if they stand there as they are."""
+    """The change that the template made to an assistant's message, as a finding; "" if there is none."""
     content = message.get("content") or ""
-    thought = message.get("reasoning_content") or message.get("thinking") or message.get("reasoning") or ""
+    thought = next((message[key] for key in THINKING_KEYS if message.get(key)), "")
     if content in turn and (not thought or thought.strip() in turn):
         return ""
     if thought and _bare(thought) not in _bare(turn):
         return "thinking_dropped"
     if _bare(content) in _bare(turn):
         return "space_changed"
-    spoken = _THINK.sub("", content).rpartition("</think>")[2]
-    if spoken != content and _bare(spoken) in _bare(turn):
+    answer = _THINK.sub("", content).rpartition("</think>")[2]
+    if answer != content and _bare(answer) in _bare(turn):
         return "thinking_dropped"
     return "words_changed"
 
@@ -243,3 +259,57 @@ def _digest(*texts: str) -> bytes:
         digest.update(text.encode("utf-8", "surrogatepass"))
         digest.update(b"\0")
     return digest.digest()
+
+
+def report_lines(report: CheckReport) -> list[str]:
+    """The report as lines of plain text; the last line says if the files are usable."""
+    load = report.load
+    share = f" ({100 * load.trained / load.tokens:.0f} %)" if load.tokens else ""
+    counts = (_count(load.rows, "row"), _count(load.examples, "example"), _count(load.tokens, "token"))
+    lines = [*load.notices, "", f"{', '.join(counts)}, {load.trained:,} trained{share}"]
+    if load.bad_count:
+        lines += ["", f"Unusable: {_count(load.bad_count, 'problem')}", *(f"  {bad}" for bad in load.bad)]
+        if load.bad_count > len(load.bad):
+            lines.append(f"  and {load.bad_count - len(load.bad):,} more")
+    lines += [*_finding_lines(report), *_histogram_lines(report), ""]
+    lines.append("All rows can be trained." if report.usable else f"{_count(load.bad_count, 'row')} cannot be trained.")
+    return lines
+
+
+def warning_lines(report: CheckReport) -> list[str]:
+    """The findings, one line each with the first sources, for a run that is about to start."""
+    found = ((words, report.findings.get(name)) for name, words in FINDINGS.items())
+    return [f"{words}: {finding.count:,} ({finding.listed(_SOURCES_SHORT)})" for words, finding in found if finding]
+
+
+def _finding_lines(report: CheckReport) -> list[str]:
+    lines: list[str] = []
+    for name, words in FINDINGS.items():
+        finding = report.findings.get(name)
+        if finding is None:
+            continue
+        if name == "truncated":
+            words += f" of {report.max_length:,} tokens; truncation loses {report.load.lost:,} trained tokens"
+        lines += [f"  {words}: {finding.count:,}", f"      {finding.listed(_SOURCES)}"]
+    for name, count in report.load.notes.items():
+        if name != "no_end_token":  # reported as a finding, with sources
+            lines.append(f"  {NOTES[name]}: {count:,}")
+    return ["", "Warnings", *lines] if lines else []
+
+
+def _histogram_lines(report: CheckReport) -> list[str]:
+    rows = report.histogram()
+    if not rows:
+        return []
+    most = max(count for _, _, count in rows)
+    ordered = sorted(report.lengths)
+    median, late = ordered[len(ordered) // 2], ordered[min(len(ordered) - 1, len(ordered) * 95 // 100)]
+    lines = ["", f"Tokens per example: median {median:,}, 95 % below {late + 1:,}, longest {ordered[-1]:,}"]
+    for a, b, count in rows:
+        bar = "#" * max(1 if count else 0, round(_BAR * count / most))
+        lines.append(f"  {a:>7,} - {b:>7,}  {count:>8,}  {bar}")
+    return lines
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number:,} {word}{'' if number == 1 else 's'}"

@@ -1,10 +1,10 @@
-"""Files to examples: the way that training takes.
+"""Loading of files as training examples.
 
-Examples are kept as flat columns (ids, weights, offsets), 8 bytes a token, not as Python objects; what outgrows a
-bound goes to a temporary file that is mapped into memory, so the data of a run may be larger than memory. All bad rows are
-gathered before anything is raised.
+Examples are stored as flat columns (ids, weights, offsets) with 8 bytes per token. Columns beyond a limit go to a
+temporary memory-mapped file, so the data of a run may exceed memory. All bad rows are collected before an error is
+raised.
 
-Boundary: this module refuses what cannot be trained; ``check.py`` looks for what merely should not be.
+This module refuses rows that cannot be trained; ``check.py`` warns about rows that should not be.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ import numpy as np
 
 from veneer.data.chat.render import Rendered, Renderer
 from veneer.data.example import Example
-from veneer.data.rows.row import Bad, Row
-from veneer.data.rows.shapes import Rows
+from veneer.data.rows.row import BadRow, Row
+from veneer.data.rows.shapes import RowReader
 from veneer.errors import ConfigError, DataError
 
-__all__ = ["Examples", "LoadReport", "Selected", "Truncate", "load_examples", "pieces_of"]
+__all__ = ["Examples", "LoadReport", "Subset", "Truncate", "load_examples", "usable_parts"]
 
 Truncate = Literal["error", "drop", "end"]
 
-_SPILL = 256 << 20  # bytes of a column that stay in memory
+_SPILL = 256 << 20  # bytes of a column that are kept in memory
 _SHOWN, _SHOWN_ALIKE = 20, 3
 
 
 class Examples(Sequence[Example]):
-    """Examples as flat columns. ``lengths[i]`` is the number of tokens of example i, without making it."""
+    """A sequence of examples, stored as flat columns."""
 
     def __init__(self, examples: Iterable[Example] = ()) -> None:
         self._ids = _Column("i", np.int32)
@@ -46,7 +46,7 @@ class Examples(Sequence[Example]):
             self.append(example)
 
     def append(self, example: Example) -> None:
-        """Add one example behind the others."""
+        """Append an example."""
         self._ids.extend(example.ids)
         self._weights.extend(example.weights)
         self._offsets.append(self._offsets[-1] + len(example.ids))
@@ -66,29 +66,29 @@ class Examples(Sequence[Example]):
         if not 0 <= at < len(self):
             raise IndexError(f"example {index} of {len(self)}")
         a, b = self._offsets[at], self._offsets[at + 1]
-        return Example(tuple(self._ids.part(a, b)), tuple(self._weights.part(a, b)), self._sources[at])
+        return Example(tuple(self._ids.values(a, b)), tuple(self._weights.values(a, b)), self._sources[at])
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each example."""
+        """The number of tokens of each example."""
         lengths: list[int] = np.diff(np.frombuffer(self._offsets, dtype=np.int64)).tolist()
         return lengths
 
     @property
     def tokens(self) -> int:
-        """Tokens of all examples."""
+        """The number of tokens of all examples."""
         return int(self._offsets[-1])
 
 
-class Selected(Sequence[Example]):
-    """Some examples of others, by their numbers; nothing is copied."""
+class Subset(Sequence[Example]):
+    """A subset of examples by index, without a copy."""
 
-    def __init__(self, examples: Examples, numbers: Iterable[int]) -> None:
+    def __init__(self, examples: Examples, indices: Iterable[int]) -> None:
         self._examples = examples
-        self._numbers = array("q", numbers)
+        self._indices = array("q", indices)
 
     def __len__(self) -> int:
-        return len(self._numbers)
+        return len(self._indices)
 
     @overload
     def __getitem__(self, index: int) -> Example: ...
@@ -96,37 +96,37 @@ class Selected(Sequence[Example]):
     def __getitem__(self, index: slice) -> list[Example]: ...
     def __getitem__(self, index: int | slice) -> Example | list[Example]:
         if isinstance(index, slice):
-            return [self._examples[number] for number in self._numbers[index]]
-        return self._examples[self._numbers[index]]
+            return [self._examples[i] for i in self._indices[index]]
+        return self._examples[self._indices[index]]
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each example."""
-        every = self._examples.lengths
-        return [every[number] for number in self._numbers]
+        """The number of tokens of each example."""
+        lengths = self._examples.lengths
+        return [lengths[i] for i in self._indices]
 
 
 @dataclass(slots=True)
 class LoadReport:
-    """What became of the rows of some files.
+    """Counts of loaded, refused and truncated rows.
 
     Attributes:
-        stated: what was recognised about each file, a line each.
-        rows: rows read, the bad ones included.
-        examples: examples made; a row may make several (see ``notes``).
-        tokens, trained: their tokens, and those that the loss counts.
-        bad, bad_count: the first bad rows of each kind, and how many there are.
-        alike: how many rows have the same fault, by key and reason.
-        dropped, cut, lost: rows left out for their length, rows cut at their end, and the trained tokens that cost.
-        notes: how many rows each note applies to (keys of ``notes.NOTES``).
+        notices: what was detected about each file, one line each.
+        rows: rows read, including bad ones.
+        examples: number of examples; a row may give several (see ``notes``).
+        tokens, trained: number of their tokens, and of those with a weight.
+        bad, bad_count: the first bad rows of each kind, and the number of all.
+        alike: number of bad rows by key and reason.
+        dropped, cut, lost: rows dropped for their length, rows truncated, and the trained tokens lost by both.
+        notes: number of rows by note (keys of ``rendered.NOTES``).
     """
 
-    stated: list[str] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
     rows: int = 0
     examples: int = 0
     tokens: int = 0
     trained: int = 0
-    bad: list[Bad] = field(default_factory=list)
+    bad: list[BadRow] = field(default_factory=list)
     bad_count: int = 0
     dropped: int = 0
     cut: int = 0
@@ -134,8 +134,8 @@ class LoadReport:
     notes: Counter[str] = field(default_factory=Counter)
     alike: Counter[tuple[str, str]] = field(default_factory=Counter)
 
-    def refuse(self, bad: Bad) -> None:
-        """Count a bad row, and keep it if it is one of the first of its kind."""
+    def refuse(self, bad: BadRow) -> None:
+        """Count a bad row; keep it if it is one of the first of its kind."""
         self.bad_count += 1
         known = (bad.key, bad.reason)
         if self.alike[known] or len(self.bad) < _SHOWN:
@@ -144,10 +144,10 @@ class LoadReport:
                 self.bad.append(bad)
 
     def raise_if_bad(self) -> None:
-        """Raise if a row was refused.
+        """Raise an error if rows were refused.
 
         Raises:
-            DataError: names the first of them, and counts the rest.
+            DataError: names the first bad rows of each kind and counts the others.
         """
         if not self.bad_count:
             return
@@ -157,12 +157,14 @@ class LoadReport:
             known = (bad.key, bad.reason)
             shown[known] += 1
             more = self.alike[known] - _SHOWN_ALIKE if shown[known] == _SHOWN_ALIKE else 0
-            lines.append(f"  - {bad}" + (f" (and {more} more rows alike)" if more > 0 else ""))
-        told = sum(self.alike.values())
-        if self.bad_count > told:
-            lines.append(f"  and {self.bad_count - told} more")
-        counted = f"{self.bad_count} problem{'s' if self.bad_count > 1 else ''} in {self.rows} row{'s' if self.rows > 1 else ''}"
-        raise DataError(f"{counted}:\n" + "\n".join(lines))
+            lines.append(f"  - {bad}" + (f" (and {more} more rows like it)" if more > 0 else ""))
+        counted = sum(self.alike.values())
+        if self.bad_count > counted:
+            lines.append(f"  and {self.bad_count - counted} more")
+        problems, rows = (
+            f"{n} {word}{'s' if n > 1 else ''}" for n, word in ((self.bad_count, "problem"), (self.rows, "row"))
+        )
+        raise DataError(f"{problems} in {rows}:\n" + "\n".join(lines))
 
 
 def load_examples(
@@ -174,85 +176,86 @@ def load_examples(
     roles: Mapping[str, str] | None = None,
     truncate: Truncate = "error",
     skip_bad: bool = False,
-    look: Callable[[Row, list[Rendered]], None] | None = None,
+    on_row: Callable[[Row, list[Rendered]], None] | None = None,
 ) -> tuple[Examples, LoadReport]:
-    """Read, render and prove all rows of some files, in order.
+    """Read, render and verify all rows of some files, in order.
 
     Args:
         files: one or more files of rows.
-        renderer: with its ``max_length``, which ``truncate`` is about.
-        format, columns, roles: see ``Rows``.
-        truncate: what becomes of a row longer than ``max_length``: "error", "drop" (left out) or "end" (its end is cut
-            off). Both are counted, with the trained tokens lost.
-        skip_bad: leave bad rows out and count them, instead of raising.
-        look: is shown every usable row with its pieces (``check.Remarks`` notes what is remarkable).
+        renderer: the renderer; its ``max_length`` is the limit for ``truncate``.
+        format, columns, roles: see ``RowReader``.
+        truncate: treatment of rows longer than ``max_length``: "error", "drop" (skip the row) or "end" (cut its end off).
+            The last two are counted, with the trained tokens lost.
+        skip_bad: skip and count bad rows instead of raising.
+        on_row: called with every usable row and its parts (for example ``check.RowChecks.add``).
 
     Raises:
-        DataError: a file or row cannot be used (all of them at once), or no example is left.
+        DataError: files or rows cannot be used (all are reported at once), or no example is left.
+        ConfigError: ``truncate`` has another value.
     """
     if truncate not in ("error", "drop", "end"):
-        raise ConfigError(f"truncate: expected error, drop or end, found {truncate!r}.")
+        raise ConfigError(f"truncate: expected error, drop or end, found {truncate!r}")
     examples, report = Examples(), LoadReport()
     for path in files:
-        rows = Rows(path, format=format, columns=columns, roles=roles)
+        rows = RowReader(path, format=format, columns=columns, roles=roles)
         for result in renderer.render_many(rows):
             report.rows += 1
-            pieces = pieces_of(result, report)
-            if pieces:
-                if look is not None and result[0] is not None:
-                    look(result[0], pieces)
-                _take(pieces, renderer.options.max_length, truncate, examples, report)
-        report.stated += [*rows.stated(), *renderer.stated(rows.shape.format)]
+            parts = usable_parts(result, report)
+            if parts:
+                if on_row is not None and result[0] is not None:
+                    on_row(result[0], parts)
+                _take(parts, renderer.options.max_length, truncate, examples, report)
+        report.notices += [*rows.notices(), *renderer.notices(rows.shape.format)]
     if not skip_bad:
         report.raise_if_bad()
     if not len(examples):
         raise DataError(
             f"{', '.join(str(path) for path in files)}: no example is left of {report.rows} rows "
-            f"({report.bad_count} bad, {report.dropped} dropped for their length)."
+            f"({report.bad_count} bad, {report.dropped} dropped for their length)"
         )
     report.examples, report.tokens = len(examples), examples.tokens
     return examples, report
 
 
-def pieces_of(result: tuple[Row | None, Any], report: LoadReport) -> list[Rendered]:
-    """The pieces of a rendered row that can be trained; what cannot is told to ``report``."""
+def usable_parts(result: tuple[Row | None, Any], report: LoadReport) -> list[Rendered]:
+    """Return the parts of a rendered row, none if the row cannot be trained; bad rows are added to ``report``."""
     row, found = result
-    if isinstance(found, Bad):
+    if isinstance(found, BadRow):
         report.refuse(found)
         return []
-    pieces: list[Rendered] = found
-    if row is not None and not any(piece.trained or piece.lost for piece in pieces):
-        report.refuse(Bad(row.source, row.key, f"nothing to learn: {_why_nothing(row)}"))
+    parts: list[Rendered] = found
+    if row is not None and not any(part.trained or part.lost for part in parts):
+        report.refuse(BadRow(row.source, row.key, f"nothing to learn: {_why_nothing(row)}"))
         return []
-    report.notes.update({note for piece in pieces for note in piece.notes})
-    return pieces
+    report.notes.update({note for part in parts for note in part.notes})
+    return parts
 
 
-def _take(
-    pieces: list[Rendered], limit: int | None, truncate: Truncate, examples: Examples, report: LoadReport
-) -> None:
-    longest = max(piece.length for piece in pieces)
+def _take(parts: list[Rendered], limit: int | None, truncate: Truncate, examples: Examples, report: LoadReport) -> None:
+    longest = max(part.length for part in parts)
     if limit is not None and longest > limit:
         if truncate == "error":
             reason = (
-                f"{longest} tokens, and the maximum length is {limit}; shorten the row, or say what "
-                "becomes of longer ones (truncate: end cuts them, drop leaves them out)"
+                f"{longest} tokens, but the maximum length is {limit}; shorten the row, or set truncate to end (cut longer "
+                "rows) or drop (skip them)"
             )
-            report.refuse(Bad(pieces[0].source, "", reason))
+            report.refuse(BadRow(parts[0].source, "", reason))
             return
         if truncate == "drop":
             report.dropped += 1
-            report.lost += sum(piece.trained + piece.lost for piece in pieces)
+            report.lost += sum(part.trained + part.lost for part in parts)
             return
         report.cut += 1
-        report.lost += sum(piece.lost for piece in pieces)
-    kept = [piece for piece in pieces if piece.trained]
+        report.lost += sum(part.lost for part in parts)
+    kept = [part for part in parts if part.trained]
     if not kept:
-        report.refuse(Bad(pieces[0].source, "", f"nothing to learn within {limit} tokens: the answer lies behind them"))
+        report.refuse(
+            BadRow(parts[0].source, "", f"nothing to learn within {limit} tokens: the answer comes after them")
+        )
         return
-    for piece in kept:
-        examples.append(piece.example)
-        report.trained += piece.trained
+    for part in kept:
+        examples.append(part.example)
+        report.trained += part.trained
 
 
 def _why_nothing(row: Row) -> str:
@@ -265,7 +268,7 @@ def _why_nothing(row: Row) -> str:
 
 
 class _Column:
-    """A growing column of numbers that goes to a temporary file when it outgrows memory."""
+    """A growing column of numbers that moves to a temporary file beyond ``_SPILL`` bytes."""
 
     def __init__(self, code: Literal["i", "f"], dtype: type[np.generic]) -> None:
         self._code: Literal["i", "f"] = code
@@ -276,11 +279,11 @@ class _Column:
         self._map: Any = None
 
     def extend(self, values: Iterable[float]) -> None:
-        self._recent.extend(values)  # type: ignore[arg-type]  # ids are whole numbers
+        self._recent.extend(values)  # type: ignore[arg-type]  # ids are integers
         if len(self._recent) * self._dtype.itemsize >= _SPILL:
             self._spill()
 
-    def part(self, a: int, b: int) -> Iterator[Any]:
+    def values(self, a: int, b: int) -> Iterator[Any]:
         if a >= self._spilled:
             return iter(self._recent[a - self._spilled : b - self._spilled])
         if self._map is None or len(self._map) < self._spilled:
@@ -290,7 +293,7 @@ class _Column:
 
     def _spill(self) -> None:
         if self._file is None:
-            self._file = tempfile.TemporaryFile(prefix="veneer-examples-")  # noqa: SIM115 (lives as long as this)
+            self._file = tempfile.TemporaryFile(prefix="veneer-examples-")  # noqa: SIM115 (closed by the finalizer)
             weakref.finalize(self, self._file.close)
         self._recent.tofile(self._file)
         self._file.flush()

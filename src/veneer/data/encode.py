@@ -1,16 +1,14 @@
-"""Text to token ids, keeping apart the control tokens that a template writes and look-alikes that a user types.
+"""Tokenization that separates the control tokens of a template from identical text in a row.
 
-A chat template writes ``<|im_end|>`` to end a turn. A user who types the same ten characters must not end it: their
-text has to become ordinary tokens. A tokenizer cannot tell the two apart, so this module gives it two different texts.
-In a private copy of the tokenizer every control token has another name of the same length, made of code points that no
-text holds (Unicode's noncharacters). Before encoding, the template's own control tokens are renamed; what users typed
-is not. One pass over the whole text then yields the ids that ``tokenizer.apply_chat_template`` yields for clean text,
-spaces and all, and since a name keeps its length the character offsets need no translation.
+A chat template writes ``<|im_end|>`` to end a turn. The same ten characters in a user's message must not end it: they have
+to become ordinary tokens. A tokenizer cannot tell the two apart, so this module renames one of them. In a private copy of
+the tokenizer every control token has another name of the same length, made of code points that no text contains (Unicode
+noncharacters). Before encoding, the template's control tokens are renamed; those in the row's text are not. The result
+is identical to ``tokenizer.apply_chat_template`` for a row without control strings, and since names keep their length,
+character offsets stay valid.
 
-The copy has one more token, CUT, which stands for nothing: it separates what must not melt into one token (the last
-character of a prompt and the first of an answer) and its id is dropped.
-
-Boundary: strings in, ids and offsets out; which stretches of a text were typed by users is the caller's knowledge.
+The copy has one more token, CUT, which separates text that must not become one token (the last character of a prompt and
+the first of an answer). Its id is dropped.
 """
 
 from __future__ import annotations
@@ -27,19 +25,19 @@ from tokenizers import Tokenizer
 
 from veneer.errors import DataError
 
-__all__ = ["Encoded", "Encoder", "Guarded"]
+__all__ = ["Encoded", "Encoder", "GuardedText"]
 
 _RESERVED = "\ufdd0-\ufdef"  # noncharacters: never part of text that is meant to be read by others
 _LEAD, _PAD, _CUT = "\ufdd1", "\ufdd2", "\ufdd3"
 _PLANE = 0xF0000  # private use, 65,534 code points: the number of the control token behind the lead character
-_SINGLE_PLANE = 0x100000  # the same for control tokens of one character, which have no room for a lead
+_SINGLE_PLANE = 0x100000  # the same for control tokens of one character, which have no lead character
 _PROBE = "One  probe,\n\tmany signs: 1e-4 \u00e4\u00df\u2713 (a[0] != 'b')"
 _LOOKS_LIKE_CONTROL = re.compile(r"[<\[{(|\uff5c].*[>\]})|\uff5c]", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
-class Guarded:
-    """A text, and the stretches [a, b) of it whose control strings were typed by a user and stay text."""
+class GuardedText:
+    """A text, and its spans [a, b) with control strings that belong to the row and stay text."""
 
     text: str
     guards: tuple[tuple[int, int], ...] = ()
@@ -47,41 +45,40 @@ class Guarded:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Token ids, and for each the first character that it covers; ``ends`` has the character behind its last."""
+    """Token ids with the characters [start, end) that each covers."""
 
     ids: list[int]
     starts: list[int]
     ends: list[int]
 
-    def span(self, a: int, b: int) -> tuple[int, int]:
+    def token_range(self, a: int, b: int) -> tuple[int, int]:
         """The tokens [i, j) that cover the characters [a, b)."""
         return bisect_left(self.starts, a), bisect_left(self.starts, b)
 
     def over(self, at: int) -> int | None:
-        """The token that covers characters on both sides of the boundary ``at``, if there is one."""
+        """The token that covers characters on both sides of the position ``at``, if there is one."""
         i = bisect_left(self.starts, at)
         return i - 1 if i > 0 and self.ends[i - 1] > at else None
 
 
 class Encoder:
-    """Encodes guarded texts with one tokenizer.
+    """Encodes texts with one tokenizer.
 
     Attributes:
-        specials: control tokens that the tokenizer declares special; text wherever a user types them.
-        softs: added tokens without that mark that the template writes (``<think>``, ``<tool_call>``); text where a user
-            types them, tokens where an assistant's turn holds them.
+        specials: control tokens that the tokenizer declares special; in the text of a row they stay text.
+        softs: other added tokens that the template writes (``<think>``, ``<tool_call>``); in the text of a row they stay
+            text, except in an assistant's turn, where they are tokens.
         control_ids: the ids of both.
-        reserved: code points that no row may hold, because this module gives them a meaning.
-        faithful: whether decoding gives the text back, up to the tokenizer's normalisation.
+        reserved: matches code points that no row may contain, because this module uses them.
+        faithful: True if decoding restores the text, up to the tokenizer's normalization.
     """
 
     def __init__(self, tokenizer: Any, template: str = "") -> None:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if not isinstance(backend, Tokenizer):
             raise DataError(
-                f"The tokenizer {_name(tokenizer)} cannot say which characters a token covers, so exact masks cannot "
-                "be made: expected a fast tokenizer (one with a tokenizer.json), found "
-                f"{type(tokenizer).__name__}."
+                f"the tokenizer {_name(tokenizer)} does not report character offsets, which exact masks need: expected a "
+                f"fast tokenizer (one with a tokenizer.json), found {type(tokenizer).__name__}"
             )
         self.tokenizer = tokenizer
         self.backend = backend
@@ -109,54 +106,54 @@ class Encoder:
         self._greedy = re.compile(rf"\s*({_any_of(greedy).pattern})\s*") if greedy else None
         self._check_copy()
 
-    def encode(self, texts: Sequence[Guarded]) -> list[Encoded]:
-        """Encode texts, all in one call, which uses all cores."""
+    def encode(self, texts: Sequence[GuardedText]) -> list[Encoded]:
+        """Encode texts in one call, which uses all cores."""
         renamed = [self._renamed(text) for text in texts]
         encodings = self._copy.encode_batch(renamed, add_special_tokens=False)
         return [self._settle(text, encoding) for text, encoding in zip(texts, encodings, strict=True)]
 
-    def encode_cut(self, text: Guarded, cuts: Iterable[int]) -> Encoded:
-        """Encode one text so that no token covers characters on both sides of a position in ``cuts``.
+    def encode_cut(self, text: GuardedText, cuts: Iterable[int]) -> Encoded:
+        """Encode one text; no token covers characters on both sides of a position in ``cuts``.
 
         Raises:
-            DataError: the tokenizer makes a control token of a typed control string whatever is done.
+            DataError: the tokenizer turns a control string of the row into a control token in any case.
         """
-        places = set(cuts)
-        encoded = self._encode_cut(text, places)
+        positions = set(cuts)
+        encoded = self._encode_cut(text, positions)
         if self._typed_controls(text, encoded):
-            # the vocabulary itself holds the control string (Unigram and word models do): take the typed one apart
-            encoded = self._encode_cut(text, places | {a + 1 for a, b in text.guards if b - a > 1})
+            # the vocabulary itself contains the control string (Unigram and word models): split the string
+            encoded = self._encode_cut(text, positions | {a + 1 for a, b in text.guards if b - a > 1})
             if self._typed_controls(text, encoded):
                 raise DataError(
-                    "a control string typed in the text cannot be kept as text, because this tokenizer makes the "
-                    "control token of it even so; remove it from the row"
+                    "the tokenizer always encodes a control string in the row's text as the control token; remove it "
+                    "from the row"
                 )
         return encoded
 
     def straddled(self, text: str, encoded: Encoded, at: int) -> bool:
-        """Whether a token melts what stands before the boundary ``at`` with what stands behind it.
+        """Check if a token covers text on both sides of the position ``at``.
 
-        Some control tokens take the white space behind them along (``rstrip``), which melts nothing where the boundary is
-        right behind the control string itself.
+        Some control tokens include the white space after them (``rstrip``); that does not count right after the control
+        string itself.
         """
         i = encoded.over(at)
         return i is not None and not self.ends_at(text, encoded, i, at)
 
     def ends_at(self, text: str, encoded: Encoded, i: int, at: int) -> bool:
-        """Whether token i ends at the character ``at``, but for white space that a control token takes along."""
+        """Check if token i ends at the character ``at``, except for white space that a control token includes."""
         end, control = encoded.ends[i], self._text_of.get(encoded.ids[i])
         return end == at or (end > at and control is not None and text.endswith(control, encoded.starts[i], at))
 
     def plain_ids(self, text: str) -> list[int]:
-        """The ids of a text in which nothing is a control token."""
-        return self.encode([Guarded(text, ((0, len(text)),))])[0].ids
+        """Encode a text in which nothing is a control token."""
+        return self.encode([GuardedText(text, ((0, len(text)),))])[0].ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids, control tokens included."""
+        """Decode ids, including control tokens."""
         return str(self.backend.decode(list(ids), skip_special_tokens=False))
 
     def decode_after(self, before: int | None, ids: Sequence[int]) -> str:
-        """The text of ids as it reads behind the token ``before``; tokenizers drop a space at the very beginning."""
+        """Decode ids as they read after the token ``before``; tokenizers drop a space at the beginning of a text."""
         if before is None:
             return self.decode(ids)
         anchor = self._anchors.get(before)
@@ -165,22 +162,22 @@ class Encoder:
         return self.decode([before, *ids])[len(anchor) :]
 
     def same_text(self, found: str, expected: str) -> bool:
-        """Whether two texts are equal for this tokenizer, which may normalise (NFC, say).
+        """Check if two texts are equal after the tokenizer's normalization (NFC, for example).
 
-        Older SentencePiece tokenizers put a space behind every control token; for them spaces do not count. Nor does
-        white space around control tokens that take it along.
+        Spaces are ignored for older SentencePiece tokenizers, which add one after every control token, and so is white
+        space around control tokens that include it.
         """
         return found == expected or self._bare(found) == self._bare(expected)
 
     def _bare(self, text: str) -> str:
-        """A text without what this tokenizer does not keep."""
+        """A text without the characters that the tokenizer does not preserve."""
         if self._normalizer is not None:
-            text = self._normalizer.normalize_str(text).replace("\u2581", " ")  # how SentencePiece writes a space
+            text = self._normalizer.normalize_str(text).replace("\u2581", " ")  # SentencePiece's space
         if self._greedy is not None:
             text = self._greedy.sub(r"\1", text)
         return text.replace(" ", "") if self._spaces else text
 
-    def _renamed(self, text: Guarded) -> str:
+    def _renamed(self, text: GuardedText) -> str:
         if not text.guards:
             return self.control_pattern.sub(self._name_of, text.text)
         edges = [0, *(edge for guard in text.guards for edge in guard), len(text.text)]
@@ -191,20 +188,20 @@ class Encoder:
     def _name_of(self, match: re.Match[str]) -> str:
         return self._alias[match.group()]
 
-    def _settle(self, text: Guarded, encoding: Any) -> Encoded:
+    def _settle(self, text: GuardedText, encoding: Any) -> Encoded:
         if text.guards and not self._in_vocabulary.isdisjoint(encoding.ids):
             return self.encode_cut(text, ())
         original = self._original
         offsets = encoding.offsets
         return Encoded([original.get(i, i) for i in encoding.ids], [a for a, _ in offsets], [b for _, b in offsets])
 
-    def _encode_cut(self, text: Guarded, cuts: set[int]) -> Encoded:
-        places = sorted(cuts)
+    def _encode_cut(self, text: GuardedText, cuts: set[int]) -> Encoded:
+        positions = sorted(cuts)
         renamed = self._renamed(text)
-        edges = [0, *places, len(renamed)]
+        edges = [0, *positions, len(renamed)]
         pieces = [renamed[a:b] for a, b in pairwise(edges)]
         encoding = self._copy.encode(_CUT.join(pieces), add_special_tokens=False)
-        separators = [place + k for k, place in enumerate(places)]
+        separators = [position + k for k, position in enumerate(positions)]
         encoded = Encoded([], [], [])
         for token, (a, b) in zip(encoding.ids, encoding.offsets, strict=True):
             if token == self._cut:
@@ -215,9 +212,9 @@ class Encoder:
             encoded.ends.append(b - passed)
         return encoded
 
-    def _typed_controls(self, text: Guarded, encoded: Encoded) -> bool:
+    def _typed_controls(self, text: GuardedText, encoded: Encoded) -> bool:
         for a, b in text.guards:
-            i, j = encoded.span(a, b)
+            i, j = encoded.token_range(a, b)
             if not self.control_ids.isdisjoint(encoded.ids[i:j]):
                 return True
         return False
@@ -230,10 +227,10 @@ class Encoder:
     def _check_copy(self) -> None:
         sample = f" {_PROBE} ".join(sorted(self.specials | self.softs)[:50]) + _PROBE
         expected = self.tokenizer(sample, add_special_tokens=False, verbose=False)["input_ids"]
-        if self.encode([Guarded(sample)])[0].ids != list(expected):
+        if self.encode([GuardedText(sample)])[0].ids != list(expected):
             raise DataError(
-                f"The tokenizer {_name(self.tokenizer)} cannot be copied faithfully: its copy gives other token ids "
-                "for the same text, so exact masks cannot be made."
+                f"the tokenizer {_name(self.tokenizer)} cannot be copied: the copy gives other token ids for the same "
+                "text, so exact masks are not possible"
             )
 
 
@@ -246,7 +243,7 @@ def _soft(text: str, template: str) -> bool:
 
 
 def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
-    """A pattern of the longest of several literal texts at a place; nothing where there are none."""
+    """A pattern that matches the longest of several literal texts; it never matches if there are none."""
     return re.compile("|".join(re.escape(t) for t in sorted(texts, key=lambda t: (-len(t), t))) or "(?!)")
 
 
@@ -257,11 +254,11 @@ def _rename(text: str, number: int) -> str:
 
 
 def _private_copy(spec: dict[str, Any], alias: dict[str, str]) -> tuple[Tokenizer, dict[int, int]]:
-    """The renamed tokenizer, and its ids in terms of the original's (only those that differ)."""
+    """Make the renamed tokenizer; also returns the original's id for each of its ids that differs."""
     ids = {alias.get(t["content"], t["content"]): t["id"] for t in spec["added_tokens"]}
     renamed = [{**t, "content": alias.get(t["content"], t["content"])} for t in spec["added_tokens"]]
     cut = {"id": 0, "content": _CUT, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    # a post-processor adds tokens and trims the offsets; truncation and padding are done by us, in the open
+    # a post-processor adds tokens and trims offsets; truncation is done by the renderer
     changed = {"truncation": None, "padding": None, "post_processor": None}
     copy = Tokenizer.from_buffer(
         orjson.dumps({**spec, **changed, "added_tokens": [*renamed, {**cut, "special": True}]})

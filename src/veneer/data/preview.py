@@ -1,9 +1,8 @@
-"""What the model will see of a row, token by token, and which tokens are trained.
+"""Views of a rendered row, token by token, with the trained tokens highlighted.
 
-On a terminal trained tokens are green and the others grey, control tokens are set apart. Without colour (a pipe, NO_COLOR)
-trained stretches stand between [[ and ]]. ``--ids`` shows one token a line. The HTML page is one file that loads nothing.
-
-Boundary: this module draws; what is trained was decided, and proven, in ``render.py``.
+On a terminal trained tokens are green, the others grey, and control tokens have a background or another colour. Without
+colour (a pipe, NO_COLOR) trained text is enclosed in [[ and ]]. ``--ids`` prints one token per line. The HTML page is one
+file without external resources.
 """
 
 from __future__ import annotations
@@ -20,12 +19,12 @@ from veneer.data.encode import Encoder
 if TYPE_CHECKING:
     from rich.text import Text
 
-__all__ = ["Piece", "html_page", "id_lines", "pieces", "plain_text", "rich_text", "summary"]
+__all__ = ["ShownToken", "html_page", "id_lines", "plain_text", "rich_text", "shown_tokens", "summary"]
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """One token as it is shown: its id, its characters, its weight, and whether it is a control token."""
+class ShownToken:
+    """One token for display: its id, characters and weight, and True if it is a control token."""
 
     id: int
     text: str
@@ -33,8 +32,8 @@ class Piece:
     control: bool
 
 
-def pieces(rendered: Rendered, encoder: Encoder) -> list[Piece]:
-    """The tokens of a rendered row; those that share one character show it once, with the last of them."""
+def shown_tokens(rendered: Rendered, encoder: Encoder) -> list[ShownToken]:
+    """The tokens of a rendered row. Tokens that share a character show it once, with the last of them."""
     shown = []
     controls = encoder.control_ids
     ends = (*rendered.starts[1:], len(rendered.text) if rendered.length == len(rendered.ids) else rendered.ends[-1])
@@ -42,76 +41,76 @@ def pieces(rendered: Rendered, encoder: Encoder) -> list[Piece]:
         start = rendered.starts[k]
         text = rendered.text[start : max(start, ends[k])]
         control = token in controls
-        if rendered.starts[k] == rendered.ends[k] and control:  # added around the text, stands nowhere in it
+        if rendered.starts[k] == rendered.ends[k] and control:  # added before or after the text
             text = encoder.decode([token])
-        shown.append(Piece(token, text, weight, control))
+        shown.append(ShownToken(token, text, weight, control))
     return shown
 
 
 def summary(rendered: Rendered) -> str:
-    """One line: place, trained tokens, and what was cut."""
+    """One line: source, number of trained tokens, and what truncation cut off."""
     line = f"{rendered.source}: trained {rendered.trained} of {len(rendered.ids)} tokens"
     if rendered.length > len(rendered.ids):
         line += f"; cut from {rendered.length}, {rendered.lost} trained tokens lost"
     return line
 
 
-def plain_text(shown: Iterable[Piece]) -> str:
-    """The text with trained stretches between [[ and ]]."""
+def plain_text(shown: Iterable[ShownToken]) -> str:
+    """The text, with trained text enclosed in [[ and ]]."""
     parts = []
-    for trained, group in groupby(shown, key=lambda piece: piece.weight > 0.0):
-        text = "".join(_visible(piece.text) for piece in group)
+    for trained, group in groupby(shown, key=lambda token: token.weight > 0.0):
+        text = "".join(_visible(token.text) for token in group)
         parts.append(f"[[{text}]]" if trained else text)
     return "".join(parts)
 
 
-def rich_text(shown: Iterable[Piece]) -> Text:
-    """The text coloured by weight; trained line ends are visible."""
+def rich_text(shown: Iterable[ShownToken]) -> Text:
+    """The text coloured by weight, with visible line ends in trained text."""
     from rich.text import Text
 
     text = Text()
-    for piece in shown:
-        trained = piece.weight > 0.0
-        words = _visible(piece.text)
+    for token in shown:
+        trained = token.weight > 0.0
+        shown_text = _visible(token.text)
         if trained:
-            words = words.replace("\n", "\u21b5\n")
+            shown_text = shown_text.replace("\n", "\u21b5\n")
         style = "bold green" if trained else "bright_black"
-        if piece.control:
+        if token.control:
             style = "bold black on green" if trained else "cyan"
-        text.append(words, style=style)
+        text.append(shown_text, style=style)
     return text
 
 
-def id_lines(shown: Sequence[Piece]) -> list[str]:
-    """One line a token: its number, its id, + where it is trained, its characters."""
+def id_lines(shown: Sequence[ShownToken]) -> list[str]:
+    """One line per token: index, id, + if it is trained, characters."""
     return [
-        f"{number:>6} {piece.id:>8} {'+' if piece.weight > 0.0 else ' '} {piece.text!r}"
-        for number, piece in enumerate(shown)
+        f"{index:>6} {token.id:>8} {'+' if token.weight > 0.0 else ' '} {token.text!r}"
+        for index, token in enumerate(shown)
     ]
 
 
-def html_page(rows: Sequence[tuple[Rendered, Sequence[Piece]]], title: str, stated: Sequence[str] = ()) -> str:
-    """A page of rows that needs nothing beside itself; each token tells its number, id and weight when pointed at."""
+def html_page(rows: Sequence[tuple[Rendered, Sequence[ShownToken]]], title: str, notices: Sequence[str] = ()) -> str:
+    """A self-contained page of rows; each token shows its index, id and weight as a tooltip."""
     body = [f"<h1>{html.escape(title)}</h1>"]
-    body += [f"<p>{html.escape(line)}</p>" for line in stated]
+    body += [f"<p>{html.escape(line)}</p>" for line in notices]
     body.append(
         '<p><span class="y">trained</span> <span class="n">not trained</span> <span class="n c">control</span></p>'
     )
     for rendered, shown in rows:
-        tokens = "".join(_html_token(k, piece) for k, piece in enumerate(shown))
+        tokens = "".join(_html_token(k, token) for k, token in enumerate(shown))
         body.append(f"<h2>{html.escape(summary(rendered))}</h2>\n<pre>{tokens}</pre>")
     return _PAGE.replace("TITLE", html.escape(title)).replace("BODY", "\n".join(body))
 
 
-def _html_token(number: int, piece: Piece) -> str:
-    kind = ("y" if piece.weight > 0.0 else "n") + (" c" if piece.control else "")
-    words = html.escape(_visible(piece.text)).replace("\n", "&#8629;\n")
-    hint = f"token {number}, id {piece.id}, weight {piece.weight:g}"
-    return f'<span class="{kind}" title="{hint}">{words}</span>'
+def _html_token(index: int, token: ShownToken) -> str:
+    kind = ("y" if token.weight > 0.0 else "n") + (" c" if token.control else "")
+    text = html.escape(_visible(token.text)).replace("\n", "&#8629;\n")
+    hint = f"token {index}, id {token.id}, weight {token.weight:g}"
+    return f'<span class="{kind}" title="{hint}">{text}</span>'
 
 
 def _visible(text: str) -> str:
-    """Characters that would move the cursor or the reading direction, as their names; the rest as it is."""
+    """Replace characters that would move the cursor or change the reading direction by their code points."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or c in "\n\t" else f"\\u{ord(c):04x}" for c in text)

@@ -1,10 +1,9 @@
-"""Demonstration data that every machine has: the standard library of the running interpreter.
+"""Demonstration data from the standard library of the running interpreter.
 
-A pair is a function or class of the library, its signature and body without the docstring, and the first sentence of that
-docstring. Sources are parsed and never run or imported. Modules are held out whole, so that nothing of a held-out
-function's neighbourhood is trained on.
+Each row pairs a function, its code without the docstring, with the first sentence of the docstring. The sources are parsed
+and never run or imported. Whole modules are held out, so that no function beside a held-out one is trained on.
 
-    train, valid = stdlib_pairs()          rows of the shape that ``shapes.py`` calls messages
+    train, valid = stdlib_pairs()          rows of the messages shape
 """
 
 from __future__ import annotations
@@ -24,22 +23,22 @@ from veneer.errors import DataError
 __all__ = ["INSTRUCTION", "stdlib_pairs"]
 
 INSTRUCTION = "Write the first sentence of this Python docstring."
-"""What stands above the code in each prompt."""
+"""The instruction above the code in each prompt."""
 
 _TESTS = {"test", "tests", "idlelib", "idle_test", "lib2to3", "turtledemo", "turtle", "ensurepip"}
 _LEFT_OUT = _TESTS | {"site-packages", "dist-packages", "__pycache__", "pydoc_data", "_pyrepl", "__phello__"}
 _SENTENCE = re.compile(r"(.+?[.!?])(?:\s+(?=[A-Z\"'`(])|$)", re.DOTALL)
-_SHORTEST, _LONGEST = 15, 300  # characters of a sentence worth learning
+_SHORTEST, _LONGEST = 15, 300  # characters of a sentence that becomes an answer
 
 Rows = list[dict[str, Any]]
 
 
 def stdlib_pairs(limit_chars: int = 900, *, valid_share: float = 0.1) -> tuple[Rows, Rows]:
-    """Rows for training and held-out rows, in a fixed order for a given interpreter.
+    """Make rows for training and held-out rows, in a fixed order for a given interpreter.
 
     Args:
-        limit_chars: characters of code, at most; what is behind is cut off.
-        valid_share: the part of the modules that is held out, about.
+        limit_chars: maximum characters of code; the rest is cut off.
+        valid_share: approximate share of the pairs that is held out.
 
     Returns:
         Two lists of ``{"messages": [...], "module": name}``.
@@ -62,9 +61,8 @@ def stdlib_pairs(limit_chars: int = 900, *, valid_share: float = 0.1) -> tuple[R
     valid = [row for module, rows in by_module.items() if module in held for row in rows]
     if not train or not valid:
         raise DataError(
-            f"{root}: the sources of Python's standard library are not there, from which the demonstration data is made; "
-            "install them (Debian: python3-minimal has them in part, libpython3-stdlib in whole), or train on a file of "
-            "your own."
+            f"{root}: the demonstration data is made of the sources of Python's standard library, which are not installed; "
+            "install them (Debian: libpython3-stdlib), or train on a file of your own"
         )
     return train, valid
 
@@ -83,7 +81,7 @@ def _module(path: Path, root: Path) -> str:
 
 
 def _held_out(sizes: dict[str, int], share: float) -> set[str]:
-    """Modules with about ``share`` of all pairs, drawn by the hash of their names; large ones are never drawn."""
+    """Select modules with about ``share`` of all pairs by the hash of their names; large modules are never selected."""
     total = sum(sizes.values())
     held: set[str] = set()
     count = 0
@@ -100,7 +98,7 @@ def _pairs(path: Path, limit: int) -> Iterator[tuple[str, str]]:
             text = file.read()
         tree = ast.parse(text)
     except (OSError, SyntaxError, ValueError, RecursionError):
-        return  # files kept to show an error, or not meant to be read
+        return  # test files with deliberate errors
     lines = text.splitlines(keepends=True)
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
@@ -119,7 +117,7 @@ def _first_sentence(docstring: str | None) -> str:
 
 
 def _without_docstring(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> str:
-    """The source of a function without its docstring, moved to the left margin; "" if nothing but the docstring is in it."""
+    """The source of a function without its docstring, dedented; "" if the docstring is all of it."""
     docstring, rest = node.body[0], node.body[1:]
     if not rest or docstring.lineno <= node.lineno or docstring.end_lineno is None or node.end_lineno is None:
         return ""

@@ -1,1 +1,1 @@
-"""Chat messages, templates and rendering with exact masks."""
+"""Chat templates: conversations rendered as token ids with exact loss masks."""

@@ -1,15 +1,12 @@
-"""Rows to token ids with a weight for each: what is trained, exactly.
+"""Rendering of rows: token ids with an exact loss weight for each.
 
-For a conversation the trained tokens are those of the assistant's turns, each with its end token, as the chat template
-renders them (``turns.py`` finds the characters, ``encode.py`` the tokens). For a prompt with a completion under a
-tokenizer that has no chat template, they are the completion's and the end-of-text token; for a text, all.
+In a conversation the assistant's turns are trained, each with its end token, as the chat template renders them
+(``turns.py`` finds the characters, ``encode.py`` the tokens). In a pair rendered without a chat template the completion
+and the end-of-text token are trained; in a text row everything is.
 
-Every trained stretch is proven before it leaves this module: its tokens begin and end with its characters, cover them
-without a gap, and decode to them. A row for which that fails is refused with its place, never trained approximately.
-Where one token would cover the end of a prompt and the begin of an answer, the text is encoded in two pieces, as it is
-at inference, where the prompt is all there is.
-
-Boundary: rows are checked already (``shapes.py``), batches are made elsewhere (``batch.py``).
+Every trained span is verified: its tokens begin and end at its characters, cover them without a gap, and decode to them.
+A row that fails is refused with its source, never trained approximately. If one token would cover the end of a prompt
+and the beginning of an answer, the two are encoded separately, as at inference.
 """
 
 from __future__ import annotations
@@ -18,15 +15,15 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from veneer.data.chat.rendered import Rendered, RenderOptions
-from veneer.data.chat.template import Conversation, Template, reserved_fault, template_source
-from veneer.data.chat.turns import Draft, Turns
-from veneer.data.encode import Encoded, Encoder, Guarded
-from veneer.data.rows.row import Bad, Row
+from veneer.data.chat.template import Conversation, Template, reserved_error, template_source
+from veneer.data.chat.turns import Draft, TurnFinder
+from veneer.data.encode import Encoded, Encoder, GuardedText
+from veneer.data.rows.row import BadRow, Row
 from veneer.errors import DataError
 
 __all__ = ["RenderOptions", "Rendered", "Renderer"]
 
-_LETTERS = 1 << 18  # of rows that are rendered together
+_BLOCK_CHARACTERS = 1 << 18  # characters of rows that are rendered together
 
 
 class Renderer:
@@ -34,7 +31,7 @@ class Renderer:
 
     Attributes:
         template: the chat template in use, None where there is none.
-        encoder: the tokenizer's safe form.
+        encoder: encodes text with the tokenizer.
     """
 
     def __init__(self, tokenizer: Any, options: RenderOptions | None = None) -> None:
@@ -43,52 +40,52 @@ class Renderer:
         source = template_source(tokenizer, template=self.options.chat_template)
         self.encoder = Encoder(tokenizer, source or "")
         self.template = Template(tokenizer, source, self.options.template_options) if source is not None else None
-        self._turns: dict[str, Turns] = {}
+        self._turns: dict[str, TurnFinder] = {}
         self._before, self._eos = _frame(tokenizer, self.encoder)
 
-    def stated(self, format: str) -> list[str]:
-        """What is to be told of how rows of a format are rendered, a line each."""
+    def notices(self, format: str) -> list[str]:
+        """Describe how rows of a format are rendered, one line each; empty if it goes without saying."""
         if format not in ("prompt", "alpaca"):
             return []
-        way = "as a conversation through the chat template" if self._pairs_chat() else "as plain text behind each other"
+        way = "as a conversation through the chat template" if self._pairs_chat() else "as plain text"
         return [f"prompt and completion are rendered {way}"]
 
     def render(self, row: Row) -> list[Rendered]:
-        """One row as tokens: one piece, or several where the template cannot show all turns in one text.
+        """Render one row: one part, or several if the template cannot render all turns in one text.
 
         Raises:
-            DataError: the row cannot be rendered with an exact mask; names its place and the reason.
+            DataError: the row cannot be rendered with an exact mask; names its source and the reason.
         """
         ((_, result),) = self.render_many([row])
-        if isinstance(result, Bad):
-            raise DataError(f"{result}.")
+        if isinstance(result, BadRow):
+            raise DataError(str(result))
         return result
 
     def render_many(
-        self, rows: Iterable[Row | Bad], *, chunk: int = 256
-    ) -> Iterator[tuple[Row, list[Rendered]] | tuple[Row | None, Bad]]:
-        """Each row with its pieces, or with the reason why it is refused, in order; faster than one by one.
+        self, rows: Iterable[Row | BadRow], *, chunk: int = 256
+    ) -> Iterator[tuple[Row, list[Rendered]] | tuple[Row | None, BadRow]]:
+        """Render rows in order, in batches: yields each row with its parts, or with the reason why it is refused.
 
-        What was bad before passes through, with None for its row.
+        Rows that are bad already pass through, with None for the row.
         """
         for block in _blocks(rows, chunk):
             yield from self._render_block(block)
 
-    def _render_block(self, rows: list[Row | Bad]) -> list[tuple[Row, list[Rendered]] | tuple[Row | None, Bad]]:
-        planned: list[list[Draft] | Bad] = []
+    def _render_block(self, rows: list[Row | BadRow]) -> list[tuple[Row, list[Rendered]] | tuple[Row | None, BadRow]]:
+        drafts_of: list[list[Draft] | BadRow] = []
         for row in rows:
             try:
-                planned.append(row if isinstance(row, Bad) else self._plan(row))
+                drafts_of.append(row if isinstance(row, BadRow) else self._plan(row))
             except DataError as error:
-                planned.append(_refused(row, error))
-        texts = [draft.text for drafts in planned if isinstance(drafts, list) for draft in drafts]
+                drafts_of.append(_refused(row, error))
+        texts = [draft.text for drafts in drafts_of if isinstance(drafts, list) for draft in drafts]
         encoded = iter(self._encode(texts))
-        results: list[tuple[Row, list[Rendered]] | tuple[Row | None, Bad]] = []
-        for row, drafts in zip(rows, planned, strict=True):
-            if isinstance(row, Bad):
+        results: list[tuple[Row, list[Rendered]] | tuple[Row | None, BadRow]] = []
+        for row, drafts in zip(rows, drafts_of, strict=True):
+            if isinstance(row, BadRow):
                 results.append((None, row))
                 continue
-            if isinstance(drafts, Bad):
+            if isinstance(drafts, BadRow):
                 results.append((row, drafts))
                 continue
             ready = [(draft, next(encoded)) for draft in drafts]
@@ -98,13 +95,13 @@ class Renderer:
                 results.append((row, _refused(row, error)))
         return results
 
-    def _encode(self, texts: list[Guarded]) -> list[Encoded | DataError]:
+    def _encode(self, texts: list[GuardedText]) -> list[Encoded | DataError]:
         try:
             return list(self.encoder.encode(texts))
         except DataError:
-            return [self._encode_one(text) for text in texts]  # one of them is to blame: find out which
+            return [self._encode_one(text) for text in texts]  # find the text at fault
 
-    def _encode_one(self, text: Guarded) -> Encoded | DataError:
+    def _encode_one(self, text: GuardedText) -> Encoded | DataError:
         try:
             return self.encoder.encode([text])[0]
         except DataError as error:
@@ -116,12 +113,12 @@ class Renderer:
             return self._plan_chat(row)
         text = row.prompt + row.completion if row.kind == "pair" else row.text
         if (found := self.encoder.reserved.search(text)) is not None:
-            raise reserved_fault(found.group())
+            raise reserved_error(found.group())
         guards: tuple[tuple[int, int], ...] = ()
         if not self.options.parse_specials:
             guards = tuple(match.span() for match in self.encoder.control_pattern.finditer(text))
         first = len(row.prompt) if row.kind == "pair" and self.options.train_on != "all" else 0
-        return [Draft(Guarded(text, guards), ((first, len(text)),) if first < len(text) else ())]
+        return [Draft(GuardedText(text, guards), ((first, len(text)),) if first < len(text) else ())]
 
     def _pairs_chat(self) -> bool:
         if self.options.prompt_style == "auto":
@@ -135,23 +132,23 @@ class Renderer:
             whole = conversation.text()
             return [Draft(whole, ((0, len(whole.text)),))]
         weights = row.weights or (1.0,) * len(row.messages)
-        spoken = [i for i, message in enumerate(row.messages) if message.get("role") == "assistant"]
+        answers = [i for i, message in enumerate(row.messages) if message.get("role") == "assistant"]
         if self.options.train_on == "last":
-            spoken = spoken[-1:]
-        return turns.drafts(conversation, [i for i in spoken if weights[i] > 0.0])
+            answers = answers[-1:]
+        return turns.drafts(conversation, [i for i in answers if weights[i] > 0.0])
 
-    def _turns_for(self, row: Row) -> Turns:
+    def _turns_for(self, row: Row) -> TurnFinder:
         if self.template is None:
             raise DataError(
                 "a conversation needs a chat template and the tokenizer has none; use an instruct model, give a chat "
                 "template, or write the rows as prompt and completion"
             )
         source = self.template.source
-        if row.tools:  # some tokenizers keep a template of their own for rows with tools
+        if row.tools:  # some tokenizers have a separate template for rows with tools
             source = template_source(self.tokenizer, row.tools, self.options.chat_template) or source
         found = self._turns.get(source)
         if found is None:
-            found = Turns(Template(self.tokenizer, source, self.options.template_options), self.encoder)
+            found = TurnFinder(Template(self.tokenizer, source, self.options.template_options), self.encoder)
             self._turns[source] = found
         return found
 
@@ -160,19 +157,19 @@ class Renderer:
             raise encoded
         notes = list(draft.notes)
         text = draft.text.text
-        edges = {edge for stretch in draft.stretches for edge in stretch}
+        edges = {edge for span in draft.spans for edge in span}
         if any(self.encoder.straddled(text, encoded, edge) for edge in edges):
             encoded = self.encoder.encode_cut(draft.text, edges - {0, len(text)})
             notes.append("boundary_cut")
         weights = [0.0] * len(encoded.ids)
-        for a, b in draft.stretches:
-            i, j = self._proven(text, encoded, a, b)
+        for a, b in draft.spans:
+            i, j = self._verified(text, encoded, a, b)
             weights[i:j] = [1.0] * (j - i)
         ids, starts, ends = encoded.ids, encoded.starts, encoded.ends
         if not draft.turns and not (row.kind == "chat" or (row.kind == "pair" and self._pairs_chat())):
             ids, weights, starts, ends = self._framed(text, ids, weights, starts, ends, notes)
         if not ids:
-            raise DataError("the row has no token at all")
+            raise DataError("the row has no tokens")
         weights[0] = 0.0  # nothing predicts the first token
         keep = self.options.max_length or len(ids)
         return Rendered(
@@ -189,9 +186,9 @@ class Renderer:
             typed=tuple(text[a:b] for a, b in draft.text.guards),
         )
 
-    def _proven(self, text: str, encoded: Encoded, a: int, b: int) -> tuple[int, int]:
-        """The tokens [i, j) of the characters [a, b), after proof that they are exactly these."""
-        i, j = encoded.span(a, b)
+    def _verified(self, text: str, encoded: Encoded, a: int, b: int) -> tuple[int, int]:
+        """Return the tokens [i, j) of the characters [a, b) after verifying that they are exactly these."""
+        i, j = encoded.token_range(a, b)
         if i < j and self.encoder.faithful:
             before = encoded.ids[i - 1] if i else None
             found = self.encoder.decode_after(before, encoded.ids[i:j])
@@ -202,15 +199,15 @@ class Renderer:
             exact = i < j and "".join(found.split()) == "".join(text[a:b].split())
         if not exact:
             raise DataError(
-                f"the tokens to be trained read {_short(found)}, but the text to be trained is {_short(text[a:b])}; "
-                "this tokenizer does not keep the text, so the row cannot be trained exactly"
+                f"the trained tokens decode to {_short(found)}, but the trained text is {_short(text[a:b])}; the tokenizer "
+                "changes the text, so the row cannot be trained exactly"
             )
         return i, j
 
     def _framed(
         self, text: str, ids: list[int], weights: list[float], starts: list[int], ends: list[int], notes: list[str]
     ) -> tuple[list[int], list[float], list[int], list[int]]:
-        """A plain row with the tokens that the tokenizer puts before a text, and the end-of-text token behind it."""
+        """Add the tokens that the tokenizer puts before a text, and the end-of-text token."""
         before = [] if self._before and ids[: len(self._before)] == self._before else self._before
         behind = [] if self._eos is None or ids[-1:] == [self._eos] else [self._eos]
         if self._eos is None:
@@ -224,24 +221,24 @@ class Renderer:
         )
 
 
-def _blocks(rows: Iterable[Row | Bad], most: int) -> Iterator[list[Row | Bad]]:
-    """Rows in their order, at most so many together, and fewer of long ones: a token takes a hundred bytes while it is worked on."""
-    block: list[Row | Bad] = []
-    letters = 0
+def _blocks(rows: Iterable[Row | BadRow], most: int) -> Iterator[list[Row | BadRow]]:
+    """Group rows in order, at most ``most`` together and fewer if they are long: encoding takes about 100 bytes per token."""
+    block: list[Row | BadRow] = []
+    characters = 0
     for row in rows:
         block.append(row)
         if isinstance(row, Row):
-            spoken = sum(len(str(message.get("content") or "")) for message in row.messages)
-            letters += len(row.text) + len(row.prompt) + len(row.completion) + spoken
-        if len(block) >= most or letters >= _LETTERS:
+            content = sum(len(str(message.get("content") or "")) for message in row.messages)
+            characters += len(row.text) + len(row.prompt) + len(row.completion) + content
+        if len(block) >= most or characters >= _BLOCK_CHARACTERS:
             yield block
-            block, letters = [], 0
+            block, characters = [], 0
     if block:
         yield block
 
 
 def _frame(tokenizer: Any, encoder: Encoder) -> tuple[list[int], int | None]:
-    """What the tokenizer itself puts before a text (a begin token, mostly), and its end-of-text token."""
+    """The tokens that the tokenizer puts before a text (usually one begin token), and its end-of-text token."""
     plain = encoder.plain_ids("a")
     full = list(tokenizer("a", verbose=False)["input_ids"])
     before: list[int] = []
@@ -252,8 +249,8 @@ def _frame(tokenizer: Any, encoder: Encoder) -> tuple[list[int], int | None]:
     return before, tokenizer.eos_token_id
 
 
-def _refused(row: Row | Bad, error: DataError) -> Bad:
-    return Bad(row.source, getattr(error, "key", "") or row.key, str(error))
+def _refused(row: Row | BadRow, error: DataError) -> BadRow:
+    return BadRow(row.source, getattr(error, "key", "") or row.key, str(error))
 
 
 def _short(text: str) -> str:

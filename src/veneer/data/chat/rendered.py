@@ -1,4 +1,4 @@
-"""What goes into rendering a row, its options, and what comes out, tokens with their weights and characters."""
+"""Options and result of rendering: ``RenderOptions`` and ``Rendered``, a row as tokens with weights and characters."""
 
 from __future__ import annotations
 
@@ -9,24 +9,38 @@ from typing import Any, Literal
 from veneer.data.example import Example
 from veneer.errors import ConfigError
 
-__all__ = ["PromptStyle", "RenderOptions", "Rendered", "TrainOn"]
+__all__ = ["NOTES", "PromptStyle", "RenderOptions", "Rendered", "TrainOn"]
 
 TrainOn = Literal["assistant", "last", "all"]
 PromptStyle = Literal["auto", "chat", "plain"]
 
+NOTES = {
+    "split": "the chat template renders earlier turns in a different form than the model generates them; the conversation "
+    "became several examples, each with its turns as generated",
+    "opening_differs": "the generation prompt opens the assistant's turn with more than finished turns begin with (such as "
+    "<think>); the model is trained without that opening",
+    "behind_prompt": "the chat template renders the text before the answer differently in prompts and in finished "
+    "conversations; the row is trained as prompted",
+    "no_end_token": "no token marks the end of the answer, so the model does not learn to stop",
+    "unmarked": "the template has generation marks, but none in this turn; the whole turn is trained",
+    "boundary_cut": "prompt and answer were tokenized separately, because one token would have covered parts of both",
+}
+"""The remarks that rendering makes about a row, by the keys of ``Rendered.notes``."""
+
 
 @dataclass(frozen=True, slots=True)
 class RenderOptions:
-    """How rows become tokens.
+    """Options for turning rows into tokens.
 
     Attributes:
         train_on: "assistant" (all its turns), "last" (its last turn) or "all" (every token).
-        max_length: tokens of an example, at most; what is behind is cut off and counted. None: no bound.
-        chat_template: a Jinja text (or the name of one of the tokenizer's) instead of the tokenizer's own.
+        max_length: maximum tokens of an example; the rest is cut off and counted. None: no limit.
+        chat_template: a Jinja text (or the name of one of the tokenizer's) to use instead of the tokenizer's own.
         template_options: variables for the template, such as ``{"enable_thinking": False}``.
-        prompt_style: whether prompt and completion go through the chat template; "auto": if there is one.
-        parse_specials: whether control strings in plain rows (``text``, plain pairs) are control tokens, as in rows
-            that were rendered by a template before. Never applies to conversations.
+        prompt_style: "chat" renders prompt and completion through the chat template, "plain" does not; "auto" does if
+            there is a template.
+        parse_specials: parse control strings in plain rows (``text``, plain pairs) as control tokens, for rows that were
+            rendered by a template before. Never applies to conversations.
     """
 
     train_on: TrainOn = "assistant"
@@ -38,11 +52,11 @@ class RenderOptions:
 
     def __post_init__(self) -> None:
         if self.train_on not in ("assistant", "last", "all"):
-            raise ConfigError(f"train_on: expected assistant, last or all, found {self.train_on!r}.")
+            raise ConfigError(f"train_on: expected assistant, last or all, found {self.train_on!r}")
         if self.prompt_style not in ("auto", "chat", "plain"):
-            raise ConfigError(f"prompt_style: expected auto, chat or plain, found {self.prompt_style!r}.")
+            raise ConfigError(f"prompt_style: expected auto, chat or plain, found {self.prompt_style!r}")
         if self.max_length is not None and self.max_length < 2:
-            raise ConfigError(f"max_length: expected at least 2 tokens, found {self.max_length}.")
+            raise ConfigError(f"max_length: expected at least 2 tokens, found {self.max_length}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +68,11 @@ class Rendered:
         text: the rendered text.
         ids, weights: as in ``Example``, after truncation.
         starts, ends: the characters of ``text`` that each token covers.
-        turns: the assistant's trained turns: message index, first character, character behind the end token.
-        notes: what is remarkable, as keys of ``notes.NOTES``.
-        length: tokens before truncation.
-        lost: trained tokens that truncation took.
-        typed: control strings that stand in the row's own text and stay text.
+        turns: the trained assistant turns: message index, first character, end (after the end token).
+        notes: keys of ``NOTES``.
+        length: number of tokens before truncation.
+        lost: number of trained tokens that were cut off.
+        typed: control strings that are part of the row's own text and stay text.
     """
 
     source: str
@@ -75,10 +89,10 @@ class Rendered:
 
     @property
     def trained(self) -> int:
-        """How many tokens the loss counts."""
+        """The number of tokens with a weight."""
         return len(self.weights) - self.weights.count(0.0)
 
     @property
     def example(self) -> Example:
-        """What training takes of it."""
+        """The training example."""
         return Example(self.ids, self.weights, self.source)

@@ -1,12 +1,10 @@
-"""Chat templates: one conversation to one text, with what users typed kept apart from what the template wrote.
+"""Chat templates: render a conversation as text and keep control strings of the row apart from those of the template.
 
-A row in which nobody typed a control string is rendered as it is. In the others each typed control string is put
-between two marks before rendering; the marks are taken out of the result and leave the places where typed control
-strings stand. Since the marks are tight around the control string and neither white space nor ordinary text, trimming,
-splitting and searching inside a template work as without them; that they did is checked against the plain rendering.
+If the row contains a control string, the string is enclosed in two marks before rendering. Removing the marks from the
+result gives the positions of the row's control strings. The marks are noncharacters right beside the string, so trimming,
+splitting and searching inside a template work as without them; a comparison with the plain rendering verifies that.
 
-Boundary: templates are foreign code, run in transformers' sandbox; whatever one raises becomes a ``TemplateFault`` with
-its own words. Ids and masks are not known here.
+Templates are foreign code and run in transformers' sandbox. Whatever one raises becomes a ``TemplateError``.
 """
 
 from __future__ import annotations
@@ -16,53 +14,56 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from veneer.data.encode import Encoder, Guarded
+from veneer.data.encode import Encoder, GuardedText
+from veneer.data.rows.messages import THINKING_KEYS, Message
 from veneer.errors import DataError
 
-__all__ = ["Conversation", "Template", "TemplateFault", "read_template", "reserved_fault", "template_source"]
-
-Message = dict[str, Any]
+__all__ = ["Conversation", "Template", "TemplateError", "read_template", "reserved_error", "template_source"]
 
 _OPEN, _CLOSE = "\ufdd4", "\ufdd5"
 _MARKS = re.compile(f"[{_OPEN}{_CLOSE}]")
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_TEMPLATE_CAP = 1 << 20
-_SPOKEN = ("content", "reasoning_content", "thinking", "reasoning")  # where an assistant's turn may hold soft controls
+_TEMPLATE_LIMIT = 1 << 20
+_GENERATED_KEYS = ("content", *THINKING_KEYS)  # keys of an assistant message that may hold soft control tokens
 
 
-class TemplateFault(DataError):
-    """A conversation that the template cannot render, or not so that masks are exact; says why, without the place.
+class TemplateError(DataError):
+    """The template cannot render a conversation, or not with exact masks. The message gives the reason without the source.
 
-    ``key`` is the column to blame where it is another than the conversation's.
+    ``key`` is the column at error if it is not the conversation's.
     """
 
     key = ""
 
 
 def template_source(tokenizer: Any, tools: Any = None, template: str | None = None) -> str | None:
-    """The Jinja text that ``tokenizer`` would use, or None where it has none."""
+    """Return the Jinja text of a tokenizer's chat template, None if it has none."""
     if template is None and not getattr(tokenizer, "chat_template", None):
         return None
     return str(tokenizer.get_chat_template(template, tools))
 
 
 def read_template(path: Path) -> str:
-    """The Jinja text in a file. Raises DataError for one that is missing, too large or no text."""
+    """Read the Jinja text of a chat template from a file.
+
+    Raises:
+        DataError: the file is missing, too large or not UTF-8.
+    """
     if not path.is_file():
-        raise DataError(f"{path}: there is no such file to take a chat template from")
-    if path.stat().st_size > _TEMPLATE_CAP:
-        raise DataError(f"{path}: a chat template has at most {_TEMPLATE_CAP >> 10} KiB")
+        raise DataError(f"{path}: no such file; expected a chat template")
+    if path.stat().st_size > _TEMPLATE_LIMIT:
+        raise DataError(f"{path}: a chat template is limited to {_TEMPLATE_LIMIT >> 10} KiB")
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+        raise DataError(
+            f"{path}: not valid UTF-8: {error.reason} at byte {error.start}; save the file as UTF-8"
+        ) from None
 
 
-def reserved_fault(found: str) -> TemplateFault:
-    """What to say of a row that holds a code point to which ``encode.py`` gives a meaning."""
-    return TemplateFault(
-        f"the text holds the code point U+{ord(found):04X}, which Unicode reserves for programs' own use; remove it"
-    )
+def reserved_error(found: str) -> TemplateError:
+    """The error for a row that contains a code point reserved by ``encode.py``."""
+    return TemplateError(f"the text holds the code point U+{ord(found):04X}, a Unicode noncharacter; remove it")
 
 
 class Template:
@@ -70,7 +71,7 @@ class Template:
 
     Attributes:
         source: the Jinja text.
-        marks: whether the template says itself what the assistant generates (``{% generation %}``).
+        marks: True if the template marks generated text itself (``{% generation %}``).
     """
 
     def __init__(self, tokenizer: Any, source: str, options: Mapping[str, Any] | None = None) -> None:
@@ -80,10 +81,10 @@ class Template:
         self.marks = _GENERATION.search(source) is not None
 
     def render(self, messages: Sequence[Message], tools: Any = None, *, prompt: bool = False) -> str:
-        """The text of a conversation; with ``prompt`` it ends with the opening of the assistant's next turn.
+        """Render a conversation as text; with ``prompt`` it ends with the generation prompt.
 
         Raises:
-            TemplateFault: the template refuses the conversation.
+            TemplateError: the template refuses the conversation.
         """
         try:
             text = self.tokenizer.apply_chat_template(
@@ -95,11 +96,11 @@ class Template:
                 **self.options,
             )
         except Exception as error:  # foreign code may raise anything
-            raise TemplateFault(f"the chat template refuses the conversation: {_words(error)}") from error
+            raise TemplateError(f"the chat template refuses the conversation: {_reason(error)}") from error
         return str(text)
 
     def generated(self, messages: Sequence[Message], tools: Any = None) -> tuple[str, list[tuple[int, int]]]:
-        """The text of a conversation and the stretches of it that the template marks as generated."""
+        """Render a conversation; returns the text and the spans that the template marks as generated."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         kept = [{k: v for k, v in message.items() if v is not None} for message in messages]
@@ -109,16 +110,19 @@ class Template:
                 [kept], tools=tools, chat_template=self.source, return_assistant_tokens_mask=True, **variables
             )
         except Exception as error:  # foreign code may raise anything
-            raise TemplateFault(f"the chat template refuses the conversation: {_words(error)}") from error
-        texts, stretches = rendered
-        return str(texts[0]), [(int(a), int(b)) for a, b in stretches[0]]
+            raise TemplateError(f"the chat template refuses the conversation: {_reason(error)}") from error
+        texts, spans = rendered
+        return str(texts[0]), [(int(a), int(b)) for a, b in spans[0]]
 
 
 class Conversation:
-    """One conversation on its way through a template, with its typed control strings known.
+    """A conversation to be rendered by a template, with the control strings that its row contains marked.
+
+    Attributes:
+        typed: number of control strings in the row.
 
     Raises:
-        TemplateFault: the conversation holds a reserved code point, or a control string as a key.
+        TemplateError: the conversation contains a reserved code point, or a control string in a key.
     """
 
     def __init__(self, template: Template, encoder: Encoder, messages: Sequence[Message], tools: Any = None) -> None:
@@ -133,29 +137,30 @@ class Conversation:
             self._marked: list[Message] = marked
             self._marked_tools = marked_tools
 
-    def text(self, upto: int | None = None, *, prompt: bool = False) -> Guarded:
-        """The text of the first ``upto`` messages (all if None), and where typed control strings stand in it."""
+    def text(self, upto: int | None = None, *, prompt: bool = False) -> GuardedText:
+        """Render the first ``upto`` messages (all if None), with the positions of the row's control strings."""
         plain = self.template.render(self.messages[:upto], self.tools, prompt=prompt)
         if not self.typed:
-            return Guarded(plain)
+            return GuardedText(plain)
         return _unmarked(self.template.render(self._marked[:upto], self._marked_tools, prompt=prompt), plain)
 
     def generated(self, upto: int) -> list[tuple[int, int]]:
-        """Where the template marks text of the first ``upto`` messages as generated."""
+        """The spans of the first ``upto`` messages that the template marks as generated."""
         return self.template.generated(self.messages[:upto], self.tools)[1]
 
     def _mark_tools(self, tools: Any) -> Any:
         try:
             return self._mark(tools, self._encoder.control_pattern)
-        except TemplateFault as fault:
-            fault.key = "tools"
+        except TemplateError as error:
+            error.key = "tools"
             raise
 
     def _mark_message(self, message: Message) -> Message:
         every, special = self._encoder.control_pattern, self._encoder.special_pattern
-        spoken = message.get("role") == "assistant"
+        assistant = message.get("role") == "assistant"
         return {
-            key: self._mark(value, special if spoken and key in _SPOKEN else every) for key, value in message.items()
+            key: self._mark(value, special if assistant and key in _GENERATED_KEYS else every)
+            for key, value in message.items()
         }
 
     def _mark(self, value: Any, pattern: re.Pattern[str]) -> Any:
@@ -164,7 +169,7 @@ class Conversation:
         if isinstance(value, dict):
             for key in value:
                 if isinstance(key, str) and (found := pattern.search(key) or self._encoder.reserved.search(key)):
-                    raise TemplateFault(f"the key {key!r} holds {found.group()!r}, which only a template may write")
+                    raise TemplateError(f"the key {key!r} contains {found.group()!r}, which only a template may write")
             return {key: self._mark(item, pattern) for key, item in value.items()}
         if isinstance(value, (list, tuple)):
             return [self._mark(item, pattern) for item in value]
@@ -172,19 +177,19 @@ class Conversation:
 
     def _mark_text(self, text: str, pattern: re.Pattern[str]) -> str:
         if (found := self._encoder.reserved.search(text)) is not None:
-            raise reserved_fault(found.group())
+            raise reserved_error(found.group())
         marked, count = pattern.subn(lambda m: f"{_OPEN}{m.group()}{_CLOSE}", text)
         self.typed += count
         return marked
 
 
-def _unmarked(marked: str, plain: str) -> Guarded:
-    """Take the marks out of a rendering; they must be whole pairs and have changed nothing else."""
+def _unmarked(marked: str, plain: str) -> GuardedText:
+    """Remove the marks from a rendering; they must come in pairs and have changed nothing else."""
     pieces = _MARKS.split(marked)
     if "".join(pieces) != plain or not _paired(marked):
-        raise TemplateFault(
-            "a control string is typed in the row and the chat template treats that text in a special way, so the "
-            "typed one cannot be told from the template's own; remove it from the row"
+        raise TemplateError(
+            "the row contains a control string and the chat template treats that text specially, so the two cannot be "
+            "told apart; remove the control string from the row"
         )
     guards = []
     at = 0
@@ -192,15 +197,15 @@ def _unmarked(marked: str, plain: str) -> Guarded:
         if k % 2:
             guards.append((at, at + len(piece)))
         at += len(piece)
-    return Guarded(plain, tuple(guards))
+    return GuardedText(plain, tuple(guards))
 
 
 def _paired(marked: str) -> bool:
-    """Whether marks open and close in turn, so that none was lost or moved."""
+    """Check that marks open and close in turn, so that none was lost or moved."""
     marks = "".join(_MARKS.findall(marked))
     return marks == (_OPEN + _CLOSE) * (len(marks) // 2)
 
 
-def _words(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else text[:297] + "..."

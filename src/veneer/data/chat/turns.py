@@ -1,24 +1,23 @@
-"""Where the assistant's turns stand in a rendered conversation, to the character.
+"""Positions of the assistant's turns in a rendered conversation, to the character.
 
-The turn of message i is what a model has to write when it is asked for message i: everything that the template renders
-behind the prompt for it, up to and including the end token.
+The turn of message i is the text that a model must generate for message i: everything that the template renders after
+the prompt for it, up to and including the end token.
 
-    before = template(messages[:i], with the opening of the assistant's turn)
-    here   = template(messages[:i+1])
-    turn   = here[len(before):]          because before is a prefix of here; cut behind the end token
+    prompt   = template(messages[:i], with the generation prompt)
+    finished = template(messages[:i+1])
+    turn     = finished[len(prompt):]          if finished starts with prompt; ends after the end token
 
-A template that marks generated text itself (``{% generation %}``) is believed, inside the turn so found. Templates
-differ in what breaks this:
+If the template marks generated text itself (``{% generation %}``), only the marked text inside the turn is trained.
+Three kinds of templates need more:
 
-* An earlier turn reads otherwise once later turns stand behind it (Qwen3 drops the reasoning of earlier turns). Then
-  one text cannot hold all turns as the model will have to write them, and the conversation becomes several texts, as
-  few as possible, each training the turns that it holds in that form.
-* The opening holds more than the finished turn begins with (DeepSeek-R1 opens with ``<think>``). The turn then begins
-  where both part, behind the last control token that they share.
-* Earlier text reads otherwise once the answer stands there (Mistral's system prompt). The turn is then put behind the
-  text that the model will see, its prompt.
+* An earlier turn is rendered differently once later turns follow (Qwen3 drops the reasoning of earlier turns). One text
+  cannot hold all turns as generated, so the conversation becomes several texts, as few as possible.
+* The generation prompt opens the turn with more than the finished turn begins with (DeepSeek-R1 opens with
+  ``<think>``). The turn then begins after the last control token that both share.
+* Text before the answer is rendered differently once the answer follows (Mistral's system prompt). The turn is then
+  placed after its prompt, which is the text that the model sees at inference.
 
-Boundary: characters only. Whether tokens respect these places is ``render.py``'s work, which refuses what does not.
+This module works on characters. ``render.py`` verifies that tokens respect the positions.
 """
 
 from __future__ import annotations
@@ -26,12 +25,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from veneer.data.chat.template import Conversation, Template, TemplateFault
-from veneer.data.encode import Encoder, Guarded
+from veneer.data.chat.template import Conversation, Template, TemplateError
+from veneer.data.encode import Encoder, GuardedText
 
-__all__ = ["Draft", "Turn", "Turns"]
+__all__ = ["Draft", "Turn", "TurnFinder"]
 
-_SAID = "Veneerprobe"
+_PROBE = "Veneerprobe"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,38 +38,39 @@ class Turn:
     """An assistant's turn in a text.
 
     Attributes:
-        message: its index in the conversation.
-        text: the text in which it stands.
-        start, end: its characters, from behind the opening to behind the end token.
-        stretches: what is trained of it, usually all.
-        notes: what is remarkable about it, as keys of ``notes.NOTES``.
+        message: index of the message in the conversation.
+        text: the text that contains the turn.
+        start, end: its characters, from after the generation prompt to after the end token.
+        spans: the trained characters, usually all.
+        notes: keys of ``rendered.NOTES``.
+        alone: True if the text before the turn is its prompt, which starts no other text.
     """
 
     message: int
-    text: Guarded
+    text: GuardedText
     start: int
     end: int
-    stretches: tuple[tuple[int, int], ...]
+    spans: tuple[tuple[int, int], ...]
     notes: tuple[str, ...] = ()
-    alone: bool = False  # the text before it is its prompt, which no other text begins with
+    alone: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """A text to be encoded, with the characters to be trained."""
+    """A text to be encoded, with the characters to train."""
 
-    text: Guarded
-    stretches: tuple[tuple[int, int], ...]
+    text: GuardedText
+    spans: tuple[tuple[int, int], ...]
     turns: tuple[Turn, ...] = ()
     notes: tuple[str, ...] = ()
 
 
-class Turns:
+class TurnFinder:
     """Finds turns with one template and one tokenizer.
 
     Attributes:
-        opening: what the template writes to open an assistant's turn, "" if nothing.
-        end_token: the control token right behind a plain answer, None if the template writes none there.
+        opening: the template's generation prompt, "" if it has none.
+        end_token: the control token right after a plain answer, None if the template writes none.
     """
 
     def __init__(self, template: Template, encoder: Encoder) -> None:
@@ -80,87 +80,87 @@ class Turns:
         self.end_token: str | None = None
         self._learn()
 
-    def drafts(self, conversation: Conversation, wanted: Sequence[int]) -> list[Draft]:
-        """The texts that train the wanted messages, one where the template allows it.
+    def drafts(self, conversation: Conversation, trained: Sequence[int]) -> list[Draft]:
+        """Render the texts that train the given messages; one text if the template allows it.
 
         Raises:
-            TemplateFault: the template refuses the conversation, or a turn cannot be found exactly.
+            TemplateError: the template refuses the conversation, or a turn cannot be found exactly.
         """
         whole = conversation.text()
-        if not wanted:
+        if not trained:
             return [Draft(whole, ())]
-        turns = [self._turn(conversation, i, whole) for i in wanted]
-        return _gathered(whole, turns)
+        turns = [self._turn(conversation, i, whole) for i in trained]
+        return _grouped(whole, turns)
 
-    def _turn(self, conversation: Conversation, i: int, whole: Guarded) -> Turn:
-        here = whole if i == len(conversation.messages) - 1 else conversation.text(i + 1)
+    def _turn(self, conversation: Conversation, i: int, whole: GuardedText) -> Turn:
+        finished = whole if i == len(conversation.messages) - 1 else conversation.text(i + 1)
         try:
-            before = conversation.text(i, prompt=True)
-        except TemplateFault as fault:
-            return self._finished(conversation, i, here, self._behind_opening(here, i, fault))
-        if here.text.startswith(before.text):
-            return self._finished(conversation, i, here, len(before.text))
+            prompt = conversation.text(i, prompt=True)
+        except TemplateError as error:
+            return self._turn_from(conversation, i, finished, self._behind_opening(finished, i, error))
+        if finished.text.startswith(prompt.text):
+            return self._turn_from(conversation, i, finished, len(prompt.text))
         closed = conversation.text(i)
-        if here.text.startswith(closed.text):
-            shared = _shared(here.text, before.text)
-            start = self._last_control(here, len(closed.text), shared)
-            return self._finished(conversation, i, here, start, "opening_differs")
-        return self._behind_prompt(conversation, i, here, before)
+        if finished.text.startswith(closed.text):
+            shared = _common_prefix(finished.text, prompt.text)
+            start = self._last_control(finished, len(closed.text), shared)
+            return self._turn_from(conversation, i, finished, start, "opening_differs")
+        return self._behind_prompt(conversation, i, finished, prompt)
 
-    def _finished(self, conversation: Conversation, i: int, here: Guarded, start: int, *notes: str) -> Turn:
-        end, found = self._end(here, start)
+    def _turn_from(self, conversation: Conversation, i: int, finished: GuardedText, start: int, *notes: str) -> Turn:
+        end, found = self._end(finished, start)
         if not found:
             notes = (*notes, "no_end_token")
-        stretches: tuple[tuple[int, int], ...] = ((start, end),)
+        spans: tuple[tuple[int, int], ...] = ((start, end),)
         if self.template.marks:
             marked = [(max(a, start), min(b, end)) for a, b in conversation.generated(i + 1) if b > start and a < end]
             if marked:
-                stretches = _up_to_end(here.text, marked, end, self.end_token)
+                spans = _up_to_end(finished.text, marked, end, self.end_token)
             else:
                 notes = (*notes, "unmarked")
-        return Turn(i, here, start, end, stretches, notes)
+        return Turn(i, finished, start, end, spans, notes)
 
-    def _behind_opening(self, here: Guarded, i: int, fault: TemplateFault) -> int:
-        """The start of a turn before which the template can render nothing, such as a first message's."""
-        if not self.opening or here.text.count(self.opening) != 1:
-            raise TemplateFault(
-                f"what stands before the assistant's turn (message {i}) cannot be rendered on its own ({fault}), so "
-                "the turn's beginning is not known exactly; begin the conversation with a user's message, or give the "
-                "turn weight 0"
-            ) from fault
-        return here.text.index(self.opening) + len(self.opening)
+    def _behind_opening(self, finished: GuardedText, i: int, error: TemplateError) -> int:
+        """The start of a turn whose prompt the template cannot render, such as that of a first message."""
+        if not self.opening or finished.text.count(self.opening) != 1:
+            raise TemplateError(
+                f"the chat template cannot render the prompt of the assistant's turn (message {i}: {error}), so the "
+                "beginning of the turn is unknown; start the conversation with a user message, or set the turn's weight "
+                "to 0"
+            ) from error
+        return finished.text.index(self.opening) + len(self.opening)
 
-    def _behind_prompt(self, conversation: Conversation, i: int, here: Guarded, before: Guarded) -> Turn:
-        """The turn cut out of its text and put behind its prompt, where the two disagree about what is earlier."""
-        anchor = before.text[self._last_control(before, 0, len(before.text), begin=True) :]
-        at = here.text.rfind(anchor) if len(anchor) < len(before.text) else -1
-        while at >= 0 and _guarded(here, at):
-            at = here.text.rfind(anchor, 0, at)
+    def _behind_prompt(self, conversation: Conversation, i: int, finished: GuardedText, prompt: GuardedText) -> Turn:
+        """Place the turn after its prompt, for templates that render earlier text differently in finished conversations."""
+        anchor = prompt.text[self._last_control(prompt, 0, len(prompt.text), begin=True) :]
+        at = finished.text.rfind(anchor) if len(anchor) < len(prompt.text) else -1
+        while at >= 0 and _guarded(finished, at):
+            at = finished.text.rfind(anchor, 0, at)
         if at < 0:
-            raise TemplateFault(
-                f"the chat template renders what stands before the assistant's turn (message {i}) in one way when it "
-                "asks for the turn and in another when it shows it, so the turn cannot be found exactly; give the turn "
-                "weight 0, or use another chat template"
+            raise TemplateError(
+                f"the chat template renders the text before the assistant's turn (message {i}) differently in the prompt "
+                "and in the finished conversation, so the turn cannot be located exactly; set its weight to 0, or use "
+                "another chat template"
             )
-        turn = self._finished(conversation, i, here, at + len(anchor))
-        shift = len(before.text) - turn.start
-        behind = tuple((a + shift, b + shift) for a, b in here.guards if a >= turn.start)
-        text = Guarded(before.text + here.text[turn.start :], (*before.guards, *behind))
-        stretches = tuple((a + shift, b + shift) for a, b in turn.stretches)
-        return Turn(
-            i, text, turn.start + shift, turn.end + shift, stretches, (*turn.notes, "behind_prompt"), alone=True
-        )
+        turn = self._turn_from(conversation, i, finished, at + len(anchor))
+        shift = len(prompt.text) - turn.start
+        behind = tuple((a + shift, b + shift) for a, b in finished.guards if a >= turn.start)
+        text = GuardedText(prompt.text + finished.text[turn.start :], (*prompt.guards, *behind))
+        spans = tuple((a + shift, b + shift) for a, b in turn.spans)
+        return Turn(i, text, turn.start + shift, turn.end + shift, spans, (*turn.notes, "behind_prompt"), alone=True)
 
-    def _end(self, here: Guarded, start: int) -> tuple[int, bool]:
-        """Behind the end token of the turn that begins at ``start``, the last in its text; whether there is one."""
-        ends = [m for m in self.encoder.special_pattern.finditer(here.text, start) if not _guarded(here, m.start())]
-        own = [m.end() for m in ends if m.group() == self.end_token]
-        if own or ends:
-            return (own or [m.end() for m in ends])[-1], True
-        return len(here.text), False
+    def _end(self, finished: GuardedText, start: int) -> tuple[int, bool]:
+        """The end of the turn that begins at ``start``, the last in its text, and True if an end token marks it."""
+        ends = [
+            m for m in self.encoder.special_pattern.finditer(finished.text, start) if not _guarded(finished, m.start())
+        ]
+        if ends:
+            same = [m for m in ends if m.group() == self.end_token]
+            return (same or ends)[-1].end(), True
+        return len(finished.text), False
 
-    def _last_control(self, text: Guarded, a: int, b: int, *, begin: bool = False) -> int:
-        """Behind (or at the begin of) the last control token of the template in [a, b); ``a`` if there is none."""
+    def _last_control(self, text: GuardedText, a: int, b: int, *, begin: bool = False) -> int:
+        """The end (or begin) of the template's last control token in [a, b); ``a`` if there is none."""
         found = a
         for match in self.encoder.control_pattern.finditer(text.text, a, b):
             if not _guarded(text, match.start()):
@@ -168,56 +168,56 @@ class Turns:
         return found
 
     def _learn(self) -> None:
-        """Learn the opening and the end token from a small conversation; a template that refuses it teaches nothing."""
-        said = [{"role": "user", "content": _SAID}, {"role": "assistant", "content": _SAID}]
+        """Find the generation prompt and the end token with a small conversation, unless the template refuses it."""
+        probe = [{"role": "user", "content": _PROBE}, {"role": "assistant", "content": _PROBE}]
         try:
-            closed = self.template.render(said[:1])
-            opened = self.template.render(said[:1], prompt=True)
-            whole = self.template.render([*said, *said])
-        except TemplateFault:
+            closed = self.template.render(probe[:1])
+            opened = self.template.render(probe[:1], prompt=True)
+            whole = self.template.render([*probe, *probe])
+        except TemplateError:
             return
         if opened.startswith(closed):
             self.opening = opened[len(closed) :]
-        places = [whole.find(_SAID)]
+        places = [whole.find(_PROBE)]
         while places[-1] >= 0:
-            places.append(whole.find(_SAID, places[-1] + 1))
+            places.append(whole.find(_PROBE, places[-1] + 1))
         if len(places) != 5:
             return
-        between = whole[places[1] + len(_SAID) : places[2]]
+        between = whole[places[1] + len(_PROBE) : places[2]]
         match = self.encoder.special_pattern.search(between)
         if match is not None and not between[: match.start()].strip():
             self.end_token = match.group()
 
 
-def _gathered(whole: Guarded, turns: list[Turn]) -> list[Draft]:
-    """As few texts as hold all turns: the whole conversation first, then the longest of the others."""
+def _grouped(whole: GuardedText, turns: list[Turn]) -> list[Draft]:
+    """Group turns by text, with as few texts as possible: the whole conversation first, then the longest others."""
     if len(turns) == 1 and not turns[0].alone:  # as most rows are
         only = turns[0]
         text = whole if whole.text.startswith(only.text.text[: only.end]) else only.text
-        return [Draft(text, only.stretches, (only,), only.notes)]
+        return [Draft(text, only.spans, (only,), only.notes)]
     left = [turn for turn in turns if not turn.alone]
     groups = [[turn] for turn in turns if turn.alone]
     texts = {id(group[0]): group[0].text for group in groups}
     for text in (whole, *(turn.text for turn in reversed(turns))):
-        mine = [turn for turn in left if text.text.startswith(turn.text.text[: turn.end])]
-        if mine:
-            groups.append(mine)
-            texts[id(mine[0])] = text
-            left = [turn for turn in left if turn not in mine]
+        inside = [turn for turn in left if text.text.startswith(turn.text.text[: turn.end])]
+        if inside:
+            groups.append(inside)
+            texts[id(inside[0])] = text
+            left = [turn for turn in left if turn not in inside]
     groups.sort(key=lambda group: group[0].message)
     split = ("split",) if len(groups) > 1 else ()
     drafts = []
     for group in groups:
-        stretches = tuple(stretch for turn in group for stretch in turn.stretches)
+        spans = tuple(span for turn in group for span in turn.spans)
         notes = tuple(dict.fromkeys([*split, *(note for turn in group for note in turn.notes)]))
-        drafts.append(Draft(texts[id(group[0])], stretches, tuple(group), notes))
+        drafts.append(Draft(texts[id(group[0])], spans, tuple(group), notes))
     return drafts
 
 
 def _up_to_end(
     text: str, marked: list[tuple[int, int]], end: int, end_token: str | None
 ) -> tuple[tuple[int, int], ...]:
-    """Marked stretches with the end token, which some templates write behind the mark."""
+    """Add the end token to the marked spans; some templates write it after the mark."""
     a, b = marked[-1]
     if b == end:
         return tuple(marked)
@@ -227,13 +227,13 @@ def _up_to_end(
     return (*marked[:-1], (a, end))
 
 
-def _shared(one: str, other: str) -> int:
-    """How many characters two texts begin with in common."""
+def _common_prefix(one: str, other: str) -> int:
+    """The length of the common prefix of two texts."""
     for k, (a, b) in enumerate(zip(one, other, strict=False)):
         if a != b:
             return k
     return min(len(one), len(other))
 
 
-def _guarded(text: Guarded, at: int) -> bool:
+def _guarded(text: GuardedText, at: int) -> bool:
     return any(a <= at < b for a, b in text.guards)

@@ -1,1 +1,1 @@
-"""Readers of row files, and the shapes that rows may have."""
+"""Files of rows: readers for each format, and the shapes that rows may have."""

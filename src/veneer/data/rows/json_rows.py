@@ -1,4 +1,4 @@
-"""Rows out of JSON text, strictly: the bytes of a line, or a whole array with the line that each element begins in."""
+"""Strict JSON parsing of rows: one line, or a whole array with the line at which each element begins."""
 
 from __future__ import annotations
 
@@ -9,78 +9,76 @@ from typing import Any
 
 import orjson
 
-__all__ = ["LINE_CAP", "array_rows", "parse_json", "parse_row"]
+__all__ = ["LINE_LIMIT", "array_rows", "describe", "parse_json", "parse_row"]
 
-LINE_CAP = 16 << 20
-"""Bytes of a line, at most."""
+LINE_LIMIT = 16 << 20
+"""Maximum length of a line in bytes."""
 
 _SPACE = re.compile(r"[ \t\r\n]*")
 _DECODER = json.JSONDecoder()
 
 
 def parse_row(line: bytes | str) -> dict[str, Any] | str:
-    """The object that a line holds, or the reason why it is none."""
+    """Parse the JSON object of one row; returns the reason as text if there is none."""
     try:
         value = orjson.loads(line)
     except orjson.JSONDecodeError as error:
-        return f"not valid JSON: {_plain(error)}"
+        return f"not valid JSON: {_reason(error)}"
     if not isinstance(value, dict):
-        return f"expected an object of columns in braces, found {kind(value)}"
-    twice = _given_twice(line, value)
-    return f"key {twice!r} is given twice" if twice else value
+        return f"expected a JSON object, found {describe(value)}"
+    duplicate = _duplicate_key(line, value)
+    return f"duplicate key {duplicate!r}" if duplicate else value
 
 
 def parse_json(text: str) -> Any:
-    """Any JSON value from a text inside a row.
+    """Parse a JSON value that a row holds as text.
 
     Raises:
-        ValueError: it is not valid JSON.
+        ValueError: the text is not valid JSON.
     """
     try:
         return orjson.loads(text)
     except orjson.JSONDecodeError as error:
-        raise ValueError(_plain(error)) from error
+        raise ValueError(_reason(error)) from error
 
 
 def array_rows(data: bytes) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """Each element of a JSON array with the line that it begins in; ends at the first place that is no JSON."""
+    """Yield each element of a JSON array with its line number; ends at the first position that is not valid JSON."""
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         yield data.count(b"\n", 0, error.start) + 1, "not valid UTF-8"
         return
-    at = _after_space(text, 0)
+    at = _skip_space(text, 0)
     if text[at : at + 1] != "[":
-        yield text.count("\n", 0, at) + 1, "expected an array of rows in square brackets, or one object a line"
+        yield text.count("\n", 0, at) + 1, "expected a JSON array of rows, or one JSON object per line"
         return
-    at, line, seen = _after_space(text, at + 1), 1, 0
+    at, line, counted = _skip_space(text, at + 1), 1, 0
     empty = text[at : at + 1] == "]"
     while not empty:
-        line, seen = line + text.count("\n", seen, at), at
+        line, counted = line + text.count("\n", counted, at), at
         try:
             _, end = _DECODER.raw_decode(text, at)
         except (ValueError, RecursionError) as error:
-            yield line, f"not valid JSON: {_first(error)}; the rest of the file was not read"
+            reason = "nested too deeply" if isinstance(error, RecursionError) else str(error).split(": line ")[0]
+            yield line, f"not valid JSON: {reason}; the rest of the file was not read"
             return
         yield line, parse_row(text[at:end])
-        at = _after_space(text, end)
+        at = _skip_space(text, end)
         if text[at : at + 1] == "]":
             break
         if text[at : at + 1] != ",":
-            line += text.count("\n", seen, at)
-            yield (
-                line,
-                "not valid JSON: expected a comma or a closing square bracket; the rest of the file was not read",
-            )
+            line += text.count("\n", counted, at)
+            yield line, "not valid JSON: expected a comma or a closing bracket; the rest of the file was not read"
             return
-        at = _after_space(text, at + 1)
-    rest = _after_space(text, at + 1)
+        at = _skip_space(text, at + 1)
+    rest = _skip_space(text, at + 1)
     if rest < len(text):
-        yield text.count("\n", 0, rest) + 1, "expected the end of the file after the array, found more"
+        yield text.count("\n", 0, rest) + 1, "expected the end of the file after the array, found more text"
 
 
-def kind(value: Any) -> str:
-    """What a JSON value is, in the words of an error."""
+def describe(value: Any) -> str:
+    """Describe a JSON value for an error message."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -94,37 +92,31 @@ def kind(value: Any) -> str:
     return "an object" if isinstance(value, dict) else f"a {type(value).__name__}"
 
 
-def _after_space(text: str, at: int) -> int:
+def _skip_space(text: str, at: int) -> int:
     found = _SPACE.match(text, at)
     return found.end() if found else at
 
 
-def _given_twice(line: bytes | str, value: dict[str, Any]) -> str:
-    """A key that the object gives twice, of which a parser keeps the last; "" if there is none."""
+def _duplicate_key(line: bytes | str, value: dict[str, Any]) -> str:
+    """A top-level key that the row gives twice (a parser keeps the last), or ""."""
     for key in value:
         quoted = f'"{key}"'
         if (line.count(quoted.encode()) if isinstance(line, bytes) else line.count(quoted)) > 1:
-            break  # perhaps only inside a text: look closely
+            break  # it may stand inside a string: parse again and compare
     else:
         return ""
     names: list[str] = []
 
     def remember(pairs: list[tuple[str, Any]]) -> None:
-        names[:] = [name for name, _ in pairs]  # the outermost object is finished last
+        names[:] = [name for name, _ in pairs]  # the outermost object comes last
 
     try:
         json.loads(line, object_pairs_hook=remember)
-    except (ValueError, RecursionError):  # the strict parser took it; a doubt is no reason to refuse the row
+    except (ValueError, RecursionError):  # orjson accepted the row; do not refuse it here
         return ""
     return next((name for name in names if names.count(name) > 1), "")
 
 
-def _plain(error: orjson.JSONDecodeError) -> str:
-    words = error.msg.split(": line ")[0]
-    return f"{words} (column {error.colno})" if error.lineno == 1 else words
-
-
-def _first(error: BaseException) -> str:
-    if isinstance(error, RecursionError):
-        return "nested too deeply"
-    return str(error).split(": line ")[0]
+def _reason(error: orjson.JSONDecodeError) -> str:
+    reason = error.msg.split(": line ")[0]
+    return f"{reason} (column {error.colno})" if error.lineno == 1 else reason

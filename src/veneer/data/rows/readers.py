@@ -1,19 +1,21 @@
-"""Files of rows, read one row at a time, each with its place.
+"""Readers for files of rows: one record at a time, each with its file and line.
 
-Containers: JSON lines, a JSON array, CSV, TSV, each plain or gzipped, and parquet. A row that cannot be read is a ``Bad``
-in its place among the others, so that all bad rows of a file are told at once; what makes the whole file unreadable is
-an error. Files may be larger than memory, except a JSON array, which is read whole and therefore bounded.
+Formats: JSON lines, a JSON array, CSV and TSV (each plain or gzipped), and Parquet. A row that cannot be read is yielded
+as a ``BadRow`` between the others, so that all bad rows of a file are reported at once; a file that cannot be read at all
+raises ``DataError``. A file may be larger than memory, except for a JSON array, which is read whole and limited in size.
 
-JSON is read strictly: no NaN, no half surrogate pair, no invalid UTF-8, no key given twice at the top of a row. A file
-must be a regular one, so that reading cannot hang; a line and a gzip file's growth are bounded, so that it cannot fill
-the memory.
+JSON is parsed strictly: no NaN, no lone surrogates, no invalid UTF-8, no duplicate key at the top level of a row. Only
+regular files are read, so that a pipe cannot block the reader. The length of a line and the growth of a gzip file are
+limited, so that a file cannot exhaust the memory.
 
-Boundary: a row is a mapping of column names to values here; what it means is ``shapes.py``'s business.
+Here a row maps column names to values; ``shapes.py`` interprets the columns.
 """
 
 from __future__ import annotations
 
 import csv
+import difflib
+import gzip
 import io
 import os
 import stat
@@ -22,15 +24,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from veneer.data.rows.json_rows import LINE_CAP, array_rows, parse_row
-from veneer.data.rows.parquet_rows import parquet_rows
-from veneer.data.rows.row import Bad, Record
-from veneer.data.streams import Prefixed, Unzipped
+from veneer.data.rows.json_rows import LINE_LIMIT, array_rows, parse_row
+from veneer.data.rows.row import BadRow, Record
 from veneer.errors import DataError
 
-__all__ = ["Source", "near_file", "splits"]
+__all__ = ["RecordReader", "near_file", "splits"]
 
-_CONTAINERS = {
+_FORMATS = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
     ".json": "json",
@@ -38,223 +38,275 @@ _CONTAINERS = {
     ".tsv": "tsv",
     ".parquet": "parquet",
 }
-_ARRAY_CAP = 1 << 30
+_SPLITS = {"train": "train", "valid": "valid", "validation": "valid", "val": "valid", "dev": "valid", "test": "test"}
+_ARRAY_LIMIT = 1 << 30
+_BUFFER = 1 << 18
+_PARQUET_ROWS = 1024
 _BOM = b"\xef\xbb\xbf"
+_GROWTH = 200  # rows of text grow 3 to 50 times when unzipped, a gzip bomb about 1,000 times
+_GROWTH_FROM = 64 << 20  # bytes; the ratio of a smaller file is not checked
 
 
-class Source:
-    """One file of rows; iterating reads it from the start.
+class RecordReader:
+    """Reads the records of one file; each iteration starts at the beginning of the file.
 
     Attributes:
         path: the file.
         container: "jsonl", "json", "csv", "tsv" or "parquet".
-        zipped: whether it is gzipped.
-        notes: what was recognised about the file while reading it, to be told.
+        zipped: True if the file is gzipped.
+        notices: facts about the format that were detected while reading, for the user.
+
+    Raises:
+        DataError: the file is missing, empty, not a regular file, or its name has no known extension.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self.notes: list[str] = []
+        self.notices: list[str] = []
         suffixes = [suffix.lower() for suffix in self.path.suffixes]
         self.zipped = suffixes[-1:] == [".gz"]
-        inner = suffixes[-2:-1] if self.zipped else suffixes[-1:]
-        self.container = _CONTAINERS.get(inner[0], "") if inner else ""
-        self.size = _regular(self.path).st_size
+        extension = suffixes[-2:-1] if self.zipped else suffixes[-1:]
+        self.container = _FORMATS.get(extension[0], "") if extension else ""
+        size = _regular_file(self.path).st_size
         if not self.container or (self.zipped and self.container == "parquet"):
             raise DataError(
-                f"{self.path}: the name does not say what kind of file it is: expected an ending of "
-                f"{', '.join(_CONTAINERS)} (each but .parquet also with .gz behind it), found "
-                f"{''.join(self.path.suffixes) or 'none'}."
+                f"{self.path}: unknown file format: expected a name that ends in {', '.join(_FORMATS)} (all but .parquet "
+                f"may be followed by .gz), found {''.join(self.path.suffixes) or 'no extension'}"
             )
-        if self.size == 0:
-            raise DataError(f"{self.path}: the file is empty; expected at least one row.")
+        if size == 0:
+            raise DataError(f"{self.path}: the file is empty; expected at least one row")
 
-    def __iter__(self) -> Iterator[Record | Bad]:
+    def __iter__(self) -> Iterator[Record | BadRow]:
         if self.container == "parquet":
-            yield from parquet_rows(self.path)
+            yield from _parquet_rows(self.path)
             return
-        with self.open() as file:
+        with self._open() as file:
             try:
                 yield from self._rows(file)
             except (OSError, EOFError, zlib.error) as error:
                 reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-                raise DataError(f"{self.path}: the file cannot be read to its end: {reason}.") from error
+                raise DataError(f"{self.path}: cannot read the whole file: {reason}") from error
 
-    def open(self) -> IO[bytes]:
-        """The file's bytes, unzipped; refused if they grow like a bomb."""
+    def _open(self) -> io.BufferedReader[Any]:
         try:
-            # a file that became a pipe since it was looked at must not hang the reader
+            # O_NONBLOCK: the file may have been replaced by a pipe since its status was checked
             handle = os.open(self.path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
         except OSError as error:
-            raise DataError(f"{self.path}: the file cannot be opened: {error.strerror}.") from error
-        raw = os.fdopen(handle, "rb", buffering=1 << 18)
+            raise DataError(f"{self.path}: cannot open the file: {error.strerror}") from error
+        raw = os.fdopen(handle, "rb", buffering=_BUFFER)
         if not stat.S_ISREG(os.fstat(raw.fileno()).st_mode):
             raw.close()
-            raise DataError(f"{self.path}: expected a regular file.")
-        return io.BufferedReader(Unzipped(raw, self.path), 1 << 18) if self.zipped else raw
+            raise DataError(f"{self.path}: expected a regular file")
+        return io.BufferedReader(_Unzipped(raw, self.path), _BUFFER) if self.zipped else raw
 
-    def _rows(self, file: IO[bytes]) -> Iterator[Record | Bad]:
-        head = file.read(4)
-        if head.startswith((b"\xff\xfe", b"\xfe\xff")):
-            raise DataError(f"{self.path}: the file is UTF-16; save it as UTF-8.")
-        head = head.removeprefix(_BOM)
-        first = Prefixed(head, file)
+    def _rows(self, file: io.BufferedReader[Any]) -> Iterator[Record | BadRow]:
+        start = file.peek(4)
+        if start.startswith((b"\xff\xfe", b"\xfe\xff")):
+            raise DataError(f"{self.path}: the file is encoded as UTF-16; save it as UTF-8")
+        if start.startswith(_BOM):
+            file.read(len(_BOM))
         if self.container == "jsonl":
-            yield from _json_lines(self.path.name, first)
+            yield from _json_lines(self.path.name, file)
         elif self.container == "json":
-            yield from self._json(first)
+            yield from self._json(file)
         else:
-            yield from self._table(first)
+            yield from self._table(file)
 
-    def _json(self, file: Prefixed) -> Iterator[Record | Bad]:
-        start = file.peek_text()
-        if start == b"{":
-            self.notes.append("rows are JSON lines in spite of the file's name")
+    def _json(self, file: io.BufferedReader[Any]) -> Iterator[Record | BadRow]:
+        if file.peek(1).lstrip().startswith(b"{"):
+            self.notices.append("the file holds JSON lines, although its name ends in .json")
             yield from _json_lines(self.path.name, file)
             return
-        data = file.read(_ARRAY_CAP + 1)
-        if len(data) > _ARRAY_CAP:
+        data = file.read(_ARRAY_LIMIT + 1)
+        if len(data) > _ARRAY_LIMIT:
             raise DataError(
-                f"{self.path}: a JSON array is read whole, and this one has more than {_ARRAY_CAP >> 20} MiB; write the "
-                "rows as JSON lines (one object a line, file name ending in .jsonl)."
+                f"{self.path}: a JSON array is limited to {_ARRAY_LIMIT >> 20} MiB; write the rows as JSON lines "
+                "(one object per line, file name ending in .jsonl)"
             )
         for line, result in array_rows(data):
             yield _record(f"{self.path.name}:{line}", result)
 
-    def _table(self, file: Prefixed) -> Iterator[Record | Bad]:
+    def _table(self, file: io.BufferedReader[Any]) -> Iterator[Record | BadRow]:
         name = self.path.name
-        csv.field_size_limit(LINE_CAP)
-        header_line = file.readline()
+        csv.field_size_limit(LINE_LIMIT)
+        header_line = file.readline(LINE_LIMIT + 1)
         delimiter = "\t" if self.container == "tsv" else ","
         if self.container == "csv" and b"," not in header_line:
-            for other in (";", "\t"):
-                if other.encode() in header_line:
-                    delimiter = other
-                    self.notes.append(f"columns are separated by {'tabs' if other == chr(9) else other!r}")
-                    break
-        lines = _text_lines(header_line, file, name)
-        reader = csv.reader(lines, delimiter=delimiter, strict=True)
+            delimiter = next((other for other in ";\t" if other.encode() in header_line), ",")
+            if delimiter != ",":
+                self.notices.append(f"columns are separated by {'tabs' if delimiter == chr(9) else repr(delimiter)}")
+        reader = csv.reader(_text_lines(header_line, file, name), delimiter=delimiter, strict=True)
         try:
             header = next(reader)
         except (csv.Error, StopIteration) as error:
-            raise DataError(f"{name}:1: the line of column names cannot be read: {error}.") from error
+            raise DataError(f"{name}:1: cannot read the line of column names: {error}") from error
         _check_header(header, name)
-        begin = reader.line_num + 1
+        line = reader.line_num + 1
         while True:
             try:
                 values = next(reader)
             except StopIteration:
                 return
             except csv.Error as error:
-                yield Bad(f"{name}:{begin}", "", f"the row cannot be read: {error}; the rest of the file was not read")
+                yield BadRow(f"{name}:{line}", "", f"cannot read the row: {error}; the rest of the file was not read")
                 return
             if values:
-                yield _table_row(f"{name}:{begin}", header, values)
-            begin = reader.line_num + 1
+                yield _table_row(f"{name}:{line}", header, values)
+            line = reader.line_num + 1
+
+
+class _Unzipped(io.RawIOBase):
+    """Unzips a gzip file and refuses one that grows like a bomb."""
+
+    def __init__(self, raw: IO[bytes], path: Path) -> None:
+        self._raw = raw
+        self._file = gzip.GzipFile(fileobj=raw)
+        self._path = path
+        self._zipped_size = max(1, os.fstat(raw.fileno()).st_size)
+        self._size = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._file.read(len(buffer))
+        self._size += len(data)
+        if self._size > _GROWTH_FROM and self._size > _GROWTH * self._zipped_size:
+            raise DataError(
+                f"{self._path}: the file grows more than {_GROWTH} times when unzipped, which text does not; unzip it "
+                "yourself if you trust it"
+            )
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        self._file.close()
+        self._raw.close()
+        super().close()
 
 
 def splits(path: str | os.PathLike[str]) -> dict[str, Path]:
-    """The files of a path: {"train": file} for a file; train, valid and test of a folder, as far as they are there.
+    """Find the files of a data set.
+
+    Args:
+        path: a file, or a folder with files named train, valid (or validation, val, dev) and test.
+
+    Returns:
+        The files by split: "train", and where the folder has them "valid" and "test". A single file is "train".
 
     Raises:
-        DataError: the folder has no train file, or two for the same split.
+        DataError: the path does not exist, or the folder has no train file or two files for one split.
     """
     folder = Path(path)
     if not folder.is_dir():
-        _regular(folder)
+        _regular_file(folder)
         return {"train": folder}
     found: dict[str, Path] = {}
     for file in sorted(folder.iterdir()):
-        split = {"validation": "valid", "val": "valid", "dev": "valid"}.get(
-            file.name.split(".")[0], file.name.split(".")[0]
-        )
-        ending = [s for s in file.suffixes if s.lower() != ".gz"]
-        if split not in ("train", "valid", "test") or len(ending) != 1 or ending[0].lower() not in _CONTAINERS:
+        split = _SPLITS.get(file.name.split(".")[0])
+        extensions = [suffix.lower() for suffix in file.suffixes if suffix.lower() != ".gz"]
+        if split is None or len(extensions) != 1 or extensions[0] not in _FORMATS:
             continue
         if split in found:
-            raise DataError(f"{folder}: expected one {split} file, found {found[split].name} and {file.name}.")
+            raise DataError(f"{folder}: expected one {split} file, found {found[split].name} and {file.name}")
         found[split] = file
     if "train" not in found:
         names = ", ".join(file.name for file in sorted(folder.iterdir())[:10]) or "nothing"
-        raise DataError(f"{folder}: expected a file train.jsonl (or .json, .csv, .tsv, .parquet) in it, found {names}.")
+        raise DataError(f"{folder}: expected a file train.jsonl (or .json, .csv, .tsv, .parquet), found {names}")
     return found
 
 
-def _regular(path: Path) -> os.stat_result:
-    try:
-        status = path.stat()
-    except FileNotFoundError:
-        near = near_file(path)
-        raise DataError(f"{path}: there is no such file{near}.") from None
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: the file cannot be opened: {getattr(error, 'strerror', None) or error}.") from error
-    if not stat.S_ISREG(status.st_mode):
-        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "something else (a pipe, socket or device)"
-        raise DataError(f"{path}: expected a regular file, found {kind}.")
-    return status
-
-
 def near_file(path: Path) -> str:
-    """What to say behind "there is no such file": the nearest name beside it, or that the folder is missing too."""
-    import difflib
-
+    """A hint to append to "no such file": the closest name in the folder, or that the folder is missing too."""
     try:
         names = [file.name for file in path.parent.iterdir()][:10_000]
     except OSError:
         return f", nor a folder {path.parent}"
     close = [name for name in difflib.get_close_matches(path.name, names, n=2, cutoff=0.75) if name != path.name]
-    return f"; perhaps {path.with_name(close[0])} is meant" if close else ""
+    return f"; did you mean {path.with_name(close[0])}?" if close else ""
 
 
-def _record(place: str, result: dict[str, Any] | str) -> Record | Bad:
-    return Bad(place, "", result) if isinstance(result, str) else Record(place, result)
+def _regular_file(path: Path) -> os.stat_result:
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file{near_file(path)}") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot open the file: {getattr(error, 'strerror', None) or error}") from error
+    if not stat.S_ISREG(status.st_mode):
+        found = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe, socket or device"
+        raise DataError(f"{path}: expected a regular file, found {found}")
+    return status
 
 
-def _json_lines(name: str, file: Prefixed) -> Iterator[Record | Bad]:
+def _record(source: str, result: dict[str, Any] | str) -> Record | BadRow:
+    return BadRow(source, "", result) if isinstance(result, str) else Record(source, result)
+
+
+def _json_lines(name: str, file: IO[bytes]) -> Iterator[Record | BadRow]:
     number = 0
-    while line := file.readline(LINE_CAP + 1):
+    while line := file.readline(LINE_LIMIT + 1):
         number += 1
-        if len(line) > LINE_CAP:
-            yield Bad(f"{name}:{number}", "", f"the line is longer than {LINE_CAP >> 20} MiB")
+        if len(line) > LINE_LIMIT:
+            yield BadRow(f"{name}:{number}", "", f"the line is longer than {LINE_LIMIT >> 20} MiB")
             while line and not line.endswith(b"\n"):
-                line = file.readline(LINE_CAP)
+                line = file.readline(LINE_LIMIT)
         elif not line.isspace():
             yield _record(f"{name}:{number}", parse_row(line))
 
 
-def _text_lines(first: bytes, file: Prefixed, name: str) -> Iterator[str]:
+def _text_lines(first: bytes, file: IO[bytes], name: str) -> Iterator[str]:
     line, number = first, 1
     while line:
-        if len(line) > LINE_CAP:
-            raise DataError(f"{name}:{number}: the line is longer than {LINE_CAP >> 20} MiB.")
-        yield line.decode("utf-8", "surrogateescape")  # what is not UTF-8 is told with the row that holds it
-        line, number = file.readline(LINE_CAP + 1), number + 1
+        if len(line) > LINE_LIMIT:
+            raise DataError(f"{name}:{number}: the line is longer than {LINE_LIMIT >> 20} MiB")
+        yield line.decode("utf-8", "surrogateescape")  # invalid UTF-8 is reported with its row
+        line, number = file.readline(LINE_LIMIT + 1), number + 1
 
 
 def _check_header(header: list[str], name: str) -> None:
-    if any(not _valid(column) for column in header):
-        raise DataError(f"{name}:1: the column names are not valid UTF-8; save the file as UTF-8.")
+    if any(not _valid_utf8(column) for column in header):
+        raise DataError(f"{name}:1: the column names are not valid UTF-8; save the file as UTF-8")
     twice = sorted({column for column in header if header.count(column) > 1})
     if twice:
-        raise DataError(
-            f"{name}:1: expected column names that differ, found {', '.join(map(repr, twice))} more than once."
-        )
+        raise DataError(f"{name}:1: expected distinct column names, found {', '.join(map(repr, twice))} more than once")
 
 
-def _table_row(place: str, header: list[str], values: list[str]) -> Record | Bad:
+def _table_row(source: str, header: list[str], values: list[str]) -> Record | BadRow:
     if len(values) != len(header):
-        return Bad(place, "", f"expected {len(header)} columns as in the first line, found {len(values)}")
+        return BadRow(source, "", f"expected {len(header)} columns as in the first line, found {len(values)}")
     for column, value in zip(header, values, strict=True):
-        if not _valid(value):
-            return Bad(place, column, "the text is not valid UTF-8; save the file as UTF-8")
-    return Record(place, dict(zip(header, values, strict=True)))
+        if not _valid_utf8(value):
+            return BadRow(source, column, "the text is not valid UTF-8; save the file as UTF-8")
+    return Record(source, dict(zip(header, values, strict=True)))
 
 
-def _valid(text: str) -> bool:
-    if text.isascii():
-        return True
+def _valid_utf8(text: str) -> bool:
     try:
         text.encode()
     except UnicodeEncodeError:
         return False
     return True
+
+
+def _parquet_rows(path: Path) -> Iterator[Record | BadRow]:
+    """Yield each row as a record; its source is "file:row N", counted from 1."""
+    try:
+        from pyarrow import parquet
+    except ImportError as error:
+        raise DataError(
+            f"{path}: reading Parquet needs pyarrow, which is not installed; run: pip install 'veneer[parquet]'"
+        ) from error
+    number = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
+                for values in batch.to_pylist():
+                    number += 1
+                    yield Record(f"{path.name}:row {number}", values)
+    except (DataError, GeneratorExit):
+        raise
+    except Exception as error:  # pyarrow raises many types for a damaged file
+        after = f" after row {number}" if number else ""
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise DataError(f"{path}: cannot read the Parquet file{after}: {reason}") from error

@@ -1,6 +1,6 @@
-"""What a row is on its way: as its file holds it, refused, or with its shape understood.
+"""The three forms of a row: as read from its file (``Record``), refused (``BadRow``), and interpreted (``Row``).
 
-Boundary: ``readers.py`` makes records out of files, ``shapes.py`` rows out of records, ``render.py`` token ids out of rows.
+``readers.py`` makes records of files, ``shapes.py`` makes rows of records, ``chat/render.py`` makes token ids of rows.
 """
 
 from __future__ import annotations
@@ -8,22 +8,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-__all__ = ["Bad", "Kind", "Record", "Row"]
+__all__ = ["BadRow", "Record", "Row", "RowKind"]
 
-Kind = Literal["chat", "pair", "text"]
+RowKind = Literal["chat", "pair", "text"]
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One row as its file holds it, and its place ("rows.jsonl:17")."""
+    """One row as its file holds it, with its source ("rows.jsonl:17")."""
 
     source: str
     values: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Bad:
-    """A row that cannot be used: its place, the key where one is to blame, and the reason."""
+class BadRow:
+    """A row that cannot be used: its source, the key at fault ("" for the whole row), and the reason."""
 
     source: str
     key: str
@@ -35,21 +35,21 @@ class Bad:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row, checked.
+    """One interpreted and checked row.
 
     Attributes:
-        kind: "chat" (``messages``), "pair" (``prompt`` and ``completion``, and ``messages`` as their chat form) or
-            "text".
-        source: "file:line", for messages.
-        messages: role and content each, as a chat template takes them; without ``weight``.
-        weights: per message 1.0 or 0.0, whether its author wants it trained; only an assistant's counts.
+        kind: "chat" (has ``messages``), "pair" (has ``prompt`` and ``completion``, and ``messages`` as their chat form)
+            or "text".
+        source: "file:line", for messages to the user.
+        messages: dicts with role, content and so on, as a chat template takes them; without ``weight``.
+        weights: 1.0 or 0.0 per message, as the row requests; only those of assistant messages count.
         tools: JSON schemas of functions, or None.
         prompt, completion: the plain form of a pair.
-        text: the whole of a text row.
-        key: the file's column that faults of the row are told under.
+        text: the text of a text row.
+        key: the column of the file that errors of this row name.
     """
 
-    kind: Kind
+    kind: RowKind
     source: str
     messages: tuple[dict[str, Any], ...] = ()
     weights: tuple[float, ...] = ()
@@ -61,5 +61,5 @@ class Row:
 
     @staticmethod
     def chat(source: str, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> Row:
-        """A conversation all of whose assistant turns are wanted."""
+        """Make a conversation in which all assistant messages are trained."""
         return Row("chat", source, tuple(messages), (1.0,) * len(messages), tools)

@@ -1,34 +1,35 @@
-"""What the columns of a file mean: five shapes, recognised by their columns and stated with the reason.
+"""Row shapes: five meanings of a file's columns, detected from the column names.
 
     messages    messages: [{role, content, weight?, tool_calls?, name?}], tools?         a conversation
     sharegpt    conversations: [{from, value}], system?, tools?                          a conversation
     prompt      prompt, completion: two texts, or two lists of messages                  only the completion is trained
-    alpaca      instruction, output, input?, system?, history?: [[asked, answered], ...] a conversation
+    alpaca      instruction, output, input?, system?, history?: [[question, answer]]     a conversation
     text        text                                                                     all of it is trained
 
-Files with other column names are read with a map from ours to theirs, ``{"prompt": "question", "completion":
-"answer"}``. The shape is taken from the first readable row and holds for the file: a row that does not fit is bad. Columns
-that have no part in the shape are told and not used.
+A file with other column names is read with a mapping from our names to the file's, ``{"prompt": "question",
+"completion": "answer"}``. The first readable row determines the shape of the file; a later row without the needed columns
+is bad. Columns that the shape does not use are reported and ignored.
 
-Boundary: a row is checked here for what it is, not for what a tokenizer makes of it.
+Rows are checked here without a tokenizer; ``chat/render.py`` checks the rest.
 """
 
 from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from veneer.data.rows.columns import CONVERTERS, TAGS, Faults, Values
-from veneer.data.rows.readers import Source
-from veneer.data.rows.row import Bad, Record, Row
+from veneer.data.rows.columns import CONVERTERS, TAGS, ColumnValues
+from veneer.data.rows.messages import RowErrors
+from veneer.data.rows.readers import RecordReader
+from veneer.data.rows.row import BadRow, Record, Row
 from veneer.errors import ConfigError, DataError
 
-__all__ = ["FORMATS", "Rows", "Shape"]
+__all__ = ["FORMATS", "RowReader", "RowShape"]
 
-_NEEDED = {
+_REQUIRED = {
     "messages": ("messages",),
     "sharegpt": ("conversations",),
     "prompt": ("prompt", "completion"),
@@ -42,12 +43,12 @@ _OPTIONAL = {
     "alpaca": ("input", "system", "history"),
     "text": (),
 }
-FORMATS = tuple(_NEEDED)
+FORMATS = tuple(_REQUIRED)
 """The names of the shapes."""
 
 _ALIASES = {
-    "prompt": ("question", "query", "problem", "source", "input", "context", "user", "request", "src", "mr"),
-    "completion": (
+    "prompt": ["question", "query", "problem", "source", "input", "context", "user", "request", "src", "mr"],
+    "completion": [
         "answer",
         "response",
         "output",
@@ -58,21 +59,22 @@ _ALIASES = {
         "ref",
         "summary",
         "label",
-    ),
-    "text": ("content", "body", "document", "sentence", "raw"),
-    "messages": ("conversation", "dialog", "dialogue", "chat", "message", "turns"),
+    ],
+    "text": ["content", "body", "document", "sentence", "raw"],
+    "messages": ["conversation", "dialog", "dialogue", "chat", "message", "turns"],
 }
+_UNREADABLE = 20  # bad rows at the beginning of a file after which it is refused
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
-    """What a file's columns mean.
+class RowShape:
+    """The meaning of a file's columns.
 
     Attributes:
         format: one of ``FORMATS``.
-        reason: why it was taken, as a clause.
-        columns: our names to the file's, as far as they differ.
-        unused: columns of the file that have no part in the shape.
+        reason: why this shape was chosen, as a clause.
+        columns: our names to the file's, where they differ.
+        unused: columns of the file that the shape does not use.
     """
 
     format: str
@@ -80,8 +82,8 @@ class Shape:
     columns: Mapping[str, str]
     unused: tuple[str, ...] = ()
 
-    def stated(self) -> str:
-        """One line that tells the user what was recognised."""
+    def describe(self) -> str:
+        """Describe the detected shape in one line."""
         text = f"format {self.format} ({self.reason})"
         if self.columns:
             text += "; " + ", ".join(f"{ours} is column {theirs}" for ours, theirs in self.columns.items())
@@ -92,22 +94,22 @@ class Shape:
         return text
 
 
-class Rows:
-    """The rows of one file, checked; iterating reads the file from its start.
+class RowReader:
+    """Reads and checks the rows of one file; each iteration starts at the beginning of the file.
 
     Args:
         path: the file.
-        format: one of ``FORMATS``, or "auto" to take it from the columns.
+        format: one of ``FORMATS``, or "auto" to detect it from the columns.
         columns: our column names to the file's.
-        roles: the file's sharegpt tags to roles, beside the usual ones.
+        roles: ShareGPT tags of the file to roles, in addition to the usual ones.
 
     Attributes:
-        source: the file.
-        shape: what its columns mean.
+        records: the reader of the file's raw records.
+        shape: the meaning of its columns.
 
     Raises:
-        DataError: the file cannot be read, or its columns are not understood.
-        ConfigError: ``format``, ``columns`` or ``roles`` name something unknown.
+        DataError: the file cannot be read, or its columns match no shape.
+        ConfigError: ``format``, ``columns`` or ``roles`` hold an unknown name.
     """
 
     def __init__(
@@ -119,50 +121,47 @@ class Rows:
         roles: Mapping[str, str] | None = None,
     ) -> None:
         _check_options(format, columns or {}, roles or {})
-        self.source = Source(path)
+        self.records = RecordReader(path)
         self.path = Path(path)
         self._columns = dict(columns or {})
         self._tags = {**TAGS, **(roles or {})}
-        self.shape = self._recognise(format)
+        self.shape = self._detect(format)
 
-    def __iter__(self) -> Iterator[Row | Bad]:
-        for record in self.source:
-            if isinstance(record, Bad):
+    def __iter__(self) -> Iterator[Row | BadRow]:
+        for record in self.records:
+            if isinstance(record, BadRow):
                 yield record
             else:
-                yield from self.convert(record)
+                yield from self._convert(record)
 
-    def convert(self, record: Record) -> list[Row | Bad]:
-        """The row that a record holds, or all that is wrong with it."""
-        values = self._renamed(record.values)
-        faults = Faults(record.source, self._columns)
-        for key in _NEEDED[self.shape.format]:
-            if key not in values:
-                faults.add(key, f"missing; the row has {_listed(record.values)}")
-        if not faults:
-            row = CONVERTERS[self.shape.format](record.source, Values(values, faults, self._tags))
-            if row is not None and not faults:
+    def notices(self) -> list[str]:
+        """What was detected about the file, one line each."""
+        return [f"{self.path.name}: {text}" for text in [self.shape.describe(), *dict.fromkeys(self.records.notices)]]
+
+    def _convert(self, record: Record) -> list[Row | BadRow]:
+        columns = self._renamed(record.values)
+        errors = RowErrors(record.source, self._columns)
+        for key in _REQUIRED[self.shape.format]:
+            if key not in columns:
+                errors.add(key, f"missing; the row has {_listed(record.values)}")
+        if not errors:
+            row = CONVERTERS[self.shape.format](record.source, ColumnValues(columns, errors, self._tags))
+            if row is not None and not errors:
                 return [row]
-        return list(faults.bad)
+        return list(errors.bad)
 
-    def stated(self) -> list[str]:
-        """What was recognised about the file, a line each."""
-        return [f"{self.path.name}: {text}" for text in [self.shape.stated(), *dict.fromkeys(self.source.notes)]]
-
-    def _recognise(self, format: str) -> Shape:
-        bad: list[Bad] = []
-        for record in self.source:
+    def _detect(self, format: str) -> RowShape:
+        bad: list[BadRow] = []
+        for record in self.records:
             if isinstance(record, Record):
                 return _shape_of(record, format, self._columns)
             bad.append(record)
-            if len(bad) == 20:
+            if len(bad) == _UNREADABLE:
                 break
         if not bad:
-            raise DataError(f"{self.path}: the file holds no row; expected at least one.")
-        raise DataError(
-            f"{self.path}: none of the first {len(bad)} rows can be read; the first: {bad[0]}. Expected "
-            + ("one JSON object a line." if self.source.container in ("jsonl", "json") else "rows under column names.")
-        )
+            raise DataError(f"{self.path}: the file has no rows; expected at least one")
+        form = "one JSON object per line" if self.records.container in ("jsonl", "json") else "rows under column names"
+        raise DataError(f"{self.path}: none of the first {len(bad)} rows can be read: {bad[0]}; expected {form}")
 
     def _renamed(self, values: Mapping[str, object]) -> dict[str, object]:
         if not self._columns:
@@ -175,83 +174,85 @@ class Rows:
 
 def _check_options(format: str, columns: Mapping[str, str], roles: Mapping[str, str]) -> None:
     if format != "auto" and format not in FORMATS:
-        close = difflib.get_close_matches(format, FORMATS, n=1)
-        hint = f"; did you mean {close[0]}?" if close else "."
-        raise ConfigError(f"format: expected auto, {', '.join(FORMATS)}, found {format!r}{hint}")
-    known = list(dict.fromkeys(name for names in (*_NEEDED.values(), *_OPTIONAL.values()) for name in names))
-    for ours in columns:
-        if ours not in known:
-            if columns[ours] in known:
-                hint = f"; the map goes from our name to yours: {columns[ours]}={ours}"
-            else:
-                close = difflib.get_close_matches(ours, known, n=1)
-                hint = f"; did you mean {close[0]}?" if close else f"; ours are {', '.join(known)}"
-            raise ConfigError(f"columns: {ours!r} is none of our column names{hint}")
+        raise ConfigError(
+            f"format: expected auto, {', '.join(FORMATS)}, found {format!r}{_suggestion(format, FORMATS)}"
+        )
+    known = list(dict.fromkeys(name for names in (*_REQUIRED.values(), *_OPTIONAL.values()) for name in names))
+    for ours, theirs in columns.items():
+        if ours in known:
+            continue
+        hint = f"; the mapping goes from our name to yours: {theirs}={ours}" if theirs in known else ""
+        hint = hint or _suggestion(ours, known) or f"; expected one of {', '.join(known)}"
+        raise ConfigError(f"columns: unknown column name {ours!r}{hint}")
     for tag, role in roles.items():
         if role not in TAGS.values():
-            raise ConfigError(
-                f"roles: expected {', '.join(dict.fromkeys(TAGS.values()))} for the tag {tag!r}, found {role!r}."
-            )
+            expected = ", ".join(dict.fromkeys(TAGS.values()))
+            raise ConfigError(f"roles: expected {expected} for the tag {tag!r}, found {role!r}")
 
 
-def _shape_of(record: Record, format: str, columns: Mapping[str, str]) -> Shape:
+def _shape_of(record: Record, format: str, columns: Mapping[str, str]) -> RowShape:
     found = list(record.values)
     for ours, theirs in columns.items():
         if theirs not in found:
-            close = difflib.get_close_matches(theirs, found, n=1)
-            hint = f"; did you mean {ours}={close[0]}?" if close else "."
+            hint = _suggestion(theirs, found, prefix=f"{ours}=")
             raise DataError(
-                f"{record.source}: columns: there is no column {theirs!r} to take for {ours}; the file has "
+                f"{record.source}: columns: no column {theirs!r} to use as {ours}; the file has "
                 f"{_listed(record.values)}{hint}"
             )
     back = {theirs: ours for ours, theirs in columns.items()}
     names = [back.get(name, name) for name in found]
     if format != "auto":
-        missing = [key for key in _NEEDED[format] if key not in names]
+        missing = [key for key in _REQUIRED[format] if key not in names]
         if missing:
             raise DataError(
                 f"{record.source}: format {format} needs the column{'s' if len(missing) > 1 else ''} "
-                f"{' and '.join(missing)}, and the file has {_listed(record.values)}.{_remedy(names, format)}"
+                f"{' and '.join(missing)}; the file has {_listed(record.values)}; {_remedy(names, format)}"
             )
-        return _shape(format, "as asked for", names, columns)
-    for name, needed in _NEEDED.items():
-        if all(key in names for key in needed):
-            return _shape(name, f"the rows have {' and '.join(needed)}", names, columns)
+        return _shape(format, "as requested", names, columns)
+    for name, required in _REQUIRED.items():
+        if all(key in names for key in required):
+            return _shape(name, f"the rows have {' and '.join(required)}", names, columns)
     raise DataError(
-        f"{record.source}: the columns are not understood: the file has {_listed(record.values)}; expected messages, "
-        "conversations, prompt and completion, instruction and output, or text." + _remedy(names, "")
+        f"{record.source}: unknown columns: expected messages, conversations, prompt and completion, instruction and "
+        f"output, or text, found {_listed(record.values)}; {_remedy(names, '')}"
     )
 
 
-def _shape(format: str, reason: str, names: list[str], columns: Mapping[str, str]) -> Shape:
-    known = (*_NEEDED[format], *_OPTIONAL[format])
+def _shape(format: str, reason: str, names: list[str], columns: Mapping[str, str]) -> RowShape:
+    known = (*_REQUIRED[format], *_OPTIONAL[format])
     mapped = {ours: theirs for ours, theirs in columns.items() if ours != theirs}
-    return Shape(format, reason, mapped, tuple(name for name in names if name not in known))
+    return RowShape(format, reason, mapped, tuple(name for name in names if name not in known))
 
 
 def _remedy(names: list[str], format: str) -> str:
-    """A column map that would read the file, where one can be guessed."""
+    """Suggest a column mapping that would read the file."""
     if not format and {"chosen", "rejected"} <= set(names):
+        mapping = "completion=chosen" if "prompt" in names else "messages=chosen"
         return (
-            " Preferences (chosen and rejected) are not trained; to learn the chosen answers alone, give --columns "
-            + ("completion=chosen" if "prompt" in names else "messages=chosen")
+            "preferences (chosen and rejected) are not supported; to train on the chosen answers, pass "
+            f"--columns {mapping}"
         )
-    for wanted in (_NEEDED[format],) if format else (("prompt", "completion"), ("messages",), ("text",)):
+    for required in (_REQUIRED[format],) if format else (("prompt", "completion"), ("messages",), ("text",)):
         guess: dict[str, str] = {}
-        for ours in wanted:
-            near = difflib.get_close_matches(ours, names, n=1, cutoff=0.8)
-            options = [
-                *([ours] if ours in names else near),
-                *(name for name in _ALIASES.get(ours, ()) if name in names),
-            ]
+        for ours in required:
+            close = [ours] if ours in names else difflib.get_close_matches(ours, names, n=1, cutoff=0.8)
+            options = [*close, *(name for name in _ALIASES.get(ours, ()) if name in names)]
             free = [name for name in options if name not in guess.values()]
             if free:
                 guess[ours] = free[0]
-        if len(guess) == len(wanted):
-            return f" To read it, give --columns {','.join(f'{a}={b}' for a, b in guess.items() if a != b)}"
+        if len(guess) == len(required):
+            return f"to read it, pass --columns {','.join(f'{a}={b}' for a, b in guess.items() if a != b)}"
     if not format and len(names) == 2:
-        return f" If {names[0]} asks and {names[1]} answers, give --columns prompt={names[0]},completion={names[1]}"
-    return " Name the columns with --columns, for instance --columns prompt=QUESTION,completion=ANSWER"
+        return (
+            f"if {names[0]} is the question and {names[1]} the answer, pass "
+            f"--columns prompt={names[0]},completion={names[1]}"
+        )
+    return "name the columns with --columns, for example --columns prompt=QUESTION,completion=ANSWER"
+
+
+def _suggestion(name: str, known: Iterable[str], prefix: str = "") -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {prefix}{close[0]}?" if close else ""
 
 
 def _listed(values: Mapping[str, object]) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from veneer.data.dataset import Examples, Selected
+from veneer.data.dataset import Examples, Subset
 from veneer.data.example import Example
 from veneer.training.loop.job import Job
 from veneer.training.loop.trainer import MicroBatch, cut, passes
@@ -89,7 +89,7 @@ def smaller(rows: JobExamples, tokens: int) -> JobExamples:
 
 def lengths_of(examples: Sequence[Example]) -> list[int]:
     """The lengths of examples, without rendering them where that is possible."""
-    return examples.lengths if isinstance(examples, (Examples, Selected)) else [len(example) for example in examples]
+    return examples.lengths if isinstance(examples, (Examples, Subset)) else [len(example) for example in examples]
 
 
 def _end(example: Example, tokens: int) -> Example:

@@ -23,9 +23,9 @@ from veneer.checkpoints import attach
 from veneer.config import FULL, DataOptions, LowRankOptions, TrainOptions, default_learning_rate
 from veneer.data.chat.render import Renderer, RenderOptions
 from veneer.data.chat.template import read_template
-from veneer.data.check import CheckReport, Remarks
-from veneer.data.check_text import remark_lines
-from veneer.data.dataset import Examples, LoadReport, Selected, load_examples
+from veneer.data.check import CheckReport, RowChecks
+from veneer.data.check import warning_lines
+from veneer.data.dataset import Examples, LoadReport, Subset, load_examples
 from veneer.data.example import Example
 from veneer.data.hashing import data_hash, template_hash
 from veneer.data.rows.readers import splits
@@ -44,7 +44,7 @@ from veneer.training.run.parent_adapters import load_parents, seed_of
 class JobData:
     """The examples of a job. ``remarks``: notes about the rows. ``template``: a chat template in place of the base's."""
 
-    train: Examples | Selected
+    train: Examples | Subset
     held_out: list[Example]
     report: LoadReport
     data_hash: str
@@ -145,13 +145,13 @@ def load_data(options: TrainOptions, base: Base, limit: int) -> JobData:
     renderer = Renderer(base.tokenizer, rendering)
     shared: dict[str, Any] = {key: getattr(options, key) for key in ("format", "columns", "roles", "truncate")}
     checked = CheckReport(max_length=length)
-    remarks = Remarks(checked, renderer)
+    remarks = RowChecks(checked, renderer)
     files, valid = files_of(options)
-    train, report = load_examples(files, renderer, **shared, look=remarks.see)
+    train, report = load_examples(files, renderer, **shared, on_row=remarks.add)
     held_out: list[Example] = []
-    learn: Examples | Selected = train
+    learn: Examples | Subset = train
     if valid:
-        found, more = load_examples(valid, renderer, **shared, look=partial(remarks.see, held_out=True))
+        found, more = load_examples(valid, renderer, **shared, on_row=partial(remarks.add, held_out=True))
         held_out = found[:]
         report.cut, report.dropped = report.cut + more.cut, report.dropped + more.dropped
         report.lost += more.lost
@@ -165,7 +165,7 @@ def load_data(options: TrainOptions, base: Base, limit: int) -> JobData:
         data_hash=data_hash(learn),
         template_hash=template_hash(base.tokenizer, template),
         general=general,
-        remarks=[*_truncation_remarks(report, length), *remark_lines(checked)],
+        remarks=[*_truncation_remarks(report, length), *warning_lines(checked)],
         template=template,
     )
 
@@ -197,11 +197,11 @@ def _truncation_remarks(report: LoadReport, length: int) -> list[str]:
     return []
 
 
-def _split(examples: Examples, fraction: float) -> tuple[list[Example], Selected]:
+def _split(examples: Examples, fraction: float) -> tuple[list[Example], Subset]:
     """Hold out every k-th example, whatever the seed, so that all runs on one file are evaluated on the same rows."""
     every = max(2, round(1 / fraction))
     held_out = examples[every - 1 :: every]
-    learn = Selected(examples, (i for i in range(len(examples)) if i % every != every - 1))
+    learn = Subset(examples, (i for i in range(len(examples)) if i % every != every - 1))
     if not held_out or not learn:
         raise DataError(
             f"{len(examples)} examples are too few to hold out a fraction of {fraction:g}; give a file with valid"
@@ -280,7 +280,7 @@ def describe(setup: Setup, *, restored: bool) -> list[str]:
     for jobs in by_data.values():
         data = setup.data[jobs[0].name]
         prefix = "" if len(by_data) == 1 else f"{', '.join(job.name for job in jobs)}: "
-        lines += [f"{prefix}{line}" for line in data.report.stated]
+        lines += [f"{prefix}{line}" for line in data.report.notices]
         lines.append(
             f"{prefix}{len(data.train):,} example{'' if len(data.train) == 1 else 's'} ({data.report.trained:,} of "
             f"{data.report.tokens:,} tokens trained), {len(data.held_out):,} held out"
