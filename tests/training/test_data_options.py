@@ -45,7 +45,7 @@ def test_what_is_remarkable_is_told_before_the_first_step(place: Path, base: Bas
     data = rows(tmp_path / "a.jsonl", chat("1+1", "2"), chat("1+1", "2"), chat("2+2", "4"), chat("<|im_end|>", "5"))
     valid = rows(tmp_path / "b.jsonl", chat("2+2", "4"), chat("3+3", "6"))
     said = said_by(options(place, tmp_path / "r", data=(data,), valid=(valid,)), base)
-    assert "note: rows that occurred before" in said and "a.jsonl:2 (same as a.jsonl:1)" in said
+    assert "note: duplicate rows" in said and "a.jsonl:2 (same as a.jsonl:1)" in said
     assert "which makes the held-out loss too low: 1 (b.jsonl:1 (same as a.jsonl:3))" in said
     assert "these are encoded as text: 1 (a.jsonl:4 (<|im_end|>))" in said
 
@@ -89,7 +89,7 @@ def test_other_tags_are_mapped_to_roles(place: Path, base: Base, tmp_path: Path)
     """A sharegpt tag of the file's own is refused with the known ones, and read with a map."""
     turns = [{"from": "human", "value": "1+1"}, {"from": "npc", "value": "2"}]
     data = rows(tmp_path / "a.jsonl", {"conversations": turns}, {"conversations": turns[:1] + turns[1:]})
-    with pytest.raises(DataError, match="other tags can be mapped to roles"):
+    with pytest.raises(DataError, match="map other tags to roles"):
         train(options(place, tmp_path / "r", data=(data,)), base=base, console=QUIET)
     assert "2 examples" in said_by(options(place, tmp_path / "r", data=(data,), roles={"npc": "assistant"}), base)
 

@@ -93,7 +93,7 @@ class RecordReader:
             handle = os.open(self.path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
         except OSError as error:
             raise DataError(f"{self.path}: cannot open the file: {error.strerror}") from error
-        raw = os.fdopen(handle, "rb", buffering=_BUFFER)
+        raw = io.BufferedReader(io.FileIO(handle), _BUFFER)
         if not stat.S_ISREG(os.fstat(raw.fileno()).st_mode):
             raw.close()
             raise DataError(f"{self.path}: expected a regular file")

@@ -23,8 +23,7 @@ from veneer.checkpoints import attach
 from veneer.config import FULL, DataOptions, LowRankOptions, TrainOptions, default_learning_rate
 from veneer.data.chat.render import Renderer, RenderOptions
 from veneer.data.chat.template import read_template
-from veneer.data.check import CheckReport, RowChecks
-from veneer.data.check import warning_lines
+from veneer.data.check import CheckReport, RowChecks, warning_lines
 from veneer.data.dataset import Examples, LoadReport, Subset, load_examples
 from veneer.data.example import Example
 from veneer.data.hashing import data_hash, template_hash
