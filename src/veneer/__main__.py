@@ -1,4 +1,4 @@
-"""``python -m veneer`` is the same as ``veneer``."""
+"""``python -m veneer`` runs the command line."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from veneer.analysis.report import html_report
 from veneer.analysis.spectra import adapter_spectra, pearson, position_of
 from veneer.analysis.subspace import phi
 from veneer.checkpoints import attach, read_adapter
-from veneer.cli._spectra import add_spectra_arguments, run_spectra, wants_spectra
+from veneer.cli._spectra import add_spectra_arguments, run_spectra, spectra_requested
 from veneer.errors import ComposeError
 from veneer.testing import tiny
 
@@ -198,12 +198,12 @@ def made(tmp_path: Path) -> Path:
 
 def test_from_the_command_line(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Tables without and with the base, JSON, pictures and the page; a reduced adapter that loads onto the base."""
-    assert not wants_spectra(parsed(str(made / "lora")))
+    assert not spectra_requested(parsed(str(made / "lora")))
     assert run_spectra(parsed(str(made / "lora"), "--spectra")) == 0
     plain = capsys.readouterr().out
     assert "stable rank" in plain and "intruders" not in plain
     words = [str(made / "lora"), "--base", str(made / "base"), "--against", str(made / "dora")]
-    assert wants_spectra(parsed(*words)) and run_spectra(parsed(*words, "--json")) == 0
+    assert spectra_requested(parsed(*words)) and run_spectra(parsed(*words, "--json")) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["against"] == "dora" and len(found["sites"]) == 14 and found["intruders"] >= 0
     assert found["one_seed"] is False and len(found["subspaces"]) == 14

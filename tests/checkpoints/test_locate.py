@@ -10,7 +10,7 @@ from tests.checkpoints.helpers import make_folder
 import veneer
 from veneer.checkpoints import read_adapter
 from veneer.checkpoints.locate import adapter_of_job, adapters_at, find_adapter
-from veneer.cli._target import adapter_folders
+from veneer.cli._targets import adapter_folders
 from veneer.errors import CheckpointError
 from veneer.testing import tiny
 

@@ -61,7 +61,7 @@ def run(trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
 def test_a_run_is_used_by_its_folder(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """What train leaves is answered with, talked to, merged and gone on with; the merged model says what the adapter says."""
     code, out, _ = run(*TRAIN, "--out", "run")
-    assert code == 0 and "going on at step 3 of 3 (finished)" in out
+    assert code == 0 and "resuming at step 3 of 3 (finished)" in out
     code, answer, _ = run("generate", "run", "12+12", "--max-tokens", "8", "--dtype", "float32")
     assert code == 0 and answer.strip()
     code, both, _ = run("generate", "run", "12+12", "--max-tokens", "8", "--compare", "--json", "--dtype", "float32")
@@ -70,7 +70,9 @@ def test_a_run_is_used_by_its_folder(run: Run, monkeypatch: pytest.MonkeyPatch) 
     )
     monkeypatch.setattr("sys.stdin", io.StringIO("12+12\n/adapter base\n/again\n/save talk.jsonl\n/nonsense\n/exit\n"))
     code, said, _ = run("chat", "run", "--max-tokens", "8", "--dtype", "float32")
-    assert code == 0 and said.startswith(answer) and "now the base" in said and "/nonsense is no command" in said
+    assert (
+        code == 0 and said.startswith(answer) and "switched to the base" in said and "unknown command /nonsense" in said
+    )
     assert [turn["role"] for turn in json.loads(Path("talk.jsonl").read_text())["messages"]] == ["user", "assistant"]
     assert run("merge", "run", "--out", "merged")[0] == 0
     code, merged, _ = run("generate", "merged", "12+12", "--max-tokens", "8", "--dtype", "float32")
@@ -87,7 +89,7 @@ def test_a_run_is_used_by_its_folder(run: Run, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("words", "code", "says"),
     [
-        ("train", 2, "data names no file of examples: veneer train ROWS.jsonl"),
+        ("train", 2, "data names no file of examples; run veneer train ROWS.jsonl"),
         ("train none.jsonl --base base --out x", 2, "there is no file none.jsonl"),
         ("train holds --base base --out x", 1, "holds: expected a file train.jsonl"),
         ("train broken.jsonl --base base --out x", 1, "broken.jsonl:2: not valid JSON"),
@@ -97,8 +99,8 @@ def test_a_run_is_used_by_its_folder(run: Run, monkeypatch: pytest.MonkeyPatch) 
         ("train file --base base --out x", 1, "file: unknown file format"),
         ("train unknown.yaml", 2, "unknown.yaml, line 2: learning_rat: unknown option; did you mean learning_rate?"),
         ("train wrong.yaml", 2, "wrong.yaml, line 2: r: expected a whole number, found 'many'"),
-        ("train none.yaml", 2, "none.yaml: the configuration cannot be read"),
-        ("train train.jsonl --bas base --out x", 2, "there is no flag --bas"),
+        ("train none.yaml", 2, "none.yaml: cannot read the configuration"),
+        ("train train.jsonl --bas base --out x", 2, "unknown option --bas"),
         ("train train.jsonl --base nowhere/x --out x", 1, "'nowhere/x' is neither a folder here nor"),
         ("train train.jsonl --base base --out x --target-modules q_prj", 1, "did you mean q_proj"),
         ("train train.jsonl --base base --out x --set foo=1", 2, "foo: unknown option"),
@@ -110,10 +112,10 @@ def test_a_run_is_used_by_its_folder(run: Run, monkeypatch: pytest.MonkeyPatch) 
         ("train train.jsonl --base base --out x --resume-from step-1 --no-plan", 1, "x has no checkpoint step-1"),
         ("train train.jsonl --base base --out file", 1, "file cannot be written: it is a file"),
         ("train train.jsonl --base base --out file/x", 1, "file/x cannot be written: Not a directory"),
-        ("generate run", 2, "no prompt is given"),
+        ("generate run", 2, "no prompt given"),
         ("generate nowhere hi", 1, "'nowhere' is neither a folder here nor"),
-        ("generate holds hi", 1, "holds holds neither a base (config.json) nor an adapter"),
-        ("generate run --file none.txt", 1, "none.txt: there is no such file"),
+        ("generate holds hi", 1, "holds contains neither a base (config.json) nor an adapter"),
+        ("generate run --file none.txt", 1, "none.txt: no such file"),
         ("generate run hi --max-tokens 0", 2, "--max-tokens: expected at least 1"),
         ("generate run hi --base file", 1, "file of a kind that cannot be loaded"),
         ("chat", 2, "required: TARGET"),
@@ -121,20 +123,20 @@ def test_a_run_is_used_by_its_folder(run: Run, monkeypatch: pytest.MonkeyPatch) 
         ("chat run --top-p 0", 2, "--top-p: expected more than 0"),
         ("chat run --tempereture 1", 2, "did you mean --temperature?"),
         ("merge run", 2, "required: --out"),
-        ("merge nowhere --out x", 1, "nowhere is no adapter's folder"),
-        ("merge base --out x", 1, "base is no adapter's folder"),
+        ("merge nowhere --out x", 1, "nowhere holds no adapter"),
+        ("merge base --out x", 1, "base holds no adapter"),
         ("merge run --out holds", 1, "holds is a folder that is not empty"),
         ("merge run --out file/x", 1, "file/x cannot be written: a parent of it is a file"),
-        ("merge run:x --out x", 2, "'x' is no weight"),
+        ("merge run:x --out x", 2, "'x' is not a weight"),
         ("data show none.jsonl --base base", 1, "none.jsonl: no such file"),
         ("data show empty.jsonl --base base", 1, "empty.jsonl: the file is empty"),
-        ("data show train.jsonl --base base -n 0", 2, "-n must be at least 1"),
+        ("data show train.jsonl --base base -n 0", 2, "-n: expected at least 1"),
         ("data show train.jsonl --base base --html file/x.html", 1, "file/x.html cannot be written"),
         ("data show train.jsonl --base nowhere", 1, "'nowhere' is neither a folder here nor"),
         ("doctor --jsn", 2, "did you mean --json?"),
-        ("demo --steps 0", 2, "--steps must be at least 1"),
-        ("demo --out holds", 2, "holds holds something else than an earlier demo"),
-        ("demo --out holds --fresh", 2, "holds holds something else than an earlier demo"),
+        ("demo --steps 0", 2, "--steps: expected at least 1"),
+        ("demo --out holds", 2, "holds contains something other than an earlier demo"),
+        ("demo --out holds --fresh", 2, "holds contains something other than an earlier demo"),
         ("demo --out file", 2, "file is a file"),
         ("demo --out file/x", 1, "file/x cannot be written"),
         ("demo --method dore", 2, "invalid choice: 'dore'"),
@@ -229,8 +231,8 @@ def test_the_demo_writes_over_nothing_but_its_own(tmp_path: Path) -> None:
     rows = tmp_path / "data" / "train.jsonl"
     rows.parent.mkdir()
     rows.write_text(f'{{"messages": [{TURN}]}}\n')
-    with pytest.raises(ConfigError, match="something else than an earlier demo"):
-        demo._check_place(tmp_path)
+    with pytest.raises(ConfigError, match="something other than an earlier demo"):
+        demo._check_folder(tmp_path)
     rows.write_text(f'{{"messages": [{{"role": "user", "content": "{INSTRUCTION}"}}]}}\n')
-    demo._check_place(tmp_path)
-    demo._check_place(tmp_path / "new")
+    demo._check_folder(tmp_path)
+    demo._check_folder(tmp_path / "new")

@@ -123,9 +123,9 @@ def test_names_and_wishes_of_the_search(
     words = ["compose", f"{made}/lora", f"{made}/rslora", *data, "--out", f"{made}/out"]
     monkeypatch.setattr(search, "search_weights", lambda *args, **more: SearchResult((0.0, 0.0), 1.5, ()))
     for command, says, code in (
-        (["compose", f"{made}/lora:0.5", *words[2:], "--search"], "--search finds the weights itself", 2),
-        ([*words, "--limit", "0"], "--limit: expected 1 or more, found 0", 2),
-        ([*words, "--search"], "no mix of the adapters is better than the base alone (loss 1.5000)", 1),
+        (["compose", f"{made}/lora:0.5", *words[2:], "--search"], "--search finds the weights", 2),
+        ([*words, "--limit", "0"], "--limit: expected at least 1, found 0", 2),
+        ([*words, "--search"], "no mix has a lower loss on these examples than the base (1.5000)", 1),
     ):
         assert main(command) == code
         assert says in capsys.readouterr().err and not (made / "out").exists()
@@ -142,7 +142,7 @@ def test_operations_from_the_command_line(made: Path, capsys: pytest.CaptureFixt
         assert main(["compose", f"{made}/lora", f"{made}/dora", "--op", op, *more, "--out", f"{made}/{op}"]) == 0, op
         lines = capsys.readouterr().out.splitlines()
         assert lines[0].startswith(f"{op} of lora x 1 + dora x 1: a LoRA adapter of rank")
-        assert op == "outside" or lines[3].startswith("worst sites")
+        assert op == "outside" or lines[3].startswith("least accurate sites")
         assert routed(made, {op: 1.0}).isfinite().all()
 
 
@@ -158,16 +158,16 @@ def test_mistakes_are_one_sentence(made: Path, capsys: pytest.CaptureFixture[str
     next(iter(broken.tensors.values()))["lora_A"][0, 0] = float("nan")
     write_adapter(broken, made / "broken")
     for words, says, code in (
-        (["lora", "--rank", "0"], "--rank: expected 1 or more", 2),
+        (["lora", "--rank", "0"], "--rank: expected at least 1", 2),
         (["lora", "--rank", "5"], "rank 5 is above the maximum of the result, 4", 1),
         (["lora", "foreign"], "were made on different bases", 1),
         (["lora:1", "lora:-1"], "nothing is left", 1),
         (["lora", "dora", "--op", "iso-c"], "iso-c makes all singular values equal", 1),
         (["lora", "dora", "--op", "outside"], "nothing is left: the change of the DoRA adapter", 1),
-        (["lora", "--search"], "give --data FILE", 2),
+        (["lora", "--search"], "it needs --data FILE", 2),
         (["lora", "--base", f"{made}/other"], "was made on another base", 1),
         (["dora", "--base", f"{made}/lora"], "holds an adapter and no base model", 1),
-        (["lora", "nothing"], "no adapter's folder", 1),
+        (["lora", "nothing"], "holds no adapter", 1),
         (["deep", "--base", f"{made}/base"], "model.layers.2.mlp.down_proj: the base has no such layer", 1),
         (["fresh", "lora"], '"fresh" changes nothing', 1),
         (["broken", "lora"], "not finite", 1),

@@ -48,7 +48,7 @@ def test_ollama_folder(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The Modelfile names the base and the file beside it; without a GGUF base the base's name must be given."""
     words = ["export", f"{made}/lora", "--to", "ollama", "--out", f"{made}/o"]
     assert main(words) == 2
-    assert "say with --from" in capsys.readouterr().err and not (made / "o").exists()
+    assert "for Ollama with --from" in capsys.readouterr().err and not (made / "o").exists()
     assert main([*words, "--from", "tiny-llama", "--dtype", "f16"]) == 0
     assert (made / "o" / "Modelfile").read_text() == "FROM tiny-llama\nADAPTER ./adapter.gguf\n"
     assert (made / "o" / "adapter.gguf").is_file()
@@ -71,9 +71,9 @@ def test_cards(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "- lora x 0.5, tensors `" in text and "operation sum" in text
     capsys.readouterr()
     for words, says, code in (
-        (["lora", "dora", "--to", "card"], "a card is of one adapter", 2),
-        (["lora", "--to", "card", "--run", str(made)], "this is no run", 2),
-        (["lora", "--to", "gguf", "--rank", "0"], "--rank: expected 1", 2),
+        (["lora", "dora", "--to", "card"], "a model card describes one adapter", 2),
+        (["lora", "--to", "card", "--run", str(made)], "not a run", 2),
+        (["lora", "--to", "gguf", "--rank", "0"], "--rank: expected at least 1", 2),
     ):
         words = [str(made / w) if w in ("lora", "dora") else w for w in words]
         assert main(["export", *words, "--out", f"{made}/x"]) == code

@@ -143,7 +143,7 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     words = ["extract", "--base", f"{tmp_path}/base", "--tuned", str(tuned), "--rank", "4"]
     assert main([*words, "--out", f"{tmp_path}/a"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "LoRA adapter of rank 4 at 14 sites" in lines[0] and "does not cover" in lines[2]
+    assert "LoRA adapter of rank 4 at 14 sites" in lines[0] and "not included" in lines[2]
     attach_with_folders(saved(tmp_path / "again")).load(tmp_path / "a", name="a")
     assert read_adapter(tmp_path / "a").meta["receipt"]["made_by"]["tuned"] == str(tuned)
     assert (
@@ -200,7 +200,7 @@ def test_what_lies_outside_is_told(tmp_path: Path, capsys: pytest.CaptureFixture
     assert set(found(tmp_path / "base", wider, rank=2).unlike) == {"model.embed_tokens.weight", "lm_head.weight"}
     words = ["extract", "--base", f"{tmp_path}/base", "--rank", "2", "--out", f"{tmp_path}/out"]
     assert main([*words, "--tuned", str(wider)]) == 0
-    assert "one model lacks, or has in another shape: " in capsys.readouterr().out
+    assert "only one model has them or their shapes differ: " in capsys.readouterr().out
     without = changed("without", {key: value for key, value in held.items() if key != "model.norm.weight"})
     assert found(tmp_path / "base", without, rank=2).unlike == ["model.norm.weight"]
     broken = changed("broken", {key: v * float("nan") if key == "model.norm.weight" else v for key, v in held.items()})

@@ -83,12 +83,12 @@ def test_mistakes_are_one_sentence(made: Path, capsys: pytest.CaptureFixture[str
     (made / "bytes").write_bytes(b"\xff\xfe\x00")
     rows = ["--data", f"{made}/rows.jsonl"]
     for words, says, code in (
-        ([], "nothing to judge on", 2),
+        ([], "no examples given", 2),
         ([*rows, "--mix", "other:1"], "'other' is not loaded", 2),
-        ([*rows, "--mix", "lora:many"], "'many' is no weight", 2),
-        ([*rows, "--mix", "lora:nan"], "'nan' is no weight", 2),
+        ([*rows, "--mix", "lora:many"], "'many' is not a weight", 2),
+        ([*rows, "--mix", "lora:nan"], "'nan' is not a weight", 2),
         ([*rows, "--against", "nobody"], "--against nobody", 2),
-        ([*rows, "--limit", "0"], "--limit: expected 1 or more", 2),
+        ([*rows, "--limit", "0"], "--limit: expected at least 1", 2),
         (["--data", f"{made}/none.jsonl"], "none.jsonl", 1),
         (["--general-text", f"{made}/bytes"], "cannot be read as UTF-8", 1),
     ):

@@ -11,7 +11,7 @@ from tests.compose.made import saved, trained
 
 from veneer.adapters import LoRA
 from veneer.checkpoints import write_adapter
-from veneer.cli._mix import parse_mix
+from veneer.cli._parents import parse_mix
 from veneer.cli.main import main
 from veneer.cli.merge import parse_size
 from veneer.errors import ConfigError
@@ -36,8 +36,8 @@ def test_merge_and_report(made: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert json.loads((made / "out" / "merge_report.json").read_text()) == report
     assert main(["merge", f"{made}/big", "--out", f"{made}/plain", "--sites", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "is kept" in lines[1] and lines[3].startswith("worst sites") and lines[6] == ""
-    assert any(line.startswith("largest logit difference to the adapted model") for line in lines)
+    assert "is kept" in lines[1] and lines[3].startswith("least accurate sites") and lines[6] == ""
+    assert any(line.startswith("logits: at most") for line in lines)
 
 
 def test_rounding_away_is_refused(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -64,9 +64,9 @@ def test_mistakes_are_one_sentence(made: Path, capsys: pytest.CaptureFixture[str
     bank.save("foreign", made / "foreign")
     out = ["--out", f"{made}/out", "--no-probe"]
     for words, says, code in (
-        ([f"{made}/nothing", *out], "no adapter's folder", 1),
-        ([f"{made}/big:much", *out], "is no weight", 2),
-        ([f"{made}/base", *out], "no adapter's folder", 1),
+        ([f"{made}/nothing", *out], "holds no adapter", 1),
+        ([f"{made}/big:much", *out], "is not a weight", 2),
+        ([f"{made}/base", *out], "holds no adapter", 1),
         ([f"{made}/foreign", "--base", f"{made}/base", *out], "was made on another base", 1),
         ([f"{made}/big", "--out", f"{made}/base"], "a folder that is not empty", 1),
         ([f"{made}/big", "--shard-size", "many", *out], "--shard-size", 2),
@@ -87,7 +87,7 @@ def test_mixes_are_read(made: Path) -> None:
     assert parse_mix([str(a), f"{b}:2"]) == [(a, "big", 1.0), (b, "small", 2.0)]
     with pytest.raises(ConfigError, match="finite"):
         parse_mix([f"{a}:nan"])
-    with pytest.raises(ConfigError, match="there is no adapter"):
+    with pytest.raises(ConfigError, match="no adapter given"):
         parse_mix([","])
 
 

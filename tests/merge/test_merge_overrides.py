@@ -83,7 +83,7 @@ def test_from_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     bank.insert(trained(saved(tmp_path / "t"), OWN["head"]))
     bank.save("a", tmp_path / "a", base_name=str(tmp_path / "base"))
     assert main(["merge", f"{tmp_path}/a", "--out", f"{tmp_path}/out"]) == 0, capsys.readouterr().err
-    assert "largest logit difference" in capsys.readouterr().out
+    assert "logits: at most" in capsys.readouterr().out
     assert main(["compose", f"{tmp_path}/a", "--out", f"{tmp_path}/c"]) == 1
     assert "has its own weight at lm_head, which cannot be composed; veneer merge" in capsys.readouterr().err
     with pytest.raises(ComposeError, match="cannot be composed"):

@@ -18,7 +18,7 @@ from tests.project.source import PACKAGE
 
 from veneer.cli import doctor
 from veneer.cli import main as cli
-from veneer.cli._failure import explain
+from veneer.cli._error_text import explain
 from veneer.cli._parser import Parser
 from veneer.errors import ConfigError, DataError
 
@@ -59,7 +59,7 @@ def shell(*words: str, **settings: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, **settings)
 
 
-@pytest.mark.parametrize("name", ["", *cli.available()])
+@pytest.mark.parametrize("name", ["", *cli.COMMANDS])
 def test_help_needs_nothing_heavy(name: str) -> None:
     """``--help`` of any command ends with 0 and imports neither torch nor anything else that takes long."""
     words = [*name.split(), "--help"]
@@ -72,7 +72,7 @@ def test_help_needs_nothing_heavy(name: str) -> None:
     assert done.stdout.startswith("usage: veneer")
 
 
-@pytest.mark.parametrize("name", ["", *cli.available()])
+@pytest.mark.parametrize("name", ["", *cli.COMMANDS])
 def test_help_answers_within_half_a_second(name: str) -> None:
     """One start of five, process and all; a busy machine slows some of them, not all."""
     times = []
@@ -89,22 +89,22 @@ def test_overview_lists_what_is_there_and_nothing_else(run: Run) -> None:
     """Every file of a command is listed with its line, and no command without a file."""
     code, out, _ = run("--help")
     files = {path.stem for path in (PACKAGE / "cli").glob("*.py") if not path.stem.startswith("_")} - {"main"}
-    assert code == 0 and {name.replace(" ", "_") for name in cli.available()} == files
-    assert all(f"  {name} " in out for name in cli.available())
+    assert code == 0 and {name.replace(" ", "_") for name in cli.COMMANDS} == files
+    assert all(f"  {name} " in out for name in cli.COMMANDS)
     assert run() == (0, out, "")
 
 
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["doktor"], "there is no command 'doktor'; did you mean doctor?"),
-        (["zzz"], "there is no command 'zzz'; veneer --help lists them"),
-        (["config", "shema"], "there is no command 'config shema'; did you mean config schema?"),
-        (["doctor", "--jsn"], "there is no flag --jsn; did you mean --json?"),
-        (["doctor", "--js"], "there is no flag --js; did you mean --json?"),
-        (["doctor", "x"], "'x' is one word too many; veneer doctor --help says more"),
-        (["doctor", "--json=1"], "argument --json: ignored explicit argument '1'; veneer doctor --help says more"),
-        (["--jsn", "doctor"], "--jsn stands before the command; write: veneer COMMAND --jsn ..."),
+        (["doktor"], "unknown command 'doktor'; did you mean doctor?"),
+        (["zzz"], "unknown command 'zzz'; veneer --help lists the commands"),
+        (["config", "shema"], "unknown command 'config shema'; did you mean config schema?"),
+        (["doctor", "--jsn"], "unknown option --jsn; did you mean --json?"),
+        (["doctor", "--js"], "unknown option --js; did you mean --json?"),
+        (["doctor", "x"], "unexpected argument 'x'; see veneer doctor --help"),
+        (["doctor", "--json=1"], "--json: ignored explicit argument '1'; see veneer doctor --help"),
+        (["--jsn", "doctor"], "the option --jsn comes before the command; write: veneer COMMAND --jsn ..."),
     ],
 )
 def test_wrong_usage_is_one_line_and_exits_with_two(run: Run, words: list[str], says: str) -> None:
@@ -133,7 +133,7 @@ def test_a_bug_says_that_it_is_one(run: Run, fake: Callable[..., None]) -> None:
     """Any other exception is one line with its type, and the way to see more."""
     fake(KeyError("x"))
     code, out, err = run("doctor")
-    says = "this is a bug in veneer: KeyError: 'x'; run again with --debug to see where"
+    says = "this is a bug in veneer: KeyError: 'x'; run again with --debug for the traceback"
     assert (code, out, err) == (1, "", f"veneer: error: {says}\n")
     fake(ZeroDivisionError("several\nlines"))
     assert run("doctor")[2].count("\n") == 1
@@ -142,7 +142,7 @@ def test_a_bug_says_that_it_is_one(run: Run, fake: Callable[..., None]) -> None:
 def test_stopping_is_no_error(run: Run, fake: Callable[..., None]) -> None:
     """Ctrl-C is one line and the shell's own code; exit codes of commands pass through."""
     fake(KeyboardInterrupt())
-    assert run("doctor") == (130, "", "veneer: stopped\n")
+    assert run("doctor") == (130, "", "veneer: interrupted\n")
     fake(1)
     assert run("doctor")[0] == 1
 
@@ -154,7 +154,7 @@ def test_stopping_is_no_error(run: Run, fake: Callable[..., None]) -> None:
         (errno.EACCES, "permission denied"),
         (errno.EROFS, "read-only"),
         (errno.ENOENT, "no such file"),
-        (errno.EISDIR, "is a folder"),
+        (errno.EISDIR, "found a folder"),
         (errno.EXDEV, os.strerror(errno.EXDEV)),
     ],
 )
@@ -185,7 +185,7 @@ def test_letters_that_the_terminal_lacks_are_no_crash(tmp_path: Path) -> None:
     """In a locale of ASCII, an error about a file with an umlaut is still told."""
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
     done = shell("döctor", env=environment)
-    assert done.returncode == 2 and done.stderr.startswith("veneer: error: there is no command")
+    assert done.returncode == 2 and done.stderr.startswith("veneer: error: unknown command")
 
 
 def test_version(run: Run) -> None:
@@ -224,7 +224,7 @@ def test_doctor_says_what_is_missing(run: Run, monkeypatch: pytest.MonkeyPatch, 
 
 def test_commands_load_through_their_own_file() -> None:
     """Each command's module has the two functions that the dispatcher calls, and its parser can be made."""
-    for name in cli.available():
+    for name in cli.COMMANDS:
         parser, module = cli.parser_of(name)
         assert isinstance(module, ModuleType) and callable(module.run)
         assert parser.prog == f"veneer {name}"

@@ -11,7 +11,7 @@ import pytest
 from tests.project.source import ROOT
 
 import veneer
-from veneer.cli.main import available, parser_of
+from veneer.cli.main import COMMANDS, parser_of
 
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 
@@ -44,7 +44,7 @@ def test_commands_parse(line: str) -> None:
         words = words[: words.index(stop)] if stop in words else words
     if words in (["--help"], ["--version"]):
         return
-    known = available()
+    known = COMMANDS
     name = next(name for name in (" ".join(words[:2]), words[0]) if name in known)
     parser, _ = parser_of(name)
     rest = words[len(name.split()) :]

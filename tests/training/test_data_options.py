@@ -115,7 +115,7 @@ def test_another_template_is_kept_with_the_adapter_and_used(
     assert adapter.meta["receipt"]["template_sha256"] == template_hash(base.tokenizer, TEMPLATE)
     command = ["generate", str(result.adapter), "1+1", "--base", str(place / "base"), "--max-tokens", "2"]
     assert main(command) == 0
-    assert "the chat template is the one in the adapter's folder" in capsys.readouterr().err
+    assert "using the chat template in the adapter folder" in capsys.readouterr().err
     (result.adapter / "chat_template.jinja").write_text(TEMPLATE.replace(": ", "; "), encoding="utf-8")
     assert main(command) == 0
     assert "is not the one that this adapter was trained with" in capsys.readouterr().err

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from veneer.checkpoints.run_state import Lock
-from veneer.cli._runs import INDEX, Row, list_runs
+from veneer.cli._run_list import INDEX, JobStatus, list_runs
 from veneer.cli.main import main
 
 
@@ -50,9 +50,9 @@ def test_every_job_is_listed_with_its_state_losses_and_adapter(tmp_path: Path) -
     write_adapter(two / "adapters" / "a")
     (tmp_path / "no-run").mkdir()
     assert list_runs(tmp_path) == [
-        Row(str(two), "a", "finished", "", 3, 2.0, 2.5, 2.5, "some/base", str(two / "adapters" / "a")),
-        Row(str(two), "b", "failed", "the loss is nan", 3, 2.0, 2.5, 2.5, "some/base", None),
-        Row(str(one), "one", "finished", "", 3, 2.0, 2.5, 2.5, "some/base", str(one / "adapter")),
+        JobStatus(str(two), "a", "finished", "", 3, 2.0, 2.5, 2.5, "some/base", str(two / "adapters" / "a")),
+        JobStatus(str(two), "b", "failed", "the loss is nan", 3, 2.0, 2.5, 2.5, "some/base", None),
+        JobStatus(str(one), "one", "finished", "", 3, 2.0, 2.5, 2.5, "some/base", str(one / "adapter")),
     ]
 
 
@@ -137,9 +137,9 @@ def test_the_index_is_the_same_from_another_folder(
 def test_a_folder_without_runs_and_one_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """An empty folder is no error; a missing one is, in one sentence."""
     assert main(["runs", str(tmp_path)]) == 0
-    assert "holds no runs" in capsys.readouterr().out
+    assert "contains no runs" in capsys.readouterr().out
     assert main(["runs", str(tmp_path / "none")]) == 1
-    assert "there is no such folder" in capsys.readouterr().err
+    assert "no such folder" in capsys.readouterr().err
 
 
 def test_the_list_needs_no_torch(tmp_path: Path) -> None:
@@ -154,14 +154,14 @@ def test_a_job_is_paused_and_cancelled_from_outside(tmp_path: Path, capsys: pyte
     """Requests wait in the run's folder beside each other; what cannot be asked for is one sentence."""
     run = write_run(tmp_path / "a", {"sql": saved_job("running"), "style": saved_job("finished")})
     assert main(["runs", str(run), "--pause", "sql"]) == 0
-    assert f"{run}: pause sql, when the run goes on" in capsys.readouterr().out
+    assert f"{run}: pause sql, when the run is resumed" in capsys.readouterr().out
     with Lock(run):
         assert main(["runs", str(run), "--cancel", "*"]) == 0
-    assert "cancel all jobs, after this round" in capsys.readouterr().out
+    assert "cancel all jobs, after the current step" in capsys.readouterr().out
     assert json.loads((run / "control.json").read_text()) == {"sql": "pause", "*": "cancel"}
     for wrong, says in (
-        ([str(run), "--pause", "style"], 'has no job "style" that goes on; those that do: sql'),
-        ([str(tmp_path), "--pause", "sql"], "is not a run; name the run's own folder"),
+        ([str(run), "--pause", "style"], 'has no unfinished job "style"; unfinished jobs: sql'),
+        ([str(tmp_path), "--pause", "sql"], "is not a run; name the folder of one run"),
     ):
         assert main(["runs", *wrong]) == 1
         assert says in capsys.readouterr().err

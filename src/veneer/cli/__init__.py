@@ -1,10 +1,10 @@
-"""The command line. One file a command, imported when the command is called: ``data show`` is ``data_show.py``.
+"""The command line. Each command is one file, imported only when it runs: ``veneer data show`` is ``data_show.py``.
 
 A command's file has two functions:
 
-    add_arguments(parser)   must not import torch, so that ``--help`` answers at once
-    run(args) -> int        the exit code; errors of the user are raised as ``veneer.errors.VeneerError``
+    add_arguments(parser)   declares the arguments; must not import torch, so that ``--help`` is fast
+    run(args) -> int        runs the command and returns the exit code; raises ``VeneerError`` for user errors
 
-``main.py`` holds the list of commands and turns errors into one line and an exit code. Files that begin with an
-underscore are helpers that commands share.
+``main.py`` lists the commands and turns exceptions into one line and an exit code. Files whose name starts with an
+underscore hold code that several commands share.
 """

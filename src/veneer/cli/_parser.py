@@ -1,33 +1,100 @@
-"""argparse, with errors of our own tree and a suggestion for a flag that is nearly right."""
+"""An argparse parser that raises Veneer's errors, and the arguments that several commands share."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from veneer.config import near_miss
 from veneer.errors import ConfigError
 
+DTYPES = ("auto", "float32", "bfloat16")
+
 
 class Parser(argparse.ArgumentParser):
-    """Takes flags in full only, and raises ConfigError where argparse would print usage and leave."""
+    """Accepts options in full only, in any order with other arguments, and raises ConfigError instead of exiting."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(allow_abbrev=False, **settings)
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; {self.prog} --help says more")
+        raise ConfigError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
 
     def parse_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> argparse.Namespace:
-        """Parse everything, flags and other words in any order, or raise ConfigError that names what is not known."""
+        """Parse all arguments.
+
+        Raises:
+            ConfigError: An argument is unknown, missing or invalid; the message suggests the closest known option.
+        """
         parsed, unknown = self.parse_known_intermixed_args(args, namespace)
         flags = [word.partition("=")[0] for word in unknown if word.startswith("-") and len(word) > 1]
         if flags:
             known = [flag for flag in self._option_string_actions if flag.startswith("--")]
-            raise ConfigError("; ".join(f"there is no flag {flag}{near_miss(flag, known)}" for flag in flags))
+            raise ConfigError("; ".join(f"unknown option {flag}{near_miss(flag, known)}" for flag in flags))
         if unknown:
-            self.error(f"{unknown[0]!r} is one word too many")
+            self.error(f"unexpected argument {unknown[0]!r}")
         return parsed
+
+
+def at_least(minimum: int) -> Callable[[str], int]:
+    """Return an argparse type for integers of at least ``minimum``."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected an integer, found {text!r}") from None
+        if value < minimum:
+            raise argparse.ArgumentTypeError(f"expected at least {minimum}, found {value}")
+        return value
+
+    return parse
+
+
+def number(expected: str, accepts: Callable[[float], bool]) -> Callable[[str], float]:
+    """Return an argparse type for finite numbers that ``accepts`` approves; ``expected`` describes them in errors."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and accepts(value)):
+            raise argparse.ArgumentTypeError(f"expected {expected}, found {text}")
+        return value
+
+    return parse
+
+
+def add_json(parser: argparse.ArgumentParser, what: str = "print the report as JSON") -> None:
+    """Declare ``--json``."""
+    parser.add_argument("--json", action="store_true", help=what)
+
+
+def add_dtype(parser: argparse.ArgumentParser) -> None:
+    """Declare ``--dtype`` for the base in memory."""
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="data type of the base weights in memory (default: auto)"
+    )
+
+
+def add_force(parser: argparse.ArgumentParser) -> None:
+    """Declare ``--force``."""
+    parser.add_argument(
+        "--force",
+        action="append",
+        default=[],
+        metavar="CHECK",
+        help="skip a check: base, receipt, config, scale or embeddings; repeat for several",
+    )
+
+
+def add_sites(parser: argparse.ArgumentParser, which: str) -> None:
+    """Declare ``--sites N``, the length of the table of sites."""
+    parser.add_argument(
+        "--sites", type=at_least(0), default=5, metavar="N", help=f"show the {which} N sites (default: 5)"
+    )

@@ -1,8 +1,8 @@
-"""``veneer chat TARGET...``: a conversation in the terminal, with the adapter changed as one goes.
+"""``veneer chat TARGET...``: chat in the terminal, with commands to switch adapters.
 
-/adapter NAME|base   go on with another adapter, or the base      /again    answer the last message anew
-/system TEXT         set the system message and start over        /reset    start over
-/save FILE           write the conversation as a row of examples  /help  /exit
+/adapter NAME|base   switch to another adapter, or to the base   /again    answer the last message again
+/system TEXT         set the system message and start over       /reset    start over
+/save FILE           append the conversation to FILE as a row    /help  /exit
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from veneer.cli._target import add_target_arguments, load_targets
-from veneer.cli.generate import add_sampling_arguments, check_sampling
+from veneer.cli._targets import add_target_arguments, load_targets
+from veneer.cli.generate import add_sampling_arguments, sampling_of
 from veneer.config import near_miss
 from veneer.errors import VeneerError
 
@@ -22,30 +22,28 @@ if TYPE_CHECKING:
     from veneer.evaluate.generation import Generator, Sampling
 
 _HELP = __doc__.split("\n\n", 1)[1].rstrip()
-_COMMANDS = ("/adapter", "/system", "/save", "/again", "/reset", "/help", "/exit", "/quit")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the command."""
+    """Declare the arguments."""
     add_target_arguments(parser, several=True)
-    parser.add_argument("--system", metavar="TEXT", help="the system message")
+    parser.add_argument("--system", metavar="TEXT", help="system message")
     add_sampling_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command."""
-    check_sampling(args)
-    from veneer.evaluate.generation import Generator, Sampling
+    """Chat until the user ends the conversation."""
+    from veneer.evaluate.generation import Generator
 
     loaded = load_targets(args.target, args.base, args.dtype, force=args.force)
     generator = Generator(loaded.base.model, loaded.base.tokenizer, loaded.bank)
-    sampling = Sampling(args.max_tokens, args.temperature, args.top_p, args.seed)
-    chat = Chat(generator, loaded.names, sampling, args.system)
-    if sys.stdin.isatty():
-        print(f"{loaded.base.name}, {chat.speaker}. /help lists the commands, /exit or Ctrl-D ends.")
+    chat = Chat(generator, loaded.names, sampling_of(args), args.system)
+    interactive = sys.stdin.isatty()
+    if interactive:
+        print(f"{loaded.base.name}, {chat.speaker}. Type /help for the commands; /exit or Ctrl-D ends the chat.")
     while chat.open:
         try:
-            line = input("> " if sys.stdin.isatty() else "")
+            line = input("> " if interactive else "")
         except EOFError:
             break
         chat.take(line)
@@ -53,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 class Chat:
-    """One conversation: messages so far, and who answers."""
+    """A conversation: the messages so far, and the adapter that answers."""
 
     def __init__(self, generator: Generator, names: list[str], sampling: Sampling, system: str | None) -> None:
         self.generator = generator
@@ -67,15 +65,15 @@ class Chat:
 
     @property
     def speaker(self) -> str:
-        """Who answers, in words."""
+        """The adapter that answers, or the base."""
         return f"adapter {self.route}" if self.route else "the base"
 
     def reset(self) -> None:
-        """Start over."""
+        """Start a new conversation."""
         self.messages = [] if self.system is None else [{"role": "system", "content": self.system}]
 
     def take(self, line: str) -> None:
-        """One line from the user: a command or a message."""
+        """Handle one line of input: a command or a message."""
         if not line.strip():
             return
         if not line.startswith("/"):
@@ -94,7 +92,7 @@ class Chat:
             "/quit": self._end,
         }
         if word not in actions:
-            print(f"{word} is no command{near_miss(word, _COMMANDS) or '; /help lists them'}")
+            print(f"unknown command {word}{near_miss(word, actions) or '; /help lists the commands'}")
             return
         try:
             actions[word]()
@@ -102,7 +100,7 @@ class Chat:
             print(f"{rest.strip()}: {error.strerror}")
 
     def answer(self) -> None:
-        """Let the present speaker answer; Ctrl-C ends the answer, not the conversation."""
+        """Generate an answer; Ctrl-C ends the answer, not the conversation."""
         pieces: list[str] = []
         try:
             for piece in self.generator.stream(self.messages, self.route, self.sampling):
@@ -124,18 +122,15 @@ class Chat:
         if self.messages and self.messages[-1]["role"] == "user":
             self.answer()
         else:
-            print("there is no message to answer yet")
+            print("there is no message to answer")
 
     def _switch(self, name: str) -> None:
-        if name == "base":
-            self.route = None
-        elif name in self.names:
-            self.route = name
+        if name == "base" or name in self.names:
+            self.route = None if name == "base" else name
+            print(f"switched to {self.speaker}")
         else:
-            have = ", ".join([*self.names, "base"])
-            print(f"{name or 'nothing'} is not loaded; there is: {have}")
-            return
-        print(f"now {self.speaker}")
+            available = ", ".join([*self.names, "base"])
+            print(f"{f'{name} is not loaded' if name else 'name an adapter'}; available: {available}")
 
     def _set_system(self, text: str) -> None:
         self.system = text.strip() or None
@@ -143,15 +138,15 @@ class Chat:
 
     def _restart(self) -> None:
         self.reset()
-        print("a new conversation")
+        print("started a new conversation")
 
     def _save(self, file: str) -> None:
         if not file:
-            print("/save needs a file's name")
+            print("/save needs a file name")
             return
         with Path(file).open("a", encoding="utf-8") as out:
             out.write(json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n")
-        print(f"added to {file} as one row of examples")
+        print(f"appended the conversation to {file} as one row")
 
     def _end(self) -> None:
         self.open = False

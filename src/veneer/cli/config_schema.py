@@ -1,7 +1,7 @@
-"""``veneer config schema``: the options of a training run as JSON Schema.
+"""``veneer config schema``: print the JSON Schema of the training options.
 
-Save it beside a configuration, name it in the first line (``# yaml-language-server: $schema=run.schema.json``), and an
-editor completes and checks the options.
+Save the schema beside a configuration and name it in the first line, ``# yaml-language-server: $schema=run.schema.json``;
+editors then complete and check the options.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """There is nothing to choose."""
+    """Declare no arguments."""
 
 
 def run(args: argparse.Namespace) -> int:

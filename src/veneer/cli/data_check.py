@@ -1,22 +1,23 @@
-"""``veneer data check FILE``: what is wrong or remarkable about a file of examples; exit code 1 if a row is unusable."""
+"""``veneer data check FILE``: report problems of a file of examples; the exit code is 1 if a row is unusable."""
 
 from __future__ import annotations
 
 import argparse
-import json
 
-from veneer.cli._data import add_row_arguments, pairs_of, renderer_of
+from veneer.cli._output import as_json
+from veneer.cli._parser import add_json
+from veneer.cli._row_arguments import add_row_arguments, pairs_of, renderer_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the command."""
+    """Declare the arguments."""
     add_row_arguments(parser)
-    parser.add_argument("--valid", metavar="FILE", help="held-out examples, none of which may be among the others")
-    parser.add_argument("--json", action="store_true", help="the whole report as one JSON object")
+    parser.add_argument("--valid", metavar="FILE", help="held-out examples; duplicates of training rows are reported")
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command."""
+    """Print the report."""
     columns, roles = pairs_of("--columns", args.columns), pairs_of("--roles", args.roles)
     from veneer.data.rows.readers import splits
 
@@ -26,8 +27,5 @@ def run(args: argparse.Namespace) -> int:
     from veneer.data.check import check_files, report_lines
 
     report = check_files([found["train"]], renderer, valid=valid, format=args.format, columns=columns, roles=roles)
-    if args.json:
-        print(json.dumps(report.as_dict(), ensure_ascii=False, indent=2))
-    else:
-        print("\n".join(report_lines(report)))
+    print(as_json(report.as_dict()) if args.json else "\n".join(report_lines(report)))
     return 0 if report.usable else 1

@@ -1,4 +1,4 @@
-"""``veneer data show FILE``: rows as the model will see them, with the trained tokens marked."""
+"""``veneer data show FILE``: show rows as the model sees them, with the trained tokens marked."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from veneer.cli._data import add_row_arguments, pairs_of, renderer_of
-from veneer.errors import ConfigError, DataError
+from veneer.cli._parser import at_least
+from veneer.cli._row_arguments import add_row_arguments, pairs_of, renderer_of
+from veneer.errors import DataError
 
 if TYPE_CHECKING:
     from veneer.data.chat.render import Rendered
@@ -18,18 +19,16 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the command."""
+    """Declare the arguments."""
     add_row_arguments(parser)
-    parser.add_argument("-n", type=int, default=3, metavar="N", help="how many rows (default: 3)")
-    parser.add_argument("--skip", type=int, default=0, metavar="N", help="rows to pass over first")
-    parser.add_argument("--ids", action="store_true", help="one token a line, with its id")
-    parser.add_argument("--html", metavar="OUT", help="write a page instead, one file that needs nothing else")
+    parser.add_argument("-n", type=at_least(1), default=3, metavar="N", help="number of rows to show (default: 3)")
+    parser.add_argument("--skip", type=at_least(0), default=0, metavar="N", help="number of rows to skip first")
+    parser.add_argument("--ids", action="store_true", help="print one token per line, with its id")
+    parser.add_argument("--html", metavar="FILE", help="write a self-contained HTML page instead")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command."""
-    if args.n < 1 or args.skip < 0:
-        raise ConfigError(f"-n must be at least 1 and --skip at least 0, found {args.n} and {args.skip}")
+    """Print the rows, or write them as a page; the exit code is 1 if one of them is unusable."""
     columns, roles = pairs_of("--columns", args.columns), pairs_of("--roles", args.roles)
     from veneer.data.rows.readers import splits
     from veneer.data.rows.shapes import RowReader
@@ -48,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
         else:
             shown += [(rendered, shown_tokens(rendered, renderer.encoder)) for rendered in found]
     if not shown and not bad:
-        raise DataError(f"{args.file}: there is no row behind the first {args.skip}")
+        raise DataError(f"{args.file}: there is no row after the first {args.skip}")
     notices = [*rows.notices(), *renderer.notices(rows.shape.format)]
     if args.html:
         _write_page(Path(args.html), shown, rows.path.name, notices)
@@ -56,13 +55,11 @@ def run(args: argparse.Namespace) -> int:
     else:
         print("\n".join(notices))
         _print(shown, ids=args.ids)
-    nothing = [rendered.source for rendered, _ in shown if not rendered.trained]
-    for reason in [
-        *map(str, bad),
-        *(f"{source}: nothing to learn: none of its tokens is trained" for source in nothing),
-    ]:
-        print(f"\nunusable: {reason}")
-    return 1 if bad or nothing else 0
+    untrained = [rendered.source for rendered, _ in shown if not rendered.trained]
+    problems = [*map(str, bad), *(f"{source}: nothing to learn: none of its tokens is trained" for source in untrained)]
+    for problem in problems:
+        print(f"\nunusable: {problem}")
+    return 1 if problems else 0
 
 
 def _print(shown: list[tuple[Rendered, list[ShownToken]]], *, ids: bool) -> None:
@@ -70,7 +67,7 @@ def _print(shown: list[tuple[Rendered, list[ShownToken]]], *, ids: bool) -> None
 
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     if not colour and not ids:
-        print("trained tokens stand between [[ and ]]")
+        print("trained tokens are between [[ and ]]")
     for rendered, tokens in shown:
         print(f"\n{summary(rendered)}")
         if ids:
@@ -90,4 +87,4 @@ def _write_page(path: Path, shown: list[tuple[Rendered, list[ShownToken]]], titl
     try:
         replace_text(path, html_page(shown, title, notices))
     except OSError as error:
-        raise DataError(f"{path} cannot be written: {error.strerror}; choose another path with --html") from error
+        raise DataError(f"{path} cannot be written: {error.strerror}; choose another file with --html") from error

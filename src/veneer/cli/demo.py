@@ -1,19 +1,22 @@
-"""``veneer demo``: the whole story on the embedded model, in a few minutes and without any data but Python's own.
+"""``veneer demo``: train, evaluate and compare an adapter on the embedded model, in a few minutes and without downloads.
 
-A function of the standard library goes in, the first sentence of its docstring comes out. Modules are held out whole. The run
-that the demo leaves behind is an ordinary one: everything that ``veneer train`` writes is there to look at and go on with.
+The task is to write the first sentence of a function's docstring. The examples come from Python's standard library;
+entire modules are held out. The demo writes an ordinary run, as ``veneer train`` does.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shlex
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from veneer.cli._parser import at_least
 from veneer.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -27,29 +30,23 @@ _SHOWN_ROWS, _SHOWN_ANSWERS = 2, 3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the command."""
-    parser.add_argument("--out", metavar="DIR", default="runs/demo", help="folder of the run (default: runs/demo)")
-    parser.add_argument("--steps", type=int, default=70, metavar="N", help="optimizer steps (default: 70)")
+    """Declare the arguments."""
+    parser.add_argument("--out", metavar="DIR", default="runs/demo", help="folder for the run (default: runs/demo)")
     parser.add_argument(
-        "--method", choices=("lora", "dora"), default="lora", help="how the weights are adapted (default: lora)"
+        "--steps", type=at_least(1), default=70, metavar="N", help="number of optimizer steps (default: 70)"
     )
+    parser.add_argument("--method", choices=("lora", "dora"), default="lora", help="adapter method (default: lora)")
     parser.add_argument(
-        "--examples", type=int, default=96, metavar="N", help="held-out functions to judge on (default: 96)"
+        "--examples", type=at_least(2), default=96, metavar="N", help="number of held-out functions (default: 96)"
     )
-    parser.add_argument(
-        "--fresh", action="store_true", help="delete what an earlier demo left in the folder and start over"
-    )
+    parser.add_argument("--fresh", action="store_true", help="delete the earlier demo in the folder and start over")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command."""
-    if args.steps < 1 or args.examples < 2:
-        raise ConfigError(
-            f"--steps must be at least 1 and --examples at least 2, found {args.steps} and {args.examples}"
-        )
+    """Run the demo."""
     began = time.monotonic()
     out = Path(args.out)
-    _check_place(out)
+    _check_folder(out)
     _head("The data")
     files = _write_data(out, args.examples, fresh=args.fresh)
     from veneer.checkpoints import attach
@@ -70,46 +67,48 @@ def run(args: argparse.Namespace) -> int:
     bank = attach(base.model)
     bank.load(adapter, name=NAME)
     bank[NAME].requires_grad_(False)
-    _head("What it learnt")
-    before, after, gained = _judge(base, bank, files["valid"])
+    _head("Result")
+    before, after, difference = _evaluate(base, bank, files["valid"])
     share = 100 * (before.mean - after.mean) / before.mean
-    print(f"held-out loss of the base      {before.mean:.3f}")
-    print(f"held-out loss with the adapter {after.mean:.3f}  ({share:.0f} % less)")
+    print(f"held-out loss of the base     {before.mean:.3f}")
+    print(f"held-out loss of the adapter  {after.mean:.3f}  ({share:.0f} % lower)")
     print(
-        f"difference {gained.mean:+.3f}, 95 % interval {gained.low:+.3f} to {gained.high:+.3f}, paired over {len(before.sums)} functions"
+        f"difference {difference.mean:+.3f} (95 % interval {difference.low:+.3f} to {difference.high:+.3f}, "
+        f"paired over {len(before.sums)} functions)"
     )
     _side_by_side(base, bank, files["valid"])
 
-    _head("What it costs")
+    _head("Costs")
     _sizes(base, bank, adapter)
     print(
-        f"The demo took {(time.monotonic() - began) / 60:.1f} minutes and {highest() / 1e9:.2f} GB of memory at most."
+        f"The demo took {(time.monotonic() - began) / 60:.1f} minutes and at most {highest() / 1e9:.2f} GB of memory."
     )
-    _head("Go on")
-    _go_on(out, files, adapter)
+    _head("Next steps")
+    _next_steps(out, files, adapter)
     return 0
 
 
 def _write_data(out: Path, examples: int, *, fresh: bool) -> dict[str, Path]:
-    """The pairs as two files of examples in the run's folder, as a user would bring them."""
+    """Write the training and held-out examples as two files in the folder of the run."""
     from veneer.data.stdlib_docs import stdlib_pairs
 
     if fresh and out.exists():
-        _clear(out)
+        shutil.rmtree(out)
     train, valid = stdlib_pairs()
     chosen = valid[:: max(1, len(valid) // examples)][:examples]
     files = {name: out / "data" / f"{name}.jsonl" for name in ("train", "valid")}
-    _put(out, {files["train"]: train, files["valid"]: chosen})
+    _write_rows(out, {files["train"]: train, files["valid"]: chosen})
     modules = {row["module"] for row in train}
     print(
-        f"{len(train):,} functions from {len(modules)} modules of Python {sys.version_info.major}.{sys.version_info.minor}'s standard "
-        f"library to learn from, {len(chosen)} from {len({row['module'] for row in valid})} other modules to judge on."
+        f"Training: {len(train):,} functions from {len(modules)} modules of the standard library of Python "
+        f"{sys.version_info.major}.{sys.version_info.minor}. "
+        f"Held out: {len(chosen)} functions from {len({row['module'] for row in valid})} other modules."
     )
     return files
 
 
-def _check_place(out: Path) -> None:
-    """Raise ConfigError for a place that holds something else than an earlier demo: it would be written over, or deleted."""
+def _check_folder(out: Path) -> None:
+    """Raise ConfigError if the folder contains anything but an earlier demo, which would be overwritten."""
     from veneer.data.stdlib_docs import INSTRUCTION
 
     rows = out / "data" / "train.jsonl"
@@ -120,19 +119,12 @@ def _check_place(out: Path) -> None:
             if INSTRUCTION in file.readline(1 << 16):
                 return
     if out.exists():
-        what = "holds something else than an earlier demo" if out.is_dir() else "is a file"
-        raise ConfigError(f"{out} {what}; choose another folder with --out")
+        problem = "contains something other than an earlier demo" if out.is_dir() else "is a file"
+        raise ConfigError(f"{out} {problem}; choose another folder with --out")
 
 
-def _clear(out: Path) -> None:
-    """Delete an earlier demo's folder."""
-    import shutil
-
-    shutil.rmtree(out)
-
-
-def _put(out: Path, rows_of: Mapping[Path, Sequence[Mapping[str, Any]]]) -> None:
-    """Write the files whole, or leave nothing of them. Raises CheckpointError where they cannot be written."""
+def _write_rows(out: Path, rows_of: Mapping[Path, Sequence[Mapping[str, Any]]]) -> None:
+    """Write all files, or none of them if one cannot be written (CheckpointError)."""
     from contextlib import suppress
 
     from veneer._files import replace_text
@@ -161,7 +153,7 @@ def _show_rows(base: Base, file: Path) -> None:
     from veneer.data.rows.row import Row
 
     renderer = Renderer(base.tokenizer)
-    print("Two of the examples; what is learnt is marked:\n")
+    print("Two of the examples, with the trained tokens marked:\n")
     with file.open(encoding="utf-8") as lines:
         rows = [json.loads(line) for _, line in zip(range(400), lines, strict=False)]
     rows.sort(key=lambda row: len(row["messages"][0]["content"]))
@@ -201,7 +193,7 @@ def _train(args: argparse.Namespace, out: Path, files: dict[str, Path], base: Ba
     return result.adapter
 
 
-def _judge(base: Base, bank: Bank, file: Path) -> tuple[Losses, Losses, LossDifference]:
+def _evaluate(base: Base, bank: Bank, file: Path) -> tuple[Losses, Losses, LossDifference]:
     from veneer.data.chat.render import Renderer
     from veneer.data.dataset import load_examples
     from veneer.evaluate.losses import compare, example_losses
@@ -213,7 +205,7 @@ def _judge(base: Base, bank: Bank, file: Path) -> tuple[Losses, Losses, LossDiff
     screen = Console()
 
     def progress(who: str) -> Callable[[int], None]:
-        return lambda done: screen.progress(f"judged {who} on {done} of {len(examples)} functions")
+        return lambda done: screen.progress(f"evaluated {who} on {done} of {len(examples)} functions")
 
     before = example_losses(runner, examples, bank=bank, progress=progress("the base"))
     after = example_losses(runner, examples, bank=bank, route=NAME, progress=progress("the adapter"))
@@ -244,12 +236,12 @@ def _one_line(generator: Generator, row: dict[str, Any], route: str | None, samp
 def _sizes(base: Base, bank: Bank, adapter: Path) -> None:
     size = sum(file.stat().st_size for file in adapter.glob("*.safetensors"))
     held = sum(parameter.numel() * parameter.element_size() for parameter in base.model.parameters())
-    print(f"The adapter is {size / 1e6:.1f} MB beside {held / 1e6:.0f} MB of the base: {100 * size / held:.1f} %.")
-    print(f"Merged into the weights, it changes the logits by at most {_merged_apart(base, bank):.2g} in fp32.")
+    print(f"The adapter has {size / 1e6:.1f} MB, {100 * size / held:.1f} % of the {held / 1e6:.0f} MB of the base.")
+    print(f"Merging it into the weights changes the logits by at most {_merge_error(base, bank):.2g} in fp32.")
 
 
-def _merged_apart(base: Base, bank: Bank) -> float:
-    """Largest difference of logits between the adapter beside the base and merged into it, both in fp32."""
+def _merge_error(base: Base, bank: Bank) -> float:
+    """Return the largest difference between the logits with the adapter attached and merged, both in fp32."""
     import torch
 
     from veneer.training.process_memory import give_back
@@ -266,21 +258,18 @@ def _merged_apart(base: Base, bank: Bank) -> float:
     return float((adapted - plain).abs().max())
 
 
-def _go_on(out: Path, files: dict[str, Path], adapter: Path) -> None:
-    """Commands to type next, behind the one that lets the shell find ``veneer`` where it does not."""
-    import shlex
-    import shutil
-
-    here, train, valid = (shlex.quote(str(path)) for path in (out, files["train"], files["valid"]))
+def _next_steps(out: Path, files: dict[str, Path], adapter: Path) -> None:
+    """Print commands to continue with; the first one puts ``veneer`` on the PATH if it is not there."""
+    run, train, valid = (shlex.quote(str(path)) for path in (out, files["train"], files["valid"]))
     activate = Path(sys.prefix) / "bin" / "activate"
     if shutil.which("veneer") is None and activate.is_file():
         near = activate.relative_to(Path.cwd()) if activate.is_relative_to(Path.cwd()) else activate
         print(f"  source {shlex.quote(str(near))}")
     for line in (
-        f"veneer chat {here}",
-        f'veneer generate {here} --compare "What does os.path.join do?"',
-        f"veneer evaluate {here} --data {valid} --general",
-        f"veneer merge {here} --out {shlex.quote(f'{out}-merged')}",
+        f"veneer chat {run}",
+        f'veneer generate {run} --compare "What does os.path.join do?"',
+        f"veneer evaluate {run} --data {valid} --general",
+        f"veneer merge {run} --out {shlex.quote(f'{out}-merged')}",
         f"veneer inspect {shlex.quote(str(adapter))}",
         f"veneer train {train} --valid {valid} --method dora --out runs/dora",
     ):

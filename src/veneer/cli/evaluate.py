@@ -1,4 +1,4 @@
-"""``veneer evaluate TARGET... --data FILE``: held-out loss of the base and of each adapter, compared example by example."""
+"""``veneer evaluate TARGET... --data FILE``: held-out losses of the base, its adapters and mixes, compared in pairs."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from veneer.cli._data import FORMATS, pairs_of
-from veneer.cli._json import as_json
-from veneer.cli._target import add_target_arguments, load_targets
+from veneer.cli._output import as_json
+from veneer.cli._parser import add_json, at_least
+from veneer.cli._row_arguments import add_format_arguments, pairs_of
+from veneer.cli._targets import add_target_arguments, load_targets
 from veneer.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -20,42 +21,36 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the command."""
+    """Declare the arguments."""
     add_target_arguments(parser, several=True)
-    parser.add_argument("--data", metavar="FILE", help="held-out examples, in any shape that training takes")
-    parser.add_argument("--general", action="store_true", help="judge a general text too: what did the adapter forget?")
+    parser.add_argument("--data", metavar="FILE", help="held-out examples, in any format that training accepts")
+    parser.add_argument("--general", action="store_true", help="also evaluate a general text, to measure forgetting")
     parser.add_argument(
-        "--general-text", metavar="FILE", help="another general text (default: Python's own documentation)"
+        "--general-text", metavar="FILE", help="general text to use (default: Python's own documentation)"
     )
     parser.add_argument(
         "--mix",
         action="append",
         default=[],
         metavar="A:W,B:W",
-        help="a weighted mix of the adapters, as a row of its own",
+        help="also evaluate this weighted mix of the adapters; repeat for several",
     )
     parser.add_argument(
         "--against",
         default="base",
         metavar="NAME",
-        help="the adapter or mix that the others are compared with (default base)",
+        help="adapter or mix that the others are compared with (default: base)",
     )
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N examples")
-    parser.add_argument("--max-length", type=int, metavar="N", help="cut longer examples at their end")
-    parser.add_argument("--format", choices=FORMATS, default="auto", help="shape of the rows (default: by columns)")
-    parser.add_argument(
-        "--columns", metavar="OURS=YOURS", default="", help="other column names: prompt=question,completion=answer"
-    )
-    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    parser.add_argument("--limit", type=at_least(1), metavar="N", help="evaluate only the first N examples")
+    parser.add_argument("--max-length", type=at_least(2), metavar="N", help="truncate longer examples at their end")
+    add_format_arguments(parser)
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command."""
+    """Print the losses of every route on every set of examples."""
     if args.data is None and not (args.general or args.general_text):
-        raise ConfigError("nothing to judge on: give --data FILE, or --general")
-    if args.limit is not None and args.limit < 1:
-        raise ConfigError(f"--limit: expected 1 or more, found {args.limit}")
-    from veneer.evaluate.losses import compare, example_losses
+        raise ConfigError("no examples given; use --data FILE or --general")
     from veneer.models.flat import FlatRunner
 
     loaded = load_targets(args.target, args.base, args.dtype, purpose="train", force=args.force)
@@ -65,29 +60,35 @@ def run(args: argparse.Namespace) -> int:
         **_mixes(args.mix, loaded.names),
     }
     if args.against not in routes:
-        raise ConfigError(f"--against {args.against}: it is not judged here; there is: {', '.join(routes)}")
+        raise ConfigError(f"--against {args.against}: not evaluated here; available: {', '.join(routes)}")
     runner = FlatRunner(loaded.base.model)
     report: dict[str, Any] = {"base_model": loaded.base.name, "against": args.against, "sets": {}}
     for label, examples in _sets(args, loaded.base).items():
-        results = {
-            name: example_losses(runner, examples, bank=loaded.bank, route=route) for name, route in routes.items()
-        }
-        rows = {}
-        for name, losses in results.items():
-            rows[name] = {"loss": losses.mean, "perplexity": losses.perplexity}
-            if name != args.against:
-                apart = compare(losses, results[args.against])
-                rows[name] |= {f"against_{args.against}": apart.mean, "low": apart.low, "high": apart.high}
         report["sets"][label] = {
             "examples": len(examples),
             "tokens": sum(example.trained for example in examples),
-            "routes": rows,
+            "routes": _losses(runner, examples, loaded.bank, routes, args.against),
         }
         if not args.json:
-            _show(label, report["sets"][label], args.against)
+            print("\n".join(_lines(label, report["sets"][label], args.against)))
     if args.json:
         print(as_json(report))
     return 0
+
+
+def _losses(
+    runner: Any, examples: list[Example], bank: Any, routes: dict[str, RouteLike], against: str
+) -> dict[str, dict[str, float]]:
+    from veneer.evaluate.losses import compare, example_losses
+
+    results = {name: example_losses(runner, examples, bank=bank, route=route) for name, route in routes.items()}
+    rows = {}
+    for name, losses in results.items():
+        rows[name] = {"loss": losses.mean, "perplexity": losses.perplexity}
+        if name != against:
+            difference = compare(losses, results[against])
+            rows[name] |= {f"against_{against}": difference.mean, "low": difference.low, "high": difference.high}
+    return rows
 
 
 def _sets(args: argparse.Namespace, base: Base) -> dict[str, list[Example]]:
@@ -104,7 +105,7 @@ def _sets(args: argparse.Namespace, base: Base) -> dict[str, list[Example]]:
 
 def _text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"--general-text {file} cannot be read as UTF-8 text: {error}") from None
 
@@ -119,7 +120,7 @@ def _examples(args: argparse.Namespace, base: Base) -> list[Example]:
     columns = pairs_of("--columns", args.columns)
     examples, report = load_examples([args.data], renderer, format=args.format, columns=columns, truncate="end")
     if report.cut:
-        print(f"{args.data}: {report.cut:,} rows were cut at {length:,} tokens", file=sys.stderr)
+        print(f"{args.data}: {report.cut:,} examples were truncated to {length:,} tokens", file=sys.stderr)
     return examples[: args.limit]
 
 
@@ -130,24 +131,25 @@ def _mixes(given: list[str], names: list[str]) -> dict[str, dict[str, float]]:
         for part in text.split(","):
             name, colon, weight = part.partition(":")
             if name not in names:
-                raise ConfigError(f"--mix {text}: {name!r} is not loaded; there is: {', '.join(names) or 'no adapter'}")
+                raise ConfigError(
+                    f"--mix {text}: {name!r} is not loaded; loaded adapters: {', '.join(names) or 'none'}"
+                )
             try:
                 mix[name] = float(weight) if colon else 1.0
                 if not math.isfinite(mix[name]):
                     raise ValueError(weight)
             except ValueError:
-                raise ConfigError(f"--mix {text}: {weight!r} is no weight; write NAME:0.5") from None
+                raise ConfigError(f"--mix {text}: {weight!r} is not a weight; write NAME:0.5") from None
         mixes[text] = mix
     return mixes
 
 
-def _show(label: str, entry: dict[str, Any], against: str) -> None:
-    print(f"{label}: {entry['examples']} examples, {entry['tokens']} tokens")
+def _lines(label: str, entry: dict[str, Any], against: str) -> list[str]:
+    lines = [f"{label}: {entry['examples']} examples, {entry['tokens']} tokens"]
     width = max(len(name) for name in entry["routes"])
     for name, row in entry["routes"].items():
         line = f"  {name:<{width}}  loss {row['loss']:.4f}  perplexity {row['perplexity']:.2f}"
-        if f"against_{against}" in row:
-            line += (
-                f"  against {against} {row[f'against_{against}']:+.4f} (95 %: {row['low']:+.4f} to {row['high']:+.4f})"
-            )
-        print(line)
+        if (change := row.get(f"against_{against}")) is not None:
+            line += f"  against {against} {change:+.4f} (95 %: {row['low']:+.4f} to {row['high']:+.4f})"
+        lines.append(line)
+    return lines

@@ -1,12 +1,13 @@
-"""``veneer extract --base B --tuned T --out DIR --rank R``: what fine-tuning changed, as an adapter."""
+"""``veneer extract --base B --tuned T --out DIR --rank R``: extract the change by fine-tuning as an adapter."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from veneer.cli._json import as_json
+from veneer.cli._output import as_json, names_of, percent, table
+from veneer.cli._parser import add_json, add_sites, at_least
 from veneer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -14,33 +15,33 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the command."""
-    parser.add_argument("--base", required=True, metavar="MODEL", help="the model before fine-tuning")
-    parser.add_argument("--tuned", required=True, metavar="MODEL", help="the same model, fully fine-tuned")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the new adapter's folder")
-    parser.add_argument("--name", metavar="NAME", help="the new adapter's name (default: the folder's)")
-    parser.add_argument("--rank", type=int, metavar="R", help="rank at every site")
+    """Declare the arguments."""
+    parser.add_argument("--base", required=True, metavar="MODEL", help="model before fine-tuning")
+    parser.add_argument("--tuned", required=True, metavar="MODEL", help="the same model after full fine-tuning")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the new adapter")
+    parser.add_argument("--name", metavar="NAME", help="name of the new adapter (default: the name of its folder)")
+    parser.add_argument("--rank", type=at_least(1), metavar="R", help="rank at every site")
     parser.add_argument(
-        "--energy", type=float, metavar="X", help="or the least rank that keeps this share, site by site"
+        "--energy", type=float, metavar="X", help="instead of --rank: lowest rank per site that keeps this fraction"
     )
-    parser.add_argument("--method", choices=("lora", "dora"), default="lora", help="form of the adapter (default lora)")
+    parser.add_argument("--method", choices=("lora", "dora"), default="lora", help="adapter method (default: lora)")
     parser.add_argument(
         "--target-modules",
         default="all-linear",
         metavar="PATTERN,...",
-        help="sites, as for training (default all-linear)",
+        help="sites to extract, as in training (default: all-linear)",
     )
-    parser.add_argument("--sites", type=int, default=5, metavar="N", help="how many sites to show (default 5)")
-    parser.add_argument("--json", action="store_true", help="print everything as JSON, singular values included")
+    add_sites(parser, "least accurate")
+    add_json(parser, "print the report as JSON, with all singular values")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Extract, write, and say how much of the change is in it."""
+    """Write the adapter and report how much of the change it keeps."""
     if (args.rank is None) == (args.energy is None):
-        raise ConfigError("say how much to keep: either --rank R or --energy X")
+        raise ConfigError("give either --rank R or --energy X")
     if not args.target_modules.strip(","):
         raise ConfigError(
-            "--target-modules: expected names of layers, such as q_proj,v_proj, or all-linear; found nothing"
+            "--target-modules: expected names of layers such as q_proj,v_proj, or all-linear; found nothing"
         )
     from veneer.checkpoints import write_adapter
     from veneer.checkpoints.base_files import base_folder, skeleton
@@ -68,30 +69,22 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _lines(found: Extraction, out: str, count: int) -> list[str]:
-    from veneer.cli._table import percent, table
-
     adapter, ranks = found.adapter, sorted({site.rank for site in found.sites})
     span = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
     lines = [
-        f"a {adapter.method.label} adapter of rank {span} at {len(found.sites)} sites, "
-        f"{adapter.num_parameters():,} parameters, in {out}",
-        f"it holds {percent(found.kept)} of the change at its sites (share of the square norm)",
+        f"wrote a {adapter.method.label} adapter of rank {span} at {len(found.sites)} sites "
+        f"({adapter.num_parameters():,} parameters) to {out}",
+        f"it keeps {percent(found.kept)} of the change at these sites (fraction of the squared norm)",
     ]
     if found.outside:
-        names: Any = list(found.outside)
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         lines.append(
-            f"{percent(found.outside_share)} of the whole change lies in tensors that it does not cover: {', '.join(names[:3])}{more}"
+            f"not included: {percent(found.outside_share)} of the total change, in {names_of(list(found.outside))}"
         )
     if found.unlike:
-        names = found.unlike
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        lines.append(
-            f"one model lacks, or has in another shape: {', '.join(names[:3])}{more}; the adapter says nothing of them"
-        )
+        lines.append(f"skipped, because only one model has them or their shapes differ: {names_of(found.unlike)}")
     least = sorted(found.sites, key=lambda site: site.kept)[:count]
     rows = [[s.site, str(s.rank), f"{s.ratio:.3g}", percent(s.kept), *_ends(s.singular_values)] for s in least]
-    header = ["sites that keep least", "rank", "change/weight", "kept", "largest value", "smallest kept"]
+    header = ["least accurate sites", "rank", "change/weight", "kept", "largest value", "smallest kept"]
     return [*lines, "", *table(header, rows)]
 
 

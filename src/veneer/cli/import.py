@@ -1,19 +1,18 @@
-"""``veneer import FOLDER --base MODEL --out DIR``: an adapter of mlx-lm or LitGPT as a PEFT folder.
+"""``veneer import FOLDER --base MODEL --out DIR``: convert an adapter of mlx-lm or LitGPT to a PEFT folder.
 
-mlx-lm    a folder with adapters.safetensors and adapter_config.json, as mlx_lm.lora leaves it
-LitGPT    a folder with lit_model.lora.safetensors and hyperparameters.yaml (its own lit_model.pth.lora is a pickle, which is not
-          opened here; the command says how to convert it)
+mlx-lm    a folder with adapters.safetensors and adapter_config.json, as mlx_lm.lora writes it
+LitGPT    a folder with lit_model.lora.safetensors and hyperparameters.yaml. LitGPT's own lit_model.pth.lora is a
+          pickle and is never opened; the error message shows how to convert it.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from veneer.cli._json import as_json
-from veneer.errors import ConfigError
+from veneer.cli._output import as_json
+from veneer.cli._parser import add_json, number
 
 if TYPE_CHECKING:
     from veneer.adapters import Adapter
@@ -21,24 +20,22 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the command."""
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="the adapter's folder, as mlx-lm or LitGPT left it")
-    parser.add_argument("--base", required=True, metavar="MODEL", help="the base that it was trained on")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the new adapter's folder")
-    parser.add_argument("--name", metavar="NAME", help="the new adapter's name (default: the folder's)")
+    """Declare the arguments."""
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="adapter folder of mlx-lm or LitGPT")
+    parser.add_argument("--base", required=True, metavar="MODEL", help="base model of the adapter")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the new adapter")
+    parser.add_argument("--name", metavar="NAME", help="name of the new adapter (default: the name of its folder)")
     parser.add_argument(
         "--scale",
-        type=float,
+        type=number("a number above 0", lambda value: value > 0),
         metavar="X",
-        help="factor on B A, where the folder's own settings do not say it (lora_alpha / r)",
+        help="lora_alpha / r, if the adapter folder does not contain it",
     )
-    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Convert, write, and say what it is now."""
-    if args.scale is not None and not (math.isfinite(args.scale) and args.scale > 0):
-        raise ConfigError(f"--scale: expected a number above 0, found {args.scale:g}")
+    """Convert the adapter, write it and report on it."""
     from veneer.checkpoints import write_adapter
     from veneer.checkpoints.base_files import base_folder, skeleton
     from veneer.checkpoints.foreign.factors import program_of
@@ -70,14 +67,14 @@ def _read(program: str, args: argparse.Namespace, base: Skeleton) -> tuple[Adapt
 
 
 def _lines(adapter: Adapter, report: dict[str, Any], base: str) -> list[str]:
-    ranks, scales = ({adapter.rank(s) for s in adapter.tensors}, {f"{adapter.scale(s):.4g}" for s in adapter.tensors})
-    kind = adapter.method.label
+    ranks = ", ".join(map(str, sorted({adapter.rank(site) for site in adapter.tensors})))
+    scales = ", ".join(sorted({f"{adapter.scale(site):.4g}" for site in adapter.tensors}))
     lines = [
-        f"a {kind} adapter of {report['from']}, rank {', '.join(map(str, sorted(ranks)))} and scale {', '.join(sorted(scales))} at "
-        f"{len(adapter.tensors)} sites, {adapter.num_parameters():,} parameters, now a PEFT folder in {report['out']}"
+        f"converted a {adapter.method.label} adapter of {report['from']}, rank {ranks} and scale {scales} at "
+        f"{len(adapter.tensors)} sites ({adapter.num_parameters():,} parameters), to a PEFT folder in {report['out']}"
     ]
     if report.get("model"):
         lines.append(
-            f"it says that it was trained on {report['model']}; that {base} has the same weights cannot be seen from its files"
+            f"the adapter was trained on {report['model']}; its files do not show whether {base} has the same weights"
         )
     return lines

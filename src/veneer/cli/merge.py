@@ -1,15 +1,16 @@
-"""``veneer merge ADAPTER --base MODEL --out DIR``: a plain model with the adapters in it, and how exact it is."""
+"""``veneer merge ADAPTER --base MODEL --out DIR``: write the base with adapters merged into its weights."""
 
 from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from veneer.cli._json import as_json
-from veneer.cli._mix import base_of, parse_mix
+from veneer.cli._output import as_json, difference_from, percent, table
+from veneer.cli._parents import checked_base, parse_mix
+from veneer.cli._parser import add_force, add_json, add_sites, at_least
 from veneer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -17,63 +18,63 @@ if TYPE_CHECKING:
     from veneer.deltas.parents import Parent
     from veneer.merge.folder import MergeReport
 
+    Check = Callable[[Path, MergeReport], None]
+
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the command."""
-    parser.add_argument("adapter", nargs="+", metavar="ADAPTER", help="a folder, or a weighted mix: a:0.7 b:0.3")
-    parser.add_argument("--base", metavar="MODEL", help="the base (default: the one that the adapter's folder names)")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the new model's folder")
+    """Declare the arguments."""
+    parser.add_argument("adapter", nargs="+", metavar="ADAPTER", help="an adapter, or a weighted mix: a:0.7 b:0.3")
+    parser.add_argument("--base", metavar="MODEL", help="base model (default: the one named in the adapter folder)")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the merged model")
     parser.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
         default="auto",
-        help="numbers of the new weights (default auto: as the base has them)",
+        help="data type of the merged weights (default: auto, that of the base)",
     )
-    parser.add_argument("--shard-size", default="2GB", metavar="SIZE", help="of each file, such as 500MB (default 2GB)")
+    parser.add_argument(
+        "--shard-size", default="2GB", metavar="SIZE", help="maximum size of a file, such as 500MB (default: 2GB)"
+    )
     parser.add_argument(
         "--rounding",
         choices=("nearest", "stochastic"),
         default="nearest",
-        help="stochastic keeps small changes on average, at the price of noise (to bfloat16 only)",
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of stochastic rounding (default 0)")
-    parser.add_argument(
-        "--residual", type=int, default=0, metavar="R", help="also write an adapter of rank R with what rounding lost"
+        help="stochastic (bfloat16 only) keeps small changes on average but adds noise (default: nearest)",
     )
     parser.add_argument(
-        "--allow-rounding", action="store_true", help="write even where rounding loses most of the change"
+        "--seed", type=int, default=0, metavar="N", help="random seed of stochastic rounding (default: 0)"
     )
-    parser.add_argument("--force", action="append", default=[], metavar="WHAT", help="override a check, such as base")
-    parser.add_argument("--no-probe", action="store_true", help="do not run the model to compare logits")
     parser.add_argument(
-        "--sites", type=int, default=5, metavar="N", help="how many of the worst sites to show (default 5)"
+        "--residual",
+        type=at_least(0),
+        default=0,
+        metavar="R",
+        help="also write an adapter of rank R that restores the rounding error",
     )
-    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.add_argument(
+        "--allow-rounding", action="store_true", help="write the model even if rounding loses most of the change"
+    )
+    add_force(parser)
+    parser.add_argument("--no-probe", action="store_true", help="do not run the merged model to compare logits")
+    add_sites(parser, "least accurate")
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Merge, and print what it did."""
-    if args.residual < 0:
-        raise ConfigError("--residual: expected a rank of 1 or more")
-    from veneer.checkpoints.base_files import base_folder, skeleton
+    """Merge the adapters, write the model and report its accuracy."""
     from veneer.checkpoints.model_folder import check_free
-    from veneer.deltas.parents import check_base, read_parents
+    from veneer.deltas.parents import read_parents
     from veneer.merge.folder import merge_to_folder
 
     shard_bytes = parse_size(args.shard_size)
     check_free(args.out)
     parents = read_parents(parse_mix(args.adapter), force=args.force)
-    name = base_of(parents, args.base)
-    base = skeleton(base_folder(name))
-    mix = [(parent.adapter, parent.weight) for parent in parents]
-    if "base" not in args.force:
-        for adapter, _ in mix:
-            check_base(adapter, base.weight_2d, name)
-    finish = _finish(parents, _comparison(parents, base.folder.path, base.folder.bytes(), args.no_probe))
+    _, base = checked_base(parents, args.base, args.force)
+    compare = None if args.no_probe else _logit_check(parents, base.folder.path, base.folder.bytes())
     report = merge_to_folder(
-        mix,
+        [(parent.adapter, parent.weight) for parent in parents],
         base,
         args.out,
         dtype=_dtype(args.dtype),
@@ -83,14 +84,18 @@ def run(args: argparse.Namespace) -> int:
         residual=args.residual,
         allow_rounding=args.allow_rounding,
         write_residual=lambda adapter, folder: _write_residual(adapter, folder, str(args.out)),
-        check=finish,
+        check=_finish(parents, compare),
     )
     print(as_json(report.as_dict()) if args.json else "\n".join(_lines(report, args.sites)))
     return 0
 
 
 def parse_size(text: str) -> int:
-    """Bytes of ``2GB``, ``500MB``, ``4GiB`` or a plain number. Raises ConfigError otherwise."""
+    """Return the bytes of ``2GB``, ``500MB``, ``4GiB`` or a plain number.
+
+    Raises:
+        ConfigError: The text is not a size.
+    """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?)?b?\s*", text, re.IGNORECASE)
     if match is None or float(match[1]) == 0:
         raise ConfigError(f"--shard-size: expected a size such as 500MB or 2GB, found {text!r}")
@@ -103,38 +108,36 @@ def _dtype(name: str):  # type: ignore[no-untyped-def]
     return {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
 
 
-def _finish(parents: Sequence[Parent], compare):  # type: ignore[no-untyped-def]
-    """What looks at the finished folder: gives it the chat template that the adapters were trained with, and compares logits."""
+def _finish(parents: Sequence[Parent], compare: Check | None) -> Check:
+    """Return a function that adds the adapters' chat template to the merged folder and then compares logits."""
 
     def finish(folder: Path, report: MergeReport) -> None:
-        kept = {meta["template"] for parent in parents if (meta := parent.adapter.meta).get("receipt")}
-        if len(kept) == 1 and (template := kept.pop()) is not None:
+        templates = {meta["template"] for parent in parents if (meta := parent.adapter.meta).get("receipt")}
+        if len(templates) == 1 and (template := templates.pop()) is not None:
             (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
-            report.notes.append("the chat template is the one in the adapter's folder")
-        elif len(kept) > 1:
-            report.notes.append("the adapters were trained with different chat templates; the base's is kept")
+            report.notes.append("the chat template is that of the adapter")
+        elif len(templates) > 1:
+            report.notes.append("the adapters were trained with different chat templates; kept that of the base")
         if compare is not None:
             compare(folder, report)
 
     return finish
 
 
-def _comparison(parents: Sequence[Parent], base: Path, stored_bytes: int, skip: bool):  # type: ignore[no-untyped-def]
-    """What compares logits on the finished folder, or None where that is not wanted."""
-    if skip:
-        return None
+def _logit_check(parents: Sequence[Parent], base: Path, stored_bytes: int) -> Check:
+    """Return a function that compares the logits of the merged model with those of the adapted base."""
     from veneer.checkpoints import read_adapter
     from veneer.merge.fidelity import compare_logits, fits_in_memory
 
     def compare(folder: Path, report: MergeReport) -> None:
         if not fits_in_memory(2 * stored_bytes):
-            report.notes.append("logits were not compared: there is not enough memory to run the model in float32")
+            report.notes.append("logits were not compared: not enough memory to run the model in float32")
             return
         residual = folder / "residual"
         adapter = read_adapter(residual) if residual.is_dir() else None
         found = compare_logits(base, folder, [(p.adapter, p.weight) for p in parents], residual=adapter)
         if found is None:
-            report.notes.append("logits were not compared: this model does not run on token ids alone")
+            report.notes.append("logits were not compared: this model needs more inputs than token ids")
         else:
             report.logits = found.as_dict()
 
@@ -148,33 +151,31 @@ def _write_residual(adapter: Adapter, folder: Path, base: str) -> None:
 
 
 def _lines(report: MergeReport, count: int) -> list[str]:
-    from veneer.cli._table import percent, table
-
     parents = " + ".join(f"{p['name']} x {p['weight']:g}" for p in report.parents)
-    lines = [f"merged {parents} into {report.out} (weights: {report.dtype}, rounding: {report.rounding})"]
-    lines.append(
-        f"the change is {report.ratio:.3g} of the adapted weights; {percent(report.kept)} of it is kept, "
-        f"and what is stored differs from it by {percent(report.error)}"
-    )
+    lines = [
+        f"merged {parents} into {report.out} (data type {report.dtype}, {report.rounding} rounding)",
+        f"the change has {report.ratio:.3g} times the norm of the adapted weights; {percent(report.kept)} of it is kept, "
+        f"and the stored change {difference_from('the exact one', report.error)}",
+    ]
     if report.left is not None:
         kept = percent(report.kept_with_residual or 0.0)
         lines.append(
-            f"with the adapter in {report.out}/residual {kept} is kept and it differs by {percent(report.left)}"
+            f"with the adapter in {report.out}/residual, {kept} is kept, and it {difference_from('the exact change', report.left)}"
         )
     if report.error > 1e-4:
         rows = [
             [s.site, f"{s.ratio:.3g}", percent(s.kept), percent(s.error), percent(s.unchanged)]
             for s in report.worst(count)
         ]
-        lines += ["", *table(["worst sites", "change/weight", "kept", "error", "unchanged"], rows), ""]
+        lines += ["", *table(["least accurate sites", "change/weight", "kept", "error", "unchanged"], rows), ""]
     for group in report.untied:
-        lines.append(f"{' and '.join(group)} shared one weight and now have one each (tie_word_embeddings is false)")
+        lines.append(f"{' and '.join(group)} shared one weight and are now separate (tie_word_embeddings is false)")
     if report.logits is not None:
         found = report.logits
         lines.append(
-            f"largest logit difference to the adapted model: {found['merged']:.2g} (the adapters change logits by up to "
-            f"{found['change']:.3g}); same most likely token at {percent(found['same_top'])} of {found['positions']} positions"
+            f"logits: at most {found['merged']:.2g} from the adapted model (the adapters change them by up to "
+            f"{found['change']:.3g}); same top token at {percent(found['same_top'])} of {found['positions']} positions"
         )
         if found["with_residual"] is not None:
-            lines.append(f"with the residual adapter: {found['with_residual']:.2g}")
+            lines.append(f"logits with the residual adapter: at most {found['with_residual']:.2g}")
     return lines + report.notes

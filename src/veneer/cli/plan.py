@@ -1,22 +1,23 @@
-"""``veneer plan ...``: what a run would need, with the same arguments as ``veneer train``; nothing is written."""
+"""``veneer plan ...``: estimate memory and time of a run, with the arguments of ``veneer train``; writes nothing."""
 
 from __future__ import annotations
 
 import argparse
-import json
 
 from veneer.cli import train
+from veneer.cli._output import as_json
+from veneer.cli._parser import add_json
 from veneer.config import differences
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the command: those of ``veneer train``."""
-    parser.add_argument("--json", action="store_true", help="print the figures as JSON, memory in bytes")
+    """Declare the arguments of ``veneer train`` and ``--json``."""
+    add_json(parser, "print the plan as JSON, with memory in bytes")
     train.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command; 1 if the run would not fit."""
+    """Print the plan; the exit code is 1 if the run does not fit into memory."""
     options, provenance = train.resolve_source(args)
     if not args.json:
         for difference in differences(options, provenance):
@@ -25,14 +26,12 @@ def run(args: argparse.Namespace) -> int:
 
     found, remedies = plan(options)
     if args.json:
-        print(json.dumps({**found.as_dict(), "remedies": remedies}, indent=2))
+        print(as_json({**found.as_dict(), "remedies": remedies}))
         return int(not found.fits)
     print("\n".join(found.lines()))
     if found.extrapolated:
-        print("the largest pass is not sure to fit, so it was not tried: its memory is extrapolated from smaller ones")
+        print("the largest pass might not fit, so it was not run: its memory is extrapolated from smaller passes")
     if not found.fits:
-        print(
-            "it does not fit"
-            + (f"; it would with {', or '.join(remedies)}" if remedies else ", whatever single option changes")
-        )
+        change = f"it would fit with {', or '.join(remedies)}" if remedies else "no single option would make it fit"
+        print(f"the run does not fit into memory; {change}")
     return int(not found.fits)

@@ -1,85 +1,87 @@
-"""``veneer runs [DIR]``: every run below a folder, with state, step, losses and where its adapter lies.
+"""``veneer runs [DIR]``: list the runs below a folder with their state, steps, losses and adapters.
 
-``veneer runs runs/both --pause sql`` asks a run for a change of one of its jobs (``*`` means all); it is done between two rounds, or when
-the run goes on.
+``veneer runs runs/both --pause sql`` requests a change of one job of a run (without a job: of all jobs). The run applies
+it between two steps, or when it is resumed.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections import Counter
 from pathlib import Path
 
-from veneer.cli._runs import Row, as_dict, list_runs
-from veneer.cli._table import table
+from veneer.cli._output import as_json, table
+from veneer.cli._parser import add_json
+from veneer.cli._run_list import JobStatus, as_dict, list_runs
 from veneer.errors import CheckpointError
 
-_VERBS = {
-    "pause": "let a job of the run DIR stand where it is",
-    "resume": "let a paused job go on",
-    "cancel": "end a job for good; its state stays in the checkpoints",
+_ALL = "*"
+_REQUESTS = {
+    "pause": "pause a job of the run DIR (default: all jobs)",
+    "resume": "resume a paused job",
+    "cancel": "cancel a job for good; its state stays in the checkpoints",
 }
 _HEADER = ("run", "job", "state", "step", "loss", "held out", "best", "adapter")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the command."""
-    parser.add_argument("folder", nargs="?", default="runs", metavar="DIR", help="where the runs are (default: runs)")
-    for verb, what in _VERBS.items():
-        parser.add_argument(f"--{verb}", metavar="JOB", help=what)
-    parser.add_argument("--json", action="store_true", help="print the list as JSON")
+    """Declare the arguments."""
+    parser.add_argument("folder", nargs="?", default="runs", metavar="DIR", help="folder of runs (default: runs)")
+    for request, description in _REQUESTS.items():
+        parser.add_argument(f"--{request}", nargs="?", const=_ALL, metavar="JOB", help=description)
+    add_json(parser, "print the list as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the list; an empty one says so."""
-    rows = list_runs(Path(args.folder))
-    asked = {verb: getattr(args, verb) for verb in _VERBS if getattr(args, verb) is not None}
-    if asked:
-        return _ask(Path(args.folder), rows, asked)
+    """Print the list, or request a change of a job."""
+    statuses = list_runs(Path(args.folder))
+    requests = {request: job for request in _REQUESTS if (job := getattr(args, request)) is not None}
+    if requests:
+        return _request(Path(args.folder), statuses, requests)
     if args.json:
-        print(json.dumps([as_dict(row) for row in rows], indent=2, ensure_ascii=False))
+        print(as_json([as_dict(status) for status in statuses]))
         return 0
-    if not rows:
-        print(f"{args.folder} holds no runs; veneer train DATA --out {Path(args.folder) / 'NAME'} begins one")
+    if not statuses:
+        print(f"{args.folder} contains no runs; start one with veneer train DATA --out {Path(args.folder) / 'NAME'}")
         return 0
-    several = {path for path, count in Counter(row.run for row in rows).items() if count > 1}
-    for line in table(_HEADER, [_cells(row, several) for row in rows]):
+    several = {path for path, count in Counter(status.run for status in statuses).items() if count > 1}
+    for line in table(_HEADER, [_cells(status, several) for status in statuses]):
         print(line.rstrip())
-    for row in rows:
-        if row.reason:
-            print(f"{row.run} {row.job}: {row.reason}")
+    for status in statuses:
+        if status.reason:
+            print(f"{status.run} {status.job}: {status.reason}")
     return 0
 
 
-def _ask(out: Path, rows: list[Row], asked: dict[str, str]) -> int:
-    """Leave requests in a run's folder.
+def _request(out: Path, statuses: list[JobStatus], requests: dict[str, str]) -> int:
+    """Write requests into a run's folder.
 
-    Raises CheckpointError where the folder is not one run, or has no such job that goes on.
+    Raises:
+        CheckpointError: The folder is not a run, or has no such unfinished job.
     """
-    going = [row.job for row in rows if row.run == str(out) and row.state in ("running", "interrupted", "paused")]
+    unfinished = [s.job for s in statuses if s.run == str(out) and s.state in ("running", "interrupted", "paused")]
     if not (out / "config.yaml").is_file():
-        raise CheckpointError(f"{out} is not a run; name the run's own folder, as veneer runs lists it")
-    for job in asked.values():
-        if job != "*" and job not in going:
-            have = ", ".join(going) or "none"
-            raise CheckpointError(f'{out} has no job "{job}" that goes on; those that do: {have}')
+        raise CheckpointError(f"{out} is not a run; name the folder of one run, as veneer runs lists it")
+    for job in requests.values():
+        if job != _ALL and job not in unfinished:
+            available = ", ".join(unfinished) or "none"
+            raise CheckpointError(f'{out} has no unfinished job "{job}"; unfinished jobs: {available}')
     from veneer.training.run.control import ask
 
-    live = any(row.state == "running" for row in rows if row.run == str(out))
-    for verb, job in asked.items():
-        ask(out, job, verb)  # type: ignore[arg-type]
-        when = "after this round" if live else "when the run goes on (the same veneer train again)"
-        print(f"{out}: {verb} {'all jobs' if job == '*' else job}, {when}")
+    live = any(status.state == "running" for status in statuses if status.run == str(out))
+    for request, job in requests.items():
+        ask(out, job, request)  # type: ignore[arg-type]
+        when = "after the current step" if live else "when the run is resumed with the same veneer train command"
+        print(f"{out}: {request} {'all jobs' if job == _ALL else job}, {when}")
     return 0
 
 
-def _cells(row: Row, several: set[str]) -> list[str]:
-    job = row.job if row.run in several or row.job != Path(row.run).name else ""
-    losses = [_number(value) for value in (row.loss, row.held_out, row.best)]
-    return [row.run, job, row.state, str(row.step), *losses, row.adapter or "-"]
+def _cells(status: JobStatus, several: set[str]) -> list[str]:
+    job = status.job if status.run in several or status.job != Path(status.run).name else ""
+    losses = [_loss(value) for value in (status.loss, status.held_out, status.best)]
+    return [status.run, job, status.state, str(status.step), *losses, status.adapter or "-"]
 
 
-def _number(value: float | None) -> str:
+def _loss(value: float | None) -> str:
     return "-" if value is None or not math.isfinite(value) else f"{value:.4f}"

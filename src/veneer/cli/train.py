@@ -1,6 +1,6 @@
-"""``veneer train DATA... --base MODEL --out DIR`` or ``veneer train config.yaml``; the same command again goes on.
+"""``veneer train DATA... --base MODEL --out DIR`` or ``veneer train config.yaml``; the same command resumes the run.
 
-Several files of options are several jobs on one base: ``veneer train sql.yaml style.yaml --out runs/both``.
+Several YAML files are several jobs on one base: ``veneer train sql.yaml style.yaml --out runs/both``.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from veneer.cli._table import table
+from veneer.cli._output import table
 from veneer.config import (
     PER_RUN_OPTIONS,
     Provenance,
@@ -28,31 +28,31 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the command."""
+    """Declare the arguments."""
     parser.add_argument(
-        "source", nargs="*", metavar="DATA|CONFIG", help="files of examples, or YAML files of options, one a job"
+        "source", nargs="*", metavar="DATA|CONFIG", help="files of examples, or YAML files of options, one per job"
     )
-    parser.add_argument("--fresh", action="store_true", help="forget the run that is in the folder and start over")
+    parser.add_argument("--fresh", action="store_true", help="discard the run in the folder and start over")
     parser.add_argument(
-        "--resume-from", metavar="CHECKPOINT", help="go on from this checkpoint (step-00000100) instead of the newest"
+        "--resume-from", metavar="CHECKPOINT", help="resume from this checkpoint (step-00000100), not the latest one"
     )
     add_flags(parser, TrainOptions)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command."""
+    """Train; the exit code is 1 if a job failed."""
     options, provenance = resolve_source(args)
     for difference in differences(options, provenance):
         print(difference)
     from veneer.training import train
 
     result = train(options, fresh=args.fresh, resume_from=args.resume_from)
-    _tell(result)
+    _print_result(result)
     return 1 if any(job.state == "failed" for job in result.jobs.values()) else 0
 
 
-def _tell(result: RunResult) -> None:
-    """What came of each job, and what can be done with it."""
+def _print_result(result: RunResult) -> None:
+    """Print the outcome of each job, and commands to continue with."""
     from veneer.training.run.result import ranked, table_of, write_summary
 
     done = [job for job in result.jobs.values() if job.state == "finished"]
@@ -60,7 +60,7 @@ def _tell(result: RunResult) -> None:
         done = [job for job in ranked(result) if job in done]
         header, rows = table_of(result)
         print("\n" + "\n".join(line.rstrip() for line in table(header, rows)))
-        print(f"written: {', '.join(str(path) for path in write_summary(result))}")
+        print(f"wrote {', '.join(str(path) for path in write_summary(result))}")
     for job in result.jobs.values():
         if job.state in ("paused", "failed"):
             print(f"{job.name}: {job.state} after {job.steps} steps")
@@ -68,62 +68,68 @@ def _tell(result: RunResult) -> None:
         best = done[0]
         target = result.out if len(result.jobs) == 1 else best.adapter
         print(
-            f"\n{best.name}: {best.state} after {best.steps} steps; the adapter is {best.adapter}\n"
+            f"\n{best.name}: {best.state} after {best.steps} steps; adapter: {best.adapter}\n"
             f"  veneer chat {target}\n  veneer evaluate {target} --data FILE\n  veneer merge {target} --out {result.out}-merged"
         )
 
 
 def resolve_source(args: argparse.Namespace) -> tuple[TrainOptions, Any]:
-    """The options of a run from what was typed: files of examples or one file of options, then --set, then flags.
+    """Resolve the options of a run from files of examples or options, ``--set`` and flags.
 
-    Raises ConfigError with every mistake.
+    Returns:
+        The options, and where each of them was given.
+
+    Raises:
+        ConfigError: Options are wrong; the message lists every mistake.
     """
     flags = given_flags(args)
     given = [Path(source) for source in args.source]
     configs = [path for path in given if path.suffix in (".yaml", ".yml")]
     if configs and len(configs) < len(given):
         other = next(path for path in given if path not in configs)
-        raise ConfigError(f"{configs[0]} is a file of options and {other} is not; name the examples in it (data: ...)")
+        raise ConfigError(
+            f"{configs[0]} is a file of options and {other} is not; name the examples in the file of options (data: ...)"
+        )
     if len(configs) > 1:
-        return _several(configs, given_sets(args), flags)
+        return _several_files(configs, given_sets(args), flags)
     if configs:
-        return _swept(*resolve(TrainOptions, configs[0], given_sets(args), flags))
+        return _with_sweep_source(*resolve(TrainOptions, configs[0], given_sets(args), flags))
     if given and "data" in flags:
-        raise ConfigError("the examples are given twice: as words and with --data; give them once")
+        raise ConfigError("the examples are given twice, as arguments and with --data; give them once")
     if given:
         flags["data"] = tuple(str(path) for path in given)
-    return _swept(*resolve(TrainOptions, None, given_sets(args), flags))
+    return _with_sweep_source(*resolve(TrainOptions, None, given_sets(args), flags))
 
 
-def _swept(options: TrainOptions, provenance: Provenance) -> tuple[TrainOptions, Provenance]:
-    """Lists that stood where one value is expected have moved into ``sweep``: say where they were written."""
+def _with_sweep_source(options: TrainOptions, provenance: Provenance) -> tuple[TrainOptions, Provenance]:
+    """Record where swept lists were given: as values of other options, before they moved into ``sweep``."""
     sources = dict.fromkeys(provenance[key] for key in options.sweep if key in provenance)
     if sources and "sweep" not in provenance:
         provenance = {**provenance, "sweep": " and ".join(sources)}
     return options, provenance
 
 
-def _several(configs: list[Path], sets: list[str], flags: dict[str, Any]) -> tuple[TrainOptions, Provenance]:
-    """One run of several files, a job each; what there is one of (the base, the folder) must be said alike in all of them."""
+def _several_files(configs: list[Path], sets: list[str], flags: dict[str, Any]) -> tuple[TrainOptions, Provenance]:
+    """Resolve one run from several files, one job per file; options of the run must agree in all files."""
     found = {path: resolve(TrainOptions, path, sets, flags)[0] for path in configs}
     problems, first = Problems(), configs[0]
     for path, options in found.items():
         if options.jobs or options.sweep:
-            problems.add(f"{path} asks for several jobs itself; give it alone, or one job a file")
+            problems.add(f"{path} already defines several jobs; pass it alone, or define one job per file")
         for key in PER_RUN_OPTIONS:
             one, other = getattr(found[first], key), getattr(options, key)
             if one != other and key not in ("jobs", "sweep"):
-                problems.add(
-                    f"{key} is {one} in {first} and {other} in {path}; there is one for all: give it with a flag"
-                )
+                problems.add(f"{key} is {one} in {first} and {other} in {path}; jobs share it: set it with a flag")
     if found[first].out is None:
-        problems.add("several files make one run; name its folder with --out")
-    problems.raise_if_any(ConfigError, "the files do not go together")
+        problems.add("several files make one run; give its folder with --out")
+    problems.raise_if_any(ConfigError, "the files cannot be combined into one run")
     common = {key: getattr(found[first], key) for key in PER_RUN_OPTIONS}
-    usual = {key: field.default for key, field in TrainOptions.model_fields.items()}
+    defaults = {key: field.default for key, field in TrainOptions.model_fields.items()}
     jobs = []
     for path, options in found.items():
-        own = plain(options)
-        said = {key: own[key] for key in own if key not in PER_RUN_OPTIONS and getattr(options, key) != usual[key]}
-        jobs.append({**said, "name": options.name or path.stem})
+        values = plain(options)
+        changed = {
+            key: values[key] for key in values if key not in PER_RUN_OPTIONS and getattr(options, key) != defaults[key]
+        }
+        jobs.append({**changed, "name": options.name or path.stem})
     return TrainOptions(**{**common, "jobs": jobs}), {"jobs": ", ".join(map(str, configs))}

@@ -1,4 +1,4 @@
-"""Turn an exception into one sentence and an exit code."""
+"""Turns an exception into a message for the user and an exit code."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import re
 
 from veneer.errors import VeneerError
 
-_SYSTEMS_NUMBER = re.compile(r"\(os error (\d+)\)")
-"""How libraries written in Rust tell what the system refused."""
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
+"""How libraries written in Rust report an error of the operating system."""
 _REASONS = {
-    errno.ENOSPC: "the disk is full; make room, or choose a folder on another disk",
-    errno.EDQUOT: "the disk quota is used up; make room, or choose a folder on another disk",
-    errno.EACCES: "permission denied; choose a place that you may read and write",
-    errno.EPERM: "permission denied; choose a place that you may read and write",
-    errno.EROFS: "the file system is read-only; choose a place that can be written",
-    errno.ENOENT: "there is no such file or folder",
-    errno.EISDIR: "this is a folder, and a file was expected",
-    errno.ENOTDIR: "a folder was expected, and this or something above it is a file",
-    errno.EEXIST: "this is there already",
+    errno.ENOSPC: "the disk is full; free some space, or choose a folder on another disk",
+    errno.EDQUOT: "the disk quota is used up; free some space, or choose a folder on another disk",
+    errno.EACCES: "permission denied; choose a folder that you may read and write",
+    errno.EPERM: "permission denied; choose a folder that you may read and write",
+    errno.EROFS: "the file system is read-only; choose a writable folder",
+    errno.ENOENT: "no such file or folder",
+    errno.EISDIR: "expected a file, found a folder",
+    errno.ENOTDIR: "expected a folder, but this path or one of its parents is a file",
+    errno.EEXIST: "already exists",
     errno.ENAMETOOLONG: "the name is too long for the file system",
     errno.EMFILE: "too many open files; raise the limit with ulimit -n",
     errno.EIO: "the disk reports an error while reading or writing",
@@ -27,18 +27,18 @@ _REASONS = {
 
 
 def explain(error: Exception) -> tuple[str, int]:
-    """One sentence for the user (several lines where several things are wrong), and the exit code."""
+    """Return the message for the user (several lines if there are several problems) and the exit code."""
     if isinstance(error, VeneerError):
         return str(error), error.exit_code
     if isinstance(error, OSError) and error.errno is not None:
         return _system_error(error), 1
-    if (number := _SYSTEMS_NUMBER.search(str(error))) is not None:
+    if (number := _OS_ERROR.search(str(error))) is not None:
         return _system_error(OSError(int(number.group(1)), str(error))), 1
     if _out_of_memory(error):
-        return "there is not enough memory for this; take fewer tokens at a time, shorter examples or a smaller base", 1
+        return "not enough memory; use fewer tokens per pass, shorter examples or a smaller base", 1
     text = " ".join(str(error).split())
     bug = f"this is a bug in veneer: {type(error).__name__}: {text}" if text else f"this is a bug in veneer: {error!r}"
-    return f"{bug}; run again with --debug to see where", 1
+    return f"{bug}; run again with --debug for the traceback", 1
 
 
 def _system_error(error: OSError) -> str:

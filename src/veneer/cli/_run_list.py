@@ -1,13 +1,14 @@
-"""Runs in a folder, and where each of their jobs stands, read from the runs' own files.
+"""Lists the runs in a folder, with the state of each of their jobs, from the files of the runs.
 
-    state      from the newest checkpoint; a job that goes on is "running" while a process holds the run's lock, else "interrupted"
-    step, loss from the last lines of the job's figures
-    adapter    the folder that others can load, once it is there
+    state       from the newest checkpoint; an unfinished job is "running" while a process holds the lock of its run,
+                else "interrupted"
+    step, loss  from the last lines of the job's metrics
+    adapter     the adapter folder, once it exists
 
-What was read is kept in an SQLite file beside the runs, with the sizes and times of the files that it was read from. It is a cache: a
-run whose files changed is read again, and an index that is lost, damaged or on a disk that cannot be written costs only time.
+The result is cached in an SQLite file beside the runs, keyed by the sizes and times of the files that were read. A run
+whose files changed is read again; a cache that is missing, damaged or cannot be written only costs time.
 
-Boundary: no torch, so that the list is there at once; nothing in a run's folder is written.
+This file does not import torch, so that the list is fast, and writes nothing into the folder of a run.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ _LARGEST = 32 << 20
 
 
 @dataclass(frozen=True)
-class Row:
-    """Where one job of one run stands. ``loss`` is the last training loss, ``held_out`` the last held-out loss, ``best`` the lowest."""
+class JobStatus:
+    """One job of one run. ``loss`` is the last training loss, ``held_out`` the last held-out loss, ``best`` the lowest."""
 
     run: str
     job: str
@@ -49,14 +50,15 @@ class Row:
     adapter: str | None
 
 
-def list_runs(root: Path) -> list[Row]:
-    """Every job of every run at or below ``root``, in the order of folders and names.
+def list_runs(root: Path) -> list[JobStatus]:
+    """Return every job of every run at or below ``root``, ordered by folder and name.
 
-    Raises CheckpointError where there is no such folder.
+    Raises:
+        CheckpointError: There is no such folder.
     """
     if not root.is_dir():
-        raise CheckpointError(f"{root}: there is no such folder; name the one that holds your runs")
-    rows: list[Row] = []
+        raise CheckpointError(f"{root}: no such folder; name the folder that contains your runs")
+    rows: list[JobStatus] = []
     with closing(_open(root)) as index:
         known = {
             path: (signature, jobs) for path, signature, jobs in index.execute("select path, signature, jobs from runs")
@@ -71,13 +73,13 @@ def list_runs(root: Path) -> list[Row]:
     return rows
 
 
-def as_dict(row: Row) -> dict[str, Any]:
-    """A row as JSON takes it."""
-    return asdict(row)
+def as_dict(status: JobStatus) -> dict[str, Any]:
+    """Return a job's status as plain data."""
+    return asdict(status)
 
 
 def _folders(root: Path, depth: int) -> Iterator[Path]:
-    """Folders that hold a run; nothing is looked for inside one."""
+    """Yield the folders of runs; a run is not searched for further runs."""
     if (root / "config.yaml").is_file() and ((root / "metrics").is_dir() or (root / "run.json").is_file()):
         yield root
     elif depth < _DEEPEST:
@@ -87,17 +89,17 @@ def _folders(root: Path, depth: int) -> Iterator[Path]:
                     yield from _folders(child, depth + 1)
 
 
-# The index
+# Cache
 
 
 def _open(root: Path) -> sqlite3.Connection:
-    """The index beside the runs: made anew if it is damaged, and in memory if it cannot be written."""
+    """Open the cache: create it again if it is damaged, keep it in memory if it cannot be written."""
     path = root / INDEX
     for attempt in range(2):
         try:
             return _prepared(sqlite3.connect(path, timeout=5))
         except sqlite3.OperationalError:
-            break  # read-only, full, or held by somebody else
+            break  # read-only, full, or locked
         except sqlite3.DatabaseError:
             if attempt:
                 break
@@ -123,7 +125,7 @@ def _prepared(index: sqlite3.Connection) -> sqlite3.Connection:
 
 
 def _keep(index: sqlite3.Connection, known: dict[str, Any], found: dict[str, tuple[str, str]]) -> None:
-    """Bring the index up to what was found. Losing this costs a second reading and nothing else."""
+    """Update the cache; if this fails, the runs are read again next time."""
     with contextlib.suppress(sqlite3.Error), index:
         index.executemany("delete from runs where path = ?", [(path,) for path in known if path not in found])
         changed = [(path, *values) for path, values in found.items() if known.get(path) != values]
@@ -131,7 +133,7 @@ def _keep(index: sqlite3.Connection, known: dict[str, Any], found: dict[str, tup
 
 
 def _signature(folder: Path) -> str:
-    """Changes when one of the files changes that a run's row is read from."""
+    """Return a text that changes whenever a file of the run changes that its status is read from."""
     files = [folder / "config.yaml", folder / "checkpoints" / "LATEST", *sorted((folder / "metrics").glob("*.jsonl"))]
     files += [
         adapter / "adapter_config.json" for adapter in (folder / "adapter", *sorted((folder / "adapters").glob("*")))
@@ -144,11 +146,11 @@ def _signature(folder: Path) -> str:
     return "|".join(parts)
 
 
-# One run
+# Reading one run
 
 
 def _read(folder: Path) -> list[dict[str, Any]]:
-    """The jobs of one run, as far as its files tell."""
+    """Read the jobs of one run."""
     saved = _saved(folder)
     names = sorted({*saved, *(file.stem for file in (folder / "metrics").glob("*.jsonl"))}) or [folder.name]
     try:
@@ -160,11 +162,14 @@ def _read(folder: Path) -> list[dict[str, Any]]:
 
 def _job(folder: Path, name: str, saved: dict[str, Any], base: str) -> dict[str, Any]:
     progress = saved.get("progress") or {}
-    looks = [loss for _, loss in progress.get("evaluations") or []]
+    evaluations = [loss for _, loss in progress.get("evaluations") or []]
     best = progress.get("best")
-    figures: dict[str, Any] = {"step": progress.get("step", 0), "held_out_loss": looks[-1] if looks else None}
+    metrics: dict[str, Any] = {
+        "step": progress.get("step", 0),
+        "held_out_loss": evaluations[-1] if evaluations else None,
+    }
     for line in _tail(folder / "metrics" / f"{name}.jsonl"):
-        figures.update(line)
+        metrics.update(line)
         held_out = line.get("held_out_loss")
         if held_out is not None:
             best = held_out if best is None else min(best, held_out)
@@ -173,9 +178,9 @@ def _job(folder: Path, name: str, saved: dict[str, Any], base: str) -> dict[str,
         "job": name,
         "state": saved.get("state", "running"),
         "reason": saved.get("reason", ""),
-        "step": figures["step"],
-        "loss": figures.get("loss"),
-        "held_out": figures["held_out_loss"],
+        "step": metrics["step"],
+        "loss": metrics.get("loss"),
+        "held_out": metrics["held_out_loss"],
         "best": best,
         "base": base,
         "adapter": None if adapter is None else str(adapter.relative_to(folder)),
@@ -183,7 +188,7 @@ def _job(folder: Path, name: str, saved: dict[str, Any], base: str) -> dict[str,
 
 
 def _saved(folder: Path) -> dict[str, dict[str, Any]]:
-    """The jobs in the newest checkpoint that can be read; none before the first one."""
+    """Return the jobs in the newest readable checkpoint; empty before the first one."""
     checkpoints = folder / "checkpoints"
     names = sorted((file.parent.name for file in checkpoints.glob("step-*/state.json")), reverse=True)
     for name in names:
@@ -197,7 +202,7 @@ def _saved(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _tail(path: Path) -> Iterator[dict[str, Any]]:
-    """The last whole lines of a job's figures."""
+    """Yield the last complete lines of a job's metrics."""
     try:
         with path.open("rb") as file:
             start = max(0, file.seek(0, os.SEEK_END) - _TAIL)
@@ -212,22 +217,22 @@ def _tail(path: Path) -> Iterator[dict[str, Any]]:
                 yield found
 
 
-def _live(folder: Path, job: dict[str, Any]) -> Row:
-    """A row as of now, seen from here: a job that goes on does so only while a process works on its run."""
+def _live(folder: Path, job: dict[str, Any]) -> JobStatus:
+    """Return a job's status now, with paths relative to the current folder."""
     state = "interrupted" if job["state"] == "running" and not held(folder / ".lock") else job["state"]
     adapter = None if job["adapter"] is None else str(folder / job["adapter"])
-    return Row(run=str(folder), **{**job, "state": state, "adapter": adapter})
+    return JobStatus(run=str(folder), **{**job, "state": state, "adapter": adapter})
 
 
 def held(lock: Path) -> bool:
-    """Whether a process holds a run's lock. It is not tried by taking it: a run that starts at that moment would be turned away."""
+    """Tell whether a process holds a run's lock, without taking it: that would make a run fail that starts now."""
     try:
         inode = lock.stat().st_ino
         locks = Path("/proc/locks").read_text(encoding="ascii").splitlines()
         return any("FLOCK" in line and f":{inode} " in line for line in locks)
     except OSError:
         pass
-    try:  # systems that do not list their locks: the holder wrote its number into the file
+    try:  # systems that do not list locks: the holder wrote its process id into the file
         os.kill(int(lock.read_text(encoding="ascii")), 0)
     except PermissionError:
         return True

@@ -1,0 +1,96 @@
+"""Weighted adapters on the command line, ``a:0.7 b:0.3`` or ``a:0.7,b:0.3``, and the base that they belong to.
+
+Each entry is an adapter folder or a run; the default weight is 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from veneer.checkpoints.locate import find_adapter
+from veneer.errors import ConfigError
+
+if TYPE_CHECKING:
+    from veneer.checkpoints.base_files import Skeleton
+    from veneer.deltas.parents import Parent
+
+Entry = tuple[Path, str, float]
+"""Adapter folder, name, weight."""
+
+
+def parse_mix(words: Sequence[str]) -> list[Entry]:
+    """Parse weighted adapters, in order.
+
+    Raises:
+        ConfigError: A weight is not a finite number.
+        CheckpointError: A path does not lead to one adapter.
+    """
+    entries: list[Entry] = []
+    for word in words:
+        parts = [word] if Path(word).exists() else [part for part in word.split(",") if part]
+        entries += [_entry(part) for part in parts]
+    if not entries:
+        raise ConfigError("no adapter given; name a folder, or several with weights: a:0.7 b:0.3")
+    return entries
+
+
+def base_of(parents: Sequence[Parent], given: str | None) -> str:
+    """Return the base to use: ``given``, or else the one that all adapter folders name.
+
+    Raises:
+        ConfigError: No base is given, and the folders do not agree on one.
+    """
+    from veneer.deltas.parents import base_name
+
+    name = given or base_name(parent.adapter for parent in parents)
+    if name is None:
+        raise ConfigError("the adapter folders do not name one base; give it with --base MODEL")
+    return name
+
+
+def checked_base(parents: Sequence[Parent], given: str | None, force: Sequence[str]) -> tuple[str, Skeleton]:
+    """Open the files of the parents' base, and check that every parent fits it and was made on it.
+
+    Returns:
+        The name of the base, and its files.
+
+    Raises:
+        ComposeError: A parent does not fit the base or, without ``force`` of "base", was made on another one.
+    """
+    from veneer.checkpoints.base_files import base_folder, fit, skeleton
+    from veneer.deltas.parents import check_base
+
+    name = base_of(parents, given)
+    base = skeleton(base_folder(name))
+    for adapter in {id(parent.adapter): parent.adapter for parent in parents}.values():
+        fit(adapter, base)
+        if "base" not in force:
+            check_base(adapter, base.weight_2d, name)
+    return name, base
+
+
+def needs_base_weights(parents: Sequence[Parent]) -> bool:
+    """Tell whether the change of some parent can only be computed from the base weights."""
+    return any(parent.adapter.method.needs_base_weights for parent in parents)
+
+
+def _entry(text: str) -> Entry:
+    path, colon, number = text.rpartition(":")
+    weight = 1.0
+    if not Path(text).exists() and colon:
+        try:
+            weight = float(number)
+        except ValueError:
+            raise ConfigError(
+                f"{text!r}: there is no such folder, and {number!r} is not a weight; "
+                f"write FOLDER:WEIGHT, for example {path or 'a'}:0.7"
+            ) from None
+        if not math.isfinite(weight):
+            raise ConfigError(f"{text!r}: expected a finite weight, found {number}")
+    else:
+        path = text
+    name, folder = find_adapter(Path(path))
+    return folder, name, weight

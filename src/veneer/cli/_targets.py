@@ -1,0 +1,174 @@
+"""Loads the adapters and the base that a command line names.
+
+runs/a                a run: its adapter (runs/a/adapter, or one per job in runs/a/adapters)
+runs/a/best           an adapter folder
+smollm2-135m          a base: an alias, a folder, a GGUF file or a hub id
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from veneer.checkpoints.locate import CONFIG, adapters_at, is_run
+from veneer.cli._parser import add_dtype, add_force
+from veneer.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    import argparse
+
+    from veneer.adapters import Bank
+    from veneer.models.load import Base
+
+
+@dataclass
+class LoadedTargets:
+    """A base in memory with the adapters on it; ``names`` keeps their order and is empty for a base alone."""
+
+    base: Base
+    bank: Bank
+    names: list[str]
+
+
+def add_target_arguments(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
+    """Declare the arguments that select the base and the adapters."""
+    parser.add_argument(
+        "target",
+        nargs="+" if several else 1,
+        metavar="TARGET",
+        help="a run, an adapter folder or a base; NAME=FOLDER renames the adapter",
+    )
+    parser.add_argument("--base", metavar="MODEL", help="base model (default: the one named in the adapter folder)")
+    add_force(parser)
+    add_dtype(parser)
+
+
+def adapter_folders(target: str) -> dict[str, Path]:
+    """Return the adapter folders of a target by name; empty if the target is a base.
+
+    Raises:
+        CheckpointError: The folder contains neither a base nor an adapter.
+    """
+    name, _, typed = target.rpartition("=")
+    path = Path(typed)
+    found = adapters_at(path)
+    if found:
+        return {name: next(iter(found.values()))} if name and len(found) == 1 else found
+    if not path.is_dir():
+        if name:
+            raise CheckpointError(f"{typed}: no such folder, so it cannot be named {name!r}")
+        return {}
+    if is_run(path):
+        raise CheckpointError(f"{path} is a run without an adapter so far; run its training command again to resume it")
+    if not (path / "config.json").is_file() and not any(path.glob("*.gguf")):
+        raise CheckpointError(f"{path} contains neither a base (config.json) nor an adapter ({CONFIG})")
+    return {}
+
+
+def load_targets(
+    targets: Sequence[str], base: str | None, dtype: str, *, purpose: str = "generate", force: Sequence[str] = ()
+) -> LoadedTargets:
+    """Load the base once, and every adapter of the targets, frozen and on the fast path.
+
+    Raises:
+        ConfigError: The targets name different bases, or two adapters have the same name.
+    """
+    folders: dict[str, Path] = {}
+    bases: dict[str, str] = {} if base is None else {base: "--base"}
+    for target in targets:
+        found = adapter_folders(target)
+        if not found:
+            bases.setdefault(target, "the command line")
+        for name, folder in found.items():
+            if name in folders:
+                raise ConfigError(
+                    f'two adapters are named "{name}": {folders[name]} and {folder}; rename one with NAME={folder}'
+                )
+            folders[name] = folder
+            if base is None:
+                bases.setdefault(base_named_in(folder), str(folder))
+    if len(bases) > 1:
+        sources = "; ".join(f"{model} (from {source})" for model, source in bases.items())
+        raise ConfigError(f"the targets name different bases: {sources}; choose one with --base")
+    return _load(next(iter(bases)), folders, dtype, purpose, force)
+
+
+def _load(model: str, folders: dict[str, Path], dtype: str, purpose: str, force: Sequence[str]) -> LoadedTargets:
+    from veneer.checkpoints import attach
+    from veneer.checkpoints.receipt import ROUNDED
+    from veneer.models.fast_modules import fuse
+    from veneer.models.load import load_base
+    from veneer.models.precision import fast_dtype
+    from veneer.training.acceleration import use_native
+
+    requested: Any = dtype
+    if dtype == "auto" and purpose == "generate":
+        requested = str(fast_dtype("cpu", "generate")).removeprefix("torch.")
+    loaded = load_base(model, dtype=requested)
+    bank = attach(loaded.model)
+    for name, folder in folders.items():
+        for note in bank.load(folder, name=name, force=tuple(force)).meta.get("notes", ()):
+            if dtype != "auto" or not note.endswith(ROUNDED):  # the user did not choose this data type
+                print(f"{folder}: {note}", file=sys.stderr)
+        bank[name].requires_grad_(False)
+    use_adapter_template(loaded.tokenizer, bank)
+    use_native(lambda line: print(line, file=sys.stderr))
+    fuse(loaded.model)
+    return LoadedTargets(loaded, bank, list(folders))
+
+
+def use_adapter_template(tokenizer: Any, bank: Bank) -> None:
+    """Give the tokenizer the chat template that the adapters were trained with.
+
+    A template in an adapter folder is used if its hash is the one in the receipt. If the adapters need different
+    templates, or one that is missing, the base's template stays and a warning is printed.
+    """
+    if tokenizer is None or not len(bank):
+        return
+    from veneer.data.hashing import template_hash
+
+    current = template_hash(tokenizer)
+    users: dict[str | None, list[str]] = {}  # template (None: the base's) -> adapters
+    for name in bank:
+        meta = bank[name].meta
+        recorded, stored = (meta.get("receipt") or {}).get("template_sha256"), meta.get("template")
+        if recorded is None or recorded == current:
+            users.setdefault(None, []).append(name)
+        elif stored is not None and recorded == template_hash(tokenizer, stored):
+            users.setdefault(stored, []).append(name)
+        else:
+            print(
+                f"{name}: the base's chat template or tokenizer is not the one that this adapter was trained with, so "
+                "prompts are rendered differently than in training; give the original base folder with --base",
+                file=sys.stderr,
+            )
+    if len(users) > 1:
+        groups = "; ".join(", ".join(group) for group in users.values())
+        print(
+            f"the adapters were trained with different chat templates ({groups}); using the base's template",
+            file=sys.stderr,
+        )
+    elif (template := next(iter(users), None)) is not None:
+        tokenizer.chat_template = template
+        print(f"{', '.join(users[template])}: using the chat template in the adapter folder", file=sys.stderr)
+
+
+def base_named_in(folder: Path) -> str:
+    """Return the base that ``adapter_config.json`` names.
+
+    Raises:
+        CheckpointError: The file is not valid or names no base.
+    """
+    try:
+        found = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (ValueError, AttributeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{folder / CONFIG} is not a JSON object: {error}") from None
+    if not isinstance(found, str) or not found:
+        raise CheckpointError(
+            f"{folder / CONFIG} does not name the base (base_model_name_or_path); give it with --base"
+        )
+    return found
