@@ -129,7 +129,7 @@ def _all() -> dict[str, Case]:
             (Claim("peft", "veneer", 3.0), Claim("trl", "veneer", 4.0)),
             extra=(_FLOOR, _PEFT_LOW, _PEFT_FP32, _FULL),
         ),
-        # In bf16 PEFT rounds its small first steps away; ours are those of fp32 (docs/log.md).
+        # In bf16 PEFT rounds its small first steps away; ours are those of fp32 (docs/log/numerics.md).
         Case("r64", Workload(), _each(r64, _VENEER, replace(_PEFT, alike=1), _FLOOR), claims),
         _dora(),
         Case("dropout", Workload(), _each(dropped, _VENEER) + _each({**dropped, "alike": 1}, _PEFT), (_BESIDE_PEFT,)),

@@ -4,7 +4,7 @@ Adapters with few tokens each share one branch (``kernels/lora/grouped.py``): ba
 largest rank. Another group costs its calls; a larger group costs padding, which is read from memory and multiplied. So neighbouring
 ranks share a group as long as
 
-    padded rows x (in + out) x (1 + tokens / 16)  <=  100,000         (times of both on two cores, docs/log.md)
+    padded rows x (in + out) x (1 + tokens / 16)  <=  100,000         (times of both on two cores, docs/log/mixed_batches.md)
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ __all__ = ["AdapterSpan", "NativeBranch", "agrees", "fits"]
 _STEP = 32
 """Widths are multiples of it."""
 _HIGHEST = {torch.float32: 16, torch.bfloat16: 64}
-"""Ranks above which matrix libraries are as quick (docs/log.md)."""
+"""Ranks above which matrix libraries are as quick (docs/log/kernels.md)."""
 
 _SIZES = 8
 """Layouts for calls of so many sizes are kept."""

@@ -22,7 +22,7 @@ from veneer.training.planning.profile import untouched
 from veneer.training.planning.workload import Pass, load, planned_rounds
 
 USUAL = 512
-"""Tokens of shared passes if nothing is measured; docs/log.md has the times behind it."""
+"""Tokens of shared passes if nothing is measured; docs/log/mixed_batches.md has the times behind it."""
 _SIZES = (256, 512, 1024)
 _REPEATS, _SECONDS = 3, 10.0
 _LEAST_ROUNDS = 40
