@@ -40,7 +40,7 @@ from veneer.kernels.lora.linear import (
 
 _PLAIN = (Tensor, nn.Parameter)
 _FEW = {torch.float32: 64}
-"""Up to so many tokens of a frozen adapter are computed faster without the kernels in C++, from kept factors (docs/log/mixed_batches.md)."""
+"""Largest number of tokens of a frozen adapter that kept factors compute faster than C++ (docs/log/mixed_batches.md)."""
 
 
 @dataclass(frozen=True, eq=False)
