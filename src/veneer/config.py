@@ -25,13 +25,13 @@ from veneer._options.base import (
     Texts,
     Whole,
     current_name,
-    near_miss,
 )
 from veneer._options.document import Document, load_yaml
 from veneer._options.flags import add_flags, given_flags, given_sets
 from veneer._options.low_rank import Alpha, LowRankOptions, Rank
 from veneer._options.output import json_schema, plain, to_yaml
 from veneer._options.resolve import Difference, Provenance, differences, flag_name, resolve
+from veneer._options.synonyms import command_hint, near_miss, similar
 from veneer._options.train import FULL, PER_RUN_OPTIONS, DataOptions, TrainOptions, default_learning_rate
 
 __all__ = [
@@ -56,6 +56,7 @@ __all__ = [
     "TrainOptions",
     "Whole",
     "add_flags",
+    "command_hint",
     "current_name",
     "default_learning_rate",
     "differences",
@@ -67,5 +68,6 @@ __all__ = [
     "near_miss",
     "plain",
     "resolve",
+    "similar",
     "to_yaml",
 ]

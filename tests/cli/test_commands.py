@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -36,13 +37,18 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "unknown.yaml": "bsae: base\nlearning_rat: 1\ndata: train.jsonl\n",
         "wrong.yaml": "data: train.jsonl\nr: many\nsteps: -1\n",
         "file": "a file",
+        "prompts.txt": "hello\nworld\n",
     }
     for name, text in files.items():
         (place / name).write_text(text, encoding="utf-8")
     (place / "holds").mkdir()
     (place / "holds" / "something").touch()
+    (place / "weights").mkdir()
+    (place / "weights" / "model.safetensors").touch()
     with contextlib.chdir(place), contextlib.redirect_stdout(io.StringIO()):
         assert main([*TRAIN, "--out", "run"]) == 0
+    for part in ("one", "two"):
+        shutil.copytree(place / "run" / "adapter", place / "parts" / part)
     return place
 
 
@@ -118,13 +124,25 @@ def test_a_run_is_used_by_its_folder(run: Run, monkeypatch: pytest.MonkeyPatch) 
         ("generate run --file none.txt", 1, "none.txt: no such file"),
         ("generate run hi --max-tokens 0", 2, "--max-tokens: expected at least 1"),
         ("generate run hi --base file", 1, "file of a kind that cannot be loaded"),
+        ("generate some/lora hi --base base", 1, "hf download some/lora --local-dir"),
+        ("generate run/adapter/adapter_config.json hi", 1, "is a file, not a base or an adapter folder"),
+        ("generate weights/model.safetensors hi --base base", 1, "give its folder, weights, with adapter_config.json"),
+        ("generate prompts.txt --base base hi", 1, "give prompts with --file"),
+        ("generate run prompts.txt", 2, "read one prompt per line with --file prompts.txt"),
+        ("generate nothing-here hi --base base", 1, "nothing-here: no such folder; give an adapter folder"),
+        ("evaluate run valid.jsonl --data valid.jsonl", 1, "examples with --data"),
+        ("inspect some/lora", 1, "hf download some/lora"),
+        ("inspect prompts.txt", 1, "is a file, not a base or an adapter folder"),
+        ("merge some/lora --out x", 1, "hf download some/lora"),
+        ("merge parts --out x", 1, "holds several adapters (one, two); give the folder of one"),
+        ("compose parts some/lora --out x", 1, "holds several adapters (one, two)"),
         ("chat", 2, "required: TARGET"),
         ("chat nowhere", 1, "'nowhere' is neither a folder here nor"),
         ("chat run --top-p 0", 2, "--top-p: expected more than 0"),
         ("chat run --tempereture 1", 2, "did you mean --temperature?"),
         ("merge run", 2, "required: --out"),
-        ("merge nowhere --out x", 1, "nowhere holds no adapter"),
-        ("merge base --out x", 1, "base holds no adapter"),
+        ("merge nowhere --out x", 1, "nowhere: no such folder"),
+        ("merge base --out x", 1, "base: contains no adapter"),
         ("merge run --out holds", 1, "holds is a folder that is not empty"),
         ("merge run --out file/x", 1, "file/x cannot be written: a parent of it is a file"),
         ("merge run:x --out x", 2, "'x' is not a weight"),

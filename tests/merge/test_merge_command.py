@@ -64,9 +64,9 @@ def test_mistakes_are_one_sentence(made: Path, capsys: pytest.CaptureFixture[str
     bank.save("foreign", made / "foreign")
     out = ["--out", f"{made}/out", "--no-probe"]
     for words, says, code in (
-        ([f"{made}/nothing", *out], "holds no adapter", 1),
+        ([f"{made}/nothing", *out], "no such folder", 1),
         ([f"{made}/big:much", *out], "is not a weight", 2),
-        ([f"{made}/base", *out], "holds no adapter", 1),
+        ([f"{made}/base", *out], "contains no adapter", 1),
         ([f"{made}/foreign", "--base", f"{made}/base", *out], "was made on another base", 1),
         ([f"{made}/big", "--out", f"{made}/base"], "a folder that is not empty", 1),
         ([f"{made}/big", "--shard-size", "many", *out], "--shard-size", 2),

@@ -159,6 +159,11 @@ def test_a_job_is_paused_and_cancelled_from_outside(tmp_path: Path, capsys: pyte
         assert main(["runs", str(run), "--cancel", "*"]) == 0
     assert "cancel all jobs, after the current step" in capsys.readouterr().out
     assert json.loads((run / "control.json").read_text()) == {"sql": "pause", "*": "cancel"}
+    for words, says in ((["--pause"], "pause all jobs"), (["--resume", "--json"], "resume all jobs")):
+        assert main(["runs", str(run), *words]) == 0
+        assert says in capsys.readouterr().out
+    assert main(["runs", "--pause", "sql", str(run)]) == 0
+    assert json.loads((run / "control.json").read_text()) == {"sql": "pause", "*": "resume"}
     for wrong, says in (
         ([str(run), "--pause", "style"], 'has no unfinished job "style"; unfinished jobs: sql'),
         ([str(tmp_path), "--pause", "sql"], "is not a run; name the folder of one run"),

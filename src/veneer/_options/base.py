@@ -9,7 +9,6 @@ checks it.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, ValidationError, model_validator
 
 from veneer._options.document import Keys, shorten
+from veneer._options.synonyms import near_miss, similar
 from veneer.errors import ConfigError, Problems
 
 if TYPE_CHECKING:
@@ -83,39 +83,6 @@ def current_name(model_cls: type[BaseModel], name: str) -> str:
     """Today's name of an option that is given by a former one."""
     now = FORMER_NAMES.get(name, name)
     return now if now in model_cls.model_fields else name
-
-
-_SYNONYMS = {
-    "alpha": "lora_alpha",
-    "dataset": "data",
-    "dropout": "lora_dropout",
-    "gradient_checkpointing": "activation_checkpointing",
-    "lr": "learning_rate",
-    "max_grad_norm": "clip",
-    "max_seq_length": "max_length",
-    "max_steps": "steps",
-    "model": "base",
-    "model_name_or_path": "base",
-    "num_epochs": "epochs",
-    "num_train_epochs": "epochs",
-    "output": "out",
-    "output_dir": "out",
-    "rank": "r",
-    "train": "data",
-    "validation": "valid",
-    "warmup": "warmup_steps",
-}
-"""Names of options in other tools -> ours."""
-
-
-def near_miss(word: str, known: Iterable[str]) -> str:
-    """'; did you mean X?' for a word that is similar to a known one or a synonym of it, else ""."""
-    folded = {name.lower().strip("-").replace("-", "_"): name for name in known}
-    key = word.lower().replace("-", "_").strip("_")
-    if _SYNONYMS.get(key) in folded:
-        return f"; did you mean {folded[_SYNONYMS[key]]}?"
-    close = difflib.get_close_matches(key, folded, n=1, cutoff=0.6)
-    return f"; did you mean {folded[close[0]]}?" if close else ""
 
 
 _WORDS = {
@@ -188,7 +155,7 @@ def _expectation(detail: Any, keys: Keys, model_cls: type[BaseModel], found: Any
     for start in ("Input should be ", "Value should have ", "Value should be "):
         message = message.removeprefix(start)
     if kind == "literal_error" and isinstance(found, str):
-        message += near_miss(found, re.findall(r"'([^']*)'", message))
+        message += similar(found, re.findall(r"'([^']*)'", message))
     message = message.split(", unable to")[0].replace("valid ", "")
     for word, ours in _WORDS.items():
         message = message.replace(word, ours)

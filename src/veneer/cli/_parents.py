@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from veneer.checkpoints.locate import find_adapter
+from veneer.checkpoints.locate import adapters_at, find_adapter, is_run
+from veneer.cli._targets import not_an_adapter
 from veneer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -92,5 +93,7 @@ def _entry(text: str) -> Entry:
             raise ConfigError(f"{text!r}: expected a finite weight, found {number}")
     else:
         path = text
+    if not adapters_at(Path(path)) and not is_run(Path(path)):
+        raise not_an_adapter(path)
     name, folder = find_adapter(Path(path))
     return folder, name, weight

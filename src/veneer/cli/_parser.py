@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from itertools import takewhile
 from typing import Any, NoReturn
 
 from veneer.config import near_miss
@@ -30,14 +32,28 @@ class Parser(argparse.ArgumentParser):
         Raises:
             ConfigError: An argument is unknown, missing or invalid; the message suggests the closest known option.
         """
-        parsed, unknown = self.parse_known_intermixed_args(args, namespace)
-        flags = [word.partition("=")[0] for word in unknown if word.startswith("-") and len(word) > 1]
-        if flags:
-            known = [flag for flag in self._option_string_actions if flag.startswith("--")]
-            raise ConfigError("; ".join(f"unknown option {flag}{near_miss(flag, known)}" for flag in flags))
+        words = [*(sys.argv[1:] if args is None else args)]
+        # Unknown options are reported before argparse can miss an argument that was given as an option.
+        self._refuse(word for word in takewhile(lambda word: word != "--", words) if word.startswith("--"))
+        parsed, unknown = self.parse_known_intermixed_args(words, namespace)
+        self._refuse(word for word in unknown if word.startswith("-") and len(word) > 1)
         if unknown:
             self.error(f"unexpected argument {unknown[0]!r}")
         return parsed
+
+    def _refuse(self, words: Iterable[str]) -> None:
+        """Raise ConfigError for options that do not exist, with the name here of those that other programs have."""
+        options = [word.partition("=")[0] for word in words]
+        unknown = [option for option in options if option not in self._option_string_actions and " " not in option]
+        known = [option for option in self._option_string_actions if option.startswith("--")]
+        lines = [f"unknown option {option}{near_miss(option, known)}" for option in dict.fromkeys(unknown)]
+        if len(lines) > 1:
+            lines = [
+                f"{len(lines)} unknown options",
+                *(f"  - {line.removeprefix('unknown option ')}" for line in lines),
+            ]
+        if lines:
+            raise ConfigError("\n".join(lines))
 
 
 def at_least(minimum: int) -> Callable[[str], int]:

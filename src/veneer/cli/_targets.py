@@ -8,6 +8,7 @@ smollm2-135m          a base: an alias, a folder, a GGUF file or a hub id
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
     from veneer.adapters import Bank
     from veneer.models.load import Base
+
+_WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth")
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 @dataclass
@@ -59,14 +63,32 @@ def adapter_folders(target: str) -> dict[str, Path]:
     if found:
         return {name: next(iter(found.values()))} if name and len(found) == 1 else found
     if not path.is_dir():
-        if name:
-            raise CheckpointError(f"{typed}: no such folder, so it cannot be named {name!r}")
+        if name or (path.is_file() and path.suffix != ".gguf"):
+            raise not_an_adapter(typed)
         return {}
     if is_run(path):
         raise CheckpointError(f"{path} is a run without an adapter so far; run its training command again to resume it")
     if not (path / "config.json").is_file() and not any(path.glob("*.gguf")):
         raise CheckpointError(f"{path} contains neither a base (config.json) nor an adapter ({CONFIG})")
     return {}
+
+
+def not_an_adapter(target: str) -> CheckpointError:
+    """Return the error for a target that is not an adapter, with the remedy for the likely mistake."""
+    path = Path(target)
+    if path.suffix in _WEIGHT_FILES:
+        return CheckpointError(f"{target} is a file of weights; give its folder, {path.parent}, with {CONFIG} in it")
+    if path.is_file():
+        return CheckpointError(
+            f"{target} is a file, not a base or an adapter folder; give prompts with --file and examples with --data"
+        )
+    if not path.exists() and _HUB_ID.fullmatch(target):
+        return CheckpointError(
+            f"{target}: no such folder; adapters are read from folders only, so download one from the hub first: "
+            f"hf download {target} --local-dir FOLDER"
+        )
+    problem = f"contains no adapter ({CONFIG})" if path.exists() else "no such folder"
+    return CheckpointError(f"{target}: {problem}; give an adapter folder, or a run that has written one")
 
 
 def load_targets(
@@ -82,6 +104,8 @@ def load_targets(
     for target in targets:
         found = adapter_folders(target)
         if not found:
+            if base not in (None, target):
+                raise not_an_adapter(target)
             bases.setdefault(target, "the command line")
         for name, folder in found.items():
             if name in folders:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from veneer.cli._targets import add_target_arguments, load_targets
 from veneer.cli.generate import add_sampling_arguments, sampling_of
-from veneer.config import near_miss
+from veneer.config import similar
 from veneer.errors import VeneerError
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ class Chat:
             "/quit": self._end,
         }
         if word not in actions:
-            print(f"unknown command {word}{near_miss(word, actions) or '; /help lists the commands'}")
+            print(f"unknown command {word}{similar(word, actions) or '; /help lists the commands'}")
             return
         try:
             actions[word]()

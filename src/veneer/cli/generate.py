@@ -94,6 +94,9 @@ def _answer(generator: Generator, prompt: Any, route: str | None, sampling: Samp
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:
+    for prompt in args.prompt:
+        if Path(prompt).suffix in (".txt", ".jsonl", ".md", ".csv") and Path(prompt).is_file():
+            raise ConfigError(f"{prompt} is a file; read one prompt per line with --file {prompt}")
     prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in args.prompt]
     if args.file is not None:
         try:

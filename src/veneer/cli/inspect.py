@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from veneer.cli._output import table
 from veneer.cli._parser import add_dtype, add_force, add_json
 from veneer.cli._spectra import add_spectra_arguments, run_spectra, spectra_requested
-from veneer.cli._targets import adapter_folders
-from veneer.errors import CheckpointError, ConfigError
+from veneer.cli._targets import adapter_folders, not_an_adapter
+from veneer.errors import ConfigError
 
 if TYPE_CHECKING:
     from veneer.checkpoints.inspect import OwnView, SiteView, View
@@ -42,9 +42,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--verify runs the base model; give it with --base MODEL")
     folders = adapter_folders(args.path)
     if not folders:
-        raise CheckpointError(
-            f"{args.path} is not an adapter folder; expected a folder with adapter_config.json, or a run"
-        )
+        raise not_an_adapter(args.path)
     if spectra_requested(args):
         return run_spectra(args)
     views = _views(folders, args)

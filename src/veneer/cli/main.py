@@ -23,7 +23,7 @@ from types import ModuleType
 from veneer._version import __version__
 from veneer.cli._error_text import explain
 from veneer.cli._parser import Parser
-from veneer.config import near_miss
+from veneer.config import command_hint
 from veneer.errors import ConfigError
 
 COMMANDS = {
@@ -108,7 +108,12 @@ def _dispatch(words: list[str]) -> int:
 def _unknown(name: str, first: str, group: dict[str, str]) -> ConfigError:
     if first.startswith("-"):
         return ConfigError(f"the option {first} comes before the command; write: veneer COMMAND {first} ...")
-    hint = near_miss(name, group or COMMANDS) or near_miss(name, [command.split()[0] for command in COMMANDS])
+    groups = [command.split()[0] for command in COMMANDS if " " in command]
+    hint = (
+        (command_hint(name.split()[-1], group) or command_hint(name, group))
+        if group
+        else command_hint(name, [*COMMANDS, *groups])
+    )
     return ConfigError(f"unknown command {name!r}{hint or '; veneer --help lists the commands'}")
 
 
