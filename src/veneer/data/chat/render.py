@@ -12,10 +12,12 @@ and the beginning of an answer, the two are encoded separately, as at inference.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
+from veneer.data.chat.coverage import Coverage
 from veneer.data.chat.rendered import Rendered, RenderOptions
-from veneer.data.chat.template import Conversation, Template, reserved_error, template_source
+from veneer.data.chat.template import Conversation, Template, TemplateError, reserved_error, template_source
 from veneer.data.chat.turns import Draft, TurnFinder
 from veneer.data.encode import Encoded, Encoder, GuardedText
 from veneer.data.rows.row import BadRow, Row
@@ -41,6 +43,7 @@ class Renderer:
         self.encoder = Encoder(tokenizer, source or "")
         self.template = Template(tokenizer, source, self.options.template_options) if source is not None else None
         self._turns: dict[str, TurnFinder] = {}
+        self._coverage: dict[str, Coverage] = {}
         self._before, self._eos = _frame(tokenizer, self.encoder)
 
     def notices(self, format: str) -> list[str]:
@@ -128,14 +131,29 @@ class Renderer:
     def _plan_chat(self, row: Row) -> list[Draft]:
         turns = self._turns_for(row)
         conversation = Conversation(turns.template, self.encoder, row.messages, row.tools)
+        whole = conversation.text()
+        notes = self._check_coverage(conversation, whole)
         if self.options.train_on == "all":
-            whole = conversation.text()
-            return [Draft(whole, ((0, len(whole.text)),))]
+            return [Draft(whole, ((0, len(whole.text)),), notes=notes)]
         weights = row.weights or (1.0,) * len(row.messages)
         answers = [i for i, message in enumerate(row.messages) if message.get("role") == "assistant"]
         if self.options.train_on == "last":
             answers = answers[-1:]
-        return turns.drafts(conversation, [i for i in answers if weights[i] > 0.0])
+        drafts = turns.drafts(conversation, [i for i in answers if weights[i] > 0.0], whole)
+        return [replace(draft, notes=(*draft.notes, *notes)) for draft in drafts] if notes else drafts
+
+    def _check_coverage(self, conversation: Conversation, whole: GuardedText) -> tuple[str, ...]:
+        """Refuse a row if the template leaves out a message or a tool call; note other parts that it leaves out."""
+        coverage = self._coverage.setdefault(conversation.template.source, Coverage())
+        missing = coverage.left_out(conversation, whole.text)
+        remedy = "choose a template that renders it with --chat-template, such as chatml-tools"
+        if "tool_calls" in missing:
+            raise TemplateError(f"the chat template leaves out the tool calls of message {missing['tool_calls']}; {remedy}")
+        if "content" in missing:
+            i = missing["content"]
+            role = conversation.messages[i].get("role")
+            raise TemplateError(f"the chat template leaves out the text of message {i} (role {role}); {remedy}")
+        return tuple(f"{kind}_left_out" for kind in ("tools", "names") if kind in missing)
 
     def _turns_for(self, row: Row) -> TurnFinder:
         if self.template is None:
@@ -170,6 +188,8 @@ class Renderer:
             ids, weights, starts, ends = self._framed(text, ids, weights, starts, ends, notes)
         if not ids:
             raise DataError("the row has no tokens")
+        if self.options.vocab_size is not None and max(ids) >= self.options.vocab_size:
+            raise DataError(self._beyond_embedding(max(ids)))
         weights[0] = 0.0  # nothing predicts the first token
         keep = self.options.max_length or len(ids)
         return Rendered(
@@ -184,6 +204,13 @@ class Renderer:
             length=len(ids),
             lost=len(weights[keep:]) - weights[keep:].count(0.0),
             typed=tuple(text[a:b] for a, b in draft.text.guards),
+        )
+
+    def _beyond_embedding(self, token: int) -> str:
+        return (
+            f"token {token} ({self.tokenizer.convert_ids_to_tokens(token)!r}) is beyond the base's embedding of "
+            f"{self.options.vocab_size} tokens; resize the embedding (model.resize_token_embeddings) and save the base, or use the "
+            "tokenizer that it was trained with"
         )
 
     def _verified(self, text: str, encoded: Encoded, a: int, b: int) -> tuple[int, int]:

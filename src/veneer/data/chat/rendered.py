@@ -22,6 +22,9 @@ NOTES = {
     "behind_prompt": "the chat template renders the text before the answer differently in prompts and in finished "
     "conversations; the row is trained as prompted",
     "no_end_token": "no token marks the end of the answer, so the model does not learn to stop",
+    "tools_left_out": "the chat template does not render the tools, so the model does not see them; choose another template with "
+    "--chat-template, such as chatml-tools",
+    "names_left_out": "the chat template does not render the names of messages",
     "unmarked": "the template has generation marks, but none in this turn; the whole turn is trained",
     "boundary_cut": "prompt and answer were tokenized separately, because one token would have covered parts of both",
 }
@@ -41,6 +44,7 @@ class RenderOptions:
             there is a template.
         parse_specials: parse control strings in plain rows (``text``, plain pairs) as control tokens, for rows that were
             rendered by a template before. Never applies to conversations.
+        vocab_size: number of rows of the base's embedding; a row with a token beyond it is refused. None: not checked.
     """
 
     train_on: TrainOn = "assistant"
@@ -49,6 +53,7 @@ class RenderOptions:
     template_options: Mapping[str, Any] = field(default_factory=dict)
     prompt_style: PromptStyle = "auto"
     parse_specials: bool = False
+    vocab_size: int | None = None
 
     def __post_init__(self) -> None:
         if self.train_on not in ("assistant", "last", "all"):

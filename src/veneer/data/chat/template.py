@@ -37,20 +37,37 @@ class TemplateError(DataError):
 
 
 def template_source(tokenizer: Any, tools: Any = None, template: str | None = None) -> str | None:
-    """Return the Jinja text of a tokenizer's chat template, None if it has none."""
+    """Return the Jinja text of a tokenizer's chat template, None if it has none.
+
+    Raises:
+        DataError: the tokenizer has several templates, and none of them is the default.
+    """
     if template is None and not getattr(tokenizer, "chat_template", None):
         return None
+    own = tokenizer.chat_template
+    if template is None and isinstance(own, dict) and "default" not in own and not (tools and "tool_use" in own):
+        raise DataError(
+            f"the tokenizer has several chat templates ({', '.join(own)}) and no default; choose one with --chat-template NAME"
+        )
     return str(tokenizer.get_chat_template(template, tools))
 
 
-def read_template(path: Path) -> str:
-    """Read the Jinja text of a chat template from a file.
+def read_template(choice: str | Path, tokenizer: Any = None) -> str:
+    """Read the Jinja text of a chat template.
+
+    Args:
+        choice: a file, the name of one of the tokenizer's templates, or a name of ``NAMED_TEMPLATES``.
+        tokenizer: the tokenizer whose templates may be named.
 
     Raises:
-        DataError: the file is missing, too large or not UTF-8.
+        DataError: there is no such file or name, or the file is too large or not UTF-8.
     """
+    path, own = Path(choice), getattr(tokenizer, "chat_template", None)
+    named = {**NAMED_TEMPLATES, **(own if isinstance(own, dict) else {})}
+    if not path.is_file() and str(choice) in named:
+        return str(named[str(choice)])
     if not path.is_file():
-        raise DataError(f"{path}: no such file; expected a chat template")
+        raise DataError(f"{path}: no such file, nor a chat template of that name; the names are {', '.join(sorted(named))}")
     if path.stat().st_size > _TEMPLATE_LIMIT:
         raise DataError(f"{path}: a chat template is limited to {_TEMPLATE_LIMIT >> 10} KiB")
     try:

@@ -13,7 +13,7 @@ Three kinds of templates need more:
 * An earlier turn is rendered differently once later turns follow (Qwen3 drops the reasoning of earlier turns). One text
   cannot hold all turns as generated, so the conversation becomes several texts, as few as possible.
 * The generation prompt opens the turn with more than the finished turn begins with (DeepSeek-R1 opens with
-  ``<think>``). The turn then begins after the last control token that both share.
+  ``<think>``). The turn then begins after the header that both share.
 * Text before the answer is rendered differently once the answer follows (Mistral's system prompt). The turn is then
   placed after its prompt, which is the text that the model sees at inference.
 
@@ -78,15 +78,16 @@ class TurnFinder:
         self.encoder = encoder
         self.opening = ""
         self.end_token: str | None = None
+        self._header = ""  # what the generation prompt and a finished turn both begin with
         self._learn()
 
-    def drafts(self, conversation: Conversation, trained: Sequence[int]) -> list[Draft]:
+    def drafts(self, conversation: Conversation, trained: Sequence[int], whole: GuardedText | None = None) -> list[Draft]:
         """Render the texts that train the given messages; one text if the template allows it.
 
         Raises:
             TemplateError: the template refuses the conversation, or a turn cannot be found exactly.
         """
-        whole = conversation.text()
+        whole = whole or conversation.text()
         if not trained:
             return [Draft(whole, ())]
         turns = [self._turn(conversation, i, whole) for i in trained]
@@ -102,8 +103,10 @@ class TurnFinder:
             return self._turn_from(conversation, i, finished, len(prompt.text))
         closed = conversation.text(i)
         if finished.text.startswith(closed.text):
-            shared = _common_prefix(finished.text, prompt.text)
-            start = self._last_control(finished, len(closed.text), shared)
+            start = len(closed.text) + len(self._header)
+            if not (self._header and finished.text.startswith(self._header, len(closed.text))):
+                shared = _common_prefix(finished.text, prompt.text)
+                start = self._last_control(finished, len(closed.text), shared)
             return self._turn_from(conversation, i, finished, start, "opening_differs")
         return self._behind_prompt(conversation, i, finished, prompt)
 
@@ -178,6 +181,9 @@ class TurnFinder:
             return
         if opened.startswith(closed):
             self.opening = opened[len(closed) :]
+            answered = self.template.render(probe)
+            if answered.startswith(closed):
+                self._header = self.opening[: _common_prefix(self.opening, answered[len(closed) :])]
         places = [whole.find(_PROBE)]
         while places[-1] >= 0:
             places.append(whole.find(_PROBE, places[-1] + 1))
