@@ -15,6 +15,20 @@ from pathlib import Path
 ASIDE = ".tmp-"
 
 
+def decode(data: bytes) -> str:
+    """Decode a text file: UTF-8, with or without a byte order mark.
+
+    Raises:
+        ValueError: the bytes are not UTF-8; the message names the encoding or the position, and the remedy.
+    """
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data[:4]:
+        raise ValueError("the file is encoded as UTF-16; save it as UTF-8")
+    try:
+        return data.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not valid UTF-8: {error.reason} at byte {error.start}; save the file as UTF-8") from None
+
+
 def aside(path: Path) -> Path:
     """A fresh name beside ``path`` to write under."""
     return path.with_name(f"{path.name}{ASIDE}{secrets.token_hex(4)}")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -137,3 +140,44 @@ def test_mistakes_are_one_line_and_a_code(run: Run, words: tuple[str, ...], code
     Path("rows.jsonl").write_text(GOOD, encoding="utf-8")
     found, _, err = run(*words)
     assert found == code and err.startswith("veneer: error: ") and err.count("\n") == 1
+
+
+def test_a_wrong_column_is_reported_before_the_heavy_imports(tmp_path: Path) -> None:
+    """Neither torch nor transformers is imported to say that a column is unknown, for training and held-out rows."""
+    (tmp_path / "rows.csv").write_text("frage,antwort\na,b\n", encoding="utf-8")
+    (tmp_path / "good.jsonl").write_text(GOOD, encoding="utf-8")
+    script = (
+        "import sys; from veneer.cli.main import main; code = main(sys.argv[1:]); "
+        "print(code, *({'torch', 'transformers', 'tokenizers', 'pyarrow'} & set(sys.modules)))"
+    )
+    for words in (["rows.csv"], ["rows.csv", "--columns", "prompt=x"], ["good.jsonl", "--valid", "rows.csv"]):
+        command = [sys.executable, "-c", script, "data", "check", *words]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True)
+        assert done.stdout == "1\n" and "frage" in done.stderr
+
+
+def test_the_base_s_embedding_bounds_the_tokens(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A token that was added to the tokenizer only makes the row unusable in check and show."""
+    folder = tmp_path / "grown"
+    shutil.copytree(base, folder)
+    tokenizer = tiny_tokenizer()
+    size = tiny("llama").config.vocab_size
+    tokenizer.add_tokens([f"[NEW{i}]" for i in range(size + 1 - len(tokenizer))])
+    tokenizer.save_pretrained(folder)
+    last = f"[NEW{size - len(tiny_tokenizer())}]"
+    (tmp_path / "rows.jsonl").write_text(GOOD.replace("answer", last) + GOOD, encoding="utf-8")
+    for command in ("check", "show"):
+        code = main(["data", command, str(tmp_path / "rows.jsonl"), "--base", str(folder)])
+        assert code == 1 and f"rows.jsonl:1: messages: token {size} ('{last}')" in capsys.readouterr().out
+
+
+def test_show_warns_of_what_the_template_leaves_out(run: Run) -> None:
+    """Tools that the template does not render are told below the rows; a template that renders them is chosen by name."""
+    row = json.loads(GOOD) | {
+        "tools": [{"type": "function", "function": {"name": "weather", "description": "of a city"}}]
+    }
+    Path("rows.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    code, out, _ = run("show", "rows.jsonl")
+    assert code == 0 and "warning: the chat template does not render the tools" in out and ": 1 (rows.jsonl:1)" in out
+    code, out, _ = run("show", "rows.jsonl", "--chat-template", "chatml-tools")
+    assert code == 0 and '"name": "weather"' in out and "warning" not in out

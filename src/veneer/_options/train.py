@@ -81,7 +81,8 @@ class DataOptions(Options):
     roles: dict[str, Literal["system", "developer", "user", "assistant", "tool", "function_call"]] = {}
     """Map other role names in sharegpt rows: npc=assistant."""
     chat_template: Path | None = None
-    """Chat template file (Jinja) to use in place of the model's; saved with the adapter."""
+    """Chat template to use in place of the model's: a Jinja file, chatml, chatml-tools, or a name of the tokenizer's own;
+    saved with the adapter."""
     parse_specials: Flag = False
     """Parse control tokens in plain text rows, as needed for text that a template has already rendered."""
     train_on: Literal["assistant", "last", "all"] = "assistant"

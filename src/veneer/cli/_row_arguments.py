@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veneer.cli._parser import at_least
@@ -29,7 +28,11 @@ def add_row_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-length", type=at_least(2), metavar="N", help="maximum tokens per example (default: the base's context)"
     )
-    parser.add_argument("--chat-template", metavar="FILE", help="Jinja template to use instead of the base's")
+    parser.add_argument(
+        "--chat-template",
+        metavar="NAME",
+        help="chat template instead of the base's: a Jinja file, chatml, chatml-tools, or a name of the tokenizer's own",
+    )
     parser.add_argument(
         "--parse-specials", action="store_true", help="encode control strings in plain text rows as control tokens"
     )
@@ -64,15 +67,16 @@ def renderer_of(args: argparse.Namespace) -> Renderer:
     """Build the renderer for the arguments, with the base's tokenizer."""
     from veneer.data.chat.render import Renderer, RenderOptions
     from veneer.data.chat.template import read_template
-    from veneer.models.load import context_length, load_tokenizer
+    from veneer.models.load import context_length, load_tokenizer, vocab_size
 
-    template = None if args.chat_template is None else read_template(Path(args.chat_template))
     tokenizer = load_tokenizer(args.base)
+    template = None if args.chat_template is None else read_template(args.chat_template, tokenizer)
     options = RenderOptions(
         train_on=args.train_on,
         max_length=args.max_length or context_length(args.base) or _model_max_length(tokenizer),
         chat_template=template,
         parse_specials=args.parse_specials,
+        vocab_size=vocab_size(args.base),
     )
     return Renderer(tokenizer, options)
 

@@ -20,9 +20,12 @@ def run(args: argparse.Namespace) -> int:
     """Print the report."""
     columns, roles = pairs_of("--columns", args.columns), pairs_of("--roles", args.roles)
     from veneer.data.rows.readers import splits
+    from veneer.data.rows.shapes import RowReader
 
     found = splits(args.file)
     valid = [splits(args.valid)["train"]] if args.valid else [found["valid"]] if "valid" in found else []
+    for path in (found["train"], *valid):  # a wrong column is reported before transformers is imported
+        RowReader(path, format=args.format, columns=columns, roles=roles)
     renderer = renderer_of(args)
     from veneer.data.check import check_files, report_lines
 

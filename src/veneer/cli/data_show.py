@@ -35,16 +35,21 @@ def run(args: argparse.Namespace) -> int:
 
     rows = RowReader(splits(args.file)["train"], format=args.format, columns=columns, roles=roles)
     renderer = renderer_of(args)
+    from veneer.data.check import CheckReport, RowChecks, warning_lines
     from veneer.data.preview import shown_tokens
     from veneer.data.rows.row import BadRow
 
     shown: list[tuple[Rendered, list[ShownToken]]] = []
     bad = []
     chosen = islice(rows, args.skip, args.skip + args.n)
-    for _, found in renderer.render_many(chosen):
+    report = CheckReport()
+    checks = RowChecks(report, renderer)
+    for row, found in renderer.render_many(chosen):
         if isinstance(found, BadRow):
             bad.append(found)
         else:
+            if row is not None:
+                checks.add(row, found)
             shown += [(rendered, shown_tokens(rendered, renderer.encoder)) for rendered in found]
     if not shown and not bad:
         raise DataError(f"{args.file}: there is no row after the first {args.skip}")
@@ -55,6 +60,8 @@ def run(args: argparse.Namespace) -> int:
     else:
         print("\n".join(notices))
         _print(shown, ids=args.ids)
+        for line in warning_lines(report):
+            print(f"\nwarning: {line}")
     untrained = [rendered.source for rendered, _ in shown if not rendered.trained]
     problems = [*map(str, bad), *(f"{source}: nothing to learn: none of its tokens is trained" for source in untrained)]
     for problem in problems:

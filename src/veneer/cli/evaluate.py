@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from veneer._files import decode
 from veneer.cli._output import as_json
 from veneer.cli._parser import add_json, at_least
 from veneer.cli._row_arguments import add_format_arguments, pairs_of
@@ -105,8 +106,8 @@ def _sets(args: argparse.Namespace, base: Base) -> dict[str, list[Example]]:
 
 def _text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        return decode(file.read_bytes())
+    except (OSError, ValueError) as error:
         raise DataError(f"--general-text {file} cannot be read as UTF-8 text: {error}") from None
 
 

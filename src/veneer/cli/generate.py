@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from veneer._files import decode
 from veneer.cli._parser import add_json, at_least, number
 from veneer.cli._targets import add_target_arguments, load_targets
 from veneer.errors import ConfigError, DataError
@@ -100,11 +101,9 @@ def _prompts(args: argparse.Namespace) -> list[str]:
     prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in args.prompt]
     if args.file is not None:
         try:
-            lines = Path(args.file).read_text(encoding="utf-8-sig").splitlines()
-        except UnicodeDecodeError as error:
-            raise DataError(
-                f"{args.file} is not UTF-8 text: {error.reason} at byte {error.start}; save it as UTF-8"
-            ) from None
+            lines = decode(Path(args.file).read_bytes()).splitlines()
+        except ValueError as error:
+            raise DataError(f"{args.file}: {error}") from None
         prompts += [line for line in lines if line.strip()]
     if not any(prompt.strip() for prompt in prompts):
         raise ConfigError('no prompt given; write veneer generate TARGET "PROMPT", or --file FILE with one per line')

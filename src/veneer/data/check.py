@@ -32,6 +32,8 @@ FINDINGS = {
     "truncated": "rows longer than the maximum length",
     "double_bos": "rows that begin with two begin-of-text tokens, one of them from the row's text",
     "no_end": "rows without an end token after the answer, so the model does not learn to stop",
+    "tools_left_out": NOTES["tools_left_out"],
+    "names_left_out": NOTES["names_left_out"],
     "thinking_dropped": "rows with reasoning that the chat template leaves out, so it is not trained",
     "space_changed": "rows in which the chat template changes white space of the assistant's text",
     "words_changed": "rows in which the chat template changes the assistant's text",
@@ -215,6 +217,8 @@ class RowChecks:
             self.report.add("double_bos", row.source)
         if any("no_end_token" in part.notes and part.length == len(part.ids) for part in parts):
             self.report.add("no_end", row.source)
+        for note in sorted({note for part in parts for note in part.notes if note.endswith("_left_out")}):
+            self.report.add(note, row.source)
 
     def _check_text(self, parts: list[Rendered], row: Row) -> None:
         typed = {text for part in parts for text in part.typed}
@@ -227,15 +231,17 @@ class RowChecks:
             change
             for part in parts
             for message, a, b in part.turns
-            if (change := _changed(row.messages[message], part.text[a:b]))
+            if (change := _changed(row.messages[message], part.text, a, b))
         }
         for change in sorted(changes):
             self.report.add(change, row.source)
 
 
-def _changed(message: Mapping[str, Any], turn: str) -> str:
+def _changed(message: Mapping[str, Any], text: str, start: int, end: int) -> str:
     """The change that the template made to an assistant's message, as a finding; "" if there is none."""
-    content = message.get("content") or ""
+    turn, content = text[start:end], message.get("content") or ""
+    if content.startswith("<think>") and text[:start].rstrip().endswith("<think>"):  # opened by the generation prompt
+        content = content.removeprefix("<think>")
     thought = next((message[key] for key in THINKING_KEYS if message.get(key)), "")
     if content in turn and (not thought or thought.strip() in turn):
         return ""
@@ -292,7 +298,7 @@ def _finding_lines(report: CheckReport) -> list[str]:
             words += f" of {report.max_length:,} tokens; truncation loses {report.load.lost:,} trained tokens"
         lines += [f"  {words}: {finding.count:,}", f"      {finding.listed(_SOURCES)}"]
     for name, count in report.load.notes.items():
-        if name != "no_end_token":  # reported as a finding, with sources
+        if name != "no_end_token" and name not in FINDINGS:  # those are findings, with sources
             lines.append(f"  {NOTES[name]}: {count:,}")
     return ["", "Warnings", *lines] if lines else []
 

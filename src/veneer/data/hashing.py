@@ -42,7 +42,14 @@ def template_hash(tokenizer: Any, template: str | None = None) -> str:
     parts = {
         "tokenizer": spec,
         "tokens": {key: str(value) for key, value in sorted(tokenizer.special_tokens_map.items())},
-        "template": template_source(tokenizer, template=template),
+        "template": _template(tokenizer, template),
     }
     text = json.dumps(parts, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _template(tokenizer: Any, template: str | None) -> Any:
+    own = getattr(tokenizer, "chat_template", None)
+    if template is None and isinstance(own, dict) and "default" not in own:  # several templates, none of them chosen
+        return own
+    return template_source(tokenizer, template=template)

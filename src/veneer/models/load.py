@@ -109,9 +109,19 @@ def context_length(name: str | Path, *, revision: str | None = None) -> int | No
     """How many tokens a base's positions reach, as its config says; None where it does not."""
     source = resolve(str(name), revision)
     config = read_config(_dequantised(source) if source.gguf else source.path)
+    return _number(config, "max_position_embeddings", "n_positions")
+
+
+def vocab_size(name: str | Path, *, revision: str | None = None) -> int | None:
+    """The number of rows of a base's embedding according to its config; None if the config does not say."""
+    source = resolve(str(name), revision)
+    return _number(read_config(_dequantised(source) if source.gguf else source.path), "vocab_size")
+
+
+def _number(config: dict[str, Any], *keys: str) -> int | None:
     inner = config.get("text_config")
     for part in (inner if isinstance(inner, dict) else {}, config):
-        for key in ("max_position_embeddings", "n_positions"):
+        for key in keys:
             if type(part.get(key)) is int and part[key] > 1:
                 return int(part[key])
     return None

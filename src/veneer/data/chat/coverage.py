@@ -27,7 +27,11 @@ class Coverage:
         self._complete: set[tuple[object, ...]] = set()
 
     def left_out(self, conversation: Conversation, text: str) -> dict[str, int]:
-        """Find the parts of a conversation that are not in its text.
+        """Find the parts of a conversation that are in none of its texts.
+
+        Args:
+            conversation: the conversation.
+            text: the texts that it is trained in, concatenated.
 
         Returns:
             The kinds of parts ("content", "names", "tool_calls", "tools"), each with the index of the first message concerned
@@ -39,6 +43,11 @@ class Coverage:
         messages, tools, probes = _probed(conversation.messages, conversation.tools)
         try:
             probed = conversation.template.render(messages, tools).casefold()
+            if any(probe not in probed for probe, _, _ in probes):  # templates may render a part in prompts only
+                prompts = [i for i, message in enumerate(messages) if message.get("role") == "assistant" and i]
+                probed += "".join(
+                    conversation.template.render(messages[:i], tools, prompt=True).casefold() for i in prompts
+                )
         except TemplateError:  # the template accepts certain values only, such as names from a list
             return _missing(text, conversation.messages, conversation.tools)
         found: dict[str, int] = {}
@@ -69,7 +78,9 @@ def _probed(messages: Sequence[Message], tools: Any) -> tuple[list[Message], Any
         for kind, key in _texts(message):
             copy[key] = f"{message[key]}{probe(kind, i)}"
         if message.get("tool_calls"):
-            copy["tool_calls"] = [_probed_call(call, probe("tool_calls", i), probe("tool_calls", i)) for call in message["tool_calls"]]
+            copy["tool_calls"] = [
+                _probed_call(call, probe("tool_calls", i), probe("tool_calls", i)) for call in message["tool_calls"]
+            ]
         changed.append(copy)
     if not tools:
         return changed, tools, probes
@@ -107,11 +118,14 @@ def _probed_tool(tool: Message, probe: Any) -> Message:
 
 def _missing(text: str, messages: Sequence[Message], tools: Any) -> dict[str, int]:
     """The kinds of parts that do not occur in the text, without white space and as plain text or JSON."""
-    bare, found = _bare(text), {}
+    bare = _bare(text)
+    found: dict[str, int] = {}
     parts = [(kind, i, message[key]) for i, message in enumerate(messages) for kind, key in _texts(message)]
     for i, message in enumerate(messages):
         for call in message.get("tool_calls") or ():
-            parts += [("tool_calls", i, leaf) for leaf in _leaves([call["function"]["name"], call["function"]["arguments"]])]
+            parts += [
+                ("tool_calls", i, leaf) for leaf in _leaves([call["function"]["name"], call["function"]["arguments"]])
+            ]
     for tool in tools or ():
         function = tool.get("function", tool)
         parts += [("tools", 0, leaf) for leaf in _leaves([function.get("name"), function.get("description")])]

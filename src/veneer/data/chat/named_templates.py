@@ -42,9 +42,7 @@ _CHATML_TOOLS = (
     "{{ '\\n<tool_response>\\n' + ((message.name + ': ') if message.name else '') + message.content + '\\n</tool_response>' }}"
     "{%- if loop.last or messages[loop.index0 + 1].role not in ('tool', 'function', 'ipython') -%}{{ '<|im_end|>\\n' }}{%- endif -%}"
     "{%- elif not (loop.first and message.role == 'system') -%}"
-    "{{ '<|im_start|>' + message.role + '\\n' }}"
-    + _THINK
-    + "{{ message.content or '' }}"
+    "{{ '<|im_start|>' + message.role + '\\n' }}" + _THINK + "{{ message.content or '' }}"
     "{%- for call in message.tool_calls or [] -%}"
     "{{ ('' if loop.first and not message.content else '\\n') + '<tool_call>\\n' + ({'name': call.function.name, 'arguments':"
     " call.function.arguments} | tojson) + '\\n</tool_call>' }}"

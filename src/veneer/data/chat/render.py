@@ -131,29 +131,30 @@ class Renderer:
     def _plan_chat(self, row: Row) -> list[Draft]:
         turns = self._turns_for(row)
         conversation = Conversation(turns.template, self.encoder, row.messages, row.tools)
-        whole = conversation.text()
-        notes = self._check_coverage(conversation, whole)
         if self.options.train_on == "all":
-            return [Draft(whole, ((0, len(whole.text)),), notes=notes)]
+            whole = conversation.text()
+            return self._checked(conversation, [Draft(whole, ((0, len(whole.text)),))])
         weights = row.weights or (1.0,) * len(row.messages)
         answers = [i for i, message in enumerate(row.messages) if message.get("role") == "assistant"]
         if self.options.train_on == "last":
             answers = answers[-1:]
-        drafts = turns.drafts(conversation, [i for i in answers if weights[i] > 0.0], whole)
-        return [replace(draft, notes=(*draft.notes, *notes)) for draft in drafts] if notes else drafts
+        return self._checked(conversation, turns.drafts(conversation, [i for i in answers if weights[i] > 0.0]))
 
-    def _check_coverage(self, conversation: Conversation, whole: GuardedText) -> tuple[str, ...]:
+    def _checked(self, conversation: Conversation, drafts: list[Draft]) -> list[Draft]:
         """Refuse a row if the template leaves out a message or a tool call; note other parts that it leaves out."""
         coverage = self._coverage.setdefault(conversation.template.source, Coverage())
-        missing = coverage.left_out(conversation, whole.text)
+        missing = coverage.left_out(conversation, "".join(draft.text.text for draft in drafts))
         remedy = "choose a template that renders it with --chat-template, such as chatml-tools"
         if "tool_calls" in missing:
-            raise TemplateError(f"the chat template leaves out the tool calls of message {missing['tool_calls']}; {remedy}")
+            raise TemplateError(
+                f"the chat template leaves out the tool calls of message {missing['tool_calls']}; {remedy}"
+            )
         if "content" in missing:
             i = missing["content"]
             role = conversation.messages[i].get("role")
             raise TemplateError(f"the chat template leaves out the text of message {i} (role {role}); {remedy}")
-        return tuple(f"{kind}_left_out" for kind in ("tools", "names") if kind in missing)
+        notes = tuple(f"{kind}_left_out" for kind in ("tools", "names") if kind in missing)
+        return [replace(draft, notes=(*draft.notes, *notes)) for draft in drafts] if notes else drafts
 
     def _turns_for(self, row: Row) -> TurnFinder:
         if self.template is None:

@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from veneer._files import decode
+from veneer.data.chat.named_templates import NAMED_TEMPLATES
 from veneer.data.encode import Encoder, GuardedText
 from veneer.data.rows.messages import THINKING_KEYS, Message
 from veneer.errors import DataError
@@ -67,15 +69,15 @@ def read_template(choice: str | Path, tokenizer: Any = None) -> str:
     if not path.is_file() and str(choice) in named:
         return str(named[str(choice)])
     if not path.is_file():
-        raise DataError(f"{path}: no such file, nor a chat template of that name; the names are {', '.join(sorted(named))}")
+        raise DataError(
+            f"{path}: no such file, nor a chat template of that name; the names are {', '.join(sorted(named))}"
+        )
     if path.stat().st_size > _TEMPLATE_LIMIT:
         raise DataError(f"{path}: a chat template is limited to {_TEMPLATE_LIMIT >> 10} KiB")
     try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}: not valid UTF-8: {error.reason} at byte {error.start}; save the file as UTF-8"
-        ) from None
+        return decode(path.read_bytes())
+    except ValueError as error:
+        raise DataError(f"{path}: {error}") from None
 
 
 def reserved_error(found: str) -> TemplateError:

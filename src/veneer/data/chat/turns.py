@@ -81,13 +81,13 @@ class TurnFinder:
         self._header = ""  # what the generation prompt and a finished turn both begin with
         self._learn()
 
-    def drafts(self, conversation: Conversation, trained: Sequence[int], whole: GuardedText | None = None) -> list[Draft]:
+    def drafts(self, conversation: Conversation, trained: Sequence[int]) -> list[Draft]:
         """Render the texts that train the given messages; one text if the template allows it.
 
         Raises:
             TemplateError: the template refuses the conversation, or a turn cannot be found exactly.
         """
-        whole = whole or conversation.text()
+        whole = conversation.text()
         if not trained:
             return [Draft(whole, ())]
         turns = [self._turn(conversation, i, whole) for i in trained]

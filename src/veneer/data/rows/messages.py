@@ -111,7 +111,14 @@ def checked_tools(key: str, value: Any, errors: RowErrors) -> list[dict[str, Any
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             errors.add(f"{key}[{k}]", f"expected an object with a function and its name, found {describe(tool)}")
         _check_texts(f"{key}[{k}]", tool, errors)
-    return value or None
+    return [_without_null_keywords(tool) for tool in value] or None
+
+
+def _without_null_keywords(schema: Any) -> Any:
+    """Remove null keywords of a JSON schema, which exports from Arrow add; a default or constant may be null."""
+    if isinstance(schema, dict):
+        return {k: _without_null_keywords(v) for k, v in schema.items() if v is not None or k in ("default", "const")}
+    return [_without_null_keywords(item) for item in schema] if isinstance(schema, list) else schema
 
 
 def _message(path: str, message: Message, errors: RowErrors, *, trained: bool) -> Message:
@@ -194,7 +201,7 @@ def _tool_calls(path: str, value: Any, errors: RowErrors) -> list[Any]:
             found = describe(call)
             errors.add(f"{path}[{k}]", f"expected an object with a function, its name and arguments, found {found}")
             continue
-        arguments = function.get("arguments", {})
+        arguments = {} if function.get("arguments") is None else function["arguments"]
         if isinstance(arguments, str):  # templates write arguments as JSON themselves
             try:
                 arguments = parse_json(arguments) if arguments.strip() else {}
@@ -203,8 +210,8 @@ def _tool_calls(path: str, value: Any, errors: RowErrors) -> list[Any]:
         if not isinstance(arguments, dict):
             errors.add(f"{path}[{k}].function.arguments", f"expected an object, found {describe(arguments)}")
         _check_texts(f"{path}[{k}]", arguments, errors)
-        function = {**function, "arguments": arguments}
-        rest = call if "function" in call else {"type": "function"}
+        function = {key: item for key, item in function.items() if item is not None} | {"arguments": arguments}
+        rest = {k: v for k, v in call.items() if v is not None} if "function" in call else {"type": "function"}
         calls.append({**rest, "function": function})
     return calls
 

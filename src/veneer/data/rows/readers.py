@@ -101,7 +101,7 @@ class RecordReader:
 
     def _rows(self, file: io.BufferedReader[Any]) -> Iterator[Record | BadRow]:
         start = file.peek(4)
-        if start.startswith((b"\xff\xfe", b"\xfe\xff")):
+        if start.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in start[:4]:
             raise DataError(f"{self.path}: the file is encoded as UTF-16; save it as UTF-8")
         if start.startswith(_BOM):
             file.read(len(_BOM))
@@ -303,10 +303,19 @@ def _parquet_rows(path: Path) -> Iterator[Record | BadRow]:
             for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
                 for values in batch.to_pylist():
                     number += 1
-                    yield Record(f"{path.name}:row {number}", values)
+                    yield Record(
+                        f"{path.name}:row {number}", {key: _without_nulls(item) for key, item in values.items()}
+                    )
     except (DataError, GeneratorExit):
         raise
     except Exception as error:  # pyarrow raises many types for a damaged file
         after = f" after row {number}" if number else ""
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise DataError(f"{path}: cannot read the Parquet file{after}: {reason}") from error
+
+
+def _without_nulls(value: Any) -> Any:
+    """Remove null fields of structs: Arrow gives every struct of a column the fields of all others."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value

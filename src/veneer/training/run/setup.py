@@ -137,9 +137,13 @@ def load_data(options: TrainOptions, base: Base, limit: int) -> JobData:
     if base.tokenizer is None:
         raise BaseModelError(f"{base.name} has no tokenizer to encode text; add the tokenizer's files to the folder")
     length = min(limit, options.max_length or limit)
-    template = read_template(options.chat_template) if options.chat_template is not None else None
+    template = read_template(options.chat_template, base.tokenizer) if options.chat_template is not None else None
     rendering = RenderOptions(
-        train_on=options.train_on, max_length=length, chat_template=template, parse_specials=options.parse_specials
+        train_on=options.train_on,
+        max_length=length,
+        chat_template=template,
+        parse_specials=options.parse_specials,
+        vocab_size=_vocab_size(base.model),
     )
     renderer = Renderer(base.tokenizer, rendering)
     shared: dict[str, Any] = {key: getattr(options, key) for key in ("format", "columns", "roles", "truncate")}
@@ -167,6 +171,12 @@ def load_data(options: TrainOptions, base: Base, limit: int) -> JobData:
         remarks=[*_truncation_remarks(report, length), *warning_lines(checked)],
         template=template,
     )
+
+
+def _vocab_size(model: Any) -> int | None:
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    count = getattr(embedding, "num_embeddings", None)
+    return count if isinstance(count, int) else None
 
 
 def files_of(options: DataOptions) -> tuple[list[Path], list[Path]]:
