@@ -22,7 +22,7 @@ def decode(data: bytes) -> str:
         ValueError: the bytes are not UTF-8; the message names the encoding or the position, and the remedy.
     """
     if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data[:4]:
-        raise ValueError("the file is encoded as UTF-16; save it as UTF-8")
+        raise ValueError("the file is encoded as UTF-16 or UTF-32; save it as UTF-8")
     try:
         return data.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:

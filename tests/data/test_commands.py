@@ -179,5 +179,5 @@ def test_show_warns_of_what_the_template_leaves_out(run: Run) -> None:
     Path("rows.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
     code, out, _ = run("show", "rows.jsonl")
     assert code == 0 and "warning: the chat template does not render the tools" in out and ": 1 (rows.jsonl:1)" in out
-    code, out, _ = run("show", "rows.jsonl", "--chat-template", "chatml-tools")
+    code, out, _ = run("show", "rows.jsonl", "--chat-template", "chatml-tools", "--max-length", "2000")
     assert code == 0 and '"name": "weather"' in out and "warning" not in out

@@ -102,7 +102,7 @@ class RecordReader:
     def _rows(self, file: io.BufferedReader[Any]) -> Iterator[Record | BadRow]:
         start = file.peek(4)
         if start.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in start[:4]:
-            raise DataError(f"{self.path}: the file is encoded as UTF-16; save it as UTF-8")
+            raise DataError(f"{self.path}: the file is encoded as UTF-16 or UTF-32; save it as UTF-8")
         if start.startswith(_BOM):
             file.read(len(_BOM))
         if self.container == "jsonl":
