@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tests.tiny import tiny
 
 from bench.mixed import BASE
 from veneer.adapters import DoRA, LoRA
@@ -28,7 +29,6 @@ from veneer.data.example import Example
 from veneer.evaluate.general import general_text
 from veneer.models.flat import FlatRunner
 from veneer.models.load import load_base
-from veneer.testing import tiny
 from veneer.training.acceleration import use_native
 from veneer.training.loop.job import Job
 from veneer.training.loop.step import Stepper

@@ -25,13 +25,13 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from tests.tiny import tiny, tiny_tokenizer
 from torch import Tensor
 
 from veneer.checkpoints import attach
 from veneer.checkpoints.base_files import base_folder
 from veneer.cli.main import main as veneer
 from veneer.models.load import load_base
-from veneer.testing import tiny, tiny_tokenizer
 
 CASES = {
     "mlx": (

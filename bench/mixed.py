@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tests.tiny import tiny
 
 from veneer.adapters import DoRA, LoRA
 from veneer.checkpoints import attach
@@ -36,7 +37,6 @@ from veneer.data.example import Example
 from veneer.models.fast_modules import fuse
 from veneer.models.flat import FlatRunner
 from veneer.models.load import load_base
-from veneer.testing import tiny
 from veneer.training.acceleration import use_native
 from veneer.training.loop.job import Job
 from veneer.training.loop.step import Stepper

@@ -1,7 +1,7 @@
 """Makes docs/errors.md: twenty mistakes that new users make, tried for real, and what Veneer answers to each.
 
-    python docs/scripts/errors.py            writes docs/errors.md
-    python docs/scripts/errors.py --check    exits 1 if a mistake is no longer refused, or is answered otherwise
+    python -m docs.scripts.errors            writes docs/errors.md
+    python -m docs.scripts.errors --check    exits 1 if a mistake is no longer refused, or is answered otherwise
 
 Everything happens in a temporary folder on a tiny model; nothing is downloaded.
 """
@@ -161,7 +161,7 @@ def main() -> int:
         print(f"{PAGE.name}: {len(MISTAKES)} mistakes")
         return 0
     same = PAGE.read_text(encoding="utf-8") == page
-    print("docs/errors.md is up to date" if same else "docs/errors.md differs; run python docs/scripts/errors.py")
+    print("docs/errors.md is up to date" if same else "docs/errors.md differs; run python -m docs.scripts.errors")
     return 0 if same else 1
 
 
@@ -183,7 +183,7 @@ def answer_all() -> dict[str, str]:
 
 def _lay_out() -> None:
     """A base, the same without a chat template, another one, rows, and a finished run."""
-    from veneer.testing import tiny, tiny_tokenizer
+    from tests.tiny import tiny, tiny_tokenizer
 
     tokenizer = tiny_tokenizer()
     for name, seed in (("base", 0), ("other", 1), ("plain", 0)):

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from tests.adapters.made import bits, merged_model, nudge, portrait
 from tests.adapters.peers import inputs_of
+from tests.tiny import ARCHS, tiny
 from torch import Tensor, nn
 
 from veneer.adapters import Bank, DoRA, LoRA, Route, attach
 from veneer.errors import RouteError, TargetError, VeneerError
-from veneer.testing import ARCHS, tiny
 
 ROWS: list[Any] = ["a", None, {"a": 0.5, "b": 0.5}, "b"]
 

@@ -12,12 +12,12 @@ import pytest
 import torch
 from tests.adapters.made import nudge
 from tests.adapters.peers import inputs_of
+from tests.tiny import tiny
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from veneer.adapters import Bank, DoRA, LoRA, Route, attach
 from veneer.errors import RouteError
-from veneer.testing import tiny
 
 KINDS = pytest.mark.parametrize("reentrant", [False, True], ids=["saved-hooks", "reentrant"])
 FUSED = pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])

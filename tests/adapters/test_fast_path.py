@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from tests.tiny import tiny
 from torch import Tensor, nn
 
 from veneer.adapters import DoRA, LoRA, attach, bank_of
 from veneer.adapters.bank import Bank
 from veneer.adapters.runtime import fast_path
 from veneer.adapters.runtime.route import Route
-from veneer.testing import tiny
 
 ROUTES: dict[str, Any] = {
     "lora": "lora",

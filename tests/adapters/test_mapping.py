@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from tests.adapters.made import bits, nudge
+from tests.tiny import tiny
 from torch import Tensor, nn
 
 from veneer.adapters import Adapter, Bank, DoRA, LoRA, Route, attach, bank_of
 from veneer.adapters.runtime import grouping
 from veneer.adapters.runtime.mapping import AdapterMapping, Assignment
-from veneer.testing import tiny
 
 NAMES = [f"a{i}" for i in range(8)]
 ROWS: list[Any] = ["a0", "a3", None, "a5", "a1", "a0", "a7", "a2"]

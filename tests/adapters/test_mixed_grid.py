@@ -11,11 +11,11 @@ import pytest
 import torch
 from tests.adapters.made import bits, merged_model, nudge
 from tests.adapters.peers import peft_tensor, peft_twin
+from tests.tiny import tiny
 from torch import Tensor
 
 from veneer.adapters import Bank, DoRA, LoRA, attach
 from veneer.kernels import cpp_library as native
-from veneer.testing import tiny
 
 RANKS = (1, 2, 7, 16, 64)
 METHODS: dict[str, LoRA | DoRA] = {

@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 from tests.adapters.made import nudge, portrait, values
 from tests.adapters.peers import inputs_of, peft_twin
 from tests.adapters.test_peft_parity import text_to_learn
+from tests.tiny import tiny
 from torch import nn
 
 import veneer
 from veneer.adapters import DoRA, LoRA
 from veneer.errors import AdapterError
-from veneer.testing import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*")
 METHODS = {"lora": LoRA(r=4, lora_alpha=8), "dora": DoRA(r=4, lora_alpha=8)}

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from tests.tiny import tiny
 from torch import Tensor, nn
 
 import veneer
 from veneer import DoRA, LoRA
 from veneer.adapters import Adapter
 from veneer.errors import AdapterError, TargetError
-from veneer.testing import tiny
 
 IDS = torch.arange(5, 26).reshape(3, 7)
 OPTIONS: dict[str, dict[str, Any]] = {

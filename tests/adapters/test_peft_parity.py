@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from tests.adapters.made import nudge
 from tests.adapters.peers import inputs_of, peft_tensor, peft_twin
+from tests.tiny import tiny
 from torch import Tensor, nn
 
 from veneer.adapters import Adapter, Bank, DoRA, LoRA, attach
-from veneer.testing import tiny
 
 ARCHS = ("llama", "qwen3", "gemma3", "gpt2", "opt", "phi3", "bert", "vit")
 LIMIT = 1e-5

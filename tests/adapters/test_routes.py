@@ -9,11 +9,11 @@ import pytest
 import torch
 from tests.adapters.made import CASES, bits, merged_model, nudge
 from tests.adapters.peers import inputs_of
+from tests.tiny import tiny
 from torch import Tensor, nn
 
 from veneer.adapters import Bank, DoRA, LoRA, Route, attach
 from veneer.errors import AdapterError, RouteError
-from veneer.testing import tiny
 
 ROWS: list[Any] = ["lora", None, {"lora": 0.7, "dora": -0.4}, "dora", "rs", {"rs": 0.5}, {"lora": 0.0}]
 

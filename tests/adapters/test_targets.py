@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from tests.tiny import tiny
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from veneer.adapters import DoRA, LoRA, attach
 from veneer.errors import ConfigError, TargetError
-from veneer.testing import tiny
 
 Q0, Q1 = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"
 V0, V1 = "model.layers.0.self_attn.v_proj", "model.layers.1.self_attn.v_proj"

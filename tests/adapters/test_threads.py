@@ -11,11 +11,11 @@ import pytest
 import torch
 from tests.adapters.made import nudge
 from tests.adapters.peers import inputs_of
+from tests.tiny import tiny, tiny_tokenizer
 from torch import Tensor, nn
 
 from veneer.adapters import Bank, DoRA, LoRA, attach
 from veneer.errors import RouteError
-from veneer.testing import tiny, tiny_tokenizer
 
 
 def banked(arch: str = "llama", **overrides: Any) -> tuple[Any, Bank]:

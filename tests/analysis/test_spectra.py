@@ -14,6 +14,7 @@ import torch
 from matplotlib.colors import LogNorm
 from tests.compose.made import METHODS, saved, trained
 from tests.compose.test_ops import dense, weights_of
+from tests.tiny import tiny
 from torch import Tensor, nn
 
 from veneer.adapters import Adapter, DoRA, LoRA
@@ -25,7 +26,6 @@ from veneer.analysis.subspace import phi
 from veneer.checkpoints import attach, read_adapter
 from veneer.cli._spectra import add_spectra_arguments, run_spectra, spectra_requested
 from veneer.errors import ComposeError
-from veneer.testing import tiny
 
 SITE = "model.layers.1.mlp.up_proj"
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tests.tiny import tiny
 from torch import Tensor, nn
 
 from veneer.checkpoints.commit import candidates, verified
-from veneer.testing import tiny
 
 TARGETS: dict[str, list[str]] = {
     "llama": ["q_proj", "v_proj", "down_proj"],

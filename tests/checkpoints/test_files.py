@@ -17,12 +17,12 @@ from typing import Any
 import pytest
 import torch
 from tests.checkpoints.helpers import make_folder, outputs, tensor_bytes
+from tests.tiny import tiny
 
 import veneer
 from veneer import LoRA
 from veneer.checkpoints import files, read_adapter
 from veneer.errors import CheckpointError
-from veneer.testing import tiny
 
 WEIGHTS = "adapter_model.safetensors"
 Trick = Callable[[Path, Path], None]

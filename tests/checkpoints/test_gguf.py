@@ -8,6 +8,7 @@ import gguf
 import pytest
 import torch
 from tests.compose.made import METHODS, trained
+from tests.tiny import tiny
 from torch import Tensor
 
 from veneer.adapters import Adapter, DoRA, LoRA, attach
@@ -21,7 +22,6 @@ from veneer.checkpoints.foreign.gguf import (
     write_gguf,
 )
 from veneer.errors import ExportError
-from veneer.testing import tiny
 
 ARCHS = ("llama", "mistral", "qwen3", "gemma2", "gemma3", "phi3", "smollm3", "granite", "gpt2")
 

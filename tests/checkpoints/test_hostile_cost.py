@@ -21,7 +21,7 @@ import torch
 import veneer
 from tests.checkpoints.helpers import config, file_bytes, make_folder, tensor_bytes
 from veneer.errors import CheckpointError
-from veneer.testing import tiny
+from tests.tiny import tiny
 
 torch.set_num_threads(1)
 place, making = Path(sys.argv[1]), sys.argv[2] == "make"

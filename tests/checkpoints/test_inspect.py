@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tests.checkpoints.helpers import config, make_folder, peft_folder, q_tensors, stir
+from tests.tiny import tiny
 from torch import nn
 
 import veneer
@@ -17,7 +18,6 @@ from veneer.checkpoints import read_adapter
 from veneer.checkpoints.inspect import unusual, view
 from veneer.checkpoints.logit_check import verify_logits
 from veneer.cli.main import main
-from veneer.testing import tiny
 
 METHODS = {"lora": LoRA(r=4), "rslora": LoRA(r=4, use_rslora=True), "dora": DoRA(r=4)}
 

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 from tests.checkpoints.helpers import make_folder
+from tests.tiny import tiny
 
 import veneer
 from veneer.checkpoints import read_adapter
 from veneer.checkpoints.locate import adapter_of_job, adapters_at, find_adapter
 from veneer.cli._targets import adapter_folders
 from veneer.errors import CheckpointError
-from veneer.testing import tiny
 
 
 def run(folder: Path, *adapters: str) -> Path:

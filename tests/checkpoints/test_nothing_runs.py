@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 from tests.checkpoints.helpers import make_folder
+from tests.tiny import tiny, tiny_tokenizer
 
 import veneer
 from veneer.cli.main import main
 from veneer.errors import BaseModelError, CheckpointError, DataError
 from veneer.models.load import load_base
-from veneer.testing import tiny, tiny_tokenizer
 
 SYSTEM = os.system  # as it is before a test takes it away
 

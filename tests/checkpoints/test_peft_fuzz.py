@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from tests.checkpoints.helpers import file_bytes, outputs, read_file, stir
+from tests.tiny import tiny
 from torch import nn
 
 import veneer
@@ -18,7 +19,6 @@ from veneer import DoRA, LoRA
 from veneer.checkpoints import read_adapter
 from veneer.checkpoints.inspect import view
 from veneer.errors import CheckpointError
-from veneer.testing import tiny
 
 ODD: list[Any] = [
     None, True, False, 0, 1, -1, 2, 7, 0.5, -0.0, 1e308, 2**63, 2**200, "", "x", "q_proj", "(a+)+$", "\x00", "\u202e", "LORA", "pissa",

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 from tests.checkpoints.helpers import config, file_bytes, make_folder, outputs, q_tensors, tensor_bytes
+from tests.tiny import tiny
 from torch import Tensor
 
 import veneer
 from veneer.errors import CheckpointError
-from veneer.testing import tiny
 
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
 BOMB = "(([a-z0-9_.])+)+!"

@@ -11,12 +11,12 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tests.checkpoints.helpers import TARGETS, load_peft, outputs, peft_model, save_peft, stir
+from tests.tiny import tiny
 
 import veneer
 import veneer.checkpoints
 from veneer import DoRA, LoRA
 from veneer.errors import CheckpointError
-from veneer.testing import tiny
 
 LIMIT = 1e-5
 NO_RECEIPT = "no receipt: whether this is the base that the adapter was trained on is not known"

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 from tests.checkpoints.helpers import load_peft, outputs, peft_model, save_peft, stir
+from tests.tiny import tiny
 
 import veneer
 from veneer.errors import CheckpointError
-from veneer.testing import tiny
 
 LIMIT = 1e-5
 UNTIED: dict[str, Any] = {"tie_word_embeddings": False}

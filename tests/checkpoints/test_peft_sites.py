@@ -12,13 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.checkpoints.helpers import config, make_folder
+from tests.tiny import tiny
 
 import veneer
 from veneer.checkpoints.peft import checks
 from veneer.checkpoints.peft.patterns import PatternTable, ends_with, layer_of, matches_key, names_for, table_for
 from veneer.checkpoints.peft.tensor_names import Key, parse_key
 from veneer.errors import CheckpointError
-from veneer.testing import tiny
 
 PATHS = [
     "model.embed_tokens",

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 from tests.checkpoints.helpers import outputs, read_file, stir
+from tests.tiny import tiny
 from torch import nn
 
 import veneer
 from veneer import DoRA, LoRA
 from veneer.checkpoints import read_adapter, receipt
 from veneer.errors import CheckpointError
-from veneer.testing import tiny
 
 METHODS = {
     "lora": LoRA(r=4, target_modules=("q_proj", "down_proj")),

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load as library_load
 from safetensors.torch import save as library_save
 from tests.checkpoints.helpers import make_folder, outputs, peft_folder, stir
+from tests.tiny import tiny
 
 import veneer
 from veneer import DoRA
 from veneer.checkpoints.files import Folder
 from veneer.checkpoints.tensors import Header, digest, read_header, read_tensors, to_buffers
 from veneer.errors import CheckpointError
-from veneer.testing import tiny
 
 WEIGHTS = "adapter_model.safetensors"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tests.tiny import tiny
 from torch import nn
 
 from veneer.adapters import Adapter, DoRA, LoRA, Method, attach
-from veneer.testing import tiny
 
 
 def saved(folder: Path, arch: str = "llama", *, dtype: torch.dtype = torch.float32, **settings: Any) -> nn.Module:

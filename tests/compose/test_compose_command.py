@@ -13,6 +13,7 @@ import peft
 import pytest
 import torch
 from tests.compose.made import METHODS, saved, trained
+from tests.tiny import tiny_tokenizer
 from torch import Tensor
 
 from veneer.adapters import LoRA
@@ -21,7 +22,6 @@ from veneer.cli.main import main
 from veneer.compose import search
 from veneer.compose.search import SearchResult
 from veneer.models.load import load_base
-from veneer.testing import tiny_tokenizer
 
 IDS = torch.arange(3, 40).reshape(1, -1)
 

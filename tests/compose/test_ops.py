@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 from tests.compose.made import METHODS, trained
+from tests.tiny import tiny
 from torch import Tensor, nn
 
 from veneer.adapters import Adapter, DoRA, LoRA
@@ -19,7 +20,6 @@ from veneer.deltas.delta import SiteDelta, Weights, site_delta, weighted_sum
 from veneer.deltas.parents import Parent
 from veneer.deltas.svd import truncated
 from veneer.errors import ComposeError
-from veneer.testing import tiny
 
 SITE = "model.layers.0.mlp.up_proj"
 

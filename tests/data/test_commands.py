@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tests.tiny import tiny, tiny_tokenizer
 
 from veneer.cli.main import main
-from veneer.testing import tiny, tiny_tokenizer
 
 Run = Callable[..., tuple[int, str, str]]
 GOOD = '{"messages": [{"role": "user", "content": "ask"}, {"role": "assistant", "content": "answer"}]}\n'

@@ -15,7 +15,7 @@ from pathlib import Path
 from veneer.data import dataset
 from veneer.data.check import check_files
 from veneer.data.chat.render import Renderer
-from veneer.testing import tiny_tokenizer
+from tests.tiny import tiny_tokenizer
 
 def status(field):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(field))

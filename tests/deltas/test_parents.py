@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from tests.compose.made import METHODS, saved, trained
+from tests.tiny import tiny_tokenizer
 
 from veneer.adapters import LoRA
 from veneer.checkpoints import attach, read_adapter, write_adapter
 from veneer.cli.main import main
 from veneer.errors import CheckpointError
 from veneer.models.load import load_base
-from veneer.testing import tiny_tokenizer
 
 
 def written(

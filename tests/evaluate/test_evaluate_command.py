@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from tests.compose.made import METHODS, saved, trained
+from tests.tiny import tiny_tokenizer
 
 from veneer.checkpoints import attach
 from veneer.cli.main import main
@@ -17,7 +18,6 @@ from veneer.evaluate.general import general_text, pieces
 from veneer.evaluate.losses import compare, example_losses
 from veneer.models.flat import FlatRunner
 from veneer.models.load import load_base
-from veneer.testing import tiny_tokenizer
 
 
 @pytest.fixture

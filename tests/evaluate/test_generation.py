@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.tiny import tiny, tiny_tokenizer
 
 from veneer.adapters import Bank, LoRA, attach
 from veneer.errors import BaseModelError
 from veneer.evaluate.general import general_text, pieces
 from veneer.evaluate.generation import Generator, Sampling
-from veneer.testing import tiny, tiny_tokenizer
 
 
 @pytest.fixture

@@ -6,13 +6,13 @@ import math
 
 import pytest
 import torch
+from tests.tiny import tiny
 
 from veneer.adapters import LoRA, attach
 from veneer.data.example import Example
 from veneer.errors import DataError
 from veneer.evaluate.losses import Losses, _t95, compare, example_losses
 from veneer.models.flat import FlatRunner
-from veneer.testing import tiny
 
 
 def examples(count: int = 9) -> list[Example]:

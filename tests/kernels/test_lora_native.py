@@ -11,6 +11,7 @@ import pytest
 import torch
 from tests.adapters.made import nudge
 from tests.kernels.test_lora_linear import TOLERANCE, Case, check, relative
+from tests.tiny import tiny
 
 from veneer.adapters import DoRA, LoRA, attach
 from veneer.adapters.runtime import fast_path
@@ -19,7 +20,6 @@ from veneer.kernels.frozen_linear import linear, longest_product
 from veneer.kernels.lora.dora_norm import dora_norm_plain, dora_norms, squared_row_norms
 from veneer.kernels.lora.linear import AdapterSpan, Factors, NativeBranch, adapted_linear, fits
 from veneer.kernels.lora.native import agrees
-from veneer.testing import tiny
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 

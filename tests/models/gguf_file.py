@@ -8,8 +8,7 @@ from typing import Any
 
 import gguf
 import numpy as np
-
-from veneer.testing import tiny, tiny_tokenizer
+from tests.tiny import tiny, tiny_tokenizer
 
 _LAYER = {
     "attn_q": "self_attn.q_proj",

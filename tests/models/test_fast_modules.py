@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from tests.tiny import tiny
 from torch import nn
 
 from veneer.adapters import LoRA, attach
 from veneer.models.fast_modules import fast_modules, fuse, unfuse
-from veneer.testing import tiny
 
 IDS = torch.arange(24).reshape(4, 6) % 60 + 1
 

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.tiny import tiny
 
 from veneer.errors import BaseModelError
 from veneer.models import fingerprint
 from veneer.models.fingerprint import weight_fingerprints
 from veneer.models.load import load_base
-from veneer.testing import tiny
 
 Q = "model.layers.0.self_attn.q_proj.weight"
 K = "model.layers.1.self_attn.k_proj.weight"

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from tests.tiny import VOCAB, tiny
 from torch.utils.checkpoint import checkpoint
 
 from veneer.errors import BaseModelError
 from veneer.kernels.attention import segmented as segment_attention
 from veneer.models.flat import Flat, FlatRunner
 from veneer.models.load import load_base
-from veneer.testing import VOCAB, tiny
 
 FLAT = (
     "llama",

@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.models.gguf_file import write_gguf
+from tests.tiny import tiny, tiny_tokenizer
 
 from veneer.errors import BaseModelError
 from veneer.models.load import load_base
-from veneer.testing import tiny, tiny_tokenizer
 
 IDS = torch.tensor([[5, 80, 33, 120, 7]])
 

@@ -16,5 +16,5 @@ def test_the_page_of_errors_is_current(capsys: pytest.CaptureFixture[str]) -> No
     page = script["PAGE"].read_text(encoding="utf-8")
     outdated = [title for title, answer in answers.items() if f"## {title}\n" not in page or answer not in page]
     assert len(answers) == 20 and not outdated, (
-        f"docs/errors.md is out of date for {outdated}; run docs/scripts/errors.py"
+        f"docs/errors.md is out of date for {outdated}; run python -m docs.scripts.errors"
     )

@@ -29,7 +29,6 @@ LAYERS = {
     "serve": 7,
     "cli": 8,
     "__main__": 9,
-    "testing": 9,
 }
 """The layer of each package. The public face, ``veneer/__init__.py``, is above all of them."""
 

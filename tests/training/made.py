@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from tests.checkpoints.helpers import newest
+from tests.tiny import tiny, tiny_tokenizer
 
 from veneer.adapters import Bank, DoRA, LoRA, attach
 from veneer.config import TrainOptions
 from veneer.data.example import Example
 from veneer.models.flat import FlatRunner
-from veneer.testing import tiny, tiny_tokenizer
 from veneer.training.loop.job import Job
 from veneer.training.loop.step import Stepper
 from veneer.training.loop.trainer import Listener, Request, Trainer
@@ -171,6 +171,7 @@ class Ear(Listener):
     """A listener that remembers losses, and asks for what it is told to ask."""
 
     def __init__(self, asks: dict[int, Iterable[Request]] | None = None) -> None:
+        self.joining: list[Job] = []
         self.joining: list[Job] = []
         self.losses: dict[str, list[float]] = {}
         self.ends: dict[str, str] = {}

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.tiny import tiny
 from torch import nn
 
 from veneer.adapters import Bank, DoRA, LoRA, attach
@@ -13,7 +14,6 @@ from veneer.data.batch import make_batch
 from veneer.data.example import Example
 from veneer.errors import ConfigError
 from veneer.models.flat import FlatRunner
-from veneer.testing import tiny
 from veneer.training.activation_checkpointing import activation_checkpointing, layers_of
 from veneer.training.loop.step import Stepper
 

@@ -6,10 +6,10 @@ import io
 import re
 from pathlib import Path
 
+from tests.tiny import tiny, tiny_tokenizer
 from tests.training.made import figures, options
 
 from veneer.models.load import Base, load_base
-from veneer.testing import tiny, tiny_tokenizer
 from veneer.training import train
 from veneer.training.run.console import Console
 

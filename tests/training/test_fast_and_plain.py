@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.tiny import tiny
 from tests.training.made import examples
 from torch import nn
 
@@ -13,7 +14,6 @@ from veneer.data.example import Example
 from veneer.kernels import cpp_library as native
 from veneer.models.fast_modules import fuse
 from veneer.models.flat import FlatRunner
-from veneer.testing import tiny
 from veneer.training.loop.step import Stepper
 
 STEPS, ROWS = 20, 6

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.checkpoints.helpers import load_peft, outputs
+from tests.tiny import tiny, tiny_tokenizer
 from tests.training.made import QUIET, digest, options, write_rows
 from tests.training.test_run import stop_after
 from transformers import AutoTokenizer
@@ -18,7 +19,6 @@ from veneer.data.chat.render import Renderer
 from veneer.data.dataset import load_examples
 from veneer.errors import CheckpointError, DataError
 from veneer.models.load import load_base
-from veneer.testing import tiny, tiny_tokenizer
 from veneer.training import train
 
 UNTIED, TIED = {"tie_word_embeddings": False}, {"tie_word_embeddings": True}

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.tiny import tiny, tiny_tokenizer
 from tests.training.made import QUIET, contents, digest, options
 
 from veneer.errors import MemoryPlanError
 from veneer.models.load import Base, load_base
-from veneer.testing import tiny, tiny_tokenizer
 from veneer.training import process_memory as memory
 from veneer.training import train
 from veneer.training.activation_checkpointing import layers_of

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from tests.tiny import tiny
 from tests.training.made import QUIET, options
 from torch import Tensor, nn
 
 from veneer.adapters import Adapter, DoRA, LoRA, attach
 from veneer.errors import TrainingError
 from veneer.models.load import Base, load_base
-from veneer.testing import tiny
 from veneer.training import train
 from veneer.training.run.sanity_checks import SanityChecks
 

@@ -18,8 +18,6 @@ from typing import Any
 
 import torch
 
-from veneer.errors import BaseModelError
-
 __all__ = ["ARCHS", "CHATML", "VOCAB", "tiny", "tiny_tokenizer"]
 
 VOCAB = 320  # 256 bytes, three control tokens and 61 merges
@@ -228,12 +226,12 @@ def tiny(arch: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **over
         overrides: fields of the architecture's config, for example ``num_hidden_layers=3``.
 
     Raises:
-        BaseModelError: ``arch`` is unknown.
+        ValueError: ``arch`` is unknown.
     """
     import transformers
 
     if arch not in _TABLE:
-        raise BaseModelError(f"there is no tiny model {arch!r}; choose one of {', '.join(ARCHS)}")
+        raise ValueError(f"there is no tiny model {arch!r}; choose one of {', '.join(ARCHS)}")
     config_class, model_class, fields = _TABLE[arch]
     sized = {} if arch == "vit" else {"vocab_size": VOCAB}
     config = getattr(transformers, config_class)(**{**sized, **fields, **overrides})

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-
-from veneer.errors import BaseModelError
-from veneer.testing import ARCHS, VOCAB, tiny, tiny_tokenizer
+from tests.tiny import ARCHS, VOCAB, tiny, tiny_tokenizer
 
 
 def _inputs(arch: str) -> dict[str, torch.Tensor]:
@@ -54,7 +52,7 @@ def test_overrides_reach_the_config_and_tying_can_be_chosen() -> None:
 
 def test_unknown_architecture_is_an_error_that_lists_what_there_is() -> None:
     """The error names the choices."""
-    with pytest.raises(BaseModelError, match="llama"):
+    with pytest.raises(ValueError, match="llama"):
         tiny("lama")
 
 
