@@ -1,1 +1,1 @@
-"""Measurements beside other libraries, in one run, as ratios with their spread. Nothing here is part of the package."""
+"""Benchmarks against other libraries: ratios with their spread, measured in one run. Not part of the package."""

@@ -2,7 +2,7 @@
 
     python -m bench.adapter_hash            # in two checkouts, on one machine: equal lines mean equal bits
 
-A change of the code that must not change results is checked by it. Rows are built here, so no data is needed.
+Use it to check that a change of the code does not change results. The rows are generated, so no data is needed.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def rows(count: int = 64) -> list[dict[str, Any]]:
 
 
 def digests(folder: Path) -> list[str]:
-    """Hashes of the tensors of every adapter below a folder, in the order of their paths; metadata left out."""
+    """Hashes of the tensors of every adapter below a folder, sorted by path, without metadata."""
     from safetensors import safe_open
 
     found = []

@@ -1,8 +1,8 @@
-"""The bases that contestants load, all of them the same folder of safetensors.
+"""Bases of the benchmark, each a folder of safetensors that all contestants load.
 
-embedded   SmolLM2-135M as Veneer unpacked it
-gpt2       random, in GPT-2's shape: 6 layers of width 512, vocabulary 16,384; fused q,k,v as Conv1D, learned positions, biases
-bert       random, in BERT's shape: 6 layers of width 512, bidirectional, a head with a layer of its own before the vocabulary
+embedded   SmolLM2-135M as unpacked by Veneer
+gpt2       random weights in GPT-2's shape: 6 layers of width 512, vocabulary 16,384; fused q,k,v as Conv1D, learned positions, biases
+bert       random weights in BERT's shape: 6 layers of width 512, bidirectional, a head with one more layer before the vocabulary
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _WIDTH, _LAYERS, _HEADS, _CONTEXT = 512, 6, 8, 1024
 
 
 def folder_of(name: str, out: Path) -> Path:
-    """The base's folder, made below ``out`` if it is a random one and not there yet."""
+    """Folder of a base. A random base is created below ``out`` if it is missing."""
     if name == "embedded":
         from veneer.models.load import load_base
 
@@ -32,7 +32,7 @@ def folder_of(name: str, out: Path) -> Path:
 
 
 def vocabulary_of(name: str) -> int:
-    """Tokens of a base without a tokenizer; 0 for one that has one."""
+    """Vocabulary size of a base without a tokenizer; 0 for a base that has one."""
     return 0 if name == "embedded" else VOCABULARY
 
 

@@ -1,12 +1,11 @@
-"""Exported GGUF adapters in llama.cpp beside our own forward: the most likely token at every position of a text.
+"""Compare exported GGUF adapters in llama.cpp with our own forward: the most likely token at every position of a text.
 
     python -m bench.beside_llama_cpp --python PYTHON [--work runs/llama-cpp]
 
-PYTHON is the interpreter of an environment with llama-cpp-python (``pip install llama-cpp-python``; it builds with cmake and a compiler).
-The base is the embedded model, dequantised into an fp32 GGUF file so that both sides have the same numbers; adapters are LoRA, rsLoRA,
-other ranks and alphas at some sites, a weighted mix of the three, and a DoRA cut to rank 64, judged against its own approximation.
-Prints the share of positions with the same most likely token, and that of the base alone with the adapter, which the adapter must have
-moved; exits 1 below 99 %.
+PYTHON is an interpreter with llama-cpp-python (``pip install llama-cpp-python``; the build needs cmake and a compiler).
+The base is the embedded model, dequantised into an fp32 GGUF file so both sides have the same weights. The adapters are LoRA, rsLoRA,
+other ranks and alphas at some sites, a weighted mix of the three, and a DoRA cut to rank 64, compared with its own approximation.
+Prints the share of positions with the same most likely token, and the same for the base alone; exits 1 below 99 %.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ SPREAD = 0.01
 
 
 def main() -> int:
-    """Export, run there, run here, compare."""
+    """Export, run both sides, compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--python", required=True)
     parser.add_argument("--work", type=Path, default=Path("runs/llama-cpp"))
@@ -58,9 +57,9 @@ def main() -> int:
         bank.add(name, method, seed=seed)
         _stir(bank[name], seed)
         bank.save(name, args.work / name, base_name=BASE)
-    told = lambda route: _ours(bank, route, rows)  # noqa: E731
-    plain, worst = told(None), 1.0
-    print(f"{'adapter':<20} {'same top-1':>10} {'base alone':>11} {'logits apart':>13} {'moved':>7}")
+    ours_of = lambda route: _ours(bank, route, rows)  # noqa: E731
+    plain, worst = ours_of(None), 1.0
+    print(f"{'adapter':<20} {'same top-1':>10} {'base alone':>11} {'difference':>13} {'change':>7}")
     for name, words, more, route in cases(args.work, bank):
         out = args.work / f"{name}.gguf"
         out.unlink(missing_ok=True)
@@ -70,17 +69,17 @@ def main() -> int:
         subprocess.run(
             [args.python, str(peer), str(file), str(out), str(args.work / "ids.json"), str(result)], check=True
         )
-        theirs, ours = torch.from_numpy(numpy.load(result)), told(route)
+        theirs, ours = torch.from_numpy(numpy.load(result)), ours_of(route)
         same, unmoved = (float((x.argmax(-1) == ours.argmax(-1)).float().mean()) for x in (theirs, plain))
         apart, moved = float((theirs - ours).abs().max()), float((ours - plain).abs().max())
         print(f"{name:<20} {same:>10.2%} {unmoved:>11.2%} {apart:>13.2g} {moved:>7.2g}", flush=True)
         worst = min(worst, same)
-    print(f"least: {worst:.2%} of {sum(map(len, rows))} positions")
+    print(f"minimum: {worst:.2%} of {sum(map(len, rows))} positions")
     return int(worst < 0.99)
 
 
 def cases(work: Path, bank: Any) -> list[tuple[str, list[str], list[str], Any]]:
-    """(name, what is exported, flags, our route that does the same)."""
+    """(name, exported targets, flags, our equivalent route)."""
     mix = {"lora": 0.5, "rslora": -0.25, "pattern": 1.0}
     named: list[tuple[str, list[str], list[str], Any]] = [
         (n, [str(work / n)], [], n) for n in ("lora", "rslora", "pattern")
@@ -97,7 +96,7 @@ def cases(work: Path, bank: Any) -> list[tuple[str, list[str], list[str], Any]]:
 
 
 def plain_gguf(source: Path, out: Path) -> None:
-    """The same model with every tensor in fp32."""
+    """Write the same model with every tensor in fp32."""
     reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(out, reader.fields["general.architecture"].contents())
     for name, field in reader.fields.items():
@@ -114,7 +113,7 @@ def plain_gguf(source: Path, out: Path) -> None:
 
 
 def _stir(adapter: Adapter, seed: int) -> None:
-    """Values as if it had been trained, and enough to move what is most likely."""
+    """Give an adapter random values, large enough to change the most likely tokens."""
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for _, key, value in adapter.named_tensors():

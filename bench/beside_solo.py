@@ -1,12 +1,12 @@
-"""Eight jobs on one base beside eight runs of their own: gradients, the losses of every step side by side, and the final adapters.
+"""Compare eight jobs on one base with eight runs of one job: gradients, losses of every step, final adapters.
 
     python -m bench.beside_solo [--tiny] [--optimizer adamw sgd] [--json FILE]
 
-LoRA and DoRA, ranks 4 to 32, own learning rates, two with dropout, different lengths of run, in fp32, on the embedded model and
-stretches of Python's documentation, or on a tiny model and random tokens. At every step of the shared run each job's gradient is held
-against the one that it gets alone from the same state (1e-5, relative, L2 over the adapter). With SGD final adapters are within 1e-5
-of the solo runs'; AdamW divides by gradients that may be tiny, so there the losses of all steps are held, to 1e-4. Ends with 1 where
-a bound is broken.
+LoRA and DoRA, ranks 4 to 32, different learning rates and numbers of steps, two with dropout, in fp32, on the embedded model and
+pieces of Python's documentation, or on a tiny model and random tokens. At every step of the shared run each job's gradient is compared
+with the one that it gets alone from the same state (bound 1e-5, relative, L2 over the adapter). With SGD the final adapters must be
+within 1e-5 of the solo runs'; AdamW divides by gradients that may be tiny, so there the losses of all steps are
+compared (bound 1e-4). Exits 1 if a bound is broken.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ BOUNDS = {"gradient": 1e-5, "loss": 1e-4, "adapter": 1e-5}
 
 
 class Losses(Listener):
-    """Remembers the loss of each step, and how far each gradient is from the one that the job gets alone."""
+    """Records the loss of each step, and the difference of each gradient from the one that the job gets alone."""
 
     def __init__(self, check: bool) -> None:
         self.check = check
@@ -59,7 +59,7 @@ class Losses(Listener):
         self.trainer: Trainer | None = None
 
     def stepping(self, job: Job) -> None:
-        """Take the job's examples through the base once more, alone and with the same dropout, and compare the gradients."""
+        """Run the job's examples again, alone and with the same dropout, and compare the gradients."""
         if not self.check or self.trainer is None:
             return
         mixed = [p.grad.clone() for p in job.parameters if p.grad is not None]
@@ -75,7 +75,7 @@ class Losses(Listener):
             parameter.grad = grad
 
     def stepped(self, job: Job, metrics: dict[str, float]) -> None:
-        """Remember it."""
+        """Record the loss."""
         self.of.setdefault(job.name, []).append(metrics["loss"])
 
 
@@ -88,7 +88,7 @@ def _apart(one: torch.Tensor, other: torch.Tensor) -> float:
 
 
 def examples(name: str, vocabulary: int, text: Sequence[int] = ()) -> list[Example]:
-    """Four rows of 12 to 40 tokens, whose second half is learnt: stretches of ``text``, or random tokens where there is none."""
+    """Four rows of 12 to 40 tokens, the second half trained: pieces of ``text``, or random tokens without one."""
     draw = torch.Generator().manual_seed(len(name) * 1000 + ord(name[0]) + int("".join(c for c in name if c.isdigit())))
 
     def some(low: int, high: int, *size: int) -> torch.Tensor:
@@ -106,7 +106,7 @@ def examples(name: str, vocabulary: int, text: Sequence[int] = ()) -> list[Examp
 def trained(
     model: Any, text: Sequence[int], names: Sequence[str], optimizer: str
 ) -> tuple[Losses, dict[str, torch.Tensor]]:
-    """What was heard of some of the eight on one base, and their adapters as one vector each."""
+    """Train some of the eight jobs on one base. Returns the recorded losses and each adapter as one vector."""
     bank = attach(model)
     jobs, rates = [], {"adamw": 1.0, "sgd": 100.0}
     for number, name in enumerate(EIGHT):
@@ -125,16 +125,18 @@ def trained(
         )
         rows = examples(name, model.config.vocab_size, text)
         jobs.append(Job(name, options, bank, rows, [], peak=peak, steps=options.steps or 1))
-    ear = Losses(check=len(names) > 1)
-    ear.trainer = Trainer(Stepper(FlatRunner(model), bank), jobs, ear, budget=1024, share=512)
-    ear.trainer.run()
+    recorder = Losses(check=len(names) > 1)
+    recorder.trainer = Trainer(
+        Stepper(FlatRunner(model), bank), jobs, recorder, tokens_per_pass=1024, tokens_per_shared_pass=512
+    )
+    recorder.trainer.run()
     ends = {name: _flat(bank.parameters(name)) for name in names}
     bank.detach()
-    return ear, ends
+    return recorder, ends
 
 
 def compared(model: Any, text: Sequence[int], optimizer: str) -> dict[str, dict[str, Any]]:
-    """Train both ways; print the curves of each job and return its distances."""
+    """Train both ways, print the curves of each job and return the differences."""
     together, ends = trained(model, text, [*EIGHT], optimizer)
     found: dict[str, dict[str, Any]] = {}
     for name in EIGHT:
@@ -147,27 +149,27 @@ def compared(model: Any, text: Sequence[int], optimizer: str) -> dict[str, dict[
             "gradient": max(gradients),
             "adapter": _apart(ends[name], end[name]),
         }
-        print(f"\n{name}, {optimizer}\n  step   loss together   loss alone   difference   gradient apart")
+        print(f"\n{name}, {optimizer}\n  step   loss together   loss alone   difference   gradient diff.")
         for step, ((a, b), gradient) in enumerate(zip(pairs, gradients, strict=True), 1):
             print(f"  {step:4}   {a:13.6f}   {b:10.6f}   {a - b:+10.1e}   {gradient:14.1e}")
-        print(f"  final adapters {found[name]['adapter']:.1e} apart", flush=True)
+        print(f"  final adapters differ by {found[name]['adapter']:.1e}", flush=True)
     return found
 
 
 def main() -> int:
-    """Print the curves and the distances; 1 where a bound is broken."""
+    """Print the curves and the differences. Returns 1 if a bound is broken."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="a tiny random model instead of the embedded one")
     parser.add_argument("--optimizer", nargs="+", choices=("adamw", "sgd"), default=["adamw", "sgd"])
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     base = None if args.tiny else load_base(BASE, dtype="float32")
-    use_native()  # as a run does
+    use_native()  # as in a run
     model: Any = tiny("llama") if base is None else base.model
     text: list[int] = [] if base is None else base.tokenizer(general_text()[:200_000], verbose=False)["input_ids"]
     found = {optimizer: compared(model, text, optimizer) for optimizer in args.optimizer}
     broken = 0
-    print(f"\n{len(EIGHT)} jobs, {torch.get_num_threads()} threads; the largest of each, and what is held:")
+    print(f"\n{len(EIGHT)} jobs, {torch.get_num_threads()} threads; largest differences and bounds:")
     for optimizer, jobs in found.items():
         for key, bound in BOUNDS.items():
             largest = max(one[key] for one in jobs.values())

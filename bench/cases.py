@@ -1,7 +1,7 @@
-"""What is measured: workloads, who takes part, and what is claimed.
+"""Cases of the benchmark: workloads, contestants and claims.
 
-A case is one workload with its contestants; all of them take the same steps on the same rows from the same first adapter, in turns. A
-claim is a ratio between two of them with its bound.
+A case is a workload with its contestants, which take the same steps on the same rows from the same first adapter, in turn. A claim
+bounds a ratio between two of them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,13 @@ class Workload:
 
 @dataclass(frozen=True)
 class Contestant:
-    """engine: a file of ``bench/workers``. form: a variant of the engine. alike: how many steps' losses must be those of the first one."""
+    """One contestant.
+
+    Attributes:
+        engine: a file of ``bench/workers``.
+        form: a variant of the engine.
+        alike: number of steps whose losses must equal the first contestant's.
+    """
 
     name: str
     engine: str
@@ -35,7 +41,7 @@ class Contestant:
 
     @property
     def peer(self) -> bool:
-        """Whether it runs in the peers' environment."""
+        """True if it runs in the peers' environment."""
         return self.engine in ("plain", "trl")
 
 
@@ -55,14 +61,14 @@ class Claim:
 
 @dataclass(frozen=True)
 class Case:
-    """The first contestant is the one that the others are compared with."""
+    """The other contestants are compared with the first."""
 
     name: str
     workload: Workload
     contestants: tuple[Contestant, ...]
     claims: tuple[Claim, ...] = field(default=())
     extra: tuple[Contestant, ...] = ()
-    """Run only when they are named."""
+    """Contestants that run only when named."""
 
 
 _VENEER = Contestant("veneer", "veneer")
@@ -129,7 +135,7 @@ def _all() -> dict[str, Case]:
             (Claim("peft", "veneer", 3.0), Claim("trl", "veneer", 4.0)),
             extra=(_FLOOR, _PEFT_LOW, _PEFT_FP32, _FULL),
         ),
-        # In bf16 PEFT rounds its small first steps away; ours are those of fp32 (docs/log/numerics.md).
+        # PEFT's small first steps are lost to rounding in bf16, ours agree with fp32 (docs/log/numerics.md).
         Case("r64", Workload(), _each(r64, _VENEER, replace(_PEFT, alike=1), _FLOOR), claims),
         _dora(),
         Case("dropout", Workload(), _each(dropped, _VENEER) + _each({**dropped, "alike": 1}, _PEFT), (_BESIDE_PEFT,)),

@@ -1,12 +1,12 @@
-"""Time and memory of composing and extracting, each in a process of its own.
+"""Time and memory of composing and extracting, each in its own process.
 
     python -m bench.compose [--work runs/bench-compose]
 
 compose    8 adapters of rank 16 on all linear layers of a 1.1B-shaped model (22 blocks, 2048 wide, 5632 in the MLP, 4 key-value heads):
            the exact sum, and the sum cut to rank 16; the limits are 30 s and 2 GB
-extract    an adapter of rank 16 from the embedded model and a copy whose every weight moved; the limit is 60 s
+extract    an adapter of rank 16 from the embedded model and a copy with every weight changed; the limit is 60 s
 
-Each figure is of the whole command, from the interpreter's start to the folder on the disk. Exits 1 above a limit.
+Measures the whole command, from the interpreter's start to the folder on disk. Exits 1 above a limit.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ BLOCKS, RANK, COUNT = 22, 16, 8
 
 
 def main() -> int:
-    """Make what is composed and extracted, run the commands, print."""
+    """Create the inputs, run the commands and print the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("runs/bench-compose"))
-    parser.add_argument("--prepare", action="store_true", help="only make what is composed and extracted, and stop")
+    parser.add_argument("--prepare", action="store_true", help="only create the inputs")
     args = parser.parse_args()
     adapters = [args.work / f"adapter-{i}" for i in range(COUNT)]
     for i, folder in enumerate(adapters):
@@ -73,13 +73,13 @@ def main() -> int:
 
 
 def _measured(command: list[str]) -> tuple[float, float]:
-    """(seconds, GB at the peak) of a command."""
+    """(seconds, peak GB) of a command."""
     code = f"import resource, subprocess, sys\nsubprocess.run({command!r}, check=True, stdout=subprocess.DEVNULL)\n"
     code += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
     began = time.perf_counter()
-    told = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     unit = 1 if sys.platform == "darwin" else 1024
-    return time.perf_counter() - began, int(told) * unit / 1e9
+    return time.perf_counter() - began, int(output) * unit / 1e9
 
 
 def _adapter(name: str, seed: int) -> Adapter:
@@ -94,7 +94,7 @@ def _adapter(name: str, seed: int) -> Adapter:
 
 
 def _tuned(folder: Path) -> None:
-    """A copy of the embedded model with every matrix moved by a hundredth."""
+    """Write a copy of the embedded model with every matrix changed by a hundredth."""
     if folder.is_dir():
         return
     base = base_folder("smollm2-135m")

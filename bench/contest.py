@@ -1,8 +1,8 @@
-"""Contestants in processes of their own, and rounds in which each takes one step in turn.
+"""Run contestants in separate processes, in rounds in which each takes one step.
 
-Nobody's memory or threads are shared, and who waits is asleep. The order turns by one place from round to round, so that nobody
-always follows the same neighbour. Before the rounds each runs some steps alone: its losses must be those of the first contestant, and the
-highest mark of its memory in these steps, less what imports and the loaded base took, is its peak.
+Contestants share no memory or threads, and sleep while they wait. The order rotates from round to round. Before the rounds each runs
+some steps alone: its losses must equal those of the first contestant, and its peak memory in these steps, minus imports and the loaded
+base, is recorded.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from bench.cases import Case, Contestant
 
 _TOLERANCE = {"float32": 2e-3, "bfloat16": 1.5e-2}
 _SHIPPED = 3e-2
-"""Relative difference of losses that counts as equal. Dropout and other formats of numbers are compared at the first step, where B is 0."""
+"""Relative difference of losses that counts as equal. Dropout and other dtypes are compared at the first step, where B is 0."""
 _PAUSE = 0.05
-"""Seconds after which the threads of whoever stepped last have gone to sleep."""
+"""Seconds after which the threads of the last contestant are asleep."""
 
 
 class Disagreement(SystemExit):
@@ -35,7 +35,7 @@ class Gone(RuntimeError):
 
 @dataclass
 class Result:
-    """What was seen of one contestant: losses of its first steps, bytes at the peak, seconds of each round, and more of the last step."""
+    """Results of one contestant: losses of its first steps, peak bytes, seconds of each round, extra values of the last step."""
 
     contestant: Contestant
     losses: list[float] = field(default_factory=list)
@@ -65,7 +65,7 @@ class Worker:
         return self._ask("step")
 
     def memory(self) -> int:
-        """Bytes at the peak so far, less what imports and the base take."""
+        """Peak bytes so far, minus imports and the base."""
         return int(self._ask("memory")["peak"])
 
     def close(self) -> None:
@@ -80,7 +80,7 @@ class Worker:
 
     def _ask(self, word: str) -> dict[str, Any]:
         assert self.process.stdin is not None
-        with suppress(BrokenPipeError):  # whoever is gone gives no answer
+        with suppress(BrokenPipeError):  # a process that ended gives no answer
             self.process.stdin.write(json.dumps({"do": word}) + "\n")
             self.process.stdin.flush()
         return self._answer()
@@ -97,9 +97,9 @@ class Worker:
 def compete(
     case: Case, specs: dict[str, Path], pythons: dict[str, Path], *, rounds: int, checks: int, seconds: float
 ) -> list[Result]:
-    """Start everybody, check, and run the rounds; no round is begun that would not be through after ``seconds`` in all.
+    """Start all contestants, check their losses, and run rounds while the next one would end within ``seconds`` in total.
 
-    Raises Disagreement before any round is run.
+    Raises Disagreement before the first round.
     """
     began = time.perf_counter()
     workers: dict[str, Worker] = {}
@@ -112,7 +112,7 @@ def compete(
                 for _ in range(checks):
                     result.losses.append(float(workers[one.name].step()["loss"]))
                 result.memory = workers[one.name].memory()
-            except Gone as error:  # the others are still worth comparing
+            except Gone as error:  # compare the others
                 print(f"  {one.name} is left out: {error}", flush=True)
                 del results[one.name]
                 continue
@@ -139,7 +139,7 @@ def compete(
 
 
 def _step(worker: Worker, name: str, results: dict[str, Result]) -> dict[str, Any] | None:
-    """A step of a round; whoever does not live through it (memory, mostly) is left out from there on."""
+    """A step of a round. A contestant whose process ends (usually for memory) is left out from then on."""
     try:
         return worker.step()
     except Gone as error:
@@ -156,12 +156,12 @@ def _compare(first: Result, other: Result) -> None:
         if not abs(one - two) <= bound * max(1.0, abs(one)):
             raise Disagreement(
                 f"step {step + 1}: the loss of {other.contestant.name} is {two:.5f}, that of {first.contestant.name} {one:.5f}; "
-                "they do not compute the same, so their times are not compared"
+                "they do not compute the same result, so their times are not compared"
             )
 
 
 def spec_of(one: Contestant, *, base: Path, adapter: Path | None, steps: Any, threads: int) -> dict[str, Any]:
-    """What a contestant's process is told at its start."""
+    """The specification that a contestant's process reads at its start."""
     return {
         **asdict(one),
         "base": str(base),

@@ -1,9 +1,8 @@
-"""The demo's training beside PEFT's: same base, rows, order, steps and learning rate; a padded loop as most people write it.
+"""Train like the demo with PEFT: same base, rows, order, steps and learning rate, in an ordinary padded loop.
 
     python -m bench.demo_beside_peft runs/demo        after `veneer demo --out runs/demo`
 
-Prints PEFT's seconds a step, held-out loss and highest memory; the demo's own stand in its metrics and in its last lines. PEFT is a
-test dependency.
+Prints PEFT's seconds per step, held-out loss and peak memory; the demo prints its own. PEFT is a test dependency.
 """
 
 from __future__ import annotations
@@ -24,9 +23,9 @@ from veneer.training.process_memory import highest
 
 
 def main() -> None:
-    """Train with PEFT on the demo's rows and judge on its held-out rows."""
+    """Train with PEFT on the demo's rows and evaluate on its held-out rows."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path, help="the folder that veneer demo left")
+    parser.add_argument("run", type=Path, help="the run folder of veneer demo")
     parser.add_argument("--steps", type=int, default=70)
     args = parser.parse_args()
     base = load_base("smollm2-135m")
@@ -39,7 +38,7 @@ def main() -> None:
     for p in parameters:
         p.data = p.data.float()
     optimizer = torch.optim.AdamW(parameters, lr=5e-4, weight_decay=0.0)
-    print(f"held-out loss before {judge(model, valid[:]):.4f}")
+    print(f"held-out loss before {evaluate(model, valid[:]):.4f}")
     order, began = Order(len(train), 0), time.perf_counter()
     for step in range(args.steps):
         for group in optimizer.param_groups:
@@ -51,13 +50,13 @@ def main() -> None:
         optimizer.step()
         optimizer.zero_grad()
     seconds = time.perf_counter() - began
-    print(f"PEFT: {args.steps} steps in {seconds / 60:.2f} minutes, {seconds / args.steps:.2f} s a step")
-    print(f"held-out loss after {judge(model, valid[:]):.4f}")
-    print(f"{highest() / 1e9:.2f} GB of memory at most")
+    print(f"PEFT: {args.steps} steps in {seconds / 60:.2f} minutes, {seconds / args.steps:.2f} s per step")
+    print(f"held-out loss after {evaluate(model, valid[:]):.4f}")
+    print(f"{highest() / 1e9:.2f} GB peak memory")
 
 
 def losses(model: torch.nn.Module, rows: list[Example]) -> tuple[torch.Tensor, float]:
-    """Summed loss over the trained tokens of padded rows, and how many there are."""
+    """Summed loss over the trained tokens of padded rows, and their number."""
     width = max(map(len, rows))
     ids = torch.zeros(len(rows), width, dtype=torch.long)
     mask, weights = torch.zeros_like(ids), torch.zeros(len(rows), width)
@@ -70,7 +69,7 @@ def losses(model: torch.nn.Module, rows: list[Example]) -> tuple[torch.Tensor, f
 
 
 @torch.no_grad()
-def judge(model: torch.nn.Module, rows: list[Example]) -> float:
+def evaluate(model: torch.nn.Module, rows: list[Example]) -> float:
     """Mean loss over the trained tokens."""
     parts = [losses(model, rows[i : i + 7]) for i in range(0, len(rows), 7)]
     return sum(float(loss) for loss, _ in parts) / sum(weight for _, weight in parts)

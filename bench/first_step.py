@@ -1,9 +1,9 @@
-"""From the command to the first step: ``veneer train`` on the cached embedded base, as a user starts it.
+"""Time from the command to the first step: ``veneer train`` on the cached embedded base.
 
     python -m bench.first_step --runs 3
 
-Writes 400 demonstration rows, starts the command anew each time, and sees by the run's own files when it begins its first step and when
-it has taken it. Bound: 8 s on two cores until it begins.
+Writes 400 demonstration rows, starts the command several times, and reads from the run's files when the first step begins and ends. Bound:
+8 s on two cores until it begins.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ BOUND = 8.0
 
 
 def main() -> None:
-    """Measure and print; exit 1 if the median is above the bound."""
+    """Measure and print. Exits 1 if the median is above the bound."""
     parser = argparse.ArgumentParser(prog="bench.first_step", description=__doc__)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--rows", type=int, default=400)
-    parser.add_argument("options", nargs="*", help="more options of veneer train, behind --")
+    parser.add_argument("options", nargs="*", help="more options of veneer train, after --")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder, "rows.jsonl")
@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def _once(rows: Path, out: Path, options: list[str]) -> tuple[float, float]:
-    """Seconds until the run says that it started, and until its first step was taken."""
+    """Seconds until the run starts its first step, and until it has taken it."""
     command = [sys.executable, "-m", "veneer", "train", str(rows), "--base", "smollm2-135m", "--out", str(out)]
     began = time.perf_counter()
     process = subprocess.Popen([*command, "--steps", "1", *options], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -52,7 +52,7 @@ def _once(rows: Path, out: Path, options: list[str]) -> tuple[float, float]:
 
 
 def _when(process: subprocess.Popen[bytes], path: Path, word: str) -> float:
-    """When ``word`` stands in a file."""
+    """The time at which ``word`` appears in a file."""
     while not (path.is_file() and word in path.read_text(encoding="utf-8")):
         if process.poll() not in (None, 0):
             raise SystemExit(f"veneer train failed: {process.communicate()[1].decode()[-2000:]}")

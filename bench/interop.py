@@ -1,12 +1,12 @@
-"""Adapters of mlx-lm and LitGPT, made and run by those programs themselves, against what ``veneer import`` makes of them.
+"""Compare adapters of mlx-lm and LitGPT, run by those programs, with the folders that ``veneer import`` makes of them.
 
     python -m bench.interop --mlx PYTHON --litgpt PYTHON [--work runs/interop] [--real]
 
-PYTHON is the interpreter of an environment that has the program: ``pip install 'mlx[cpu]' mlx-lm``, ``pip install litgpt safetensors``.
-For each family a tiny random base is saved, the other program puts an adapter with random values on it (bench/peer_mlx.py,
-bench/peer_litgpt.py), saves it in its own format and says its logits; then the imported folder is run by us and by PEFT. --real does the
-same on the embedded model. Prints the largest difference of logits beside the largest change that the adapter makes; exits 1 above 1e-4
-of the largest logit (both programs sum in another order than torch does).
+PYTHON is an interpreter with the program: ``pip install 'mlx[cpu]' mlx-lm``, ``pip install litgpt safetensors``.
+For each family a tiny random base is saved; the other program adds an adapter with random values (bench/peer_mlx.py, bench/peer_litgpt.py),
+saves it in its format and reports its logits; then Veneer and PEFT run the imported folder. --real adds the embedded model. Prints the
+largest difference of logits and the largest change that the adapter makes; exits 1 above 1e-4 of the largest logit (both programs sum in
+another order than torch).
 """
 
 from __future__ import annotations
@@ -52,16 +52,16 @@ CASES = {
 }
 REAL = {"mlx": (("real", "lora"), ("real", "dora")), "litgpt": (("real", "qv"), ("real", "all"))}
 IDS = [list(range(270, 307))]
-"""Tokens that every vocabulary has and that are no control tokens: those blow the embedded model's rounding up to 1e-4 of its logits."""
+"""Ordinary tokens of every vocabulary. Control tokens amplify the embedded model's rounding to 1e-4 of its logits."""
 
 
 def main() -> int:
-    """Run every case of the programs that were given."""
+    """Run every case of the given programs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mlx", metavar="PYTHON")
     parser.add_argument("--litgpt", metavar="PYTHON")
     parser.add_argument("--work", type=Path, default=Path("runs/interop"))
-    parser.add_argument("--real", action="store_true", help="the embedded model too")
+    parser.add_argument("--real", action="store_true", help="also run the embedded model")
     args = parser.parse_args()
     if not (args.mlx or args.litgpt):
         parser.error("give the interpreter of at least one program")
@@ -77,7 +77,7 @@ def main() -> int:
 
 
 def case(program: str, python: str, arch: str, kind: str, work: Path) -> float:
-    """One adapter there and back; returns the larger difference, relative to the largest logit."""
+    """Compare one adapter. Returns the larger difference, relative to the largest logit."""
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     base = _base(arch, work / "base")
@@ -112,7 +112,7 @@ def _base(arch: str, folder: Path) -> Path:
 
 
 def _convert(python: str, work: Path) -> None:
-    """The pickle is refused, and the command in the refusal does what it says."""
+    """Check that the pickle is refused, and that the command in the message works."""
     said = io.StringIO()
     with contextlib.redirect_stderr(said):
         assert veneer(["import", str(work / "theirs"), "--base", str(work), "--out", str(work / "no")]) == 1

@@ -1,15 +1,15 @@
-"""What many adapters on one base cost: mixed batches, jobs trained together, memory, and adapters by the thousand.
+"""Cost of many adapters on one base: mixed batches, jobs trained together, memory, a thousand adapters.
 
     python -m bench.mixed [forward] [peft] [jobs] [memory] [bank] [--rounds 15] [--json FILE]
 
-    forward    16 rows on 16 adapters against 16 rows on one, one token a row and 64, on the embedded model in its fast dtype
+    forward    16 rows on 16 adapters against one adapter, with 1 and 64 tokens per row, on the embedded model in its fast dtype
     peft       the same batch through PEFT's adapter_names, on a model of many small layers; outputs are compared first
-    jobs       four jobs of 32 tokens a step in shared passes against the same four in turn
-    memory     the highest mark of eight jobs against one job's with passes as large, plus the adapters' own bytes
+    jobs       four jobs of 32 tokens per step in shared passes against the same four in turn
+    memory     peak memory of eight jobs against one job with passes as large, plus the adapters' own bytes
     bank       adding the 1,000th adapter against adding the first, and loading and removing it
 
-Every ratio is of two things timed one right after the other, round by round: the machine drifts, their quotient does not. Printed are
-median, minimum and maximum of the quotients. Without names all five run.
+Both sides of a ratio are timed in turn, round by round, since the machine drifts. Prints the median, minimum and maximum ratio. Without
+names all five parts run.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ Run = Callable[[], object]
 
 
 def main() -> None:
-    """Run the parts that are named, print their figures, and keep them as JSON if asked."""
+    """Run the named parts, print the results, and write them as JSON if requested."""
     parts: dict[str, Callable[[int], Iterator[tuple[str, Any]]]] = {
         "forward": forward,
         "peft": peft,
@@ -78,7 +78,7 @@ def main() -> None:
 
 
 def quotients(one: Run, other: Run, rounds: int) -> dict[str, float]:
-    """Time of ``one`` over that of ``other``, measured in turn; the order changes from round to round."""
+    """Time of ``one`` / time of ``other``, measured in turn, in alternating order."""
     seconds: dict[Run, list[float]] = {one: [], other: []}
     for run in (one, other, one, other):
         run()
@@ -122,11 +122,11 @@ MIXTURES: dict[str, list[LoRA | DoRA]] = {
 
 
 def forward(rounds: int) -> Iterator[tuple[str, Any]]:
-    """16 rows on 16 adapters over 16 rows on one of them."""
+    """16 rows on 16 adapters / 16 rows on one of them."""
     base = load_base(BASE)
     yield "dtype", str(base.dtype)
     fuse(base.model)
-    use_native()  # as evaluating does
+    use_native()  # as in evaluation
     for title, methods in MIXTURES.items():
         held, names = adapters(base.model, methods)
         for tokens in (1, 64):
@@ -146,7 +146,7 @@ def _call(model: Any, held: Any, route: Any, ids: torch.Tensor) -> Run:
 
 
 def peft(rounds: int) -> Iterator[tuple[str, Any]]:
-    """PEFT's mixed batch over ours, 16 rows on 16 adapters of 168 small layers."""
+    """PEFT's mixed batch / ours, 16 rows on 16 adapters of 168 small layers."""
     from peft import LoraConfig, get_peft_model
 
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 24, "num_attention_heads": 4}
@@ -183,7 +183,7 @@ def peft(rounds: int) -> Iterator[tuple[str, Any]]:
 
 
 def made_jobs(count: int, tokens: int, batch: int = 1, r: int = 16) -> tuple[Stepper, list[Job]]:
-    """So many LoRA and DoRA jobs on the embedded model, with examples of so many tokens, half of them learnt."""
+    """LoRA and DoRA jobs on the embedded model, with examples of a given length, half of each trained."""
     base = load_base(BASE)
     held = attach(base.model)
     found = []
@@ -196,7 +196,7 @@ def made_jobs(count: int, tokens: int, batch: int = 1, r: int = 16) -> tuple[Ste
 
 
 def rows_of(name: str, tokens: int) -> list[Example]:
-    """Eight random examples of so many tokens, the second half of each learnt."""
+    """Eight random examples of a given length, the second half of each trained."""
     draw = torch.Generator().manual_seed(len(name) + ord(name[-1]))
     rows = [torch.randint(3, 40_000, (tokens,), generator=draw).tolist() for _ in range(8)]
     weights = (0.0,) * (tokens // 2) + (1.0,) * (tokens - tokens // 2)
@@ -204,10 +204,10 @@ def rows_of(name: str, tokens: int) -> list[Example]:
 
 
 def jobs(rounds: int) -> Iterator[tuple[str, Any]]:
-    """Four jobs in turn over the same four together: forward, backward and the optimizers' steps."""
+    """Four jobs in turn / the same four together: forward, backward and optimizer steps."""
     stepper, own = made_jobs(8, 256)
     fuse(stepper.runner.model)
-    use_native()  # as a run does
+    use_native()  # as in a run
     yield from _shared(stepper, own, rounds)
 
 
@@ -222,7 +222,7 @@ def _shared(stepper: Stepper, own: list[Job], rounds: int) -> Iterator[tuple[str
 
 
 def memory(rounds: int) -> Iterator[tuple[str, Any]]:
-    """Highest marks of processes of their own: eight jobs, and one job whose passes hold as many tokens."""
+    """Peak memory of separate processes: eight jobs, and one job with passes of as many tokens."""
     for tokens, batch in ((32, 1), (128, 2)):
         many, one = _apart(8, tokens, batch), _apart(1, tokens, 8 * batch)
         own = many["own_bytes"] - one["own_bytes"]
@@ -239,7 +239,7 @@ def _apart(*arguments: int) -> dict[str, int]:
 
 
 def highest_of(count: int, tokens: int, batch: int) -> dict[str, int]:
-    """The highest mark of this process after a few rounds, and the bytes of adapters, gradients and optimizers."""
+    """Peak memory of this process after a few rounds, and the bytes of adapters, gradients and optimizers."""
     stepper, own = made_jobs(count, tokens, batch)
     trainer = Trainer(stepper, own, Listener(), tokens_per_pass=4096, tokens_per_shared_pass=4096)
     for _ in range(4):
@@ -252,7 +252,7 @@ def highest_of(count: int, tokens: int, batch: int) -> dict[str, int]:
 
 
 def bank(rounds: int) -> Iterator[tuple[str, Any]]:
-    """Adding, loading and removing adapters while a thousand are there, over the same when none was."""
+    """Time to add, load and remove an adapter beside a thousand others / the same in an empty bank."""
     base = load_base(BASE)
     held = attach(base.model)
     method = LoRA(r=1)

@@ -1,4 +1,4 @@
-"""The LitGPT side of bench/interop.py; run by an interpreter that has litgpt: BASE OUT ARCH KIND."""
+"""LitGPT's side of bench/interop.py, run by an interpreter with litgpt: BASE OUT ARCH KIND."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ WHICH = {
 
 
 def main(base: Path, out: Path, arch: str, kind: str) -> None:
-    """Put an adapter with random values on the base, save it as LitGPT does, say its logits."""
+    """Add an adapter with random values to the base; save it and its logits."""
     torch.manual_seed(1)
     lora: dict[str, Any] = {"lora_r": 4, "lora_alpha": 12, "lora_dropout": 0.05}
     lora |= {f"lora_{part}": part in WHICH[kind] for part in WHICH["all"]}
     if arch in ("real", "gpt_neox"):
-        lora["lora_head"] = False  # tied to the embedding, which LitGPT trains apart; named otherwise in GPT-NeoX files
+        lora["lora_head"] = False  # LitGPT unties it from the embedding; GPT-NeoX files name it differently
     given = json.loads((base / "config.json").read_text())
     model = GPT(Config(**settings(given, arch), **lora)).eval()
     model.load_state_dict(weights(base, model.config, arch), strict=False)
@@ -52,7 +52,7 @@ def main(base: Path, out: Path, arch: str, kind: str) -> None:
 
 
 def settings(given: dict[str, Any], arch: str) -> dict[str, Any]:
-    """LitGPT's words for a base's config.json."""
+    """LitGPT's settings for a base's config.json."""
     neox = arch == "gpt_neox"
     rope = given.get("rope_parameters") or {}
     found = {
@@ -76,7 +76,7 @@ def settings(given: dict[str, Any], arch: str) -> dict[str, Any]:
 
 
 def weights(base: Path, config: Config, arch: str) -> dict[str, torch.Tensor]:
-    """The base's weights under LitGPT's names, by its own converter; the vocabulary padded."""
+    """The base's weights under LitGPT's names, by its own converter, with a padded vocabulary."""
     given = {name: value.float() for file in base.glob("*.safetensors") for name, value in load_file(file).items()}
     made: dict[str, torch.Tensor] = {}
     if arch == "gpt_neox":

@@ -1,4 +1,4 @@
-"""llama.cpp's side of beside_llama_cpp.py; run by an interpreter that has llama-cpp-python: BASE.gguf ADAPTER.gguf IDS.json OUT.npy."""
+"""llama.cpp's side of beside_llama_cpp.py, run by an interpreter with llama-cpp-python: BASE.gguf ADAPTER.gguf IDS.json OUT.npy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llama_cpp import Llama
 
 
 def main(base: str, adapter: str, ids: str, out: str) -> None:
-    """Logits [positions, vocabulary] of every row, row after row."""
+    """Write the logits [positions, vocabulary] of all rows."""
     rows = json.loads(Path(ids).read_text())
     model = Llama(base, lora_path=adapter, logits_all=True, n_ctx=max(map(len, rows)) + 8, n_batch=512, verbose=False)
     found = []

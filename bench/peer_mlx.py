@@ -1,4 +1,4 @@
-"""The mlx-lm side of bench/interop.py; run by an interpreter that has mlx-lm: BASE OUT ARCH KIND."""
+"""mlx-lm's side of bench/interop.py, run by an interpreter with mlx-lm: BASE OUT ARCH KIND."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mlx_lm.utils import load_model, save_config
 
 
 def main(base: Path, out: Path, kind: str) -> None:
-    """Put an adapter with random values on the base, save it, say its logits."""
+    """Add an adapter with random values to the base; save it and its logits."""
     mx.set_default_device(mx.cpu)
     mx.random.seed(1)
     model, _ = load_model(base, model_config=_rotary(base))
@@ -25,9 +25,9 @@ def main(base: Path, out: Path, kind: str) -> None:
     if kind == "embedding":
         parameters["keys"] = ["model.embed_tokens", "self_attn.q_proj", "mlp.down_proj"]
     linear_to_lora_layers(model, len(model.layers), parameters, use_dora=kind == "dora")
-    own = dict(tree_flatten(model.trainable_parameters()))
-    spread = {name: 0.02 * mx.abs(value).max() if name.endswith(".m") else 0.02 for name, value in own.items()}
-    moved = {name: value + spread[name] * mx.random.normal(value.shape) for name, value in own.items()}
+    tensors = dict(tree_flatten(model.trainable_parameters()))
+    spread = {name: 0.02 * mx.abs(value).max() if name.endswith(".m") else 0.02 for name, value in tensors.items()}
+    moved = {name: value + spread[name] * mx.random.normal(value.shape) for name, value in tensors.items()}
     model.load_weights(list(moved.items()), strict=False)
     model.eval()
     logits["adapted"] = model(ids)
@@ -39,7 +39,7 @@ def main(base: Path, out: Path, kind: str) -> None:
 
 
 def _rotary(base: Path) -> dict[str, float]:
-    """What mlx-lm looks for in config.json under other names than newer folders have."""
+    """The settings of config.json that mlx-lm expects under older names."""
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
     theta = (config.get("rope_parameters") or config).get("rope_theta", 10000.0)
     return {"rope_theta": theta, "rotary_emb_base": theta, "rotary_pct": 0.5}

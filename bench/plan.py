@@ -1,11 +1,11 @@
-"""The plan held against what then happens, on every workload of the bench.
+"""Compare planned memory and time with the actual ones, on every workload of the benchmark.
 
     python -m bench.plan                       every case
     python -m bench.plan uniform dora --steps 6
 
-Each of Veneer's contestants gets two fresh processes. One plans its run, as ``veneer train`` does and as ``veneer plan`` does, and then
-takes the steps: their median time is held against the planned one. The other takes the steps without a plan: the highest mark of its
-whole life is held against the planned peak.
+Each of Veneer's contestants runs in two fresh processes. One plans its run, as ``veneer train`` and as ``veneer plan`` do, and then
+takes the steps: their median time is compared with the plan. The other takes the steps without a plan: its peak memory is
+compared with the plan.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from bench.contest import spec_of
 from bench.rows import steps_of
 
 MEMORY, TIME = 0.10, 0.20
-"""How far off the plan may be."""
+"""Allowed relative errors of the plan."""
 _HELD_OUT = 2
 _RUN = 200
-"""Steps of the run that is planned: a share of its time is what ``veneer train`` gives to its plan. Only the first ones are taken."""
+"""Steps of the planned run, since ``veneer train`` spends a share of its time on planning. Only the first ones are taken."""
 
 
 def main() -> None:
-    """Plan and measure what is asked for; exit 1 if a plan is off."""
+    """Plan and measure the selected cases. Exits 1 if a plan is inaccurate."""
     args = _arguments()
     if args.child:
         print(json.dumps(_child(json.loads(args.child.read_text(encoding="utf-8")), planned=not args.unplanned)))
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def _contestants(args: argparse.Namespace) -> Any:
-    """(case, contestant, steps' rows) of Veneer, each setting once."""
+    """(case, contestant, rows per step) of Veneer, each setting once."""
     seen = set()
     for name in args.cases or list(CASES):
         load = CASES[name].workload
@@ -78,7 +78,7 @@ def _run(spec: Path, *flags: str) -> dict[str, Any]:
 
 
 def _off(one: dict[str, Any], which: str = "plan") -> tuple[float, float]:
-    """Relative errors of a plan, of memory and of time."""
+    """Relative errors of a plan in memory and time."""
     seconds = statistics.median(one["seconds"])
     return one[which]["peak"] / one["peak"] - 1, one[which]["seconds_per_step"] / seconds - 1
 
@@ -98,7 +98,7 @@ def _line(one: dict[str, Any]) -> str:
 
 
 def _child(spec: dict[str, Any], *, planned: bool) -> dict[str, Any]:
-    """One process: the plans, if they are asked for, and the steps with a judging at either end."""
+    """One process: the plans, if requested, and the steps with an evaluation before and after."""
     from contextlib import nullcontext
 
     import torch

@@ -1,4 +1,4 @@
-"""Tables, verdicts, JSON and a plot of what a case showed."""
+"""Tables, claims, JSON and a plot of a case's results."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ MB = 1e6
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """min, median, max."""
+    """Minimum, median and maximum."""
     return {"min": min(values), "median": statistics.median(values), "max": max(values)}
 
 
 def ratios(over: Result, under: Result, of: str = "seconds") -> list[float]:
-    """Round by round for seconds; one number for memory."""
+    """Ratios per round for seconds; one ratio for memory."""
     if of == "memory":
         return [over.memory / under.memory]
     return [a / b for a, b in zip(over.seconds, under.seconds, strict=True)]
 
 
 def facts(case: Case, results: list[Result], *, steps: Any, checks: int, machine: dict[str, Any]) -> dict[str, Any]:
-    """All of it, for JSON."""
+    """All results of a case, for JSON."""
     rounds = len(results[0].seconds)
     seen = [steps[(checks + i) % len(steps)] for i in range(rounds)]
     tokens = sum(len(row["ids"]) for step in seen for row in step)
@@ -61,21 +61,21 @@ def facts(case: Case, results: list[Result], *, steps: Any, checks: int, machine
 
 
 def verdict(claim: Claim, by_name: dict[str, Result]) -> dict[str, Any]:
-    """A claim with what was found; it holds if the median does."""
+    """A claim with its measured ratio; it holds if the median does."""
     found = spread(ratios(by_name[claim.over], by_name[claim.under], claim.of))
     met = found["median"] >= claim.bound if claim.least else found["median"] <= claim.bound
     return {"claim": str(claim), "found": found, "met": met}
 
 
 def table(found: dict[str, Any]) -> str:
-    """The case in lines of Markdown."""
+    """The results of a case as Markdown."""
     load = found["workload"]
     shape = f"{load['batch']} x {load['length']}" if load["rows"] == "uniform" else f"{load['batch']} ragged rows"
     lines = [
-        f"**{found['case']}**: {load['base']}, {shape}; {found['tokens_per_step']:.0f} tokens a step, "
+        f"**{found['case']}**: {load['base']}, {shape}; {found['tokens_per_step']:.0f} tokens per step, "
         f"{found['trained_per_step']:.0f} trained; {found['rounds']} rounds",
         "",
-        f"| | s a step: median (min to max) | of {next(iter(found['contestants']))}'s time | tokens/s | trained/s | peak MB |",
+        f"| | s per step: median (min to max) | / {next(iter(found['contestants']))}'s time | tokens/s | trained/s | peak MB |",
         "|---|---|---|---|---|---|",
     ]
     for name, one in found["contestants"].items():
@@ -89,7 +89,7 @@ def table(found: dict[str, Any]) -> str:
     lines.append("")
     for claim in found["claims"]:
         f = claim["found"]
-        met = "holds" if claim["met"] else "DOES NOT HOLD"
+        met = "met" if claim["met"] else "NOT MET"
         lines.append(f"- {claim['claim']}: {f['median']:.2f} ({f['min']:.2f} to {f['max']:.2f}), {met}")
     floor = next((one for one in found["contestants"].values() if "flops" in one), None)
     if floor is not None:
@@ -100,21 +100,21 @@ def table(found: dict[str, Any]) -> str:
 
 
 def _beside_full(found: dict[str, Any], theory: float) -> list[str]:
-    """An adapter's step beside full fine-tuning's, against the ratio of their FLOPs (attention's own counted on both sides)."""
+    """An adapter's step / full fine-tuning's, compared with the ratio of their FLOPs (attention included)."""
     who, lines = found["contestants"], []
     for one, other in (("veneer", "full-same"), ("peft", "full")):
         if one in who and other in who:
             each = [a / b for a, b in zip(who[one]["each"], who[other]["each"], strict=True)]
             s = spread(each)
             lines.append(
-                f"- {one} / {other}: {s['median']:.3f} ({s['min']:.3f} to {s['max']:.3f}); their FLOPs {theory:.3f}; "
+                f"- {one} / {other}: {s['median']:.3f} ({s['min']:.3f} to {s['max']:.3f}); FLOPs {theory:.3f}; "
                 f"{s['median'] / theory - 1:+.1%}"
             )
     return lines
 
 
 def machine(threads: int, peers: dict[str, str]) -> dict[str, Any]:
-    """What the figures depend on."""
+    """Hardware and versions that the results depend on."""
     cpu = next(
         (
             line.partition(":")[2].strip()
@@ -135,7 +135,7 @@ def machine(threads: int, peers: dict[str, str]) -> dict[str, Any]:
 
 
 def plot(cases: list[dict[str, Any]], path: Path) -> None:
-    """Bars of each contestant's time beside the first one's, case by case, with the spread over the rounds."""
+    """Plot each contestant's time relative to the first, per case, with the spread over rounds."""
     import matplotlib
 
     matplotlib.use("Agg")

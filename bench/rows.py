@@ -1,8 +1,8 @@
-"""The rows of a workload: tokens, and which of them are supervised.
+"""Rows of a workload: tokens with their weights.
 
-uniform    pieces of running text, all of one length, the second half of each supervised
-ragged     conversations with the answer supervised; lengths log-normal, mean about 175, up to 700, drawn first and then filled with the
-           row whose length is nearest. From the JSONL files of a folder where one is given, else pairs made of Python's own library.
+uniform    pieces of text of one length, the second half of each supervised
+ragged     conversations with the answer supervised; lengths are log-normal, mean about 175, up to 700, each filled with the row of the
+           nearest length. Read from the JSONL files of a folder, or built from Python's standard library.
 
 For bases without a tokenizer the tokens are random.
 """
@@ -29,7 +29,7 @@ _LONG_CODE, _POOL = 4000, 3000
 
 
 def steps_of(workload: Workload, count: int, *, data: Path | None = None, vocabulary: int = 0) -> list[Rows]:
-    """``count`` steps of ``workload.batch`` rows. vocabulary: of a base without a tokenizer, for random tokens."""
+    """``count`` steps of ``workload.batch`` rows. vocabulary: size for random tokens, if the base has no tokenizer."""
     need = count * workload.batch
     if workload.rows == "ragged":
         rows = _ragged(need, data)
@@ -56,7 +56,7 @@ def _text(count: int) -> list[int]:
 
 
 def _ragged(count: int, data: Path | None) -> Rows:
-    """Rows whose lengths follow the drawn ones, none taken twice where there are enough."""
+    """Rows that follow the drawn lengths, without repeats if there are enough."""
     source = _read(data) if data else stdlib_pairs(_LONG_CODE)[0]
     draw = random.Random(0)
     draw.shuffle(source)
@@ -66,14 +66,14 @@ def _ragged(count: int, data: Path | None) -> Rows:
     found = []
     for _ in range(count):
         length = draw.lognormvariate(math.log(MEAN) - SPREAD**2 / 2, SPREAD)
-        place = min(range(len(pool)), key=lambda i, wanted=length: abs(len(pool[i]) - wanted))  # type: ignore[misc]
-        example = pool.pop(place) if len(pool) > 1 else pool[place]
+        nearest = min(range(len(pool)), key=lambda i, target=length: abs(len(pool[i]) - target))  # type: ignore[misc]
+        example = pool.pop(nearest) if len(pool) > 1 else pool[nearest]
         found.append({"ids": list(example.ids), "weights": [float(w > 0) for w in example.weights]})
     return found
 
 
 def _rendered(rows: list[dict[str, Any]]) -> list[Example]:
-    """Conversations as ``veneer train`` reads them."""
+    """Conversations rendered as by ``veneer train``."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "rows.jsonl")
         path.write_text("".join(json.dumps({"messages": row["messages"]}) + "\n" for row in rows), encoding="utf-8")
@@ -82,7 +82,7 @@ def _rendered(rows: list[dict[str, Any]]) -> list[Example]:
 
 
 def _read(folder: Path) -> list[dict[str, Any]]:
-    """Conversations from every JSONL file of a folder that has questions and answers, or instructions with instances."""
+    """Conversations from the JSONL files of a folder: messages, questions with answers, or instructions with instances."""
     found = []
     for path in sorted(folder.glob("*.jsonl")):
         for line in path.read_text(encoding="utf-8").splitlines():

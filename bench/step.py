@@ -1,12 +1,12 @@
-"""The training step beside its peers, in one run and in turns.
+"""Benchmark the training step against its peers, in one run and in turn.
 
-    make bench                                                       everything, in about half an hour
+    make bench                                                       all cases, in about half an hour
     python -m bench.step uniform ragged --rounds 8                   some cases
-    python -m bench.step uniform --who veneer peft floor trl         some contestants (also those that are left out otherwise)
+    python -m bench.step uniform --who veneer peft floor trl         some contestants (also those that run only when named)
     python -m bench.step --list
 
-Prints a table for each case, with ratios round by round (median, min, max), tokens a second and peak memory, and writes JSON and a
-plot into ``--out``.
+Prints a table per case with ratios (median, min, max over rounds), tokens per second and peak memory, and writes JSON and a plot into
+``--out``.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _STEPS = 24
 
 
 def main() -> None:
-    """Run the cases that are asked for."""
+    """Run the selected cases."""
     args = _arguments()
-    args.checks = max(3, args.checks)  # some forms are compiled in the second step, which is no part of a round
+    args.checks = max(3, args.checks)  # the second step compiles; it must not be part of a round
     if args.list:
         for case in CASES.values():
-            extra = f"; if named: {', '.join(one.name for one in case.extra)}" if case.extra else ""
+            extra = f"; only if named: {', '.join(one.name for one in case.extra)}" if case.extra else ""
             print(f"{case.name:14} {', '.join(one.name for one in case.contestants)}{extra}")
         return
     args.out.mkdir(parents=True, exist_ok=True)
@@ -51,11 +51,13 @@ def main() -> None:
 
 
 def measure(case: Case, args: argparse.Namespace, machine: dict[str, Any]) -> dict[str, Any]:
-    """One case from its rows to its figures."""
+    """Run one case and return its results."""
     if args.who:
         known = {one.name: one for one in (*case.contestants, *case.extra)}
         if not any(name in known for name in args.who):
-            raise SystemExit(f"--who {' '.join(args.who)}: {case.name} has none of them, but {', '.join(known)}")
+            raise SystemExit(
+                f"--who {' '.join(args.who)}: {case.name} has none of them; choose from {', '.join(known)}"
+            )
         case = replace(case, contestants=tuple(known[name] for name in args.who if name in known))
     load = case.workload
     print(f"{case.name}:", flush=True)
@@ -76,7 +78,7 @@ def measure(case: Case, args: argparse.Namespace, machine: dict[str, Any]) -> di
 
 
 def _first_adapter(one: Contestant, spec: dict[str, Any], base: str, out: Path) -> Path:
-    """The adapter from which all begin, written once by Veneer."""
+    """The first adapter of all contestants, written once by Veneer."""
     name = f"{base}-{one.method}-r{one.r}-d{one.dropout:g}-{one.dtype}"
     folder = out / "adapters" / name
     if not (folder / "adapter_config.json").is_file():
@@ -85,13 +87,13 @@ def _first_adapter(one: Contestant, spec: dict[str, Any], base: str, out: Path) 
 
 
 def _versions(peers: Path) -> dict[str, str]:
-    """The peers' versions, asked of their own interpreter."""
+    """Versions of the peers, from their interpreter."""
     code = (
         "import json; from importlib.metadata import version as v; "
         "print(json.dumps({n: v(n) for n in ('torch', 'transformers', 'peft', 'trl', 'datasets', 'accelerate')}))"
     )
     if not peers.is_file():
-        raise SystemExit(f"{peers} is not there; `make bench` builds the peers' environment, or name one with --peers")
+        raise SystemExit(f"{peers} does not exist; run `make bench`, which creates it, or give --peers")
     done = subprocess.run([str(peers), "-c", code], capture_output=True, text=True, check=True)
     return dict(json.loads(done.stdout))
 
@@ -101,10 +103,10 @@ def _arguments() -> argparse.Namespace:
         prog="bench.step", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("cases", nargs="*", choices=[[], *CASES], metavar="CASE", help=f"some of: {', '.join(CASES)}")
-    parser.add_argument("--who", nargs="+", help="contestants, the first of them the one that others are compared with")
+    parser.add_argument("--who", nargs="+", help="contestants; the others are compared with the first")
     parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--checks", type=int, default=4, help="steps of each alone before the rounds, 3 at least")
-    parser.add_argument("--seconds", type=float, default=600, help="begin no round that would end later, case by case")
+    parser.add_argument("--checks", type=int, default=4, help="steps of each contestant before the rounds, at least 3")
+    parser.add_argument("--seconds", type=float, default=600, help="time limit per case")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--data", type=Path, help="folder of JSONL files for the ragged rows")
     parser.add_argument("--out", type=Path, default=Path("out/bench"))

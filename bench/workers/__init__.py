@@ -1,1 +1,1 @@
-"""What runs inside a contestant's own process: one file for each way of taking a training step, behind one small protocol."""
+"""Contestants' processes: one file per way to take a training step, behind one small protocol."""

@@ -1,6 +1,6 @@
 """Full fine-tuning with Veneer's own kernels: flat rows, its attention, its loss over supervised tokens, its elementwise chains.
 
-What is left to tell it from an adapter's step is the arithmetic: gradients and an update of every weight of the base.
+It differs from an adapter's step only by the gradients and the update of every base weight.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from veneer.training.acceleration import use_native
 from veneer.training.loop.trainer import cut
 
 LEARNING_RATE = 2e-6
-_BUDGET = 1024
+_TOKENS_PER_PASS = 1024
 
 
 def run(spec: dict[str, Any], turn: Turn) -> None:
-    """Steps until the pipe is closed."""
+    """Take steps until the pipe is closed."""
     base = load_base(spec["base"], dtype=spec["dtype"])
     use_native()
     fuse(base.model)  # norms are trained here and keep their own forward
@@ -36,7 +36,7 @@ def run(spec: dict[str, Any], turn: Turn) -> None:
         examples = [Example(tuple(row["ids"]), tuple(row["weights"])) for row in rows]
         weight = sum(sum(example.weights) for example in examples)
         loss = 0.0
-        for piece in cut(examples, _BUDGET):
+        for piece in cut(examples, _TOKENS_PER_PASS):
             batch = make_batch(piece, "full")
             keep = (batch.weights != 0).nonzero().squeeze(1)
             head = runner.head()

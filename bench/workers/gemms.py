@@ -1,11 +1,11 @@
-"""The floor: the matrix products of a step, and nothing else.
+"""The lower bound: only the matrix products of a step.
 
     every linear layer    Y = X W^T  and  dX = dY W         2 products of [T, d] with [d, k]
     the head              the same, for the K supervised tokens only
-    adapters              6 P FLOPs a token, taken at the rate of the layers' products of this very step
+    adapters              6 P FLOPs per token, at the rate of the layers' products in the same step
 
-with the step's own T and K, the model's own shapes, and weights of their own for each layer, so that caches are as cold as in a
-model. Outputs go to memory that is there already. That is  4 N + 6 P  FLOPs a token, at this moment's rates.
+with the T and K of the step, the shapes of the model, and separate weights per layer, so caches are as cold as in a model. Outputs are
+preallocated. In total 4 N + 6 P FLOPs per token, at the current rate of the machine.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from bench.workers.turn import Turn
 
 
 class Shapes:
-    """Products of a model: (outputs, inputs) of each layer and of the head, on no memory."""
+    """Products of a model: (outputs, inputs) of each layer and of the head, without allocating weights."""
 
     def __init__(self, folder: str) -> None:
         import transformers
@@ -40,10 +40,10 @@ class Shapes:
         self.head = (int(head.weight.shape[0]), int(head.weight.shape[1]))
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.attention = 2 * config.num_hidden_layers * config.num_attention_heads * width
-        """FLOPs of causal scores and their use, forward, for each token and each token of its segment."""
+        """FLOPs of causal attention, forward, per pair of tokens in a segment."""
 
     def flops(self, lengths: list[int], supervised: int, r: int) -> float:
-        """4 N + 6 P + 3 A of a step; r = 0: full fine-tuning's 6 N + 3 A."""
+        """4 N + 6 P + 3 A of a step; with r = 0, 6 N + 3 A of full fine-tuning."""
         n = sum(out * inner for out, inner in self.layers)
         p = r * sum(out + inner for out, inner in self.layers)
         head = self.head[0] * self.head[1]
@@ -52,7 +52,7 @@ class Shapes:
 
 
 def run(spec: dict[str, Any], turn: Turn) -> None:
-    """The products of step after step."""
+    """Run the products of each step."""
     dtype = getattr(torch, spec["dtype"])
     shapes = Shapes(spec["base"])
     weights = [torch.randn(out, inner).to(dtype) for out, inner in shapes.layers]

@@ -1,6 +1,6 @@
-"""PEFT, or full fine-tuning, with the loop that most people write: padded rows, the model's own loss, AdamW.
+"""PEFT, or full fine-tuning, in an ordinary loop: padded rows, the model's own loss, AdamW.
 
-In bf16 the base is bf16 and PEFT keeps its adapters in fp32, as it does unless told otherwise; the form "low" keeps them in bf16 too.
+In bf16, PEFT keeps its adapters in fp32 by default; the form "low" keeps them in bf16.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def load(spec: dict[str, Any]) -> Any:
 
 
 def adapted(spec: dict[str, Any], model: Any) -> Any:
-    """The model with what is to be trained, and nothing else, taking gradients."""
+    """The model, with gradients only for the trained parameters."""
     if spec["method"] != "full":
         from peft import PeftModel
 
@@ -40,7 +40,7 @@ def adapted(spec: dict[str, Any], model: Any) -> Any:
 
 
 def batch(rows: Rows, *, causal: bool) -> dict[str, torch.Tensor]:
-    """Rows as padded tensors; labels stand where the model's own loss looks for them."""
+    """Rows as padded tensors, with labels as the model's loss expects them."""
     width = max(len(row["ids"]) for row in rows)
     ids = torch.zeros(len(rows), width, dtype=torch.long)
     mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
@@ -54,11 +54,11 @@ def batch(rows: Rows, *, causal: bool) -> dict[str, torch.Tensor]:
 
 
 def run(spec: dict[str, Any], turn: Turn) -> None:
-    """Steps until the pipe is closed."""
+    """Take steps until the pipe is closed."""
     base = load(spec)
     causal = "CausalLM" in type(base).__name__ or "LMHead" in type(base).__name__
     if spec["method"] != "full":
-        import peft  # noqa: F401  (an import, and so no part of what a step takes)
+        import peft  # noqa: F401  (keep the import out of the step)
     turn.loaded(base)
     model = adapted(spec, base)
     parameters = [p for p in model.parameters() if p.requires_grad]

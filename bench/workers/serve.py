@@ -1,6 +1,6 @@
-"""A contestant's process:  python -m bench.workers.serve SPEC.json
+"""A contestant's process: python -m bench.workers.serve SPEC.json
 
-The file names the engine, the base, the first adapter, the dtype and the rows; see ``turn.py`` for what goes over the pipe.
+The file names the engine, the base, the first adapter, the dtype and the rows; ``turn.py`` defines the protocol.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from bench.workers.turn import Turn
 
 
 def main() -> None:
-    """Run the engine that the file names until the pipe is closed."""
+    """Run the engine until the pipe is closed."""
     spec = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     os.environ["OMP_NUM_THREADS"] = str(spec["threads"])
     turn = Turn(spec)

@@ -1,7 +1,7 @@
-"""TRL's SFTTrainer with PEFT, stopped after every step of its own loop.
+"""TRL's SFTTrainer with PEFT, stopped after every step of its loop.
 
-Matched: the base in the same dtype, the same first adapter, rows in their order, no checkpointing, a constant learning rate. The form
-"shipped": what ``SFTTrainer(model, args, train_dataset, peft_config)`` does unless told otherwise, on the same tokenized rows.
+Matched: the base in the same dtype, the same first adapter, rows in order, no checkpointing, a constant learning rate. The form "shipped":
+the defaults of ``SFTTrainer(model, args, train_dataset, peft_config)`` on the same tokenized rows.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from bench.workers.turn import Turn
 
 
 class _InOrder(SFTTrainer):  # type: ignore[misc]
-    """Takes rows as they stand, and keeps the loss of the last step."""
+    """Takes rows in order and keeps the loss of the last step."""
 
     loss = float("nan")
 
@@ -34,20 +34,20 @@ class _InOrder(SFTTrainer):  # type: ignore[misc]
 
 
 class _Stops(TrainerCallback):  # type: ignore[misc]
-    """Between two steps, waits to be told."""
+    """Waits for the next request between two steps."""
 
     def __init__(self, turn: Turn) -> None:
         self.turn = turn
         self.trainer: Any = None
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        """Answer, and wait; what the loop does before the next step (collating its rows) counts to that one."""
+        """Answer and wait. Collating rows counts to the next step."""
         self.turn.done(self.trainer.loss)
         self.turn.next()
 
 
 def run(spec: dict[str, Any], turn: Turn) -> None:
-    """Hand over to the trainer's loop."""
+    """Run the trainer's loop."""
     base = load(spec)
     turn.loaded(base)
     shipped = spec["form"] == "shipped"
@@ -69,7 +69,7 @@ def run(spec: dict[str, Any], turn: Turn) -> None:
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
-        "use_cpu": True,  # without it bf16, the default, is refused on a machine without a GPU
+        "use_cpu": True,  # otherwise bf16, the default, is refused without a GPU
         "learning_rate": LEARNING_RATE,
     }
     if not shipped:
@@ -91,7 +91,7 @@ def run(spec: dict[str, Any], turn: Turn) -> None:
 
 
 def _config(spec: dict[str, Any]) -> LoraConfig:
-    """The adapter's own configuration, made anew."""
+    """A new copy of the adapter's configuration."""
     stored = PeftConfig.from_pretrained(spec["adapter"])
     return LoraConfig(
         r=stored.r,

@@ -1,9 +1,9 @@
-"""A contestant's side of the pipe: told when to take a step, it answers with the step's loss and time.
+"""A contestant's side of the protocol: it takes a step on request and answers with its loss and time.
 
-    for rows in turn:              waits without spinning; the clock starts when the rows are handed over
+    for rows in turn:              waits without spinning; the clock starts when the rows are returned
         turn.done(loss)            the clock stops
 
-One JSON object a line each way. Whatever libraries print goes to the error stream.
+One JSON object per line in both directions. Output of libraries goes to stderr.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 Rows = list[dict[str, Any]]
-"""Rows of a step: {"ids": [...], "weights": [...]}; weights[i] is that of predicting ids[i]."""
+"""Rows of a step: {"ids": [...], "weights": [...]}; weights[i] is the weight of predicting ids[i]."""
 
 
 class Turn:
@@ -33,17 +33,17 @@ class Turn:
         self._began = 0.0
         self._baseline = 0
         self.figures: dict[str, Any] = {}
-        """What an engine tells besides its loss, sent with the next answer."""
+        """Extra values, sent with the next answer."""
 
     @property
     def steps(self) -> list[Rows]:
-        """All steps of the workload, over which a run goes in circles."""
+        """All steps of the workload; a run cycles through them."""
         return list(self.spec["steps"])
 
     def loaded(self, model: Any) -> None:
-        """Imports are through and the base is in memory: what is held from here on is the step's."""
+        """Call after imports and loading the base: memory allocated from here on belongs to the step."""
         for parameter in model.parameters():
-            parameter.detach().view(-1)[::512].sum()  # files that are mapped count once they are read
+            parameter.detach().view(-1)[::512].sum()  # mapped files count only once they are read
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
         self._baseline = _status("VmRSS")
@@ -55,7 +55,7 @@ class Turn:
             yield self.next()
 
     def next(self) -> Rows:
-        """Wait to be told to take a step; leave the process when told to."""
+        """Wait for a request; exit when the pipe is closed."""
         for line in sys.stdin:
             word = json.loads(line)["do"]
             if word == "step":
@@ -66,10 +66,10 @@ class Turn:
             if word == "memory":
                 self._say(peak=_status("VmHWM") - self._baseline)
         self._out.flush()
-        os._exit(0)  # nobody waits for what libraries do at their end
+        os._exit(0)  # skip the libraries' clean-up
 
     def done(self, loss: float) -> None:
-        """The step is through."""
+        """End the step."""
         self._say(seconds=time.perf_counter() - self._began, loss=loss, **self.figures)
         self.figures = {}
 

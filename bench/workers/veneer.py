@@ -1,4 +1,4 @@
-"""Veneer, by the trainer that ``veneer train`` runs: one job, one round a step."""
+"""Veneer through the trainer of ``veneer train``: one job, one round per step."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ class Last(Listener):
     loss = float("nan")
 
     def stepped(self, job: Job, metrics: dict[str, float]) -> None:
-        """A step was taken."""
+        """Keep the loss."""
         self.loss = metrics["loss"]
 
     def ended(self, job: Job) -> None:
-        """A job that ends here failed."""
+        """Report a job that failed."""
         raise SystemExit(f"{job.name}: {job.reason}")
 
 
 def options(spec: dict[str, Any]) -> TrainOptions:
-    """Options of a run like the contestant's."""
+    """Options of a run equivalent to the contestant."""
     return TrainOptions(
-        data=("rows",),  # the rows are handed over in memory
+        data=("rows",),  # rows come from memory
         method=spec["method"],
         r=spec["r"],
         lora_alpha=2 * spec["r"],
@@ -55,7 +55,7 @@ def options(spec: dict[str, Any]) -> TrainOptions:
 
 
 def job_of(spec: dict[str, Any], bank: Any, *, steps: int = 1_000_000) -> Job:
-    """The contestant's adapter and its job, over the rows in their order."""
+    """The contestant's adapter and job, over the rows in order."""
     chosen = options(spec)
     fields = {name: getattr(chosen, name) for name in ("r", "lora_alpha", "lora_dropout")}
     bank.add("bench", METHODS[spec["method"]](**fields), seed=0)
@@ -66,9 +66,9 @@ def job_of(spec: dict[str, Any], bank: Any, *, steps: int = 1_000_000) -> Job:
 
 
 def run(spec: dict[str, Any], turn: Turn) -> None:
-    """Steps until the pipe is closed."""
+    """Take steps until the pipe is closed."""
     base = load_base(spec["base"], dtype=spec["dtype"])
-    use_native()  # as a run does
+    use_native()  # as in a run
     turn.loaded(base.model)
     bank = attach(base.model)
     fuse(base.model)
@@ -83,7 +83,7 @@ def run(spec: dict[str, Any], turn: Turn) -> None:
 
 
 def save_first(spec: dict[str, Any], folder: str) -> None:
-    """Write the adapter that a contestant begins with, for the others to load."""
+    """Write the first adapter, which the other contestants load."""
     base = load_base(spec["base"], dtype=spec["dtype"])
     bank = attach(base.model)
     job_of(spec, bank)

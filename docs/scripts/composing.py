@@ -1,7 +1,7 @@
-"""Makes the table of docs/composing.md: three adapters of the embedded model on three tasks, and what each operation keeps of each.
+"""Make the tables of docs/composing.md: three adapters of the embedded model on three tasks, and their retention per operation.
 
-    python docs/scripts/composing.py --work runs/composing              trains, composes, judges, and writes the table into the page
-    python docs/scripts/composing.py --work runs/composing --only ties  one operation (what is done already is kept in the folder)
+    python docs/scripts/composing.py --work runs/composing              train, compose, evaluate, and write the tables into the page
+    python docs/scripts/composing.py --work runs/composing --only ties  one operation (finished parts stay in the folder)
 
 Retention of a task is the share of its adapter's gain that the composition keeps, in held-out loss:
 
@@ -37,10 +37,10 @@ Make = Callable[[list[Adapter]], Composition]
 
 
 def main() -> None:
-    """Train, compose, judge, write."""
+    """Train, compose, evaluate, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path("runs/composing"), help="folder of adapters and figures")
-    parser.add_argument("--only", choices=("train", *OPERATIONS, "search"), help="do this part and stop")
+    parser.add_argument("--work", type=Path, default=Path("runs/composing"), help="folder of adapters and results")
+    parser.add_argument("--only", choices=("train", *OPERATIONS, "search"), help="run only this part")
     args = parser.parse_args()
     files = write_tasks(args.work / "data")
     train(args.work, files, args.only)
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def train(work: Path, files: dict[str, dict[str, Path]], only: str | None) -> None:
-    """An adapter for each task; what is trained already is left as it is."""
+    """Train an adapter per task, unless it exists."""
     for task in TASKS:
         if not (work / task / "adapter").is_dir():
             options: dict[str, Any] = {"r": RANK, "lora_alpha": 2.0 * RANK, "batch_size": 8, "learning_rate": 1e-3}
@@ -78,7 +78,7 @@ def _of(
 
 
 def _outside(adapters: list[Adapter]) -> Composition:
-    """Each adapter without what the ones before it read and write, then the sum."""
+    """Sum of the adapters, each restricted to what lies outside the ones before it."""
     kept = [adapters[0]]
     for place, adapter in enumerate(adapters[1:], 1):
         made = combine("outside", [Parent(adapter), *(Parent(other) for other in adapters[:place])])
@@ -100,7 +100,7 @@ OPERATIONS: dict[str, tuple[str, Make]] = {
 
 
 def operation(name: str, adapters: list[Adapter], judge: Judge, figures: Path) -> dict[str, Any]:
-    """Compose, judge, and say how far what is stored is from what was asked for."""
+    """Compose, evaluate, and print the error of the stored result."""
     began = time.perf_counter()
     made = OPERATIONS[name][1](adapters)
     seconds = time.perf_counter() - began
@@ -113,7 +113,7 @@ def operation(name: str, adapters: list[Adapter], judge: Judge, figures: Path) -
 
 
 def search(judge: Judge, budget: int = 24) -> dict[str, Any]:
-    """Weights with the lowest mean retention loss, sought on a third of the held-out rows and judged on the others."""
+    """Weights with the lowest mean retention loss, searched on a third of the held-out rows and evaluated on the others."""
     seen, unseen = (
         {t: judge.sets[t][::3] for t in TASKS},
         {t: [e for i, e in enumerate(judge.sets[t]) if i % 3] for t in TASKS},
@@ -142,7 +142,7 @@ def search(judge: Judge, budget: int = 24) -> dict[str, Any]:
 
 
 def write_page(figures: dict[str, Any]) -> None:
-    """Put the tables where the page has them: of what has been judged so far."""
+    """Write the tables of all finished parts into the page."""
     base, single = figures["base"], {task: figures[task][task] for task in TASKS}
     rows = [[name, *(f"{figures[name][key]:.3f}" for key in (*TASKS, "general"))] for name in ("base", *TASKS)]
     table = _markdown(["held-out loss of", *TASKS, "general text"], rows)
@@ -161,7 +161,7 @@ def write_page(figures: dict[str, Any]) -> None:
 
 
 def _kept(title: str, ends: dict[str, tuple[float, float]], own: dict[str, Any]) -> list[str]:
-    """A row of the table of retention; ends: loss of the base and of the task's own adapter."""
+    """A row of the retention table. ends: loss of the base and of the task's own adapter."""
     shares = [(base - own["losses"][task]) / (base - single) for task, (base, single) in ends.items()]
     mean = sum(shares) / len(shares)
     numbers = [f"{own['losses']['general']:.3f}", str(own["rank"]), f"{own['error']:.1%}"]

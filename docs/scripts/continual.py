@@ -1,16 +1,16 @@
-"""Makes the tables of docs/continual.md: three tasks learnt one after another on the embedded model, and what each way forgets.
+"""Make the tables of docs/continual.md: three tasks in sequence on the embedded model, and the forgetting of each way.
 
     python docs/scripts/continual.py --work runs/continual
     python docs/scripts/continual.py --work runs/continual --only penalty      one way; what is done is kept in the folder
 
-joint        one adapter, all three tasks' rows together, as many steps as the others have in sum
+joint        one adapter, the rows of all tasks together, as many steps as the others in total
 sequential   one adapter that goes on from task to task: plain sequential LoRA
 stacked      a new adapter for each task on top of the earlier ones, which act and stay as they are      --on-top-of
              (and so what was learnt is still there: each task is judged with the adapters up to its own, too)
 penalty      the same, with the penalty on the overlap of the A factors                                  --orthogonal-to
 projection   the same, with A kept out of what the earlier ones read                                     --orthogonal projection
 
-After each task every task is judged on held-out rows. Forgetting of a task: its loss at the end less its loss when it had just been
+After each task every task is evaluated on held-out rows. Forgetting of a task: its loss at the end minus its loss when it had just been
 learnt. About ten minutes on two quiet cores.
 """
 
@@ -53,10 +53,10 @@ Losses = dict[str, float]
 
 
 def main() -> None:
-    """Train every way, judge, write."""
+    """Train every way, evaluate, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path("runs/continual"), help="folder of runs and figures")
-    parser.add_argument("--only", choices=WAYS, help="do this way and stop")
+    parser.add_argument("--work", type=Path, default=Path("runs/continual"), help="folder of runs and results")
+    parser.add_argument("--only", choices=WAYS, help="run only this way")
     args = parser.parse_args()
     files = write_tasks(args.work / "data")
     figures = args.work / "figures.json"
@@ -94,7 +94,7 @@ def learn(way: str, work: Path, files: dict[str, dict[str, Path]], judge: Judge)
 
 
 def run(out: Path, data: tuple[Path, ...], **more: Any) -> None:
-    """A run that is done already is left as it is."""
+    """Train a run, unless it is finished."""
     if not (out / "adapter").is_dir():
         veneer.train({"data": data, "out": out, **OPTIONS, **more})
 
@@ -109,7 +109,7 @@ def judged(judge: Judge, runs: Iterable[Path]) -> Losses:
 
 
 def sequential(work: Path, files: dict[str, dict[str, Path]], judge: Judge) -> list[Losses]:
-    """One adapter, task after task, from the first run on; each task has an optimizer of its own."""
+    """One adapter through all tasks, from the first run on, with a new optimizer per task."""
     run(work / "first", (files[TASKS[0]]["train"],), steps=STEPS)
     base = load_base(BASE)
     bank, stages = attach(base.model), [judged(judge, [work / "first"])]
@@ -131,7 +131,7 @@ def sequential(work: Path, files: dict[str, dict[str, Path]], judge: Judge) -> l
 
 
 def write_page(figures: dict[str, Any]) -> None:
-    """Put the tables where the page has them."""
+    """Write the tables into the page."""
     head = ["", *TASKS, "mean", "general text"]
     base = figures["base"]
     rows = [["base", *(f"{base[t]:.3f}" for t in TASKS), f"{_mean(base):.3f}", f"{base['general']:.3f}"]]

@@ -1,4 +1,4 @@
-"""Makes docs/errors.md: twenty mistakes that new users make, tried for real, and what Veneer answers to each.
+"""Generate docs/errors.md: twenty common mistakes, each made on a tiny model, with Veneer's messages.
 
     python -m docs.scripts.errors            writes docs/errors.md
     python -m docs.scripts.errors --check    exits 1 if a mistake is no longer refused, or is answered otherwise
@@ -21,16 +21,16 @@ from pathlib import Path
 
 PAGE = Path(__file__).resolve().parents[1] / "errors.md"
 
-_HEAD = """# When something is wrong
+_HEAD = """# Common errors
 
-Twenty mistakes that are easily made, and what Veneer answers. The page is written by `docs/scripts/errors.py`, which makes each
-mistake for real on a tiny model; a test makes them again.
+Twenty common mistakes and Veneer's messages. `docs/scripts/errors.py` generates this page by making each mistake on a tiny model; a
+test repeats them.
 """
 
 
 @dataclass(frozen=True)
 class Mistake:
-    """What somebody did, how, and the words that must be in the answer so that it can be mended."""
+    """A mistake: title, command, and words that the message must contain as a remedy."""
 
     title: str
     command: str
@@ -46,7 +46,7 @@ def rows(path: str, *values: object) -> Callable[[], None]:
 
 
 def text(path: str, value: str) -> Callable[[], None]:
-    """Write a file as it is."""
+    """Write a text file."""
 
     def write() -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -166,17 +166,17 @@ def main() -> int:
 
 
 def answer_all() -> dict[str, str]:
-    """Make every mistake; returns the answers by title. Raises AssertionError where one is not refused as it must be."""
+    """Make every mistake. Returns the messages by title. Raises AssertionError if one is not refused as expected."""
     found, faults = {}, []
     with tempfile.TemporaryDirectory() as folder, _inside(Path(folder)):
         _lay_out()
         for mistake in MISTAKES:
             mistake.prepare()
-            code, said = _run(mistake.command)
-            wrong = [word for word in mistake.needs if word not in said]
-            if code not in (1, 2) or wrong or "Traceback" in said or "bug in veneer" in said:
-                faults.append(f"{mistake.title}: exit code {code}, the answer lacks {wrong}\n{said}")
-            found[mistake.title] = _error_only(said)
+            code, output = _run(mistake.command)
+            wrong = [word for word in mistake.needs if word not in output]
+            if code not in (1, 2) or wrong or "Traceback" in output or "bug in veneer" in output:
+                faults.append(f"{mistake.title}: exit code {code}, the message lacks {wrong}\n{output}")
+            found[mistake.title] = _error_only(output)
     assert not faults, "\n\n".join(faults)
     return found
 
@@ -192,8 +192,8 @@ def _lay_out() -> None:
             tokenizer.chat_template = None
         tokenizer.save_pretrained(name)
     rows("rows.jsonl", *[chat(str(i), f"{i} + 0?") for i in range(40)])()
-    code, said = _run("veneer train rows.jsonl --base ./base --steps 2 --out done")
-    assert code == 0, said
+    code, output = _run("veneer train rows.jsonl --base ./base --steps 2 --out done")
+    assert code == 0, output
     Path("pickled").mkdir()
     Path("pickled/adapter_model.bin").write_bytes(b"\x80\x02}q\x00.")
 
@@ -201,16 +201,16 @@ def _lay_out() -> None:
 def _run(command: str) -> tuple[int, str]:
     from veneer.cli.main import main as veneer
 
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         code = veneer(command.split()[1:])
-    return code, said.getvalue()
+    return code, output.getvalue()
 
 
-def _error_only(said: str) -> str:
-    """The answer itself, without the lines of progress before it."""
+def _error_only(output: str) -> str:
+    """The error message, without the progress lines before it."""
     return re.sub(
-        r"^.*?(?=^veneer: error|^\[?\S*\]? ?failed:|failed:)", "", said, count=1, flags=re.DOTALL | re.MULTILINE
+        r"^.*?(?=^veneer: error|^\[?\S*\]? ?failed:|failed:)", "", output, count=1, flags=re.DOTALL | re.MULTILINE
     ).strip()
 
 

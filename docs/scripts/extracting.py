@@ -1,10 +1,10 @@
-"""Makes the table and the curve of docs/extracting.md: a full fine-tune of the embedded model, and what adapters extracted from it keep.
+"""Make the table of docs/extracting.md: a full fine-tune of the embedded model, and adapters extracted from it.
 
     python docs/scripts/extracting.py --work runs/extracting
 
-Every weight of the model is trained on docstrings; then an adapter of each rank is taken from the difference and judged on held-out rows
+Every weight of the model is trained on docstrings; then an adapter of each rank is extracted and evaluated on held-out rows
 beside the full fine-tune. The adapter of rank r is the leading part of that of full rank: at each layer the best approximation of rank r,
-which is what ``veneer extract --rank r`` writes. Exits 1 where a rank is worse than the one before by more than its interval, or full rank
+which is what ``veneer extract --rank r`` writes. Exits 1 if a rank is worse than the one before by more than its interval, or full rank
 is not the tuned layers. About ten minutes on two quiet cores.
 """
 
@@ -39,12 +39,12 @@ RANKS = (1, 2, 4, 8, 16, 64, 256, 576)
 
 
 def main() -> int:
-    """Tune, extract, judge, write."""
+    """Tune, extract, evaluate, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--work", type=Path, default=Path("runs/extracting"), help="folder of the tuned model and figures"
+        "--work", type=Path, default=Path("runs/extracting"), help="folder of the tuned model and results"
     )
-    parser.add_argument("--only", choices=("tune", "extract"), help="do this part and stop")
+    parser.add_argument("--only", choices=("tune", "extract"), help="run only this part")
     args = parser.parse_args()
     files = {TASK: write_tasks(args.work / "data")[TASK]}
     if not (args.work / "tuned").is_dir():
@@ -78,7 +78,7 @@ def main() -> int:
 
 
 def tune(rows: Path, out: Path) -> None:
-    """Train every weight of the model, embeddings and norms too, with AdamW, a warm-up and a rate that falls to nothing; save it.
+    """Train every weight of the model, embeddings and norms too, with AdamW, a warm-up and a learning rate that falls to zero; save it.
 
     At a rate that stays where it is, what the last steps leave is noise of every rank, which an extraction of a low rank leaves out: then
     the adapter is better than the fine-tune that it comes from.
@@ -115,7 +115,7 @@ def cut(adapter: Adapter, rank: int) -> Adapter:
 
 
 def curve(work: Path, files: dict[str, Any]) -> dict[str, Any]:
-    """Held-out loss of base, every rank and the full fine-tune."""
+    """Held-out loss of the base, every rank and the full fine-tune."""
     judge = Judge(files, general=4)
     base = judge.losses(None)
     whole = read_adapter(work / "extracted-lora", "whole")
@@ -171,14 +171,14 @@ def curve(work: Path, files: dict[str, Any]) -> dict[str, Any]:
 
 
 def losses_of(model: torch.nn.Module, judge: Judge) -> dict[str, float]:
-    """Held-out losses of a model without any adapter."""
+    """Held-out losses of a model without an adapter."""
     runner = FlatRunner(model)
     with torch.no_grad():
         return {name: example_losses(runner, own).mean for name, own in judge.sets.items()}
 
 
 def write_page(figures: dict[str, Any]) -> int:
-    """Put the table where the page has it, and say whether the curve falls."""
+    """Write the table into the page. Returns whether the loss falls with the rank."""
     rows = figures["rows"]
     lines = [
         "| rank | parameters | share of the change | held-out loss | against the rank before | general text |",

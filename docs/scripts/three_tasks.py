@@ -1,4 +1,4 @@
-"""Three small tasks for the embedded model, made from Python's standard library and a seed, and what the pages judge with.
+"""Three small tasks for the embedded model, built from Python's standard library and a seed, and their evaluation.
 
     docstrings   a function's source            -> the first sentence of its docstring
     dates        2031-07-04                     -> the fourth of July, 2031
@@ -73,7 +73,7 @@ _JOBS = ("baker", "pilot", "nurse", "welder", "judge", "tailor", "farmer", "prin
 
 
 def write_tasks(folder: Path, seed: int = 0) -> dict[str, dict[str, Path]]:
-    """``TASK.train.jsonl`` and ``TASK.valid.jsonl`` for each task."""
+    """Write ``TASK.train.jsonl`` and ``TASK.valid.jsonl`` for each task."""
     folder.mkdir(parents=True, exist_ok=True)
     files: dict[str, dict[str, Path]] = {}
     for task, (train, valid) in _rows(random.Random(seed)).items():
@@ -146,7 +146,7 @@ class Judge:
 
 
 def cached(file: Path, key: str, make: Any) -> Any:
-    """A result by its name from a JSON file, made once; so a script that was stopped goes on."""
+    """A named result in a JSON file, computed once, so that a stopped script can resume."""
     known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if key not in known:
         made = make()

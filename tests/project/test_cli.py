@@ -1,4 +1,4 @@
-"""The command line: help at once, errors as one line, exit codes, suggestions."""
+"""The command line: fast help, one-line errors, exit codes, suggestions."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException | int], None]:
-    """Put a command in the place of ``doctor`` that ends with an exit code or an exception."""
+    """Replace ``doctor`` by a command that ends with an exit code or an exception."""
 
     def install(outcome: BaseException | int) -> None:
         def body(args: Any) -> int:
@@ -61,7 +61,7 @@ def shell(*words: str, **settings: Any) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("name", ["", *cli.COMMANDS])
 def test_help_needs_nothing_heavy(name: str) -> None:
-    """``--help`` of any command ends with 0 and imports neither torch nor anything else that takes long."""
+    """``--help`` of any command exits with 0 and imports neither torch nor anything else that is slow."""
     words = [*name.split(), "--help"]
     code = (
         f"import sys; from veneer.cli.main import main; code = main({words!r}); "
@@ -74,7 +74,7 @@ def test_help_needs_nothing_heavy(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["", *cli.COMMANDS])
 def test_help_answers_within_half_a_second(name: str) -> None:
-    """One start of five, process and all; a busy machine slows some of them, not all."""
+    """The fastest of five starts is within the bound; a busy machine slows some of them."""
     times = []
     for _ in range(5):
         start = time.perf_counter()
@@ -86,7 +86,7 @@ def test_help_answers_within_half_a_second(name: str) -> None:
 
 
 def test_overview_lists_what_is_there_and_nothing_else(run: Run) -> None:
-    """Every file of a command is listed with its line, and no command without a file."""
+    """Every command file is listed, and every listed command has a file."""
     code, out, _ = run("--help")
     files = {path.stem for path in (PACKAGE / "cli").glob("*.py") if not path.stem.startswith("_")} - {"main"}
     assert code == 0 and {name.replace(" ", "_") for name in cli.COMMANDS} == files
@@ -113,14 +113,14 @@ def test_wrong_usage_is_one_line_and_exits_with_two(run: Run, words: list[str], 
 
 
 def test_a_group_alone_lists_its_commands(run: Run) -> None:
-    """``veneer config`` is not complete; its help is."""
+    """``veneer config`` alone is an error; its help works."""
     code, out, _ = run("config")
     assert code == 2 and "config schema" in out and "doctor" not in out
     assert run("config", "--help") == (0, out, "")
 
 
 def test_errors_of_the_user_are_one_line(run: Run, fake: Callable[..., None]) -> None:
-    """An error of our tree is its message and its own exit code, without a traceback; --debug adds the traceback."""
+    """A VeneerError prints its message and exits with its code; --debug adds the traceback."""
     fake(DataError("rows.jsonl, line 3: no answer"))
     assert run("doctor") == (1, "", "veneer: error: rows.jsonl, line 3: no answer\n")
     fake(ConfigError("r: expected a whole number"))
@@ -130,7 +130,7 @@ def test_errors_of_the_user_are_one_line(run: Run, fake: Callable[..., None]) ->
 
 
 def test_a_bug_says_that_it_is_one(run: Run, fake: Callable[..., None]) -> None:
-    """Any other exception is one line with its type, and the way to see more."""
+    """Any other exception is one line with its type and a hint at --debug."""
     fake(KeyError("x"))
     code, out, err = run("doctor")
     says = "this is a bug in veneer: KeyError: 'x'; run again with --debug for the traceback"
@@ -140,7 +140,7 @@ def test_a_bug_says_that_it_is_one(run: Run, fake: Callable[..., None]) -> None:
 
 
 def test_stopping_is_no_error(run: Run, fake: Callable[..., None]) -> None:
-    """Ctrl-C is one line and the shell's own code; exit codes of commands pass through."""
+    """Ctrl-C prints one line and exits with 130; exit codes of commands pass through."""
     fake(KeyboardInterrupt())
     assert run("doctor") == (130, "", "veneer: interrupted\n")
     fake(1)
@@ -166,7 +166,7 @@ def test_what_the_system_refuses_is_named_with_its_path(number: int, says: str) 
 
 
 def test_too_little_memory_is_no_bug() -> None:
-    """Python's and torch's ways to say that memory ran out lead to one sentence."""
+    """Out-of-memory errors of Python and torch print one sentence."""
     refused = "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"
     for error in (MemoryError(), RuntimeError(refused), RuntimeError("CUDA out of memory.")):
         message, code = explain(error)
@@ -175,14 +175,14 @@ def test_too_little_memory_is_no_bug() -> None:
 
 
 def test_a_reader_that_leaves_is_met_in_silence() -> None:
-    """``veneer config schema | head -1`` prints one line and no complaint."""
+    """``veneer config schema | head -1`` prints one line and no error."""
     command = f"'{sys.executable}' -m veneer config schema | head -1; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, check=False)
     assert done.stdout == "{\n" and done.stderr == "" and done.returncode in (0, 141)
 
 
 def test_letters_that_the_terminal_lacks_are_no_crash(tmp_path: Path) -> None:
-    """In a locale of ASCII, an error about a file with an umlaut is still told."""
+    """In an ASCII locale, an error about a file with an umlaut is still printed."""
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
     done = shell("döctor", env=environment)
     assert done.returncode == 2 and done.stderr.startswith("veneer: error: unknown command")
@@ -196,7 +196,7 @@ def test_version(run: Run) -> None:
 
 
 def test_doctor_says_what_is_there(run: Run) -> None:
-    """All facts, as lines and as JSON; nothing is missing where the tests run."""
+    """All checks, as lines and as JSON; nothing is missing where the tests run."""
     code, out, _ = run("doctor", "--json")
     facts = {fact["name"]: fact for fact in json.loads(out)}
     assert code == 0 and facts["torch"]["state"] == "ok" and facts["base weights"]["value"].startswith(("bf", "float"))
@@ -208,7 +208,7 @@ def test_doctor_says_what_is_there(run: Run) -> None:
 
 
 def test_doctor_says_what_is_missing(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A package that is not there or too old and a model that is not found are named with a remedy, and exit code 1."""
+    """A missing or outdated package and a missing model are reported with a remedy, and exit code 1."""
     versions = {"torch": "1.9.0", "rich": None}
     real = doctor._version
     monkeypatch.setattr(doctor, "_version", lambda name: versions[name] if name in versions else real(name))
@@ -223,7 +223,7 @@ def test_doctor_says_what_is_missing(run: Run, monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_commands_load_through_their_own_file() -> None:
-    """Each command's module has the two functions that the dispatcher calls, and its parser can be made."""
+    """Each command's module has ``add_arguments`` and ``run``, and its parser can be built."""
     for name in cli.COMMANDS:
         parser, module = cli.parser_of(name)
         assert isinstance(module, ModuleType) and callable(module.run)
@@ -239,7 +239,7 @@ def test_commands_load_through_their_own_file() -> None:
     ],
 )
 def test_flags_may_stand_between_other_words(words: list[str], rest: list[str]) -> None:
-    """Flags and other words come in any order; behind -- everything is a word."""
+    """Flags and positional arguments come in any order; after ``--`` everything is positional."""
     parser = Parser(prog="veneer x")
     parser.add_argument("first")
     parser.add_argument("rest", nargs="*")

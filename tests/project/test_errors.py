@@ -1,4 +1,4 @@
-"""The exception tree and the helper that gathers problems."""
+"""The exception tree and the collection of problems."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ CHILDREN = [
 
 
 @pytest.mark.parametrize("child", CHILDREN, ids=lambda c: c.__name__)
-def test_every_error_is_a_built_in_one_too(child: type[VeneerError]) -> None:
-    """Each error descends from the root and from ValueError or RuntimeError, and stands in the drawn tree."""
+def test_every_error_is_a_built_in_error_too(child: type[VeneerError]) -> None:
+    """Each error derives from VeneerError and from ValueError or RuntimeError, and is in the tree of the docstring."""
     assert issubclass(child, ValueError) != issubclass(child, RuntimeError)
     built_in = "ValueError" if issubclass(child, ValueError) else "RuntimeError"
     line = next(line for line in (errors.__doc__ or "").splitlines() if f"── {child.__name__} " in line)
@@ -33,13 +33,13 @@ def test_only_wrong_usage_exits_with_two() -> None:
     assert ConfigError("x").exit_code == 2
 
 
-def test_no_problem_raises_nothing() -> None:
-    """An empty collection lets the caller go on."""
+def test_no_problem_does_not_raise() -> None:
+    """An empty collection raises nothing."""
     Problems().raise_if_any(DataError, "rows.jsonl")
 
 
 def test_one_problem_is_one_line() -> None:
-    """A single problem stands on the headline's line."""
+    """A single problem is on the headline's line."""
     problems = Problems()
     problems.add("line 3: no answer")
     with pytest.raises(DataError) as caught:
@@ -48,7 +48,7 @@ def test_one_problem_is_one_line() -> None:
 
 
 def test_all_problems_are_listed_in_order() -> None:
-    """Several problems stand one a line, in order, with their number; beyond the limit the rest is counted."""
+    """Several problems are listed one per line, in order; those beyond the limit are counted."""
     problems = Problems()
     for number in range(7):
         problems.add(f"line {number}")

@@ -51,6 +51,14 @@ def test_commands_parse(line: str) -> None:
     assert "--help" in rest or parser.parse_args(rest)
 
 
+@pytest.mark.parametrize("line", lines("python"))
+def test_python_scripts_exist(line: str) -> None:
+    """Each ``python`` line runs a script or a module of the repository."""
+    words = shlex.split(line, comments=True)[1:]
+    path = words[1].replace(".", "/") + ".py" if words[0] == "-m" else words[0]
+    assert (ROOT / path).is_file()
+
+
 @pytest.mark.parametrize("line", lines("make"))
 def test_make_targets_exist(line: str) -> None:
     """Each ``make`` line names a target of the Makefile."""
