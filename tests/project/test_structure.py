@@ -18,21 +18,9 @@ KNOWN_CIRCLES: set[str] = {
 """Modules that still stand in an import circle."""
 
 KNOWN_CLASSES: set[str] = {
-    "Call",
-    "Layout",
-    "LowRankOptions",
-    "Piece",
-    "Plan",
-    "Row",
-    "Seen",
-    "Share",
-    "Source",
-    "State",
-    "_Fused",
     "_Gated",
     "_Norm",
     "_Rotary",
-    "_State",
 }
 """Class names that are still used more than once."""
 
