@@ -1,7 +1,7 @@
 """Generate docs/errors.md: twenty common mistakes, each made on a tiny model, with Veneer's messages.
 
-    python -m docs.scripts.errors            writes docs/errors.md
-    python -m docs.scripts.errors --check    exits 1 if a mistake is no longer refused, or is answered otherwise
+    python -m docs.scripts.errors            write docs/errors.md
+    python -m docs.scripts.errors --check    exit 1 if a mistake is no longer refused, or its message differs
 
 Everything happens in a temporary folder on a tiny model; nothing is downloaded.
 """
