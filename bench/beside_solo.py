@@ -29,7 +29,7 @@ from veneer.data.example import Example
 from veneer.evaluate.general import general_text
 from veneer.models.flat import FlatRunner
 from veneer.models.load import load_base
-from veneer.training.acceleration import use_native
+from veneer.training.acceleration import use_cpp_kernels
 from veneer.training.loop.job import Job
 from veneer.training.loop.step import Stepper
 from veneer.training.loop.trainer import Listener, Trainer, cut
@@ -164,7 +164,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     base = None if args.tiny else load_base(BASE, dtype="float32")
-    use_native()  # as in a run
+    use_cpp_kernels()  # as in a run
     model: Any = tiny("llama") if base is None else base.model
     text: list[int] = [] if base is None else base.tokenizer(general_text()[:200_000], verbose=False)["input_ids"]
     found = {optimizer: compared(model, text, optimizer) for optimizer in args.optimizer}

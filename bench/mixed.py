@@ -37,7 +37,7 @@ from veneer.data.example import Example
 from veneer.models.fast_modules import fuse
 from veneer.models.flat import FlatRunner
 from veneer.models.load import load_base
-from veneer.training.acceleration import use_native
+from veneer.training.acceleration import use_cpp_kernels
 from veneer.training.loop.job import Job
 from veneer.training.loop.step import Stepper
 from veneer.training.loop.trainer import Listener, Trainer
@@ -126,7 +126,7 @@ def forward(rounds: int) -> Iterator[tuple[str, Any]]:
     base = load_base(BASE)
     yield "dtype", str(base.dtype)
     fuse(base.model)
-    use_native()  # as in evaluation
+    use_cpp_kernels()  # as in evaluation
     for title, methods in MIXTURES.items():
         held, names = adapters(base.model, methods)
         for tokens in (1, 64):
@@ -154,7 +154,7 @@ def peft(rounds: int) -> Iterator[tuple[str, Any]]:
     plain = copy.deepcopy(model)
     held, names = adapters(model, [LoRA(r=8, lora_alpha=16)] * ROWS)
     fuse(model)
-    use_native()
+    use_cpp_kernels()
     config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -207,7 +207,7 @@ def jobs(rounds: int) -> Iterator[tuple[str, Any]]:
     """Four jobs in turn / the same four together: forward, backward and optimizer steps."""
     stepper, own = made_jobs(8, 256)
     fuse(stepper.runner.model)
-    use_native()  # as in a run
+    use_cpp_kernels()  # as in a run
     yield from _shared(stepper, own, rounds)
 
 

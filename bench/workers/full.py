@@ -16,7 +16,7 @@ from veneer.kernels.cross_entropy import linear_cross_entropy
 from veneer.models.fast_modules import fuse
 from veneer.models.flat import FlatRunner
 from veneer.models.load import load_base
-from veneer.training.acceleration import use_native
+from veneer.training.acceleration import use_cpp_kernels
 from veneer.training.loop.trainer import cut
 
 LEARNING_RATE = 2e-6
@@ -26,7 +26,7 @@ _TOKENS_PER_PASS = 1024
 def run(spec: dict[str, Any], turn: Turn) -> None:
     """Take steps until the pipe is closed."""
     base = load_base(spec["base"], dtype=spec["dtype"])
-    use_native()
+    use_cpp_kernels()
     fuse(base.model)  # norms are trained here and keep their own forward
     turn.loaded(base.model)
     runner = FlatRunner(base.model)

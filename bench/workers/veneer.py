@@ -16,7 +16,7 @@ from veneer.data.example import Example
 from veneer.models.fast_modules import fuse
 from veneer.models.flat import FlatRunner
 from veneer.models.load import load_base
-from veneer.training.acceleration import use_native
+from veneer.training.acceleration import use_cpp_kernels
 from veneer.training.activation_checkpointing import activation_checkpointing
 from veneer.training.loop.job import Job
 from veneer.training.loop.step import Stepper
@@ -68,7 +68,7 @@ def job_of(spec: dict[str, Any], bank: Any, *, steps: int = 1_000_000) -> Job:
 def run(spec: dict[str, Any], turn: Turn) -> None:
     """Take steps until the pipe is closed."""
     base = load_base(spec["base"], dtype=spec["dtype"])
-    use_native()  # as in a run
+    use_cpp_kernels()  # as in a run
     turn.loaded(base.model)
     bank = attach(base.model)
     fuse(base.model)

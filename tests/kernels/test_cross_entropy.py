@@ -31,8 +31,8 @@ def relative(a: Tensor, b: Tensor) -> float:
 
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let chunks hold 64 tokens and blocks three rows of a vocabulary of 97, so that both loops run several times."""
-    monkeypatch.setattr(cross_entropy, "_CHUNK_BYTES", 1)
-    monkeypatch.setattr(cross_entropy, "_BLOCK_BYTES", 3 * 4 * 97)
+    monkeypatch.setattr(cross_entropy, "CROSS_ENTROPY_CHUNK_BYTES", 1)
+    monkeypatch.setattr(cross_entropy, "CROSS_ENTROPY_BLOCK_BYTES", 3 * 4 * 97)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -81,7 +81,7 @@ def test_a_target_outside_the_vocabulary_is_an_error() -> None:
     logits, targets, weights = pieces(4, 97, torch.float32)
     targets[2] = 97
     kept = logits.clone()
-    with pytest.raises(IndexError, match="1 of 4 targets are no token ids: the vocabulary has 97"):
+    with pytest.raises(IndexError, match="1 of 4 targets are outside the vocabulary of 97"):
         cross_entropy._in_cpp(logits, targets, weights, torch.empty(4), True)
     assert torch.equal(logits, kept)
     assert not cross_entropy._in_cpp(logits.double(), targets, weights.double(), torch.empty(4), True)

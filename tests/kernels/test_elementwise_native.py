@@ -12,9 +12,8 @@ from tests.kernels.test_elementwise import check, draw, norm_reference, rotary_r
 from torch import Tensor
 
 from veneer.kernels.cpp_library import library
-from veneer.kernels.elementwise import functions as elementwise
-from veneer.kernels.elementwise import native as elementwise_native
-from veneer.kernels.elementwise.functions import gated, rms_norm, rotary
+from veneer.kernels.elementwise import native
+from veneer.kernels.elementwise.functions import gated, gated_forward, norm_forward, rms_norm, rotary
 
 pytestmark = pytest.mark.usefixtures("native_kernels")
 
@@ -26,13 +25,13 @@ ACT = {"silu": F.silu, "gelu_tanh": lambda t: F.gelu(t, approximate="tanh")}
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The functions of the library that are called, and found to take their inputs."""
     called: list[str] = []
-    inner = elementwise_native.function
+    inner = native.function
 
     def function(made: Any, name: str, arguments: Any) -> Callable[..., Any]:
         called.append(name)
         return inner(made, name, arguments)
 
-    monkeypatch.setattr(elementwise_native, "function", function)
+    monkeypatch.setattr(native, "function", function)
     return called
 
 
@@ -77,18 +76,18 @@ def test_rotary(dtype: torch.dtype, width: int, calls: list[str]) -> None:
     assert calls == ["veneer_rotate"] * 2
 
 
-def chains(dtype: torch.dtype, tokens: int) -> list[tuple[Any, tuple[Any, ...]]]:
-    """Every chain that has a form in C++, and arguments for it."""
+def operations(dtype: torch.dtype, tokens: int) -> list[tuple[Any, tuple[Any, ...], int]]:
+    """Every operation that has a form in C++, arguments for it, and how many of them have a row per token."""
     g, x, up = (draw(tokens, 96, dtype=dtype, seed=seed) for seed in range(3))
     weight, heads = draw(96, dtype=dtype, seed=3), [t.view(tokens, 3, 32) for t in (x, up)]
     angles = [draw(tokens, 32, dtype=dtype, seed=seed) for seed in (4, 5)]
     return [
-        (elementwise._norm_forward, (x, weight, 1e-6, False)),
-        (elementwise._norm_backward, (g, x, weight, 1e-6, True)),
-        (elementwise._gated_forward, (x, up, "silu")),
-        (elementwise._gated_backward, (g, x, up, "gelu_tanh")),
-        (elementwise._rotate, (*heads, *angles)),
-        (elementwise._rotate_back, (*heads, *angles)),
+        (lambda x, *rest: native.norm(None, x, *rest), (x, weight, 1e-6, False), 1),
+        (native.norm, (g, x, weight, 1e-6, True), 2),
+        (native.gated_forward, (x, up, "silu"), 2),
+        (native.gated_backward, (g, x, up, "gelu_tanh"), 3),
+        (native.rotate, (*heads, *angles, 1), 4),
+        (native.rotate, (*heads, *angles, -1), 4),
     ]
 
 
@@ -104,7 +103,7 @@ def test_the_number_of_threads_changes_no_bit(dtype: torch.dtype) -> None:
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            found.append([t for chain, args in chains(dtype, 301) for t in bits(chain(*args))])
+            found.append([t for run, args, _ in operations(dtype, 301) for t in bits(run(*args))])
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
@@ -113,12 +112,12 @@ def test_the_number_of_threads_changes_no_bit(dtype: torch.dtype) -> None:
 @DTYPES
 def test_a_nan_stays_in_its_row(dtype: torch.dtype) -> None:
     """The other tokens keep their bits, whichever input it stands in."""
-    for chain, args in chains(dtype, 5):
-        clean = bits(chain(*args))
-        for i in range(chain._tokens):
+    for run, args, rows in operations(dtype, 5):
+        clean = bits(run(*args))
+        for i in range(rows):
             spoilt = [arg.clone() if isinstance(arg, Tensor) else arg for arg in args]
             spoilt[i][2] = float("nan")
-            found = bits(chain(*spoilt))
+            found = bits(run(*spoilt))
             assert any(t[2].isnan().any() for t in found)
             for a, b in zip(clean, found, strict=True):
                 assert torch.equal(a[[0, 1, 3, 4]], b[[0, 1, 3, 4]])
@@ -129,19 +128,18 @@ def test_what_it_does_not_take_goes_the_plain_way(calls: list[str]) -> None:
     wide, x = draw(4, 32, dtype=torch.float64), draw(4, 32, dtype=torch.float32)
     weight = torch.ones(32)
     odd = draw(4, 24, dtype=torch.float32)
-    for chain, args in (
-        (elementwise._norm_forward, (wide, weight.double(), 1e-6, False)),
-        (elementwise._norm_forward, (x.bfloat16(), weight, 1e-6, False)),
-        (elementwise._norm_forward, (odd, weight[:24], 1e-6, False)),
-        (elementwise._gated_forward, (odd[:1], odd[:1], "silu")),
-    ):
-        assert all(torch.equal(a, b) for a, b in zip(bits(chain(*args)), bits(chain.plain(*args)), strict=True))
+    assert native.norm(None, wide, weight.double(), 1e-6, False) is None
+    assert native.norm(None, x.bfloat16(), weight, 1e-6, False) is None
+    assert native.norm(None, odd, weight[:24], 1e-6, False) is None
+    assert native.gated_forward(odd[:1], odd[:1], "silu") is None
+    assert torch.equal(rms_norm(odd, weight[:24], 1e-6), norm_forward(odd, weight[:24], 1e-6, False))
+    assert torch.equal(gated(odd[:1], odd[:1], "silu"), gated_forward(odd[:1], odd[:1], "silu"))
     assert library() is not None and calls == []
 
 
 def test_tensors_with_gaps_are_taken(calls: list[str]) -> None:
     """As gradients often arrive: the bits of the same numbers without gaps."""
-    for chain, args in chains(torch.bfloat16, 5):
+    for run, args, _ in operations(torch.bfloat16, 5):
         gaps = [a.repeat_interleave(2, -1)[..., ::2] if isinstance(a, Tensor) else a for a in args]
-        assert all(torch.equal(a, b) for a, b in zip(bits(chain(*args)), bits(chain(*gaps)), strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(bits(run(*args)), bits(run(*gaps)), strict=True))
     assert len(calls) == 12

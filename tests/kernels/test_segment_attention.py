@@ -1,4 +1,4 @@
-"""Attention per segment: both forms equal attention written out for each segment alone, in values and gradients."""
+"""Attention per segment: it equals attention written out for each segment alone, in values and gradients."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from veneer.kernels.attention import segmented as room
-from veneer.kernels.attention.segmented import plain, segment_attention, tiled
+from veneer.kernels.attention.segmented import plain, segment_attention
 from veneer.kernels.attention.segments import Pattern, Segments
 
 PATTERNS = {
@@ -18,13 +17,6 @@ PATTERNS = {
     "wide window": Pattern(before=150),
     "all": Pattern(after=None),
     "both ways": Pattern(before=3, after=4),
-}
-LENGTHS = {
-    "equal": (16, 16, 16),
-    "ragged": (9, 1, 20, 9, 300, 4),
-    "one": (40,),
-    "with empty": (7, 0, 5),
-    "tiles": (129, 260, 129),
 }
 
 
@@ -93,34 +85,11 @@ def _worst(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
 
 
 @pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
-@pytest.mark.parametrize("form", [plain, tiled])
-def test_both_forms_are_the_formula(form: Callable[..., torch.Tensor], pattern: Pattern) -> None:
+def test_plain_is_the_formula(pattern: Pattern) -> None:
     """In float64 values and gradients equal the loops over heads, queries and keys."""
     tensors, segments = _inputs((5, 9, 1, 5, 0, 14), 4, 2, torch.float64)
     expected = _run(_written_out, tensors, segments, pattern, scale=0.3)
-    assert _worst(_run(form, tensors, segments, pattern, scale=0.3), expected) <= 1e-12
-
-
-@pytest.mark.parametrize("groups", [6, 2, 1])
-@pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
-@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
-def test_tiled_equals_plain(lengths: tuple[int, ...], pattern: Pattern, groups: int) -> None:
-    """Values and gradients, over lengths on both sides of tiles and of what is kept, with and without shared K and V."""
-    for dtype, bound in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
-        tensors, segments = _inputs(lengths, 6, groups, dtype)
-        expected = _run(plain, tensors, segments, pattern, scale=0.35)
-        assert _worst(_run(tiled, tensors, segments, pattern, scale=0.35), expected) <= bound
-
-
-@pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
-def test_tiled_in_bf16_is_as_near_to_the_truth_as_plain(pattern: Pattern) -> None:
-    """Against float64 on the same bf16 inputs, its error is of bf16's own size: at most three times PyTorch's attention's."""
-    tensors, segments = _inputs((100, 130, 300, 100), 6, 2, torch.bfloat16)
-    exact = [x.detach().double().requires_grad_() for x in tensors]
-    truth = _run(plain, exact, segments, pattern, scale=0.35)
-    reference = _run(plain, tensors, segments, pattern, scale=0.35)
-    for found, stock, true in zip(_run(tiled, tensors, segments, pattern, scale=0.35), reference, truth, strict=True):
-        assert _worst([found], [true]) <= 3 * _worst([stock], [true])
+    assert _worst(_run(plain, tensors, segments, pattern, scale=0.3), expected) <= 1e-12
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
@@ -134,61 +103,33 @@ def test_soft_caps_and_sinks_follow_the_formula(softcap: float | None, sinks: bo
     assert _worst(_run(segment_attention, tensors, segments, pattern, scale=0.6, sinks_H=sinks_H), expected) <= 1e-12
 
 
-@pytest.mark.parametrize("form", [plain, tiled])
-def test_a_nan_stays_in_its_segment(form: Callable[..., torch.Tensor]) -> None:
+def test_a_nan_stays_in_its_segment() -> None:
     """Values and gradients of the other segments keep their bits, whichever of q, k and v the NaN stands in."""
     for which in range(3):
         tensors, segments = _inputs((9, 9, 4, 30), 4, 2, torch.float32)
-        clean = _run(form, tensors, segments, Pattern(), scale=0.3)
+        clean = _run(plain, tensors, segments, Pattern(), scale=0.3)
         with torch.no_grad():
             tensors[which][:, 11] = float("nan")
-        spoilt = _run(form, tensors, segments, Pattern(), scale=0.3)
+        spoilt = _run(plain, tensors, segments, Pattern(), scale=0.3)
         assert spoilt[0][9:18].isnan().any()
         for dim, (one, other) in zip((0, 1, 1, 1), zip(clean, spoilt, strict=True), strict=True):
             for start, count in ((0, 9), (18, 34)):
                 assert torch.equal(one.narrow(dim, start, count), other.narrow(dim, start, count))
 
 
-@pytest.mark.parametrize("form", [plain, tiled])
-def test_order_of_segments_does_not_matter(form: Callable[..., torch.Tensor]) -> None:
+def test_order_of_segments_does_not_matter() -> None:
     """Two segments swapped give the same rows, swapped."""
     tensors, segments = _inputs((7, 12), 4, 2, torch.float64)
     swap = torch.cat([torch.arange(7, 19), torch.arange(7)])
-    out = form(*tensors, segments, Pattern(), scale=0.3)
-    swapped = form(*(x[:, swap] for x in tensors), Segments((0, 12, 19)), Pattern(), scale=0.3)
+    out = plain(*tensors, segments, Pattern(), scale=0.3)
+    swapped = plain(*(x[:, swap] for x in tensors), Segments((0, 12, 19)), Pattern(), scale=0.3)
     assert torch.allclose(swapped, out[swap], atol=1e-13)
 
 
-@pytest.mark.parametrize("form", [plain, tiled])
-def test_nothing_in_gives_nothing_out(form: Callable[..., torch.Tensor]) -> None:
+def test_nothing_in_gives_nothing_out() -> None:
     """A batch without tokens has a result without rows."""
     tensors, segments = _inputs((0,), 4, 2, torch.float32)
-    assert form(*tensors, segments, Pattern(), scale=0.3).shape == (0, 4, 6)
-
-
-def test_the_rule_takes_tiles_for_short_segments_of_bf16_training_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """float32, long segments, no gradients, soft caps, sinks and dropout all go the plain way."""
-    taken: list[str] = []
-    for name in ("plain", "tiled"):
-        form = getattr(room, name)
-
-        def spy(*args: Any, name: str = name, form: Any = form, **kwargs: Any) -> torch.Tensor:
-            taken.append(name)
-            return form(*args, **kwargs)
-
-        monkeypatch.setattr(room, name, spy)
-    short, segments = _inputs((30, 20), 4, 2, torch.bfloat16)
-    segment_attention(*short, segments, Pattern(), scale=1.0)
-    assert taken.pop() == "tiled"
-    with torch.no_grad():
-        segment_attention(*short, segments, Pattern(), scale=1.0)
-    segment_attention(*short, segments, Pattern(softcap=3.0), scale=1.0)
-    segment_attention(*short, segments, Pattern(), scale=1.0, dropout=0.5)
-    segment_attention(*short, segments, Pattern(), scale=1.0, sinks_H=torch.zeros(4))
-    segment_attention(*(x.float() for x in short), segments, Pattern(), scale=1.0)
-    long, one = _inputs((1025,), 4, 2, torch.bfloat16)
-    segment_attention(*long, one, Pattern(), scale=1.0)
-    assert taken == ["plain"] * 6
+    assert plain(*tensors, segments, Pattern(), scale=0.3).shape == (0, 4, 6)
 
 
 def test_dropout_drops_weights_and_keeps_their_expectation() -> None:

@@ -12,7 +12,6 @@ from tests.tiny import VOCAB, tiny
 from torch.utils.checkpoint import checkpoint
 
 from veneer.errors import BaseModelError
-from veneer.kernels.attention import segmented as segment_attention
 from veneer.models.flat import Flat, FlatRunner
 from veneer.models.load import load_base
 
@@ -270,32 +269,6 @@ def test_layers_checkpointed_by_hand_fail_rather_than_compute_something_else(arc
     loss = runner.logits(Flat.of(_segments())).sum()
     with pytest.raises(BaseModelError, match="gradient_checkpointing_enable"):
         loss.backward()
-
-
-@pytest.mark.parametrize("arch", ["llama", "gemma3", "modernbert"])
-def test_training_in_bf16_takes_the_tiled_form_and_its_gradients_are_right(
-    arch: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Grouped heads, windows and both directions: the gradient is as near to float64's as with PyTorch's attention."""
-    model = tiny(arch, dtype=torch.bfloat16)
-    exact = tiny(arch, dtype=torch.bfloat16).double()
-    flat = Flat.of(_segments())
-    forms: list[str] = []
-    tiled = segment_attention.tiled
-    monkeypatch.setattr(segment_attention, "tiled", lambda *a, **k: forms.append("tiled") or tiled(*a, **k))
-
-    def gradients(model: Any) -> torch.Tensor:
-        out = FlatRunner(model).logits(flat)
-        found = _gradients(model, (out.double() * _weights(len(out))).sum())
-        return torch.cat([gradient.double().flatten() for gradient in found.values()])
-
-    truth = gradients(exact)
-    assert not forms
-    error = _relative(gradients(model), truth)
-    assert len(forms) == 2
-    monkeypatch.setattr(segment_attention, "_prefers_tiled", lambda *a: False)
-    stock = _relative(gradients(model), truth)
-    assert len(forms) == 2 and error <= 1.5 * stock
 
 
 def test_attention_dropout_is_applied_in_training_mode_only() -> None:

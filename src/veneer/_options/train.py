@@ -60,7 +60,7 @@ class BaseOptions(Options):
     threads: PerRun[Count | None] = None
     """Number of CPU threads (default: PyTorch's choice)."""
     compile: PerRun[Flag | Literal["auto"]] = "auto"
-    """Use compiled kernels: C++ on a CPU, torch.compile elsewhere; auto compiles with torch only if the run is long enough to gain."""
+    """Use C++ kernels on a CPU, built once per processor; true also reports why they cannot be used, false leaves them out."""
 
 
 class DataOptions(Options):

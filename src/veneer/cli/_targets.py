@@ -127,7 +127,7 @@ def _load(model: str, folders: dict[str, Path], dtype: str, purpose: str, force:
     from veneer.models.fast_modules import fuse
     from veneer.models.load import load_base
     from veneer.models.precision import fast_dtype
-    from veneer.training.acceleration import use_native
+    from veneer.training.acceleration import use_cpp_kernels
 
     requested: Any = dtype
     if dtype == "auto" and purpose == "generate":
@@ -140,7 +140,7 @@ def _load(model: str, folders: dict[str, Path], dtype: str, purpose: str, force:
                 print(f"{folder}: {note}", file=sys.stderr)
         bank[name].requires_grad_(False)
     use_adapter_template(loaded.tokenizer, bank)
-    use_native(lambda line: print(line, file=sys.stderr))
+    use_cpp_kernels(lambda line: print(line, file=sys.stderr))
     fuse(loaded.model)
     return LoadedTargets(loaded, bank, list(folders))
 

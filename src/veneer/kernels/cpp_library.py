@@ -1,13 +1,12 @@
-"""Kernels in C++ for the processor at hand: built once, kept in a folder, called without a detour.
+"""The C++ kernels in ``cpp/``: built once per processor, loaded, and called through ctypes.
 
-Matrix libraries are at their worst where adapters live: products with eight columns, attention of a few hundred tokens. What gains by it
-has a form in C++ in ``cpp/``, beside its plain form in Python, which stays the reference and goes on wherever there is no compiler. The
-sources need a C++17 compiler with OpenMP and nothing else; they take the instructions of the machine that they are built on, so that
-the folder's name tells the processor, the compiler and the sources (`key`).
+Matrix libraries are slow where adapters are small: products with eight columns, attention over a few hundred tokens. Such operations have a
+form in C++ beside their plain form in Python, which is the reference and runs where there is no compiler. The sources need a C++17
+compiler with OpenMP. They are built for the instructions of this machine, so ``key`` identifies the processor, the compiler and
+the sources.
 
-Nothing is built or used until a run asks for it, `use`, since results differ in the last place. What is loaded is told by `library`.
-
-Boundary: where the folder lies is decided above this room; it is handed in. Each kernel's own module declares its functions.
+No kernel is built or used until ``use`` is called, since results differ in the last place. The caller chooses the folder. Each kernel's
+module declares its functions.
 """
 
 from __future__ import annotations
@@ -29,46 +28,46 @@ import torch
 __all__ = ["KINDS", "build", "compiler", "folder", "function", "key", "library", "pays", "reason", "use"]
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1}
-"""The dtypes that kernels in C++ take, and their numbers there."""
+"""Dtypes that the kernels accept, with their numbers in C++."""
 
 _SOURCES = Path(__file__).parent / "cpp"
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
 _NAME = "veneer_kernels.so"
-_SECONDS = 300
+_TIMEOUT_SECONDS = 300
 
 
-class _State:
+class _Loaded:
     folder: Path | None = None
     library: ctypes.CDLL | None = None
     loaded: dict[Path, ctypes.CDLL] = {}
-    reason = "not asked for"
+    reason = "not requested"
 
 
-_state = _State()
+_state = _Loaded()
 
 
 def library() -> ctypes.CDLL | None:
-    """The kernels in C++, or None where the plain forms are to run."""
+    """Return the kernels in use, or None if the plain forms run."""
     return _state.library
 
 
 def folder() -> Path | None:
-    """Where the kernels that are in use lie, or None."""
+    """Return the folder of the kernels in use, or None."""
     return _state.folder if _state.library is not None else None
 
 
 def reason() -> str:
-    """Why the plain forms run; empty if they do not."""
+    """Return the reason why the plain forms run; empty if the kernels are in use."""
     return "" if _state.library is not None else _state.reason
 
 
 def pays() -> bool:
-    """Whether the kernels in use are faster than the plain forms on this processor: with smaller registers they are not."""
+    """Return True if the kernels in use are faster than the plain forms: they need registers of 16 floats (AVX-512)."""
     return _state.library is not None and bool(_state.library.veneer_pays())
 
 
-def use(folder: Path | None, why: str = "not asked for") -> None:
-    """Take the kernels that `build` put into ``folder`` from now on, in the whole process; None: the plain forms, and ``why``."""
+def use(folder: Path | None, why: str = "not requested") -> None:
+    """Use the kernels in ``folder`` from now on in the whole process; None selects the plain forms, for the reason ``why``."""
     _state.folder, _state.library, _state.reason = folder, None, why
     if folder is None:
         return
@@ -77,19 +76,19 @@ def use(folder: Path | None, why: str = "not asked for") -> None:
             _state.loaded[folder] = ctypes.CDLL(str(folder / _NAME))
         _state.library = _state.loaded[folder]
     except OSError as error:
-        _state.reason = f"what was built cannot be loaded: {error}"
+        _state.reason = f"the built library cannot be loaded: {error}"
 
 
 @lru_cache
 def function(made: ctypes.CDLL, name: str, arguments: tuple[Any, ...], result: Any = None) -> Callable[..., Any]:
-    """A function of a library that takes plain numbers of these C types: kernels of a few microseconds are called by it."""
-    found = made[name]
-    found.argtypes, found.restype = arguments, result
-    return found
+    """Return a library function that takes plain Python numbers of these C types, so that a call costs little."""
+    call = made[name]
+    call.argtypes, call.restype = arguments, result
+    return call
 
 
 def compiler() -> list[str] | None:
-    """The C++ compiler's command: ``$CXX``, or c++, g++ or clang++ on the path; None if there is none."""
+    """Return the C++ compiler's command: ``$CXX``, or c++, g++ or clang++ on the path; None if there is none."""
     if named := os.environ.get("CXX"):
         words = shlex.split(named)
         return words if words and shutil.which(words[0]) else None
@@ -98,12 +97,14 @@ def compiler() -> list[str] | None:
 
 
 def key() -> str | None:
-    """A name for what `build` would make here, or None without a compiler."""
+    """Return the name of the library that ``build`` makes here, or None without a compiler."""
     command = compiler()
     if command is None:
         return None
     try:
-        version = subprocess.run([*command, "--version"], capture_output=True, timeout=_SECONDS, check=True).stdout
+        version = subprocess.run(
+            [*command, "--version"], capture_output=True, timeout=_TIMEOUT_SECONDS, check=True
+        ).stdout
     except (OSError, subprocess.SubprocessError):
         return None
     parts = [version, _processor().encode(), " ".join([*command, *_FLAGS]).encode()]
@@ -112,14 +113,18 @@ def key() -> str | None:
 
 
 def build(folder: Path) -> None:
-    """Compile the sources into ``folder``. Raises RuntimeError with the compiler's first complaint."""
+    """Compile the sources into ``folder``.
+
+    Raises:
+        RuntimeError: with the compiler's first error.
+    """
     command = compiler()
     if command is None:
         raise RuntimeError("there is no C++ compiler (none of $CXX, c++, g++, clang++)")
     sources = [str(path) for path in sorted(_SOURCES.glob("*.cpp"))]
     words = [*command, *_FLAGS, *sources, "-o", str(folder / _NAME)]
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=_SECONDS)
+        done = subprocess.run(words, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS)
     except (OSError, subprocess.SubprocessError) as error:
         raise RuntimeError(f"{command[0]} failed: {error}") from error
     if done.returncode != 0:
@@ -128,10 +133,10 @@ def build(folder: Path) -> None:
 
 
 def _processor() -> str:
-    """What tells one processor's instructions from another's."""
+    """Return the model and the instruction sets of this processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         lines = [platform.processor()]
-    told = ("model name", "flags", "Features", "cpu family", "model\t")
-    return "\n".join(dict.fromkeys([platform.machine(), *(line for line in lines if line.startswith(told))]))
+    keys = ("model name", "flags", "Features", "cpu family", "model\t")
+    return "\n".join(dict.fromkeys([platform.machine(), *(line for line in lines if line.startswith(keys))]))

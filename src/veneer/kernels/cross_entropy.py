@@ -2,21 +2,20 @@
 
     ce_k = logsumexp(h_k W^T + b) - (h_k W^T + b)[target_k],      total = sum_k weight_k * ce_k
 
-The vocabulary is by far the widest dimension of a language model: logits of all tokens, their softmax and its gradient are often
-larger than everything else that a step keeps. Here tokens go through the head a chunk at a time, and as soon as a chunk's softmax is
-known its gradient is known too,
+The vocabulary is the widest dimension of a language model: the logits of all tokens, their softmax and its gradient are often larger
+than all other tensors of a step. Here tokens go through the head one chunk at a time. When the softmax of a chunk is known, so is
+its gradient,
 
     d total / d h_k = weight_k * (softmax(h_k W^T + b) - onehot(target_k)) W
 
-so it is formed in forward, multiplied in backward with whatever arrives for ``total``, and no tensor of size [tokens, vocabulary]
-ever exists. On a CPU the softmax walks over a chunk in blocks of rows that fit the cache, or row by row in C++
+so it is computed in forward and multiplied in backward by the gradient of ``total``. No tensor of size [tokens, vocabulary]
+exists. On a CPU the softmax walks over a chunk in blocks of rows that fit the cache, or row by row in C++
 (``cpp/cross_entropy.cpp``). The gradient of the head's weight, where the head is trained, is summed over chunks the same way.
 
-Tokens of weight zero are left out altogether: their target may be anything, and a NaN in their hidden state stays with them. Logits are
-rounded to the dtype of the hidden states, as the model's own head rounds them; the softmax is taken in fp32 (fp64 for fp64).
+Tokens of weight zero are skipped: their target may be anything, and a NaN in their hidden state does not spread. Logits are
+rounded to the dtype of the hidden states, as the model's own head rounds them; the softmax is computed in fp32 (fp64 for fp64).
 
-Shapes: K tokens, D hidden size, V vocabulary. Boundary: nothing here knows how a model makes its logits; soft-capped or scaled ones
-are not for this kernel.
+Shapes: K tokens, D hidden size, V vocabulary. Soft-capped or scaled logits are not supported.
 """
 
 from __future__ import annotations
@@ -31,18 +30,14 @@ from torch.autograd.function import once_differentiable
 
 from veneer.kernels.cpp_library import KINDS, library
 from veneer.kernels.frozen_linear import linear
+from veneer.kernels.tuning import (
+    CROSS_ENTROPY_BLOCK_BYTES,
+    CROSS_ENTROPY_CHUNK_BYTES,
+    CROSS_ENTROPY_CHUNK_TOKENS,
+    EXACT_SUM_ROWS,
+)
 
 __all__ = ["linear_cross_entropy", "plain"]
-
-_CHUNK_BYTES = 48 * 2**20
-"""Logits of one chunk, at most (but 64 tokens at least, below which the product with the head is no longer efficient)."""
-_BLOCK_BYTES = 2**21
-"""Rows that the softmax takes at once on a CPU: about one core's second-level cache."""
-
-"""Dtypes that the form in C++ takes."""
-
-_EXACT = 16
-"""Below so many rows fp32 sums over the vocabulary lose a digit in a CPU's library once it has two threads: rows of zeros are added."""
 
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -50,7 +45,7 @@ Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
 def plain(
     hidden_KD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_K: Tensor, weights_K: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The same by its definition, with the logits of all tokens: the reference. Arguments as in `linear_cross_entropy`."""
+    """Compute the reference, with the logits of all tokens; arguments and results as in ``linear_cross_entropy``."""
     wide = torch.promote_types(hidden_KD.dtype, torch.float32)
     live = weights_K != 0
     logits = F.linear(hidden_KD[live], weight_VD, bias_V).to(wide)
@@ -63,22 +58,26 @@ def plain(
 def linear_cross_entropy(
     hidden_KD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_K: Tensor, weights_K: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Weighted sum of the tokens' cross-entropies.
+    """Compute the weighted sum of the tokens' cross-entropies.
 
-    hidden_KD: hidden states that the head sees. weight_VD, bias_V: the head. targets_K: long. weights_K: factor of each token's loss
-    (nothing flows into it); 0 leaves the token out.
+    Args:
+        hidden_KD: hidden states that the head sees.
+        weight_VD, bias_V: the head.
+        targets_K: token ids, long.
+        weights_K: factor of each token's loss, a constant; 0 skips the token.
 
-    Returns (total, losses_K): ``total`` is the scalar sum of weight times loss in nats, which may be backpropagated once; ``losses_K``
-    are the tokens' own losses without their weights, detached, 0 where the weight is 0. Both fp32 (fp64 for fp64).
+    Returns:
+        (total, losses_K): the sum of weight times loss in nats, which can be backpropagated once; and the unweighted losses of the
+        tokens, detached, 0 where the weight is 0. Both fp32 (fp64 for fp64).
     """
     live = (weights_K != 0).nonzero().squeeze(1)
-    grad = torch.is_grad_enabled()
-    wanted = tuple(grad and t is not None and t.requires_grad for t in (hidden_KD, weight_VD, bias_V))
+    enabled = torch.is_grad_enabled()
+    needs_grad = tuple(enabled and t is not None and t.requires_grad for t in (hidden_KD, weight_VD, bias_V))
     fused: Any = _Fused.apply
     if len(live) == len(targets_K):
-        return fused(hidden_KD, weight_VD, bias_V, targets_K, weights_K, wanted)  # type: ignore[no-any-return]
+        return fused(hidden_KD, weight_VD, bias_V, targets_K, weights_K, needs_grad)  # type: ignore[no-any-return]
     chosen = [t.index_select(0, live) for t in (hidden_KD, targets_K, weights_K)]
-    total, losses = fused(chosen[0], weight_VD, bias_V, chosen[1], chosen[2], wanted)
+    total, losses = fused(chosen[0], weight_VD, bias_V, chosen[1], chosen[2], needs_grad)
     return total, losses.new_zeros(len(targets_K)).index_copy_(0, live, losses)
 
 
@@ -91,17 +90,17 @@ class _Fused(torch.autograd.Function):
         bias_V: Tensor | None,
         targets_K: Tensor,
         weights_K: Tensor,
-        wanted: tuple[bool, bool, bool],
+        needs_grad: tuple[bool, bool, bool],
     ) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(hidden_KD.dtype, torch.float32)
         weights_K = weights_K.detach().to(wide)
         losses_K = torch.empty(len(targets_K), dtype=wide, device=hidden_KD.device)
-        sums = _empty_like(hidden_KD, weight_VD, bias_V, wanted)
+        sums = _empty_like(hidden_KD, weight_VD, bias_V, needs_grad)
         step = _chunk(len(targets_K), weight_VD.shape[0], hidden_KD.element_size())
         for at in range(0, len(targets_K), step):
             part = slice(at, at + step)
             logits = linear(hidden_KD[part], weight_VD, bias_V)
-            losses_K[part] = _softmax_gradient_(logits, targets_K[part], weights_K[part], any(wanted))
+            losses_K[part] = _softmax_gradient_(logits, targets_K[part], weights_K[part], any(needs_grad))
             _accumulate_(sums, part, logits, hidden_KD, weight_VD)
         ctx.save_for_backward(*sums)
         ctx.mark_non_differentiable(losses_K)
@@ -113,52 +112,54 @@ class _Fused(torch.autograd.Function):
         return (*(None if s is None else s * grad.to(s.dtype) for s in ctx.saved_tensors), None, None, None)
 
 
-def _empty_like(hidden_KD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, wanted: tuple[bool, bool, bool]) -> Grads:
-    """Room for the gradients that are wanted; sums over chunks begin at zero."""
+def _empty_like(
+    hidden_KD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, needs_grad: tuple[bool, bool, bool]
+) -> Grads:
+    """Allocate the gradients that are needed; sums over chunks begin at zero."""
     return (
-        torch.empty_like(hidden_KD) if wanted[0] else None,
-        torch.zeros_like(weight_VD) if wanted[1] else None,
-        torch.zeros_like(bias_V) if wanted[2] and bias_V is not None else None,
+        torch.empty_like(hidden_KD) if needs_grad[0] else None,
+        torch.zeros_like(weight_VD) if needs_grad[1] else None,
+        torch.zeros_like(bias_V) if needs_grad[2] and bias_V is not None else None,
     )
 
 
-def _accumulate_(sums: Grads, part: slice, slopes: Tensor, hidden_KD: Tensor, weight_VD: Tensor) -> None:
-    """Add one chunk's share to the gradients; ``slopes`` is d total / d logits of the chunk."""
+def _accumulate_(sums: Grads, part: slice, d_logits: Tensor, hidden_KD: Tensor, weight_VD: Tensor) -> None:
+    """Add one chunk's part to the gradients; ``d_logits`` is d total / d logits of the chunk."""
     hidden, weight, bias = sums
     if hidden is not None:
-        if len(slopes) < _EXACT and slopes.dtype == torch.float32 and slopes.is_cpu:
-            hidden[part] = (F.pad(slopes, (0, 0, 0, _EXACT - len(slopes))) @ weight_VD)[: len(slopes)]
+        if len(d_logits) < EXACT_SUM_ROWS and d_logits.dtype == torch.float32 and d_logits.is_cpu:
+            hidden[part] = (F.pad(d_logits, (0, 0, 0, EXACT_SUM_ROWS - len(d_logits))) @ weight_VD)[: len(d_logits)]
         else:
-            torch.mm(slopes, weight_VD, out=hidden[part])
+            torch.mm(d_logits, weight_VD, out=hidden[part])
     if weight is not None:
-        weight.addmm_(slopes.T, hidden_KD[part])
+        weight.addmm_(d_logits.T, hidden_KD[part])
     if bias is not None:
-        bias += slopes.sum(0)
+        bias += d_logits.sum(0)
 
 
-def _softmax_gradient_(logits: Tensor, targets_k: Tensor, weights_k: Tensor, wanted: bool) -> Tensor:
-    """Losses of a chunk [k]. Where gradients are wanted, ``logits`` are overwritten by weight * (softmax - onehot)."""
+def _softmax_gradient_(logits: Tensor, targets_k: Tensor, weights_k: Tensor, grad: bool) -> Tensor:
+    """Compute the losses of a chunk [k]; with ``grad``, overwrite ``logits`` by weight * (softmax - onehot)."""
     losses = torch.empty_like(weights_k)
-    if _in_cpp(logits, targets_k, weights_k, losses, wanted):
+    if _in_cpp(logits, targets_k, weights_k, losses, grad):
         return losses
     for part in _blocks(logits):
         block = logits[part]
-        # Nobody needs the logits again, so that wide ones are worked on in place.
+        # The logits are not needed again, so wide ones are overwritten.
         wide = block if block.dtype == weights_k.dtype else block.to(weights_k.dtype)
         target, weight = targets_k[part].unsqueeze(1), weights_k[part].unsqueeze(1)
         top = wide.amax(1, keepdim=True)
         hit = wide.gather(1, target) - top
         total = wide.sub_(top).exp_().sum(1, keepdim=True)
         losses[part] = (total.log() - hit).squeeze(1)
-        if wanted:
+        if grad:
             wide.mul_(weight / total).scatter_add_(1, target, -weight)
             if wide is not block:
                 block.copy_(wide)
     return losses
 
 
-def _in_cpp(logits: Tensor, targets_k: Tensor, weights_k: Tensor, losses_k: Tensor, wanted: bool) -> bool:
-    """`_softmax_gradient_` in one reading of the logits, where there is a form in C++ and it takes them."""
+def _in_cpp(logits: Tensor, targets_k: Tensor, weights_k: Tensor, losses_k: Tensor, grad: bool) -> bool:
+    """Run ``_softmax_gradient_`` in C++ in one pass over the logits; return False if the kernel does not accept them."""
     made, kind = library(), KINDS.get(logits.dtype)
     if made is None or kind is None or logits.device.type != "cpu" or targets_k.dtype != torch.long:
         return False
@@ -168,21 +169,25 @@ def _in_cpp(logits: Tensor, targets_k: Tensor, weights_k: Tensor, losses_k: Tens
         kind,
         *(ctypes.c_void_p(logits.data_ptr()), *map(ctypes.c_long, logits.shape)),
         *(ctypes.c_void_p(t.data_ptr()) for t in (targets_k, weights_k, losses_k)),
-        wanted,
+        grad,
         torch.get_num_threads(),
     )
     if wrong:
-        raise IndexError(f"{wrong} of {len(targets_k)} targets are no token ids: the vocabulary has {logits.shape[1]}")
+        raise IndexError(f"{wrong} of {len(targets_k)} targets are outside the vocabulary of {logits.shape[1]}")
     return True
 
 
 def _blocks(logits: Tensor) -> list[slice]:
-    rows = max(1, _BLOCK_BYTES // (4 * logits.shape[1])) if logits.device.type == "cpu" else max(1, len(logits))
+    rows = (
+        max(1, CROSS_ENTROPY_BLOCK_BYTES // (4 * logits.shape[1]))
+        if logits.device.type == "cpu"
+        else max(1, len(logits))
+    )
     return [slice(at, at + rows) for at in range(0, len(logits), rows)]
 
 
 def _chunk(tokens: int, vocabulary: int, itemsize: int) -> int:
-    """Tokens that go through the head at once: even chunks within `_CHUNK_BYTES`."""
-    most = max(64, _CHUNK_BYTES // (vocabulary * itemsize))
+    """Return the number of tokens per chunk: even chunks within the limit."""
+    most = max(CROSS_ENTROPY_CHUNK_TOKENS, CROSS_ENTROPY_CHUNK_BYTES // (vocabulary * itemsize))
     chunks = max(1, -(-tokens // most))
     return max(1, -(-tokens // chunks))

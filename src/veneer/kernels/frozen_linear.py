@@ -1,6 +1,6 @@
-"""x W^T + b for a frozen weight, in C++ where the processor multiplies pairs of bf16 (``cpp/products.h``), by torch elsewhere.
+"""x W^T + b for a frozen weight: in C++ on processors that multiply pairs of bf16 (``cpp/panels.h``), by torch elsewhere.
 
-Boundary: no gradients flow through it; callers form them themselves. Shapes: N rows, K in, O out.
+No gradients flow through it; callers compute them. Shapes: N rows, K in, O out.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ __all__ = ["linear", "longest_product"]
 _LONG, _POINTER = ctypes.c_long, ctypes.c_void_p
 _ARGUMENTS = (_POINTER, _LONG, _LONG, _POINTER, _POINTER, _LONG, _POINTER, ctypes.c_int)
 _STEP = 32
-"""Sizes that the form in C++ takes are multiples of it."""
+"""K and O must be multiples of it for the form in C++."""
 
 
 def linear(x_NK: Tensor, weight_OK: Tensor, bias_O: Tensor | None) -> Tensor:
-    """[N, O]."""
+    """Compute x W^T + b, [N, O]."""
     (out, k), rows, made = weight_OK.shape, len(x_NK), library()
     if made is None or not _fits(made, x_NK, weight_OK, bias_O) or k % _STEP or out % _STEP or not rows:
         return F.linear(x_NK, weight_OK, bias_O)
@@ -42,7 +42,7 @@ def _fits(made: ctypes.CDLL, x_NK: Tensor, weight_OK: Tensor, bias_O: Tensor | N
 
 
 def longest_product() -> int:
-    """Up to so many numbers along the inner dimension the form in C++ takes; 0: it is not there."""
+    """Return the longest inner dimension that the form in C++ accepts; 0 if it is not in use."""
     made = library()
     return 0 if made is None else _limit(made)
 

@@ -1,11 +1,6 @@
-"""Faster kernels during a run: C++ on a CPU, and elementwise chains compiled by torch.
+"""C++ kernels during a run on a CPU: built once per processor, which takes seconds, cached, and used if they are faster and correct.
 
-A run uses C++ kernels from its first step. They are built once per processor, which takes seconds, and cached. Where there are none,
-torch can compile elementwise chains, which takes some ten seconds in every run, so ``compile: auto`` does it only in a run that is
-long enough by its plan.
-
-Both round differently in the last place. So the decision is stored before the first step, and chains are compiled after the first round
-of a run, also when it resumes.
+They round differently from PyTorch's functions in the last place, so a run stores which kernels it uses before its first step.
 """
 
 from __future__ import annotations
@@ -18,19 +13,8 @@ import torch
 
 from veneer.errors import VeneerError
 from veneer.kernels import cpp_library
-from veneer.kernels.elementwise.compiled import compile_chains, status
 from veneer.kernels.lora.native import agrees
 from veneer.models.cache import build_once
-
-_PAYS = 240.0
-"""Seconds of a run from which compilation by torch pays: it takes 10 to 15 seconds and saves a twentieth of a step or more."""
-
-
-def worth_compiling(option: bool | str, seconds: float | None, device: torch.device) -> bool:
-    """Decide if torch compiles chains, by the option and the planned ``seconds`` of the run (None without a plan)."""
-    if option != "auto":
-        return bool(option)
-    return seconds is not None and seconds >= _PAYS and cpp_library.library() is None and _has_compiler(device)
 
 
 @contextmanager
@@ -38,7 +22,7 @@ def cpp_kernels(option: bool | str, device: torch.device, say: Callable[[str], N
     """Use C++ kernels inside this context, unless the option is False, the device is no CPU, or they cannot be built."""
     before = cpp_library.folder()
     if option is not False and device.type == "cpu":
-        use_native(say)
+        use_cpp_kernels(say)
         if option is True and cpp_library.library() is None:
             say(f"no C++ kernels: {cpp_library.reason()}; using PyTorch's")
     try:
@@ -47,7 +31,7 @@ def cpp_kernels(option: bool | str, device: torch.device, say: Callable[[str], N
         cpp_library.use(before)
 
 
-def use_native(say: Callable[[str], None] = lambda line: None) -> None:
+def use_cpp_kernels(say: Callable[[str], None] = lambda line: None) -> None:
     """Use C++ kernels from now on, and build them if needed. If there are none, `cpp_library.reason` returns why."""
     cpp_library.use(*_built(say))
     if cpp_library.library() is None:
@@ -73,52 +57,3 @@ def _built(say: Callable[[str], None]) -> tuple[Path | None, str]:
     except (RuntimeError, VeneerError) as error:
         say(f"no C++ kernels: {error}")
         return None, str(error)
-
-
-class DelayedCompilation:
-    """Compiles chains inside this context from a run's second round on, if ``wanted``."""
-
-    def __init__(self, wanted: bool, rounds: int, say: Callable[[str], None]) -> None:
-        """``rounds`` is the number of rounds that the run has completed."""
-        self.wanted = wanted
-        self.say = say
-        self._rounds = rounds
-        self._reported = not wanted
-
-    def __enter__(self) -> DelayedCompilation:
-        if self._rounds:
-            self._switch_on()
-        return self
-
-    def after_round(self) -> None:
-        """Switch compilation on after the first round, and report the result after the next one."""
-        self._rounds += 1
-        if not status().on:
-            self._switch_on()
-        elif not self._reported:
-            self._reported = True
-            found = status()
-            if found.reason:
-                self.say(f"nothing is compiled: {found.reason}; using PyTorch's functions")
-            else:
-                self.say(f"compiled the base's elementwise chains into {found.graphs} graphs")
-
-    def _switch_on(self) -> None:
-        if self.wanted:
-            compile_chains(True)
-
-    def __exit__(self, *error: object) -> None:
-        if self.wanted:
-            compile_chains(False)
-
-
-def _has_compiler(device: torch.device) -> bool:
-    if device.type != "cpu":
-        return torch.cuda.is_available()
-    from torch._inductor.cpp_builder import get_cpp_compiler
-
-    try:
-        get_cpp_compiler()
-    except Exception:  # any error of the search means that there is none
-        return False
-    return True

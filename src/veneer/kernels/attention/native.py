@@ -3,11 +3,11 @@
     S = scale Q K^T,   P = 2^(log2(e) S - l),   O = P V
     dV = P^T dO,   dS = P * (dO V^T - rowsum(dO * O)),   dQ = scale dS K,   dK = scale dS^T Q
 
-with l, one number a row, the logarithm of the row's sum. The formulas are those of `segment_attention`, whose ``plain`` form is the
-reference; but no P is kept, tensors are read where they lie, segments may have any lengths, and keys that no query of a block sees are
-left out. Sums are in fp32; P and dS are rounded to the tensors' dtype, as matrix products need them.
+with l, one number per row, the base-2 logarithm of the row's sum. The formulas are those of ``segmented.plain``, the reference; but P is
+not kept, tensors are read in place, segments may have any lengths, and keys that no query of a block sees are skipped. Sums are in
+fp32; P and dS are rounded to the tensors' dtype, as matrix products need them.
 
-Shapes: as in `segment_attention`. Gradients lie in memory as [T, H, D], as projections want them.
+Shapes as in ``segmented.py``. Gradients are stored as [T, H, D], the layout that projections use.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from torch.autograd.function import once_differentiable
 from veneer.kernels.attention.segments import Pattern, Segments
 from veneer.kernels.cpp_library import KINDS, library
 
-__all__ = ["native", "pays", "takes"]
+__all__ = ["native", "takes"]
 
 _STEP, _WIDEST = 16, 256
-"""Head sizes are multiples of the first, up to the second."""
+"""Head sizes must be multiples of the first number and at most the second."""
 _Sizes, _Pointers = ctypes.c_long * 23, ctypes.c_void_p * 8
 
 
 def takes(q_HTD: Tensor, k_GTD: Tensor, v_GTE: Tensor) -> bool:
-    """Whether there is a form in C++ and it takes these tensors."""
+    """Return True if the kernels are in use and accept these tensors."""
     if library() is None or q_HTD.dtype not in KINDS or not q_HTD.dtype == k_GTD.dtype == v_GTE.dtype:
         return False
     if q_HTD.shape[-1] != k_GTD.shape[-1] or k_GTD.shape[0] == 0 or q_HTD.shape[0] % k_GTD.shape[0]:
@@ -41,16 +41,10 @@ def takes(q_HTD: Tensor, k_GTD: Tensor, v_GTE: Tensor) -> bool:
     return fit and all(x.device.type == "cpu" and x.stride(-1) == 1 for x in (q_HTD, k_GTD, v_GTE))
 
 
-def pays() -> bool:
-    """Whether it is faster than the forms in torch on this processor: with registers of 16 floats; with smaller ones all are level."""
-    made = library()
-    return made is not None and bool(made.veneer_pays())
-
-
 def native(
     q_HTD: Tensor, k_GTD: Tensor, v_GTE: Tensor, segments: Segments, pattern: Pattern, *, scale: float
 ) -> Tensor:
-    """Arguments and result [T, H, E] as in `segment_attention.plain`, without its options; for what `takes` takes."""
+    """Compute attention; arguments and result [T, H, E] as in ``segmented.plain``, for tensors that ``takes`` accepts."""
     out: Tensor = _Native.apply(q_HTD, k_GTD, v_GTE, segments, pattern, scale)  # type: ignore[no-untyped-call]
     return out
 
@@ -63,7 +57,7 @@ class _Native(torch.autograd.Function):
         heads, tokens, _ = q_HTD.shape
         out = q_HTD.new_empty(tokens, heads, v_GTE.shape[-1])
         sums_HT = torch.empty(heads, tokens) if any(ctx.needs_input_grad) else None
-        made = ctx.made = library()  # backward ends as forward began, whatever is in use by then
+        made = ctx.made = library()  # backward uses the same library, even if another one is in use by then
         _run(made, (q_HTD, k_GTD, v_GTE, out.transpose(0, 1)), segments, pattern, scale, sums_HT)
         ctx.save_for_backward(q_HTD, k_GTD, v_GTE, out, sums_HT)
         ctx.segments, ctx.pattern, ctx.scale = segments, pattern, scale
@@ -89,7 +83,7 @@ def _run(
     scale: float,
     sums_HT: Tensor | None,
 ) -> None:
-    """tensors: q, k, v, out, and for backward d_out, dq, dk, dv, all [heads, T, size]; those that are written are the last ones."""
+    """Run the kernel on q, k, v, out (written), and for backward also d_out, dq, dk, dv (written), all [heads, T, size]."""
     assert made is not None
     q, k, v = tensors[:3]
     limits = (-1 if reach is None else reach for reach in (pattern.before, pattern.after))

@@ -1,4 +1,4 @@
-"""Decisions made from measurements before the first step: shared passes, the memory and time plan, checkpointing, compilation.
+"""Decisions made from measurements before the first step: shared passes, the memory and time plan, checkpointing.
 
 ``plan(config)`` makes the plan of a run without starting it.
 """
@@ -10,7 +10,6 @@ from typing import Any
 
 from veneer.config import TrainOptions
 from veneer.models.load import Base
-from veneer.training.acceleration import worth_compiling
 from veneer.training.planning.packing import choose_packing
 from veneer.training.planning.plan import Planner, TrainingPlan
 from veneer.training.run.jobs import expand
@@ -22,8 +21,7 @@ def decide(setup: Setup, say: Callable[[str], None]) -> dict[str, Any]:
     packing = choose_packing(setup.options, setup.stepper, setup.jobs)
     plan = _plan(setup, packing.tokens, say) if setup.options.plan else None
     planned = {} if plan is None else {"plan": plan.as_dict(), "recompute": plan.recompute}
-    compiled = worth_compiling(setup.options.compile, None if plan is None else plan.seconds, setup.device)
-    return {**packing.as_dict(), **planned, "compile": compiled}
+    return {**packing.as_dict(), **planned}
 
 
 def _plan(setup: Setup, tokens_per_shared_pass: int, say: Callable[[str], None]) -> TrainingPlan | None:

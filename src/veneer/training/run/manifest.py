@@ -28,7 +28,7 @@ _CONTENT = {
     "template": "the chat template",
     "built_on": "the parent adapters",
 }
-_DECISIONS = ("share", "sharing", "plan", "recompute", "compile")
+_DECISIONS = ("share", "sharing", "plan", "recompute")
 
 Manifest = dict[str, Any]
 
@@ -98,6 +98,8 @@ def compare(folder: RunFolder, manifest: Manifest, known: list[str]) -> tuple[Ma
         for key in manifest
         if key not in (*_CONTENT, *_DECISIONS) and before.get(key) != manifest[key]
     ]
+    if before.get("compile") is True:  # written by versions that compiled elementwise operations with torch
+        changes.append("compile True -> False")
     decided = {key: before[key] for key in _DECISIONS if key in before}
     return {**manifest, **{key: kept[key] for key in _CONTENT}, **decided}, changes
 

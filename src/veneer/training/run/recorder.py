@@ -13,7 +13,6 @@ from types import FrameType
 from typing import Any
 
 from veneer.errors import CheckpointError, TrainingError
-from veneer.training.acceleration import DelayedCompilation
 from veneer.training.loop.halving import Halving
 from veneer.training.loop.job import Job, JobState
 from veneer.training.loop.trainer import Listener, Request
@@ -43,7 +42,6 @@ class Recorder(Listener):
         checks: Mapping[str, SanityChecks] | None = None,
         halving: Halving | None = None,
         tracker: ExperimentTracker | None = None,
-        compilation: DelayedCompilation | None = None,
     ) -> None:
         """``rounds`` is the number of rounds that the run has completed; ``checks`` are the sanity checks by job."""
         self.folder = folder
@@ -54,7 +52,6 @@ class Recorder(Listener):
         self.checks = checks or {}
         self.halving = halving
         self.tracker = tracker
-        self.compilation = compilation
         self.stopped = False
         self.saved = True
         """The last checkpoint that was due could be written."""
@@ -81,7 +78,7 @@ class Recorder(Listener):
         self._show(job, metrics, speed, seconds)
 
     def _speed(self, tokens: int) -> tuple[float, float]:
-        """(seconds per step, tokens per second) over the latest steps. The first step includes compilation and the first evaluation, so
+        """(seconds per step, tokens per second) over the latest steps. The first step includes the first evaluation, so
         it is dropped as soon as there is a second one."""
         if len(self._recent) == 2 and not self._recent[0][1]:
             self._recent.popleft()
@@ -147,8 +144,6 @@ class Recorder(Listener):
     def round_over(self) -> bool:
         """Save a checkpoint if one is due; returns whether to continue."""
         self.rounds += 1
-        if self.compilation is not None:
-            self.compilation.after_round()
         every, minutes = self.jobs[0].options.save_every, self.jobs[0].options.checkpoint_minutes
         due = self._urgent or (every is not None and self.rounds - self._saved_at >= every)
         due |= minutes is not None and time.monotonic() - self._saved_time >= 60 * minutes

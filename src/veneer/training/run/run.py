@@ -17,7 +17,6 @@ from veneer.checkpoints.run_state import Lock
 from veneer.config import TrainOptions, plain, resolve, to_yaml
 from veneer.errors import CheckpointError, ConfigError, TrainingError
 from veneer.models.load import Base
-from veneer.training.acceleration import DelayedCompilation
 from veneer.training.activation_checkpointing import activation_checkpointing
 from veneer.training.loop.halving import Halving
 from veneer.training.loop.job import JobState
@@ -95,7 +94,6 @@ def _run(
     rounds = None if fresh else saver.restore(jobs, resume_from)
     manifest = _settle_manifest(setup, folder, console, rounds, fresh=fresh)
     unfinished = any(not job.over for job in jobs)
-    compilation = DelayedCompilation(bool(manifest.get("compile", False)), rounds or 0, console.line)
     tracker = None
     if unfinished and options.track is not None:
         tracker = trackers.ExperimentTracker(options.track, folder.out, plain(options), console.line)
@@ -108,7 +106,6 @@ def _run(
         checks={job.name: checks[job.name] for job in jobs if checks[job.name].needed(job.progress.step)},
         halving=halving,
         tracker=tracker,
-        compilation=compilation,
     )
     _announce(setup, manifest, recorder, restored=rounds is not None)
     if unfinished:  # also if all jobs are paused: a request may resume them
@@ -119,7 +116,7 @@ def _run(
             tokens_per_pass=options.tokens_per_pass,
             tokens_per_shared_pass=Packing.stored(manifest).tokens,
         )
-        _train(trainer, recorder, compilation, recompute=_recompute(options, manifest))
+        _train(trainer, recorder, recompute=_recompute(options, manifest))
     return _finish(recorder)
 
 
@@ -157,11 +154,11 @@ def _announce(setup: Setup, manifest: Manifest, recorder: Recorder, *, restored:
         recorder.console.line(line)
 
 
-def _train(trainer: Trainer, recorder: Recorder, compilation: DelayedCompilation, *, recompute: bool) -> None:
+def _train(trainer: Trainer, recorder: Recorder, *, recompute: bool) -> None:
     model = trainer.stepper.runner.model
     recorder.event("started", round=recorder.rounds, pid=os.getpid())
     try:
-        with recorder.handle_signals(), activation_checkpointing(model, recompute), compilation:
+        with recorder.handle_signals(), activation_checkpointing(model, recompute):
             trainer.run()
             recorder.save_requests()
     finally:
