@@ -1,4 +1,4 @@
-"""x W^T + b for a frozen weight: in C++ on processors that multiply pairs of bf16 (``cpp/panels.h``), by torch elsewhere.
+"""x W^T + b for a frozen weight: in C++ on processors that multiply pairs of bf16 (``cpp/products.h``), by torch elsewhere.
 
 No gradients flow through it; callers compute them. Shapes: N rows, K in, O out.
 """

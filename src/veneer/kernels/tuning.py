@@ -1,4 +1,4 @@
-"""Constants that were chosen by measurement, on 2 cores with AVX512-BF16 unless a line says otherwise (``docs/log.md``)."""
+"""Constants that were chosen by measurement, on 2 cores with AVX512-BF16 unless a line says otherwise."""
 
 from __future__ import annotations
 
