@@ -13,6 +13,7 @@ LAYERS = {
     "_version": -4,
     "errors": -4,
     "_files": -3,
+    "_terminal": -3,
     "_options": -2,
     "config": -1,
     "kernels": 0,

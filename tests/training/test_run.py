@@ -63,7 +63,7 @@ def test_a_person_finds_everything_in_the_folder(place: Path, base: Base, tmp_pa
     out = tmp_path / "run"
     train(options(place, out, valid=(place / "valid.jsonl",), eval_every=4), base=base, console=QUIET)
     assert {path.name for path in out.iterdir()} == {
-        *("config.yaml", "run.json", "metrics", "events.jsonl", "checkpoints", "adapter", "best", ".lock")
+        *("config.yaml", "run.json", "metrics", "loss.svg", "events.jsonl", "checkpoints", "adapter", "best", ".lock")
     }
     facts = json.loads((out / "run.json").read_text())
     assert {"torch", "transformers", "python", "threads", "dtype", "base", "data", "held_out", "template"} <= set(facts)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Sequence
 from typing import Any
+
+from veneer._terminal import wrapped
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -18,6 +21,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
         )
         for row in (header, *rows)
     ]
+
+
+def print_lines(lines: Iterable[str]) -> None:
+    """Print lines; on a terminal, long ones are broken between words."""
+    print(wrapped("\n".join(lines), sys.stdout))
 
 
 def percent(fraction: float) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from veneer._terminal import status
 from veneer.checkpoints.locate import adapters_at, find_adapter, is_run
 from veneer.cli._targets import not_an_adapter
 from veneer.errors import ConfigError
@@ -52,6 +53,7 @@ def base_of(parents: Sequence[Parent], given: str | None) -> str:
     return name
 
 
+@status("reading the base")
 def checked_base(parents: Sequence[Parent], given: str | None, force: Sequence[str]) -> tuple[str, Skeleton]:
     """Open the files of the parents' base, and check that every parent fits it and was made on it.
 

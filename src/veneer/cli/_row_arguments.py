@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from veneer._terminal import status
 from veneer.cli._parser import at_least
 from veneer.errors import ConfigError
 
@@ -63,6 +64,7 @@ def pairs_of(flag: str, given: str) -> dict[str, str]:
     return found
 
 
+@status("loading the tokenizer")
 def renderer_of(args: argparse.Namespace) -> Renderer:
     """Build the renderer for the arguments, with the base's tokenizer."""
     from veneer.data.chat.render import Renderer, RenderOptions

@@ -10,6 +10,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from veneer._terminal import status
 from veneer.cli._output import as_json, table
 from veneer.cli._parents import checked_base, needs_base_weights, parse_mix
 from veneer.cli._parser import at_least
@@ -70,7 +71,9 @@ def run_spectra(args: argparse.Namespace) -> int:
     if args.reduce_intruders is not None:
         return _reduce(args, parents[0], weights)
     other = parents[1].adapter if len(parents) > 1 else None
-    found = adapter_spectra(adapter, weights, against=other, top_k=args.top_k, threshold=args.threshold)
+    found = status("computing spectra")(adapter_spectra)(
+        adapter, weights, against=other, top_k=args.top_k, threshold=args.threshold
+    )
     written = _write(args, found)
     if args.json:
         print(as_json({**found.as_dict(), "written": written}))

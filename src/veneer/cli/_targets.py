@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from veneer._terminal import status
 from veneer.checkpoints.locate import CONFIG, adapters_at, is_run
 from veneer.cli._parser import add_dtype, add_force
 from veneer.errors import CheckpointError, ConfigError
@@ -118,7 +119,8 @@ def load_targets(
     if len(bases) > 1:
         sources = "; ".join(f"{model} (from {source})" for model, source in bases.items())
         raise ConfigError(f"the targets name different bases: {sources}; choose one with --base")
-    return _load(next(iter(bases)), folders, dtype, purpose, force)
+    with status(f"loading {next(iter(bases))}"):
+        return _load(next(iter(bases)), folders, dtype, purpose, force)
 
 
 def _load(model: str, folders: dict[str, Path], dtype: str, purpose: str, force: Sequence[str]) -> LoadedTargets:

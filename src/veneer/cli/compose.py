@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from veneer.cli._output import as_json, difference_from, percent, table
+from veneer._terminal import status
+from veneer.cli._output import as_json, difference_from, percent, print_lines, table
 from veneer.cli._parents import base_of, checked_base, needs_base_weights, parse_mix
 from veneer.cli._parser import add_force, add_json, add_sites, at_least
 from veneer.errors import ComposeError, ConfigError
@@ -93,14 +94,14 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--search finds the weights; give the adapters without weights")
     weights = _weights(args, parents)
     evaluator = _MixEvaluator(args, base_of(parents, args.base), parents) if args.data else None
-    searched = evaluator.search(args.budget) if evaluator and args.search else None
+    searched = status("searching weights")(evaluator.search)(args.budget) if evaluator and args.search else None
     if searched is not None:
         parents = [Parent(p.adapter, w) for p, w in zip(parents, searched["weights"], strict=True) if w]
         if not parents:
             raise ComposeError(
                 f"no mix has a lower loss on these examples than the base ({searched['loss']:.4f}); nothing was written"
             )
-    composition = combine(
+    composition = status("composing")(combine)(
         args.op,
         parents,
         name=args.name or args.out.resolve().name,
@@ -111,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
         settings=OperationSettings(args.scale, args.density, args.drop, args.side, args.seed),
         any_base="base" in args.force,
     )
-    losses = evaluator.losses(composition) if evaluator else {}
+    losses = status("evaluating")(evaluator.losses)(composition) if evaluator else {}
     write_adapter(
         composition.adapter,
         args.out,
@@ -121,7 +122,10 @@ def run(args: argparse.Namespace) -> int:
         template=composition.template,
     )
     report = {**composition.as_dict(), "out": str(args.out), "losses": losses, "search": searched}
-    print(as_json(report) if args.json else "\n".join(_lines(composition, report, args.sites)))
+    if args.json:
+        print(as_json(report))
+    else:
+        print_lines(_lines(composition, report, args.sites))
     return 0
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from veneer.cli._output import as_json
+from veneer._terminal import status
+from veneer.cli._output import as_json, print_lines
 from veneer.cli._parser import add_json
 from veneer.cli._row_arguments import add_row_arguments, pairs_of, renderer_of
 
@@ -29,6 +30,11 @@ def run(args: argparse.Namespace) -> int:
     renderer = renderer_of(args)
     from veneer.data.check import check_files, report_lines
 
-    report = check_files([found["train"]], renderer, valid=valid, format=args.format, columns=columns, roles=roles)
-    print(as_json(report.as_dict()) if args.json else "\n".join(report_lines(report)))
+    report = status("checking")(check_files)(
+        [found["train"]], renderer, valid=valid, format=args.format, columns=columns, roles=roles
+    )
+    if args.json:
+        print(as_json(report.as_dict()))
+    else:
+        print_lines(report_lines(report))
     return 0 if report.usable else 1

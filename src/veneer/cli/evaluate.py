@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veneer._files import decode
+from veneer._terminal import status
 from veneer.cli._output import as_json
 from veneer.cli._parser import add_json, at_least
 from veneer.cli._row_arguments import add_format_arguments, pairs_of
@@ -81,8 +82,20 @@ def _losses(
     runner: Any, examples: list[Example], bank: Any, routes: dict[str, RouteLike], against: str
 ) -> dict[str, dict[str, float]]:
     from veneer.evaluate.losses import compare, example_losses
+    from veneer.training.run.console import Console
 
-    results = {name: example_losses(runner, examples, bank=bank, route=route) for name, route in routes.items()}
+    console = Console(sys.stderr)
+    results = {}
+    for number, (name, route) in enumerate(routes.items()):
+
+        def show(done: int, name: str = name, number: int = number) -> None:
+            if console.live:
+                fraction = (number + done / len(examples)) / len(routes)
+                console.advance(fraction)
+                console.progress(f"evaluating {name}  {done} of {len(examples)} examples")
+
+        results[name] = example_losses(runner, examples, bank=bank, route=route, progress=show)
+    console.clear()
     rows = {}
     for name, losses in results.items():
         rows[name] = {"loss": losses.mean, "perplexity": losses.perplexity}
@@ -92,6 +105,7 @@ def _losses(
     return rows
 
 
+@status("reading the examples")
 def _sets(args: argparse.Namespace, base: Base) -> dict[str, list[Example]]:
     from veneer.evaluate.general import general_text, pieces
 

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from veneer.cli._output import as_json, difference_from
+from veneer._terminal import status
+from veneer.cli._output import as_json, difference_from, print_lines
 from veneer.cli._parents import Entry, base_of, checked_base, parse_mix
 from veneer.cli._parser import add_force, add_json, at_least
 from veneer.errors import ConfigError, ExportError
@@ -66,10 +67,14 @@ def run(args: argparse.Namespace) -> int:
     else:
         parents = read_parents(entries, force=args.force)
         report = _card(args, parents, entries[0][0]) if args.to == "card" else _gguf(args, parents)
-    print(as_json(report) if args.json else "\n".join(_lines(report)))
+    if args.json:
+        print(as_json(report))
+    else:
+        print_lines(_lines(report))
     return 0
 
 
+@status("converting")
 def _peft(args: argparse.Namespace, entries: Sequence[Entry]) -> dict[str, Any]:
     """Load one adapter onto its base, converting it if needed, and write it as a new folder."""
     from veneer.checkpoints import attach, receipt
@@ -122,6 +127,7 @@ def _gguf(args: argparse.Namespace, parents: Sequence[Parent]) -> dict[str, Any]
     return report
 
 
+@status("converting")
 def _as_lora(parents: Sequence[Parent], base: Skeleton, rank: int | None) -> tuple[Adapter, float]:
     """Return one LoRA adapter for the weighted parents, and its relative error.
 

@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from veneer.cli._output import as_json, names_of, percent, table
+from veneer._terminal import status
+from veneer.cli._output import as_json, names_of, percent, print_lines, table
 from veneer.cli._parser import add_json, add_sites, at_least
 from veneer.errors import ConfigError
 
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
 
     check_free(args.out)
     patterns = [part for part in args.target_modules.split(",") if part]
-    found = extract(
+    found = status("extracting")(extract)(
         skeleton(base_folder(args.base)),
         skeleton(base_folder(args.tuned)),
         name=args.name or args.out.resolve().name,
@@ -64,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(as_json({**found.as_dict(), "out": str(args.out)}))
     else:
-        print("\n".join(_lines(found, str(args.out), args.sites)))
+        print_lines(_lines(found, str(args.out), args.sites))
     return 0
 
 

@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from veneer.cli._output import as_json
+from veneer.cli._output import as_json, print_lines
 from veneer.cli._parser import add_json, number
 
 if TYPE_CHECKING:
@@ -52,7 +52,10 @@ def run(args: argparse.Namespace) -> int:
     write_adapter(adapter, args.out, base_name=args.base, task_type=task, receipt=receipt)
     report = {"out": str(args.out), **made_by, "method": adapter.method.name, "parameters": adapter.num_parameters()}
     report["sites"] = {site: {"rank": adapter.rank(site), "scale": adapter.scale(site)} for site in adapter.tensors}
-    print(as_json(report) if args.json else "\n".join(_lines(adapter, report, args.base)))
+    if args.json:
+        print(as_json(report))
+    else:
+        print_lines(_lines(adapter, report, args.base))
     return 0
 
 

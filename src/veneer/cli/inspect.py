@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from veneer._terminal import status
 from veneer.cli._output import table
 from veneer.cli._parser import add_dtype, add_force, add_json
 from veneer.cli._spectra import add_spectra_arguments, run_spectra, spectra_requested
@@ -54,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
     return int(any(view.logits is not None and not view.logits["ok"] for view in views))
 
 
+@status("reading the adapter")
 def _views(folders: dict[str, Path], args: argparse.Namespace) -> list[View]:
     from veneer.checkpoints import attach, read_adapter
     from veneer.checkpoints.inspect import view

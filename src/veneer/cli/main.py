@@ -20,6 +20,7 @@ import traceback
 from collections.abc import Sequence
 from types import ModuleType
 
+from veneer._terminal import wrapped
 from veneer._version import __version__
 from veneer.cli._error_text import explain
 from veneer.cli._parser import Parser
@@ -151,7 +152,7 @@ def _print_error(line: str) -> None:
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
     with contextlib.suppress(OSError, ValueError):
-        print(line, file=sys.stderr, flush=True)
+        print(wrapped(line, sys.stderr), file=sys.stderr, flush=True)
 
 
 def _discard_output() -> None:

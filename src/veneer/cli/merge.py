@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from veneer.cli._output import as_json, difference_from, percent, table
+from veneer._terminal import status
+from veneer.cli._output import as_json, difference_from, percent, print_lines, table
 from veneer.cli._parents import checked_base, parse_mix
 from veneer.cli._parser import add_force, add_json, add_sites, at_least
 from veneer.errors import ConfigError
@@ -73,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     parents = read_parents(parse_mix(args.adapter), force=args.force)
     _, base = checked_base(parents, args.base, args.force)
     compare = None if args.no_probe else _logit_check(parents, base.folder.path, base.folder.bytes())
-    report = merge_to_folder(
+    report = status("merging")(merge_to_folder)(
         [(parent.adapter, parent.weight) for parent in parents],
         base,
         args.out,
@@ -86,7 +87,10 @@ def run(args: argparse.Namespace) -> int:
         write_residual=lambda adapter, folder: _write_residual(adapter, folder, str(args.out)),
         check=_finish(parents, compare),
     )
-    print(as_json(report.as_dict()) if args.json else "\n".join(_lines(report, args.sites)))
+    if args.json:
+        print(as_json(report.as_dict()))
+    else:
+        print_lines(_lines(report, args.sites))
     return 0
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 
+from veneer._terminal import status
 from veneer.cli import train
 from veneer.cli._output import as_json
 from veneer.cli._parser import add_json
-from veneer.config import differences
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,11 +20,11 @@ def run(args: argparse.Namespace) -> int:
     """Print the plan; the exit code is 1 if the run does not fit into memory."""
     options, provenance = train.resolve_source(args)
     if not args.json:
-        for difference in differences(options, provenance):
-            print(difference)
-    from veneer.training.run.decisions import plan
+        train.print_differences(options, provenance)
+    with status("loading the base and measuring"):
+        from veneer.training.run.decisions import plan
 
-    found, remedies = plan(options)
+        found, remedies = plan(options)
     if args.json:
         print(as_json({**found.as_dict(), "remedies": remedies}))
         return int(not found.fits)

@@ -9,6 +9,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from veneer._terminal import status
 from veneer.cli._output import table
 from veneer.config import (
     PER_RUN_OPTIONS,
@@ -42,13 +43,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train; the exit code is 1 if a job failed."""
     options, provenance = resolve_source(args)
-    for difference in differences(options, provenance):
-        print(difference)
-    from veneer.training import train
-
+    print_differences(options, provenance)
+    with status("loading"):
+        from veneer.training import train
     result = train(options, fresh=args.fresh, resume_from=args.resume_from)
     _print_result(result)
     return 1 if any(job.state == "failed" for job in result.jobs.values()) else 0
+
+
+def print_differences(options: TrainOptions, provenance: Provenance) -> None:
+    """Print options that do not have their defaults, except those that were typed in this command."""
+    for difference in differences(options, provenance):
+        if not difference.source.startswith("--"):
+            print(difference)
 
 
 def _print_result(result: RunResult) -> None:

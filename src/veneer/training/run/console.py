@@ -10,6 +10,8 @@ import sys
 import time
 from typing import TextIO
 
+from veneer._terminal import bar, fitted, is_terminal, wrapped
+
 _PLAIN_SECONDS = 5.0
 
 
@@ -19,9 +21,10 @@ class Console:
     def __init__(self, stream: TextIO | None = None, *, quiet: bool = False) -> None:
         self.stream = stream or sys.stdout
         self.quiet = quiet
-        self.live = not quiet and self.stream.isatty()
+        self.live = not quiet and is_terminal(self.stream)
         """Progress overwrites one line."""
         self._shown = ""
+        self._bar: list[str] = []
         self._last = 0.0
 
     def line(self, text: str) -> None:
@@ -29,14 +32,21 @@ class Console:
         if self.quiet:
             return
         self.clear()
-        print(text, file=self.stream, flush=True)
+        print(wrapped(text, self.stream), file=self.stream, flush=True)
+
+    def advance(self, fraction: float) -> None:
+        """Set the fraction of the work that is done, which the live line shows as a bar."""
+        self._bar = [bar(fraction)]
 
     def progress(self, text: str, *, important: bool = False) -> None:
-        """Overwrite the live line; without a terminal, print a line if it is important or the last one is a few seconds old."""
+        """Overwrite the live line; without a terminal, print a line if it is important or the last one is a few seconds old.
+
+        The live line leaves out the last parts of the text, between double spaces, where the terminal is too narrow.
+        """
         if self.quiet:
             return
         if self.live:
-            text = text[: shutil.get_terminal_size().columns - 1]
+            text = fitted([*self._bar, *text.split("  ")], shutil.get_terminal_size().columns - 1)
             self.stream.write("\r" + text.ljust(len(self._shown)))
             self.stream.flush()
             self._shown = text

@@ -198,9 +198,10 @@ class Recorder(Listener):
     def _show(self, job: Job, metrics: dict[str, float], speed: float, seconds: float) -> None:
         left = sum(max(0, other.steps - other.progress.step) for other in self.jobs if other.running)
         remaining = "" if self._recent[0][1] == 0 else f"  {duration(left * seconds)} left"
+        self.console.advance(1 - left / max(1, left + sum(other.progress.step for other in self.jobs)))
         self.console.progress(
-            f"{self._prefix(job)}step {job.progress.step}/{job.steps}  loss {metrics['loss']:.4f}  lr {metrics['lr']:.2e}  "
-            f"{speed:,.0f} tokens/s  {resident() / 1e9:.2f} GB{remaining}",
+            f"{self._prefix(job)}step {job.progress.step}/{job.steps}  loss {metrics['loss']:.4f}{remaining}  "
+            f"{speed:,.0f} tokens/s  lr {metrics['lr']:.2e}  {resident() / 1e9:.2f} GB",
             important=job.progress.step in (1, job.steps),
         )
 
@@ -250,6 +251,9 @@ def _finite(value: float) -> float | None:
 
 
 def _change(losses: list[tuple[int, float]]) -> str:
-    """The change of the last loss from the first, in percent."""
+    """The change of the last loss from the first, in percent, or in words if the percentage would round to nothing."""
     first, last = losses[0][1], losses[-1][1]
-    return "" if len(losses) == 1 else f" ({100 * (last - first) / first:+.1f} %)"
+    if len(losses) == 1 or not (math.isfinite(first) and math.isfinite(last) and first > 0):
+        return ""
+    change = 100 * (last - first) / first
+    return " (unchanged)" if abs(change) < 0.05 else " (close to 0)" if change < -99.9 else f" ({change:+.1f} %)"

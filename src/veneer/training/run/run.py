@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from veneer.training.activation_checkpointing import activation_checkpointing
 from veneer.training.loop.halving import Halving
 from veneer.training.loop.job import JobState
 from veneer.training.loop.trainer import Trainer
+from veneer.training.loss_plot import write_loss_plot
 from veneer.training.planning.packing import Packing
 from veneer.training.planning.plan import TrainingPlan
 from veneer.training.run import trackers
@@ -76,6 +77,8 @@ def train(
     with _locked(out):
         if not fresh and (out / CONFIG).is_file():
             jobs = match_stored_run(out, jobs)
+        if console.live:
+            console.progress(f"loading {options.base}")
         with set_up(options, jobs, base, console.line) as setup:
             halving = Halving(setup.jobs) if options.halving else None
             folder = RunFolder(out, single=len(jobs) == 1)
@@ -163,6 +166,8 @@ def _train(trainer: Trainer, recorder: Recorder, *, recompute: bool) -> None:
             recorder.save_requests()
     finally:
         recorder.console.clear()
+        with suppress(OSError):
+            write_loss_plot(recorder.folder.out)
         if recorder.tracker is not None:
             recorder.tracker.end()
 
