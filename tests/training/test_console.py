@@ -24,10 +24,8 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_a_terminal_has_one_live_line(
-    place: Path, base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each step overwrites the line of the one before: a bar, the loss and from the second step on the time left; it is erased at the end."""
+def test_a_terminal_has_one_live_line(place: Path, base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each step overwrites the line of the one before: a bar, the loss and later the time left; it is erased at the end."""
     monkeypatch.setenv("COLUMNS", "140")
     screen = Terminal()
     train(options(place, tmp_path / "a", steps=4, valid=(place / "valid.jsonl",)), base=base, console=Console(screen))
