@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from tests.project.source import ROOT
+from tests.project.test_structure import missing, tree_files
 
 import veneer
 from veneer.cli.main import COMMANDS, parser_of
@@ -88,3 +89,9 @@ def test_documents_have_something_to_check() -> None:
 def test_links_resolve(path: Path) -> None:
     """Each relative link in a document names an existing file."""
     assert [link for link in links_of(path) if not (path.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_that_documents_name_exist(path: Path) -> None:
+    """Each source file that a document names is in the tree; ``NAME.py`` stands for any."""
+    assert missing(path.read_text(encoding="utf-8").replace("NAME.py", ""), tree_files()) == []
