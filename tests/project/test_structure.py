@@ -17,11 +17,7 @@ KNOWN_CIRCLES: set[str] = {
 }
 """Modules that still stand in an import circle."""
 
-KNOWN_CLASSES: set[str] = {
-    "_Gated",
-    "_Norm",
-    "_Rotary",
-}
+KNOWN_CLASSES: set[str] = set()
 """Class names that are still used more than once."""
 
 KNOWN_MISSING: set[str] = {

@@ -81,7 +81,7 @@ class Adapter:
         return self.method.scaling(self.rank(site), self.alpha(site))
 
     def follows_at(self, site: Site) -> bool:
-        """Whether the adapter acts on an output head through the factors of the embedding that the head is tied to."""
+        """True if the adapter acts on an output head through the factors of the embedding that the head is tied to."""
         return self.method.ensure_weight_tying and site.tied_to in self.tensors and site.name not in self.tensors
 
     def sites(self, survey: Survey) -> list[Site]:

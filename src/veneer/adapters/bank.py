@@ -36,7 +36,7 @@ from veneer.errors import AdapterError, RouteError
 
 
 class FolderFormat(Protocol):
-    """How adapters are read from and written to folders; handed in, so that this package knows no file format."""
+    """Reads adapters from folders and writes them; passed in, so that this package depends on no file format."""
 
     def find(self, path: Path) -> tuple[str, Path]:
         """(name, folder) of the adapter that a path means."""
@@ -84,7 +84,7 @@ class Bank:
 
     @property
     def fast_path(self) -> bool:
-        """Whether layers may use the fast path; if not, all use the plain one."""
+        """True if layers may use the fast path; otherwise all use the plain one."""
         return self.runtime.fast_path
 
     @fast_path.setter

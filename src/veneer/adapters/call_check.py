@@ -22,7 +22,7 @@ _ENOUGH_CALLS = 32
 
 
 class CallMonitor:
-    """What is known of one model's calls. ``called``, ``rows_known``: settled by the dry run at attach."""
+    """Facts about one model's calls. ``called``, ``rows_known``: set by the dry run at attach."""
 
     def __init__(
         self, model: nn.Module, survey: Survey, adapters: Mapping[str, Adapter], *, called: bool, rows_known: bool

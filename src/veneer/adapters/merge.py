@@ -103,5 +103,5 @@ def unties(survey: Survey, mix: Weighted) -> list[tuple[str, ...]]:
 
 
 def _follows(survey: Survey, group: tuple[str, ...], touched: set[str]) -> bool:
-    """Whether every module of a group that an adapter has no factors for takes those of an embedding that it has."""
+    """True if every module of a group without factors takes those of an embedding that the adapter has."""
     return all(site in touched or survey.sites[site].tied_to in touched for site in group) and len(touched) == 1

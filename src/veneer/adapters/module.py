@@ -36,7 +36,7 @@ _OF_THE_BASE = frozenset(
 
 
 class ModuleBank(Protocol):
-    """What the module needs of a bank."""
+    """The part of a bank that the module uses."""
 
     model: nn.Module
 

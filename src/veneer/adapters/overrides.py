@@ -1,4 +1,4 @@
-"""Overrides: weights, biases and rows of an adapter's own that stand in for the base's, for that adapter's tokens only.
+"""Overrides: weights, biases and rows that replace those of the base for one adapter's tokens.
 
 In addition to its low-rank changes an adapter may train a head, an embedding, a norm, biases, or the rows of a few tokens. This file has
 their checks, their initial values and their deltas; ``runtime/override_path.py`` computes with them. A site can have overrides, and so
@@ -78,7 +78,7 @@ def _expected(module: Any, site: Site, key: str, tokens: tuple[int, ...]) -> tup
 
 @torch.no_grad()
 def _works_by_token(module: nn.Module) -> bool:
-    """Whether a layer over [B, T, d] gives the same for its tokens as [B * T, d]."""
+    """True if a layer computes the tokens of [B, T, d] as those of [B * T, d]."""
     first = next(module.parameters(recurse=False))
     if first.is_meta:
         return True

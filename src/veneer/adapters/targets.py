@@ -1,4 +1,4 @@
-"""Which sites an adapter takes: patterns over site names, each of which must match something.
+"""Chooses an adapter's sites by patterns over site names. A pattern that matches nothing is an error.
 
     all-linear          every linear layer of the blocks, not the head
     q_proj              a name: the last part of a path, or any tail of it ("self_attn.q_proj")
@@ -31,7 +31,7 @@ def as_list(patterns: str | Iterable[str]) -> list[str]:
 
 
 def matches(pattern: str, path: str) -> bool:
-    """Whether a pattern of any kind but ``all-linear`` names this path."""
+    """True if a pattern of any kind but ``all-linear`` matches this path."""
     if pattern.startswith("re:"):
         return re.fullmatch(pattern[3:], path) is not None
     if any(char in pattern for char in "*?["):
@@ -42,7 +42,7 @@ def matches(pattern: str, path: str) -> bool:
 def select(survey: Survey, options: LowRankOptions, kinds: tuple[str, ...]) -> list[str]:
     """Names of the sites that ``options`` asks for, in the model's order.
 
-    Raises TargetError naming every pattern that matches nothing, every place asked for that cannot be adapted, and why.
+    Raises TargetError naming every pattern that matches nothing and every layer that cannot be adapted, with the reason.
     """
     problems = Problems()
     chosen: set[str] = set()

@@ -123,7 +123,7 @@ class _Fast(ABC):
             return False
 
 
-class _Norm(_Fast):
+class _FastNorm(_Fast):
     name = "norm"
 
     @classmethod
@@ -146,7 +146,7 @@ class _Norm(_Fast):
         return rms_norm(x, self.module.weight, _eps(self.module) or 0.0, one_plus=self.variant == "one_plus")
 
 
-class _Gated(_Fast):
+class _FastGated(_Fast):
     name = "gated"
 
     @classmethod
@@ -167,7 +167,7 @@ class _Gated(_Fast):
         return down
 
 
-class _Gelu(_Fast):
+class _FastGelu(_Fast):
     name = "gelu"
 
     @classmethod
@@ -181,7 +181,7 @@ class _Gelu(_Fast):
         return F.gelu(x, approximate="tanh")
 
 
-class _Rotary(_Fast):
+class _FastRotary(_Fast):
     name = "rotary"
 
     def __init__(self, module: Any, variant: str = "") -> None:
@@ -244,7 +244,7 @@ def _turns(x_BHTD: Tensor, cos: Tensor) -> bool:
     )
 
 
-_KINDS: tuple[type[_Fast], ...] = (_Norm, _Gated, _Gelu, _Rotary)
+_KINDS: tuple[type[_Fast], ...] = (_FastNorm, _FastGated, _FastGelu, _FastRotary)
 
 
 def _candidates(module: nn.Module) -> Iterator[_Fast]:

@@ -45,7 +45,7 @@ class ObservedCall:
 
 
 def is_selected(site: Site) -> bool:
-    """Whether a router picks which tokens reach this layer (an expert of a mixture), in a small batch perhaps none."""
+    """True if a router chooses the tokens of this layer (an expert of a mixture); a small batch may have none."""
     return _SELECTED.search(site.name) is not None
 
 

@@ -49,7 +49,7 @@ class Geometry:
 
 
 class LayerKind:
-    """How adapters act on a layer; the answers here are those of nn.Linear with its weight [out, in]. Holds no state."""
+    """Operations of adapters on one kind of layer. The base class is nn.Linear with its weight [out, in]. Stateless."""
 
     kind = "linear"
     output_dims = 1

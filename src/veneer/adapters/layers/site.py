@@ -34,7 +34,7 @@ class Site:
     group: tuple[str, ...] = ()
     """Linear sites that read the same input one after the other (q, k, v), this one included."""
     overwritten: bool = True
-    """Whether the model may write over the layer's output; the dry run shows where it does not."""
+    """True if the model may write over the layer's output; the dry run shows where it does not."""
     tied_to: str | None = None
     """The embedding that this output head shares its weight with."""
     parent: nn.Module | None = field(default=None, repr=False)
@@ -83,7 +83,7 @@ class Site:
         self._shape = getattr(self.module._parameters.get("weight"), "shape", None)
 
     def is_current(self) -> bool:
-        """Whether the model still has this very module here, with a weight of the same shape."""
+        """True if the model still has this module here, with a weight of the same shape."""
         if self.parent is not None and self.parent._modules.get(self.name.rpartition(".")[2]) is not self.module:
             return False
         return getattr(self.module._parameters.get("weight"), "shape", None) == self._shape

@@ -116,7 +116,7 @@ def _block_of(name: str, blocks: dict[str, int]) -> int | None:
 
 
 def is_vector_layer(module: nn.Module) -> bool:
-    """Whether a layer without a matrix can have overrides: a leaf with vectors, and no statistics over a batch."""
+    """True if a layer without a matrix can have overrides: a leaf with vectors, and no statistics over a batch."""
     parameters = list(module.parameters(recurse=False))
     leaf = not any(True for _ in module.children())
     return leaf and bool(parameters) and all(p.dim() == 1 for p in parameters) and not hasattr(module, "running_mean")

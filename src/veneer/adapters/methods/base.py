@@ -40,13 +40,13 @@ class LowRankMethod(LowRankOptions):
     beyond_peft: ClassVar[tuple[str, ...]] = ("loraplus_lr_ratio",)
     """Options that PEFT's ``adapter_config.json`` has no key for."""
     needs_base_weights: ClassVar[bool] = False
-    """Whether the delta depends on the base weights."""
+    """True if the delta depends on the base weights."""
     serves_tied_head: ClassVar[bool] = True
-    """Whether an output head can use the factors of the embedding that it is tied to."""
+    """True if an output head can use the factors of the embedding that it is tied to."""
     overrides_beside: ClassVar[frozenset[str]] = frozenset({"weight", "bias", "lora_bias"})
     """Overrides that an adapter may have at a site in addition to its low-rank change."""
     keeps_output: ClassVar[bool] = False
-    """Whether backward needs the layer's output."""
+    """True if backward needs the layer's output."""
 
     @property
     def label(self) -> str:
@@ -100,18 +100,18 @@ class LowRankMethod(LowRankOptions):
 
     @property
     def norms(self) -> Literal["none", "constant", "exact"]:
-        """Whether the forward divides by row norms of the changed weight, and whether gradients flow through them."""
+        """Row norms of the changed weight in the forward: unused, constants, or with gradients."""
         return "none"
 
     @property
     def drops_base_product(self) -> bool:
-        """Whether dropout acts on the base product too."""
+        """True if dropout acts on the base product too."""
         return False
 
     def fast_support(
         self, weight: float | Tensor, *, exclusive: bool
     ) -> Literal["always", "unless_overwritten", "never"]:
-        """Whether the fast path computes this method.
+        """Support of the fast path for this method.
 
         Args:
             weight: the adapter's weight in its mix.
@@ -157,22 +157,22 @@ class LowRankMethod(LowRankOptions):
     def delta_parts(
         self, tensors: Mapping[str, Tensor], scale: float, weight_2d: Tensor | None
     ) -> tuple[Tensor | None, Tensor, Tensor, float]:
-        """(gain [out] or None, A [r, in], B [out, r], coefficient) with W' - W = diag(gain) W + coefficient * B A.
+        """(scale_change [out] or None, A [r, in], B [out, r], coefficient) with W' - W = diag(scale_change) W + coefficient * B A.
 
         Computed parts are fp64. A and B are the adapter's own tensors where nothing has to be computed.
         """
         return None, *factors_of(tensors), scale
 
     def tensors_of_delta(
-        self, geometry: Geometry, gain: Tensor | None, a: Tensor, b: Tensor, weight_2d: Tensor | None
+        self, geometry: Geometry, scale_change: Tensor | None, a: Tensor, b: Tensor, weight_2d: Tensor | None
     ) -> dict[str, Tensor]:
-        """The inverse of `delta_parts`: fp32 tensors of a site at scale one. Methods without a magnitude hold no gain."""
+        """The inverse of `delta_parts`: fp32 tensors of a site at scale one. Methods without a magnitude hold no scale_change."""
         shapes = geometry.shape_a(a.shape[0]), geometry.shape_b(a.shape[0])
         factors = [value.float().reshape(shape).contiguous() for value, shape in zip((a, b), shapes, strict=True)]
         return dict(zip(self.factor_names(geometry.kind), factors, strict=True))
 
     def changes_nothing(self, tensors: Mapping[str, Tensor]) -> bool:
-        """Whether a site's tensors alone show that its delta is zero."""
+        """True if a site's tensors alone show that its delta is zero."""
         return not all(bool(factor.any()) for factor in factors_of(tensors))
 
 

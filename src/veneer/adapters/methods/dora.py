@@ -126,12 +126,12 @@ class DoRA(LowRankMethod):
         return magnitude_scale - 1, a, magnitude_scale.unsqueeze(1) * b, scale
 
     def tensors_of_delta(
-        self, geometry: Geometry, gain: Tensor | None, a: Tensor, b: Tensor, weight_2d: Tensor | None
+        self, geometry: Geometry, scale_change: Tensor | None, a: Tensor, b: Tensor, weight_2d: Tensor | None
     ) -> dict[str, Tensor]:
         """The inverse of `delta_parts`: fp32 tensors of a site at scale one, with m = S ||W + B A||_row."""
         if weight_2d is None:
             raise ValueError("the magnitude of a DoRA adapter depends on the base weight")
-        magnitude_scale = torch.ones(geometry.out, dtype=torch.float64) if gain is None else 1 + gain
+        magnitude_scale = torch.ones(geometry.out, dtype=torch.float64) if scale_change is None else 1 + scale_change
         # A row that is scaled to nothing cannot be divided by its scale; it keeps a millionth of itself.
         least = torch.full_like(magnitude_scale, _SMALLEST_SCALE)
         magnitude_scale = torch.where(magnitude_scale.abs() < _SMALLEST_SCALE, least, magnitude_scale)

@@ -1,4 +1,4 @@
-"""How the factors of a new adapter start: one function each, in a table.
+"""Initialisers of an adapter's factors: one function each, in a table.
 
 Every initialiser makes the first change exactly zero: for layers A is random and B zero; for an embedding, where A is looked up by
 token, A is zero and B normal (LoRA, arXiv 2106.09685, section 4.1, and its reference code).

@@ -1,1 +1,1 @@
-"""What happens while the model runs: routes, forward passes, and the paths that a layer's forward takes."""
+"""The runtime: routes, forward passes, and the paths of a layer's forward."""

@@ -139,12 +139,12 @@ def _run(
 
 
 def _input_key(x: Tensor, current: ForwardPass) -> tuple[int, ...]:
-    """What must agree for an output to be taken. Ids hold while the input and the pass are kept alive."""
+    """Key of a shared output. Ids stay unique while the input and the pass are kept alive."""
     return id(x), -1 if x.is_inference() else x._version, id(current), torch.is_grad_enabled()
 
 
 def _marks(weights: list[Layer]) -> tuple[object, ...]:
-    """What changes when a weight does."""
+    """Keys that change when a weight does."""
     return tuple((w.dtype, w.data_ptr(), -1 if w.is_inference() else w._version) for w, _ in weights)
 
 
@@ -217,7 +217,7 @@ def _branches(
 def _version(
     members: list[AdaptedLayer], weights: list[Layer], current: ForwardPass, names: tuple[str, ...]
 ) -> tuple[object, ...] | None:
-    """What tells one version of frozen adapters at these layers from another; None where one is trained or drops out."""
+    """Version of frozen adapters at these layers; None if one is trained or drops out."""
     first = members[0]
     if torch.is_grad_enabled() or any(first.dropout(current, first.adapters[name].adapter) for name in names):
         return None
@@ -254,7 +254,7 @@ def _factors_at(layer: AdaptedLayer, current: ForwardPass, name: str) -> Factors
 
 
 def _fits(layer: AdaptedLayer, x: Tensor) -> bool:
-    """Whether a layer is a plain frozen linear one, or transformers' Conv1D, as it is now."""
+    """True if a layer is now a plain frozen linear one, or transformers' Conv1D."""
     turned = layer.site.kind == "conv1d"
     if layer.inner is not None or not (turned or type(layer.site.module).forward is nn.Linear.forward):
         return False
@@ -275,7 +275,7 @@ def _fits(layer: AdaptedLayer, x: Tensor) -> bool:
 
 
 def _supports(layer: AdaptedLayer, one: Assignment) -> bool:
-    """Whether the fast path knows what this adapter does here."""
+    """True if the fast path supports this adapter at this layer."""
     at = layer.adapters[one.adapter]
     if at.tensors is None or at.tied:
         return False

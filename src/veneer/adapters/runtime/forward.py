@@ -4,7 +4,7 @@
     base_call   no adapter of the route acts here
     fast_path   base products and low-rank products in one call, forward and backward by hand
     plain_path  the base layer's own call, then each adapter's change
-    overrides   weights, biases or rows of the adapter's own in place of the base's
+    overrides   the adapter's weights, biases or rows in place of the base's
 
 An `AdaptedForward` is put on the one module at a site, as its ``forward``. The module keeps its class, name, parameters and state_dict;
 removing the attribute restores it. It refers to the module, its site and the runtime, so a deep copy or a pickle of the model carries

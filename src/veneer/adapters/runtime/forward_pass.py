@@ -77,13 +77,13 @@ class ForwardPass:
         self.end_node: int | None = None
 
     def made(self, node: int) -> bool:
-        """Whether an autograd node, by its number, was made in this pass (or just before: by a checkpoint around the call)."""
+        """True if an autograd node, by its number, was made in this pass (or just before: by a checkpoint around the call)."""
         if self.first_node <= node < (math.inf if self.end_node is None else self.end_node):
             return True
         return not self.grad and node == self.first_node - 1
 
     def computes_like(self, other: ForwardPass) -> bool:
-        """Whether running a layer under either pass gives the same result."""
+        """True if running a layer under either pass gives the same result."""
         a, b = self.route, other.route
         same = a is b or (a.uniform and b.uniform and a.mixes == b.mixes)
         return same and self.draws == other.draws and self.training == other.training

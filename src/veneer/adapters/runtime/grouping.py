@@ -1,4 +1,4 @@
-"""Which adapters of a mixed batch are computed together.
+"""Groups the adapters of a mixed batch that are computed together.
 
 Adapters with few tokens each share one branch (``kernels/lora/grouped.py``): batched products over factors that are padded to the
 largest rank. Another group costs its calls; a larger group costs padding, which is read from memory and multiplied. So neighbouring

@@ -116,5 +116,5 @@ class AdaptedLayer:
         return p, stream_seed(adapter.seed, "dropout", number, self.site.name)
 
     def training(self, current: ForwardPass) -> bool:
-        """Whether adapters drop out here."""
+        """True if adapters drop out here."""
         return self.site.module.training if current.training is None else current.training

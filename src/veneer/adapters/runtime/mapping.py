@@ -61,7 +61,7 @@ class RoutePlan:
         self.keep = keep
         self.adapters = {name: adapters[name] for name in route.names}
         self.exclusive = all(len(mix) <= 1 for mix in route.mixes)
-        """Whether no token uses more than one adapter."""
+        """True if no token uses more than one adapter."""
         self.has_overrides = any(adapter.overrides for adapter in self.adapters.values())
         self.drops = any(adapter.method.lora_dropout for adapter in self.adapters.values())
         self.uniform: tuple[Assignment, ...] | None = None

@@ -1,4 +1,4 @@
-"""The override path: weights, biases and rows of the adapter's own in place of the base's, for that adapter's tokens only.
+"""The override path: weights, biases and rows that replace those of the base for one adapter's tokens.
 
 A layer's output y for an adapter's tokens becomes
 

@@ -80,7 +80,7 @@ class Route:
 
     @property
     def uniform(self) -> bool:
-        """Whether one mix holds for every cell."""
+        """True if one mix applies to every token."""
         return len(self.mixes) == 1
 
     @cached_property
@@ -90,7 +90,7 @@ class Route:
 
     @property
     def length(self) -> int | None:
-        """How many rows or tokens the route speaks of, or None where it holds for all."""
+        """Number of rows or tokens in the route, or None if it applies to all."""
         return None if self.index is None else self.index.numel()
 
     @cached_property

@@ -26,7 +26,7 @@ from veneer.adapters.runtime.tracker import RouteTracker
 
 @dataclass(eq=False)
 class Runtime:
-    """What the forward of an adapted layer reads. Owned by one bank.
+    """The state that the forward of an adapted layer reads. Owned by one bank.
 
     Attributes:
         adapters: the bank's adapters by name.

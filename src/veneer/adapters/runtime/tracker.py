@@ -44,7 +44,7 @@ BackwardPosition = tuple[int, int]
 
 
 def backward_position() -> BackwardPosition | None:
-    """Which node of which backward pass this thread is computing, or None outside backward."""
+    """The autograd node and backward pass that this thread is computing, or None outside backward."""
     task: int = torch._C._current_graph_task_id()
     if task == -1:
         return None
@@ -53,7 +53,7 @@ def backward_position() -> BackwardPosition | None:
 
 
 class ThreadState(threading.local):
-    """What a thread is doing with a bank's model.
+    """State of one thread in calls of a bank's model.
 
     Attributes:
         current, around: the pass that it runs, None outside any call; the passes around it, None the outermost.
@@ -269,7 +269,7 @@ class RouteTracker:
         return begun
 
     def _changed(self, current: ForwardPass) -> bool:
-        """Whether a context was opened inside the call that this thread is in.
+        """True if a context was opened inside the call that this thread is in.
 
         Raises RouteError if the one that the call runs under was left by the thread that owns it.
         """

@@ -90,18 +90,18 @@ class Branch:
 
     masters: list[Tensor | None]
     applies_magnitude = False
-    """Whether `run_` multiplies by S itself, so that `apply_magnitude_` is for backward only."""
+    """True if `run_` multiplies by S itself, so that `apply_magnitude_` is for backward only."""
 
     def takes_base_product(self, tokens: int) -> bool:
-        """Whether, with so many tokens, `run_` and `gradients_` take the layers' base products too and overwrite their outputs."""
+        """True if, with so many tokens, `run_` and `gradients_` take the layers' base products too and overwrite their outputs."""
         return False
 
     def covers_all_tokens(self, h: int, tokens: int) -> bool:
-        """Whether every token has an adapter of this branch at layer h, so that its base product may be taken in C++."""
+        """True if every token has an adapter of this branch at layer h, so that its base product may be taken in C++."""
         return False
 
     def has_magnitude(self, h: int) -> bool:
-        """Whether a magnitude acts at layer h."""
+        """True if a magnitude acts at layer h."""
         raise AssertionError
 
     def full_magnitude_scale(self, h: int) -> Tensor | None:
@@ -192,7 +192,7 @@ def magnitude_gradient(part: Reduction, dots_O: Tensor) -> Tensor:
 
 
 def _weak_gradients(part: Reduction, weak: Tensor) -> Tensor:
-    """Where m is zero it took z with it: these few outputs are computed again."""
+    """Gradients of magnitudes near zero, where y does not determine z: these few outputs are computed again."""
     f, weight = part.factors, part.layer[0]
     assert f.norm is not None
     x = part.x_nK

@@ -37,9 +37,9 @@ def dora_norm(weight_OK: Tensor, squared_O: Tensor, a_RK: Tensor, b_OR: Tensor, 
     wa_OR = (weight_OK @ a_RK.to(weight_OK.dtype).T).to(wide)
     a_RK, b_OR = a_RK.to(wide), b_OR.to(wide)
     cross_O = (wa_OR * b_OR).sum(1)
-    own_O = ((b_OR @ (a_RK @ a_RK.T)) * b_OR).sum(1)
+    change_O = ((b_OR @ (a_RK @ a_RK.T)) * b_OR).sum(1)
     # A row of zeros has no direction: the smallest normal number keeps its magnitude scale 0 / norm, and the root's gradient, finite.
-    square_O = (squared_O + 2 * scale * cross_O + scale * scale * own_O).clamp_min(torch.finfo(wide).tiny)
+    square_O = (squared_O + 2 * scale * cross_O + scale * scale * change_O).clamp_min(torch.finfo(wide).tiny)
     norm_O: Tensor = square_O.sqrt()
     return norm_O
 

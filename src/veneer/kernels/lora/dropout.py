@@ -5,7 +5,7 @@
 Drawing one random number per element is slow on a CPU: for a layer of 576 inputs it takes several times as long as the layer's own
 product in bf16. With p small, the dropped elements are few, and the gaps between them are independent and geometric: so the gaps are
 drawn instead, about p numbers per element, and their running sum says which elements are dropped. That is the same distribution,
-exactly, and what has to be kept for backward is a short list of places. Above `_SPARSE` one number per element is the cheaper way.
+exactly, and what has to be kept for backward is a short list of indices. Above `_SPARSE` one number per element is the cheaper way.
 
 The generator is made from the seed on the spot: no global random state is read, and the same seed and size give the same mask again.
 """
@@ -23,17 +23,17 @@ _SPARSE = 0.2
 
 
 def dropped(count: int, p: float, seed: int, device: torch.device | str = "cpu") -> Tensor:
-    """Ascending places, of ``count``, that dropout with probability ``p`` sets to zero: int64 [about p * count]."""
+    """Ascending indices, of ``count``, that dropout with probability ``p`` sets to zero: int64 [about p * count]."""
     generator = torch.Generator(device=device).manual_seed(seed)
     if p > _SPARSE:
         mask = torch.empty(count, dtype=torch.bool, device=device).bernoulli_(p, generator=generator)
         return mask.nonzero().squeeze(1)
     # Six standard deviations more than expected: one draw in a thousand million is too short, and is drawn on.
     draws = int(count * p + 6 * math.sqrt(count * p) + 16)
-    places = _gaps(draws, p, generator, device).cumsum(0) - 1
-    while int(places[-1]) < count:
-        places = torch.cat((places, _gaps(draws, p, generator, device).cumsum(0) + places[-1]))
-    return places[: int(torch.searchsorted(places, count))]
+    indices = _gaps(draws, p, generator, device).cumsum(0) - 1
+    while int(indices[-1]) < count:
+        indices = torch.cat((indices, _gaps(draws, p, generator, device).cumsum(0) + indices[-1]))
+    return indices[: int(torch.searchsorted(indices, count))]
 
 
 def _gaps(draws: int, p: float, generator: torch.Generator, device: torch.device | str) -> Tensor:
@@ -42,13 +42,13 @@ def _gaps(draws: int, p: float, generator: torch.Generator, device: torch.device
     return u.neg_().log1p_().mul_(1 / math.log1p(-p)).to(torch.int64).add_(1)
 
 
-def zero_(x: Tensor, places: Tensor) -> Tensor:
-    """Set the elements of a contiguous tensor at these flat places to zero, in place."""
-    x.view(-1).index_fill_(0, places, 0)
+def zero_(x: Tensor, indices: Tensor) -> Tensor:
+    """Set the elements of a contiguous tensor at these flat indices to zero, in place."""
+    x.view(-1).index_fill_(0, indices, 0)
     return x
 
 
 def drop(x: Tensor, p: float, seed: int) -> Tensor:
     """Dropout of a whole tensor: plain form, differentiable."""
-    places = dropped(x.numel(), p, seed, x.device)
-    return (x.reshape(-1).index_fill(0, places, 0) / (1 - p)).view(x.shape)
+    indices = dropped(x.numel(), p, seed, x.device)
+    return (x.reshape(-1).index_fill(0, indices, 0) / (1 - p)).view(x.shape)

@@ -60,7 +60,7 @@ class TokenGrid:
 
     @property
     def few(self) -> bool:
-        """Whether products are taken in the masters' own width."""
+        """True if products are taken in the masters' own width."""
         return self.shape[1] <= _FEW
 
     def _weights(self, sizes: list[int], weights: Sequence[float | Tensor]) -> Tensor:
@@ -106,7 +106,7 @@ def pad_factors(factors: Sequence[Sequence[Factors | None]], layers: Sequence[La
     a_JRK = torch.cat([_stack_a(column, layer) for column, layer in zip(columns, layers, strict=True)], dim=1)
     if not grid.few:
         a_JRK = a_JRK.to(dtype)
-    scales = [_stack_gain(column) for column in columns]
+    scales = [_stack_magnitude_scales(column) for column in columns]
     dtype = a_JRK.dtype
     bs = [_stack_b(c, layer, s, dtype) for c, layer, s in zip(columns, layers, scales, strict=True)]
     return PaddedFactors(present, a_JRK.transpose(1, 2).contiguous(), bs, scales)
@@ -133,7 +133,7 @@ def _stack_b(column: Sequence[Factors | None], layer: Layer, s_J1O: Tensor | Non
     return b_JOR.transpose(1, 2).to(dtype).contiguous()
 
 
-def _stack_gain(column: Sequence[Factors | None]) -> Tensor | None:
+def _stack_magnitude_scales(column: Sequence[Factors | None]) -> Tensor | None:
     scales = [None if f is None else f.magnitude_scale() for f in column]
     like = next((s for s in scales if s is not None), None)
     if like is None:
@@ -177,7 +177,7 @@ class GroupedBranch(Branch):
         self._ranks = [b.shape[1] for b in stacked.b_JRO]
 
     def has_magnitude(self, h: int) -> bool:
-        """Whether a magnitude acts at layer h."""
+        """True if a magnitude acts at layer h."""
         return self._scales.get(h) is not None
 
     def apply_magnitude_(self, h: int, t_NO: Tensor, bias_O: Tensor | None) -> None:

@@ -76,7 +76,7 @@ class _LinearCall:
         self.has_magnitude = [any(branch.has_magnitude(h) for branch in branches) for h in range(len(layers))]
         self.sizes: list[int] = []
         self.base_in_branch = False
-        """Whether the only branch takes the base products too."""
+        """True if the only branch takes the base products too."""
 
     def scales_weight(self, h: int, tokens: int) -> Tensor | None:
         """S, if it is cheaper to multiply W's rows by it: one DoRA adapter has all the tokens, and they outnumber W's columns."""

@@ -61,7 +61,7 @@ _LONG, _POINTER, _INT, _FLOAT = ctypes.c_long, ctypes.c_void_p, ctypes.c_int, ct
 
 
 def fits(layers: Sequence[Layer], factors: Sequence[Factors | None] = (), numbers: int = 0) -> bool:
-    """Whether an adapter's part at these layers can be computed in C++; without factors, whether any could. The input has ``numbers``."""
+    """True if an adapter's part at these layers can be computed in C++; without factors, whether any could. The input has ``numbers``."""
     weight = layers[0][0]
     if library() is None or weight.dtype not in KINDS or weight.device.type != "cpu" or weight.shape[1] % _STEP:
         return False
@@ -81,7 +81,7 @@ def _knows(f: Factors, highest: int) -> bool:
 
 
 def agrees() -> bool:
-    """Whether the kernels, as built here, agree with `SingleBranch` on random numbers."""
+    """True if the kernels, as built here, agree with `SingleBranch` on random numbers."""
     draw = torch.Generator().manual_seed(0)
     for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
         shapes = ((64, 3), (32, 9))
@@ -164,12 +164,12 @@ class AdapterSpan:
 
 
 def covers(spans: Sequence[AdapterSpan], h: int, tokens: int) -> bool:
-    """Whether each of so many tokens has an adapter at layer h."""
+    """True if each of `tokens` tokens has an adapter at layer h."""
     return tokens == sum(span.range(tokens)[1] for span in spans if span.factors[h] is not None)
 
 
 class NativeLayout:
-    """What all calls with this number of tokens share: the adapters (runs), and each one's layers. Read only, so threads may share it.
+    """The adapters (runs) and their layers, for all calls with this number of tokens. Read only, so threads may share it.
 
     The structures are those of the C++ sources, field by field.
     """
@@ -180,7 +180,7 @@ class NativeLayout:
         self.alive: list[Tensor] = []
         """Tensors that addresses point to."""
         self.covered = [covers(spans, h, tokens) for h in range(len(layers))]
-        """Whether each token has an adapter, by layer."""
+        """True if each token has an adapter, by layer."""
         self.memory = self.u = layer = 0
         for run, span in zip(self.runs, spans, strict=True):
             run.first, run.rows = span.range(tokens)
@@ -242,7 +242,7 @@ class NativeBranch(Branch):
         self.masters: list[Tensor | None] = [m for span in self._spans for _, f in span.parts for m in f.masters]
 
     def takes_base_product(self, tokens: int) -> bool:
-        """Whether `run_` and `gradients_` take the products with the layers' weights too: every token is an adapter's, at every layer."""
+        """True if `run_` and `gradients_` take the products with the layers' weights too: every token is an adapter's, at every layer."""
         if tokens in self._with_base:
             return self._with_base[tokens]
         weights = [weight for weight, _ in self._layers]
@@ -256,15 +256,15 @@ class NativeBranch(Branch):
         return self._with_base[tokens]
 
     def _sparse(self, tokens: int) -> bool:
-        """Whether adapters have too few tokens for separate products with the weights."""
+        """True if adapters have too few tokens for separate products with the weights."""
         return tokens < _MANY * len(self._spans)
 
     def covers_all_tokens(self, h: int, tokens: int) -> bool:
-        """Whether every token has an adapter at layer h."""
+        """True if every token has an adapter at layer h."""
         return self._layout(tokens).covered[h]
 
     def has_magnitude(self, h: int) -> bool:
-        """Whether a magnitude acts at layer h."""
+        """True if a magnitude acts at layer h."""
         return h in self._scaled
 
     def full_magnitude_scale(self, h: int) -> Tensor | None:
@@ -322,12 +322,12 @@ class NativeBranch(Branch):
             self._call(
                 "veneer_low_rank_backward", layout, layers, NativeCall(), x, back.dx_NK, memory, u, g_NO, back.y_NO
             )
-        for place, h, f, span, dots_O, seen in dots:
+        for position, h, f, span, dots_O, seen in dots:
             g, y = g_NO[h], back.y_NO[h]
             assert x is not None and g is not None and y is not None
             g_nO, y_nO, x_nK = (take(t, span.rows) for t in (g, y, x))
             reduction = Reduction(back.layers[h], f, span.scales[h], g_nO, y_nO, x_nK, seen)
-            found[place] = magnitude_gradient(reduction, dots_O)
+            found[position] = magnitude_gradient(reduction, dots_O)
         return found
 
     def _layout(self, tokens: int) -> NativeLayout:

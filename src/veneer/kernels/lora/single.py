@@ -49,7 +49,7 @@ class SingleBranch(Branch):
         self._drops = any(f.dropout is not None for _, f in self.parts)
 
     def has_magnitude(self, h: int) -> bool:
-        """Whether a magnitude acts at layer h."""
+        """True if a magnitude acts at layer h."""
         return h in self._scales
 
     def full_magnitude_scale(self, h: int) -> Tensor | None:
