@@ -223,7 +223,7 @@ def test_classifier_has_hidden_states_and_no_token_logits() -> None:
 def test_layout_says_where_each_token_stands(arch: str) -> None:
     """``index`` and ``cell`` are inverse, and padding is -1."""
     flat = Flat.of(_segments())
-    layout = FlatRunner(tiny(arch)).layout(flat)
+    layout = FlatRunner(tiny(arch)).prepare(flat).layout
     total = sum(LENGTHS)
     assert layout.shape == ((1, total) if arch == "llama" else (len(LENGTHS), max(LENGTHS)))
     assert torch.equal(layout.index[layout.cell], torch.arange(total))

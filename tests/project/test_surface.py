@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import subprocess
 import sys
 
@@ -38,6 +39,16 @@ def test_import_is_cheap() -> None:
     """``import veneer`` imports neither torch nor pydantic."""
     code = "import sys, veneer; sys.exit('torch' in sys.modules or 'pydantic' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("given", ["", "active"])
+def test_waiting_threads_sleep(given: str) -> None:
+    """OpenMP's threads wait asleep, unless the user has chosen otherwise."""
+    code = "import os, sys, veneer; sys.exit(os.environ['OMP_WAIT_POLICY'] != sys.argv[1])"
+    env = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+    env |= {"OMP_WAIT_POLICY": given} if given else {}
+    command = [sys.executable, "-c", code, given or "passive"]
+    assert subprocess.run(command, env=env, timeout=60, check=False).returncode == 0
 
 
 @pytest.mark.parametrize("module", sorted({dotted(path) for path in modules()} - {"veneer.__main__"}))

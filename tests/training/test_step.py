@@ -11,6 +11,7 @@ from tests.training.made import World, apart, examples
 from veneer.adapters import Bank, DoRA, LoRA
 from veneer.data.batch import make_batch
 from veneer.data.example import Example
+from veneer.models.layout import Layout
 
 METHODS = {
     "plain": LoRA(r=3),
@@ -81,6 +82,20 @@ def test_accumulation_changes_no_mathematics(cuts: tuple[int, ...]) -> None:
         made.stepper.forward_backward(make_batch(rows[at : at + size], "plain"))
         at += size
     assert apart(gradients(made.bank, "plain"), whole) < 1e-6
+
+
+@pytest.mark.parametrize("arch", ["llama", "bloom"])
+def test_the_layout_of_a_batch_is_computed_once(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One step computes one layout, on bases that run flat and on those that run as padded rows."""
+    made = world(arch)
+    counted: list[str] = []
+    for kind in ("flat", "padded"):
+        make = getattr(Layout, kind)
+        monkeypatch.setattr(
+            Layout, kind, staticmethod(lambda batch, make=make, kind=kind: counted.append(kind) or make(batch))
+        )
+    run(made, list(zip(METHODS, examples(4), strict=True)))
+    assert len(counted) == 1
 
 
 def test_weights_of_tokens_are_in_the_gradient() -> None:

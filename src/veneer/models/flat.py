@@ -8,9 +8,9 @@
 Every linear layer sees [1, T, d], so that no work is done for padding; attention alone knows the segments (see
 ``flat_attention.py``). Not every model follows the extension point that this needs: some take the call and compute
 something else. So a runner is probed when it is made (``probe.py``), and a model that fails runs on padded rows
-behind the same interface: token t of the flat batch is then some cell of [S, Tmax], and ``layout`` says which.
+behind the same interface: token t of the flat batch is then some cell of [S, Tmax], and the layout says which.
 
-Boundary: a runner holds no route and no adapter; whoever routes tokens reads ``layout``. Gradients flow if the
+Boundary: a runner holds no route and no adapter; callers that route tokens read the layout of `prepare`. Gradients flow if the
 caller lets them.
 """
 
@@ -26,9 +26,9 @@ from veneer.errors import BaseModelError
 from veneer.kernels.attention.segments import Segments
 from veneer.models.flat_attention import NotFlat, Switch
 from veneer.models.flat_check import probe as run_probe
-from veneer.models.layout import Flat, FlatLike, Layout
+from veneer.models.layout import Flat, FlatLike, Layout, PreparedBatch
 
-__all__ = ["Flat", "FlatLike", "FlatRunner", "Layout"]
+__all__ = ["Flat", "FlatLike", "FlatRunner", "Layout", "PreparedBatch"]
 
 
 class FlatRunner:
@@ -74,9 +74,12 @@ class FlatRunner:
                 f"{name} is an encoder-decoder model, whose two inputs have no flat form; call it directly on padded rows."
             )
 
-    def layout(self, flat: FlatLike) -> Layout:
-        """Where each token of ``flat`` stands in what the model sees."""
-        return Layout.flat(flat) if self.kind == "flat" else Layout.padded(flat)
+    def prepare(self, flat: FlatLike) -> PreparedBatch:
+        """The batch with its layout. A prepared batch is returned as it is, so a caller that prepares one computes the layout once."""
+        if isinstance(flat, PreparedBatch):
+            return flat
+        layout = Layout.flat(flat) if self.kind == "flat" else Layout.padded(flat)
+        return PreparedBatch(flat.ids, flat.positions, flat.offsets, layout)
 
     def logits(self, flat: FlatLike, keep: torch.Tensor | None = None) -> torch.Tensor:
         """Logits [K, V] at the tokens ``keep`` (flat indices, [K]; None means all), from the model's own head.
@@ -84,12 +87,9 @@ class FlatRunner:
         Only the kept positions go through the head where the model can be told so; soft caps and scales are the
         model's.
         """
-        layout = self.layout(flat)
-        columns, row, at = self._head_columns(flat, layout, keep)
-        if columns is not None:
-            out = self._run(flat, layout, logits_to_keep=columns)
-        else:
-            out = self._run(flat, layout)
+        batch = self.prepare(flat)
+        columns, row, at = self._head_columns(batch, keep)
+        out = self._run(batch) if columns is None else self._run(batch, logits_to_keep=columns)
         logits = getattr(out, "logits", None)
         if logits is None or logits.dim() != 3:
             raise BaseModelError(
@@ -100,18 +100,19 @@ class FlatRunner:
 
     def head_cells(self, flat: FlatLike, keep: torch.Tensor | None = None) -> torch.Tensor:
         """The cells of ``layout`` that the head is given when ``logits(flat, keep)`` is called, in its order."""
-        layout = self.layout(flat)
-        columns, _, _ = self._head_columns(flat, layout, keep)
-        rows, width = layout.shape
-        every = torch.arange(width, device=flat.ids.device) if columns is None else columns
-        return (torch.arange(rows, device=flat.ids.device)[:, None] * width + every).flatten()
+        batch = self.prepare(flat)
+        columns, _, _ = self._head_columns(batch, keep)
+        rows, width = batch.layout.shape
+        every = torch.arange(width, device=batch.ids.device) if columns is None else columns
+        return (torch.arange(rows, device=batch.ids.device)[:, None] * width + every).flatten()
 
     def _head_columns(
-        self, flat: FlatLike, layout: Layout, keep: torch.Tensor | None
+        self, batch: PreparedBatch, keep: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
         """(columns that go through the head, None for all; row of each kept token; its place among the columns)."""
+        layout = batch.layout
         width = max(1, layout.shape[1])
-        cells = layout.cell if keep is None else layout.cell[keep.to(flat.ids.device)]
+        cells = layout.cell if keep is None else layout.cell[keep.to(batch.ids.device)]
         row, column = cells // width, cells % width
         if "logits_to_keep" not in self._takes:
             return None, row, column
@@ -126,12 +127,12 @@ class FlatRunner:
         The call goes through the whole model, so that whatever is attached to it takes part; the head gets no
         tokens where the model can be told so, and the output layer behind a head's other layers gets none either.
         """
-        layout = self.layout(flat)
-        states = self._run(flat, layout).last_hidden_state if self._body is self.model else self._caught(flat, layout)
+        batch = self.prepare(flat)
+        states = self._run(batch).last_hidden_state if self._body is self.model else self._caught(batch)
         rows: torch.Tensor = states.flatten(0, 1)
-        return rows if self.kind == "flat" else rows[layout.cell]
+        return rows if self.kind == "flat" else rows[batch.layout.cell]
 
-    def _caught(self, flat: FlatLike, layout: Layout) -> torch.Tensor:
+    def _caught(self, batch: PreparedBatch) -> torch.Tensor:
         """What the body gives, or what the output layer is given where other layers stand before it."""
         caught: list[torch.Tensor] = []
         thread = threading.get_ident()
@@ -152,9 +153,9 @@ class FlatRunner:
         else:
             handle = self._body.register_forward_hook(made)
             if "logits_to_keep" in self._takes:
-                options["logits_to_keep"] = torch.zeros(0, dtype=torch.long, device=flat.ids.device)
+                options["logits_to_keep"] = torch.zeros(0, dtype=torch.long, device=batch.ids.device)
         try:
-            self._run(flat, layout, **options)
+            self._run(batch, **options)
         finally:
             handle.remove()
         return caught[-1]
@@ -167,15 +168,15 @@ class FlatRunner:
         """
         return self._head
 
-    def _run(self, flat: FlatLike, layout: Layout, **options: Any) -> Any:
-        inputs = self._inputs(flat, layout)
-        self._check_rope(flat)
+    def _run(self, batch: PreparedBatch, **options: Any) -> Any:
+        inputs = self._inputs(batch)
+        self._check_rope(batch)
         if self.kind == "padded":
             return self.model(**inputs, **options)
-        segments = Segments.of(flat.offsets)
-        if segments.tokens != flat.ids.numel():
+        segments = Segments.of(batch.offsets)
+        if segments.tokens != batch.ids.numel():
             raise BaseModelError(
-                f"The offsets of a flat batch end at {segments.tokens}, and it has {flat.ids.numel()} tokens."
+                f"The offsets of a flat batch end at {segments.tokens}, and it has {batch.ids.numel()} tokens."
             )
         try:
             with self._switch.flat(segments):
@@ -186,8 +187,8 @@ class FlatRunner:
                 f"finds the way that it can."
             ) from error
 
-    def _inputs(self, flat: FlatLike, layout: Layout) -> dict[str, Any]:
-        ids, positions = flat.ids, flat.positions + self.first_position
+    def _inputs(self, batch: PreparedBatch) -> dict[str, Any]:
+        layout, ids, positions = batch.layout, batch.ids, batch.positions + self.first_position
         if self.kind == "padded":
             real = layout.index >= 0
             token = layout.index.clamp_min(0)

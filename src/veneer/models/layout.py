@@ -15,7 +15,7 @@ from typing import Protocol
 
 import torch
 
-__all__ = ["Flat", "FlatLike", "Layout"]
+__all__ = ["Flat", "FlatLike", "Layout", "PreparedBatch"]
 
 
 class FlatLike(Protocol):
@@ -85,3 +85,10 @@ class Layout:
         index = torch.full((rows * width,), -1, dtype=torch.long, device=device)
         index[cell] = torch.arange(total, device=device)
         return cls((rows, width), index, cell)
+
+
+@dataclass(frozen=True)
+class PreparedBatch(Flat):
+    """A flat batch with its layout for one runner, computed once: `FlatRunner.prepare` makes it and every call of the runner takes it."""
+
+    layout: Layout

@@ -21,7 +21,7 @@ from veneer.adapters import Bank, Route
 from veneer.adapters.runtime.route import MixLike
 from veneer.data.batch import Batch
 from veneer.kernels.cross_entropy import linear_cross_entropy
-from veneer.models.flat import FlatRunner
+from veneer.models.flat import FlatRunner, PreparedBatch
 
 
 @dataclass(frozen=True)
@@ -61,14 +61,14 @@ class Stepper:
         """
         keep = (batch.weights != 0).nonzero().squeeze(1)
         jobs = list(dict.fromkeys(batch.jobs))
-        layout = self.runner.layout(batch)
-        route = self._route(batch, jobs, layout.index)
+        flat = self.runner.prepare(batch)
+        route = self._route(batch, jobs, flat.layout.index)
         adapters = [self.bank[name] for name in route.names]
         draws = [adapter.draws for adapter in adapters]
         trained = [p for adapter in adapters for p in adapter.parameters() if p.requires_grad]
         try:
-            with self.bank.use(route, keep=self.runner.head_cells(batch, keep), training=True):
-                total, losses_K = self._loss(batch, keep)
+            with self.bank.use(route, keep=self.runner.head_cells(flat, keep), training=True):
+                total, losses_K = self._loss(batch, flat, keep)
                 if between is not None:
                     between()
                 # Not backward(): if it failed halfway, the gradients of some layers would stay behind.
@@ -95,14 +95,14 @@ class Stepper:
     def _drops(self, job: str) -> bool:
         return any(self.bank[name].method.lora_dropout for name in Route.parse(self.routes.get(job, job)).names)
 
-    def _loss(self, batch: Batch, keep: Tensor) -> tuple[Tensor, Tensor]:
+    def _loss(self, batch: Batch, flat: PreparedBatch, keep: Tensor) -> tuple[Tensor, Tensor]:
         """(sum of weight times loss, loss of each token [K])."""
         targets_K, weights_K = batch.targets[keep], batch.weights[keep]
         head = None if self._head_is_adapted(batch.jobs) else self.runner.head()
         if head is not None:
-            hidden_KD = self.runner.hidden(batch)[keep]
+            hidden_KD = self.runner.hidden(flat)[keep]
             return linear_cross_entropy(hidden_KD, head[0], head[1], targets_K, weights_K)
-        logits_KV = self.runner.logits(batch, keep)
+        logits_KV = self.runner.logits(flat, keep)
         losses_K = F.cross_entropy(logits_KV.float(), targets_K, reduction="none")
         return (losses_K * weights_K).sum(), losses_K.detach()
 
