@@ -130,7 +130,6 @@ class ModelWriter:
     def _flush(self) -> None:
         file = self.folder / f"shard-{len(self._shards):05d}"
         save_tensors(self._held, file, {"format": "pt"})
-        file.chmod(self.folder.stat().st_mode & 0o666)  # the library makes files that nobody else may read
         with _open(file) as opened:
             for key, tensor in self._held.items():
                 # bits, not values: NaN is unequal to itself

@@ -138,6 +138,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
     """
     try:
         save_file(dict(tensors), path, metadata=None if metadata is None else dict(metadata))
+        path.chmod(path.parent.stat().st_mode & 0o666)  # the library makes files that nobody else may read
     except SafetensorError as error:
         number = re.search(r"os error (\d+)", str(error))
         code = int(number.group(1)) if number else errno.EIO

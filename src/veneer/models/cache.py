@@ -15,8 +15,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -60,9 +60,13 @@ def build_once(relative: str, build: Callable[[Path], None]) -> Path:
 
 
 def _build(final: Path, build: Callable[[Path], None]) -> None:
-    aside = Path(tempfile.mkdtemp(prefix=f"{_UNFINISHED}{final.name}-", dir=final.parent))
+    aside = final.with_name(f"{_UNFINISHED}{final.name}-{secrets.token_hex(4)}")
+    aside.mkdir()
     try:
         build(aside)
+        for file in aside.rglob("*"):
+            if file.is_file() and not file.is_symlink():  # safetensors makes files that nobody else may read
+                file.chmod(aside.stat().st_mode & 0o666)
         try:
             publish(aside, final)
         except OSError as error:
@@ -87,7 +91,7 @@ def _lock(path: Path) -> Iterator[bool]:
     except ImportError:
         yield False
         return
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
