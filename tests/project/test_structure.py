@@ -21,8 +21,6 @@ KNOWN_CLASSES: set[str] = set()
 """Class names that are still used more than once."""
 
 KNOWN_MISSING: set[str] = {
-    "attention_native.py",
-    "elementwise.py",
     "probe.py",
 }
 """Names of files in docstrings and comments that are still out of date."""

@@ -1,4 +1,4 @@
-// Attention inside segments, forward and backward; attention_native.py has the formulas.
+// Attention inside segments, forward and backward; attention/native.py has the formulas.
 //
 // One item of work is the queries of one run of positions in one segment and all query heads of one key head, R rows a position, over the
 // keys that they see. Runs are cut by length alone, and sums over them are taken in their order: results do not depend on the number of

@@ -1,4 +1,4 @@
-// The elementwise chains of a transformer's block in one pass each; elementwise.py has the formulas and the plain forms.
+// The elementwise chains of a transformer's block in one pass each; elementwise/functions.py has the formulas and the reference.
 //
 // Numbers are computed with in fp32 and rounded where the models round. Rows are independent of each other, and all sums lie inside rows.
 #include "vec.h"
