@@ -78,7 +78,9 @@ def not_an_adapter(target: str) -> CheckpointError:
     """Return the error for a target that is not an adapter, with the remedy for the likely mistake."""
     path = Path(target)
     if path.suffix in _WEIGHT_FILES:
-        return CheckpointError(f"{target} is a file of weights; give its folder, {path.parent}, with {CONFIG} in it")
+        return CheckpointError(
+            f"{target}: expected a folder with {CONFIG}, found a file of weights; give its folder, {path.parent}"
+        )
     if path.is_file():
         return CheckpointError(
             f"{target} is a file, not a base or an adapter folder; give prompts with --file and examples with --data"
