@@ -13,8 +13,9 @@ from veneer.errors import AdapterError, Problems, TargetError
 
 def check_fit(adapter: Adapter, survey: Survey) -> None:
     """Raise AdapterError unless the adapter has tensors, and every one of them fits the site that it names."""
-    problems = [problem for name in adapter.tensors for problem in _problems_at(adapter, name, survey.sites.get(name))]
-    check_overrides(adapter, survey, problems)
+    check_overrides(
+        adapter, survey, [p for name in adapter.tensors for p in _problems_at(adapter, name, survey.sites.get(name))]
+    )
 
 
 def check_overrides(adapter: Adapter, survey: Survey, others: Iterable[str] = ()) -> None:

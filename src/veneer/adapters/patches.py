@@ -108,7 +108,7 @@ class Patches:
     def _hook(self, path: str) -> None:
         """Watch a container, and its direct children: in a recomputed block the first to see its input may be a norm."""
         module, tracker = self.model.get_submodule(path), self.runtime.tracker
-        module.register_forward_pre_hook(Enter(tracker, path), with_kwargs=True, prepend=True)
+        module.register_forward_pre_hook(Watch(tracker, path, opens=True), with_kwargs=True, prepend=True)
         module.register_forward_hook(Leave(tracker, path), always_call=True)
         for name, child in self._beside(module, path):
             child.register_forward_pre_hook(Watch(tracker, name), with_kwargs=True)
@@ -135,21 +135,15 @@ class Patches:
 
 
 class Watch:
-    """Forward pre-hook of a module beside sites in a block: in a recomputed block it may be the first to see the input."""
+    """Forward pre-hook of a module around sites, whose call begins a pass (``opens``), or beside them in a block."""
 
-    def __init__(self, tracker: RouteTracker, path: str) -> None:
+    def __init__(self, tracker: RouteTracker, path: str, *, opens: bool = False) -> None:
         self.tracker = tracker
         self.path = path
+        self.opens = opens
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.tracker.enter(self.path, args, kwargs, opens=False)
-
-
-class Enter(Watch):
-    """Forward pre-hook of a module that contains sites: its call begins a pass where none is running."""
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.tracker.enter(self.path, args, kwargs)
+        self.tracker.enter(self.path, args, kwargs, opens=self.opens)
 
 
 class Leave(Watch):

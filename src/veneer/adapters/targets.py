@@ -14,7 +14,7 @@ import difflib
 import fnmatch
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TypeVar
 
 from veneer.adapters.layers.site import Site, Survey
@@ -46,11 +46,11 @@ def select(survey: Survey, options: LowRankOptions, kinds: tuple[str, ...]) -> l
     """
     problems = Problems()
     chosen: set[str] = set()
-    for pattern in as_list(options.target_modules):
+    for pattern in _valid(as_list(options.target_modules), problems):
         chosen |= _one(pattern, survey, kinds, problems)
-    for pattern in as_list(options.exclude_modules):
-        excluded = {name for name in chosen if _matches(pattern, name, problems)}
-        if not excluded and not _is_broken(pattern):
+    for pattern in _valid(as_list(options.exclude_modules), problems):
+        excluded = {name for name in chosen if matches(pattern, name)}
+        if not excluded:
             near = _near(pattern, {name: survey.sites[name] for name in chosen})
             problems.add(f'exclude_modules: "{pattern}" matches none of the sites that target_modules chose{near}')
         chosen -= excluded
@@ -58,8 +58,8 @@ def select(survey: Survey, options: LowRankOptions, kinds: tuple[str, ...]) -> l
     if not chosen and not problems:
         problems.add("no site is left after exclude_modules and layers_to_transform")
     for label, table in (("rank_pattern", options.rank_pattern), ("alpha_pattern", options.alpha_pattern)):
-        for pattern in table:
-            if not any(_matches(pattern, name, problems) for name in chosen) and not _is_broken(pattern):
+        for pattern in _valid(table, problems):
+            if not any(matches(pattern, name) for name in chosen):
                 near = _near(pattern, {name: survey.sites[name] for name in chosen})
                 problems.add(f'{label}: "{pattern}" matches none of the adapted sites{near}')
     problems.raise_if_any(TargetError, "the adapter's sites cannot be chosen")
@@ -80,7 +80,7 @@ def _one(pattern: str, survey: Survey, kinds: tuple[str, ...], problems: Problem
         if not found:
             problems.add(f'target_modules: "{ALL_LINEAR}" finds no linear layer; the model has {_inventory(sites)}')
         return found
-    found = {name for name in sites if _matches(pattern, name, problems)}
+    found = {name for name in sites if matches(pattern, name)}
     for name in sorted(found):
         if sites[name].reason:
             problems.add(f'target_modules: "{pattern}" names {name}, which cannot be adapted: {sites[name].reason}')
@@ -88,34 +88,27 @@ def _one(pattern: str, survey: Survey, kinds: tuple[str, ...], problems: Problem
             problems.add(
                 f'target_modules: "{pattern}" names {name}, a {sites[name].kind} layer, which this method does not take'
             )
-    refused = {name: why for name, why in survey.uncovered.items() if _matches(pattern, name, problems)}
+    refused = {name: why for name, why in survey.uncovered.items() if matches(pattern, name)}
     for name, why in sorted(refused.items()):
         problems.add(f'target_modules: "{pattern}" names {name}, which cannot be adapted: {why}')
-    if not found and not refused and not _is_broken(pattern):
+    if not found and not refused:
         problems.add(
             f'target_modules: "{pattern}" matches nothing{_near(pattern, sites)}; the model has {_inventory(sites)}'
         )
     return found
 
 
-def _matches(pattern: str, path: str, problems: Problems) -> bool:
-    try:
-        return matches(pattern, path)
-    except re.error as error:
-        text = f'"{pattern}" is not a regular expression: {error}'
-        if text not in problems:
-            problems.add(text)
-        return False
-
-
-def _is_broken(pattern: str) -> bool:
-    if not pattern.startswith("re:"):
-        return False
-    try:
-        re.compile(pattern[3:])
-    except re.error:
-        return True
-    return False
+def _valid(patterns: Iterable[str], problems: Problems) -> Iterator[str]:
+    """The patterns without regular expressions that cannot be compiled, which become problems."""
+    for pattern in patterns:
+        try:
+            re.compile(pattern[3:] if pattern.startswith("re:") else "")
+        except re.error as error:
+            text = f'"{pattern}" is not a regular expression: {error}'
+            if text not in problems:
+                problems.add(text)
+        else:
+            yield pattern
 
 
 def _only_layers(chosen: set[str], survey: Survey, layers: tuple[int, ...] | None, problems: Problems) -> set[str]:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from veneer.adapters.adapter import Adapter
 from veneer.adapters.bank import Bank
-from veneer.adapters.methods.lora import factors_2d
+from veneer.adapters.methods import factors_2d
 from veneer.adapters.overrides import ROWS, WEIGHT
 from veneer.checkpoints.base_view import BaseView, base_view
 from veneer.checkpoints.findings import listed

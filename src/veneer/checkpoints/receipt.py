@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from veneer._version import __version__
 from veneer.adapters.adapter import Adapter
 from veneer.adapters.layers.site import Site
-from veneer.adapters.methods.lora import factors_2d
+from veneer.adapters.methods import factors_2d
 from veneer.checkpoints.base_view import BaseView, named
 from veneer.checkpoints.findings import Findings, listed, shown
 from veneer.errors import BaseModelError

@@ -15,9 +15,8 @@ import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -35,15 +34,6 @@ NEVER_CALLED = (
 )
 
 
-@dataclass(frozen=True)
-class ObservedCall:
-    """One call of a layer: the leading sizes of its input, and for each token a number made from its content, and its norm."""
-
-    batch_shape: tuple[int, ...]
-    mark_N: Tensor
-    norm_N: Tensor
-
-
 def is_selected(site: Site) -> bool:
     """True if a router chooses the tokens of this layer (an expert of a mixture); a small batch may have none."""
     return _SELECTED.search(site.name) is not None
@@ -54,10 +44,10 @@ def dry_run(model: nn.Module, survey: Survey, args: tuple[Any, ...], kwargs: Map
 
     Exceptions of the model pass through.
     """
-    seen: dict[str, list[ObservedCall]] = {}
+    layouts: dict[str, set[str]] = {}
     order: list[tuple[Site, bool]] = []
     outputs: list[tuple[Site, Tensor, int]] = []
-    note = _note(seen, order)
+    note = partial(_note, layouts, order, [], rows)
     handles = [site.module.register_forward_pre_hook(partial(note, site), with_kwargs=True) for site in survey.every()]
     handles += [
         site.module.register_forward_hook(partial(_note_output, outputs, site)) for site in survey.sites.values()
@@ -72,14 +62,13 @@ def dry_run(model: nn.Module, survey: Survey, args: tuple[Any, ...], kwargs: Map
             handle.remove()
     changed = {site.name for site, y, version in outputs if y._version > version}
     for site in survey.every():
-        calls = seen.get(site.name, [])
+        found = layouts.get(site.name, set())
         if is_selected(site):
             site.layout = "constant"
-        elif calls:
-            kinds = {layout_of(call, rows) for call in calls}
+        elif found:
             # A layer may be called with different layouts in one forward; the least useful one counts.
-            site.layout = next(kind for kind in ("constant", "blocks", "tokens", "rows") if kind in kinds)
-        site.overwritten = not calls or site.name in changed
+            site.layout = next(kind for kind in ("constant", "blocks", "tokens", "rows") if kind in found)
+        site.overwritten = not found or site.name in changed
     _group(order)
 
 
@@ -109,24 +98,22 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                     buffer.copy_(before)
 
 
-def _note(seen: dict[str, list[ObservedCall]], order: list[tuple[Site, bool]]) -> Callable[..., None]:
-    """Record each call: the layer's input, and whether it is the same tensor as in the call before."""
-    last: list[Tensor] = []
-
-    def hook(site: Site, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x: Tensor = args[0] if args else next(iter(kwargs.values()))
-        if site.kind != "vector_layer":
-            order.append((site, bool(last) and last[0] is x))
-            last[:] = [x]
-        batch_shape = site.layer_kind.batch_shape(module, x)
-        tokens = x.detach().reshape(math.prod(batch_shape), -1).float()
-        # A fixed vector of signs and sizes: equal tokens give equal marks, and different ones practically never do.
-        weights = torch.cos(torch.arange(tokens.shape[1], device=x.device, dtype=torch.float32) * 2.399963 + 1.0)
-        # Token ids are compared as they are.
-        norms = tokens.norm(dim=1) if x.is_floating_point() else tokens.new_zeros(len(tokens))
-        seen.setdefault(site.name, []).append(ObservedCall(batch_shape, tokens @ weights, norms))
-
-    return hook
+def _note(
+    layouts: dict[str, set[str]],
+    order: list[tuple[Site, bool]],
+    last: list[Tensor],
+    rows: int,
+    site: Site,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> None:
+    """Record a call: the layout of the layer's input, and whether it is the same tensor as in the call before."""
+    x: Tensor = args[0] if args else next(iter(kwargs.values()))
+    if site.kind != "vector_layer":
+        order.append((site, bool(last) and last[0] is x))
+        last[:] = [x]
+    layouts.setdefault(site.name, set()).add(layout_of(x, site.layer_kind.batch_shape(module, x), rows))
 
 
 def _note_output(
@@ -152,14 +139,17 @@ def _group(order: list[tuple[Site, bool]]) -> None:
             site.group = tuple(member.name for member in run)
 
 
-def layout_of(call: ObservedCall, rows: int) -> str:
-    """Layout of ``rows`` equal rows in one call of a layer: rows, tokens, blocks, or constant where it cannot be determined."""
-    shape = call.batch_shape
+def layout_of(x: Tensor, shape: tuple[int, ...], rows: int) -> str:
+    """Layout of ``rows`` equal rows in an input with these leading sizes: rows, tokens, blocks, or constant if it is none of them."""
     count = math.prod(shape)
     if not rows or not shape or count == 0 or shape[0] % rows:
         return "constant"
-    mark, norm = call.mark_N.view(rows, -1), call.norm_N.view(rows, -1)
-    # Equal rows may differ by rounding where the model groups tokens; different content differs by about its own size.
+    tokens = x.detach().reshape(count, -1).float()
+    # A fixed vector of signs and sizes: equal tokens give equal marks, and different ones practically never do.
+    weights = torch.cos(torch.arange(tokens.shape[1], device=x.device, dtype=torch.float32) * 2.399963 + 1.0)
+    mark = (tokens @ weights).view(rows, -1)
+    # Equal rows may differ by rounding where the model groups tokens; different content differs by about its size. Token ids are exact.
+    norm = tokens.norm(dim=1).view(rows, -1) if x.is_floating_point() else torch.zeros_like(mark)
     if bool(((mark - mark[:1]).abs() > 0.02 * norm.max(0).values.clamp_min(1e-12)).any()):
         return "constant"
     if shape[0] == rows:

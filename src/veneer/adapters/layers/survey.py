@@ -44,25 +44,22 @@ def survey(model: nn.Module) -> Survey:
     by_weight: dict[int, list[str]] = {}
     for module, (name, *others) in names.items():
         kind, reason = layer_kind_for(module)
-        if kind is not None:
-            block = _block_of(name, blocks)
-            is_head = module in heads or (block is None and name.rpartition(".")[2] in HEAD_NAMES)
-            parent = model.get_submodule(name.rpartition(".")[0]) if name else None
-            sites[name] = Site(
-                name, module, kind, block is not None, block, is_head, parent=parent, names=(name, *others)
-            )
+        if reason:
+            uncovered[name] = reason
+        elif kind is None:
+            uncovered.update(_weights_without_kind(name, module))
+            kind = _VECTOR if is_vector_layer(module) else None
+        if kind is None:
+            continue
+        block = _block_of(name, blocks)
+        path, _, tail = name.rpartition(".")
+        is_head = kind is not _VECTOR and (module in heads or (block is None and tail in HEAD_NAMES))
+        parent = model.get_submodule(path) if name else None
+        site = Site(name, module, kind, block is not None, block, is_head, parent=parent, names=(name, *others))
+        (vector_layers if kind is _VECTOR else sites)[name] = site
+        if kind is not _VECTOR:
             weight: Any = module.weight
             by_weight.setdefault(id(weight), []).append(name)
-        elif reason:
-            uncovered[name] = reason
-        else:
-            uncovered.update(_weights_without_kind(name, module))
-            if is_vector_layer(module):
-                parent = model.get_submodule(name.rpartition(".")[0]) if name else None
-                block = _block_of(name, blocks)
-                vector_layers[name] = Site(
-                    name, module, _VECTOR, block is not None, block, False, parent=parent, names=(name, *others)
-                )
     tied = {name: tuple(group) for group in by_weight.values() if len(group) > 1 for name in group}
     for name, group in tied.items():
         if sites[name].kind == "linear":

@@ -44,21 +44,17 @@ class DoRA(LowRankMethod):
 
     @property
     def label(self) -> str:
-        """Name of the method as the field writes it."""
         return "rsDoRA" if self.use_rslora else "DoRA"
 
     def tensor_names(self, kind: str) -> tuple[str, ...]:
-        """Names on disk of all of a site's tensors, A and B first."""
         return (*self.factor_names(kind), MAGNITUDE)
 
     def trained_first(self, kind: str) -> tuple[str, ...]:
-        """Names of the tensors that receive a gradient in the first step."""
         return (self.zero_at_start(kind), MAGNITUDE)
 
     def init(
         self, geometry: Geometry, r: int, squared: SquaredNorms, generator: torch.Generator, dtype: torch.dtype
     ) -> dict[str, Tensor]:
-        """A new site's tensors; the adapted layer then equals the base exactly."""
         factors = super().init(geometry, r, squared, generator, dtype)
         return {**factors, MAGNITUDE: squared().sqrt().to(dtype=dtype, device="cpu")}
 
@@ -93,7 +89,6 @@ class DoRA(LowRankMethod):
             return dora_norms(weight_2d, squared, [(*factors_of(tensors), scale) for tensors, scale in adapters])
 
     def magnitude(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
-        """The trained magnitude m, [out]."""
         return tensors[MAGNITUDE]
 
     def magnitude_scale(self, tensors: Mapping[str, Tensor], norm: Tensor) -> Tensor | None:
@@ -101,7 +96,6 @@ class DoRA(LowRankMethod):
         return tensors[MAGNITUDE].to(norm.dtype) / norm
 
     def merged(self, weight_2d: Tensor, tensors: Mapping[str, Tensor], scale: float) -> Tensor:
-        """W' [out, in] in the dtype of ``weight_2d``."""
         a, b = factors_2d(tensors, weight_2d.dtype)
         moved = torch.addmm(weight_2d, b, a, alpha=scale)
         norm = moved.norm(dim=1).clamp_min(torch.finfo(moved.dtype).tiny)
@@ -109,7 +103,6 @@ class DoRA(LowRankMethod):
         return moved * magnitude_scale.unsqueeze(1)
 
     def delta(self, tensors: Mapping[str, Tensor], scale: float, weight_2d: Tensor | None) -> Tensor:
-        """W' - W [out, in] in fp32, or fp64 for an fp64 base."""
         if weight_2d is None:
             raise ValueError("the delta of a DoRA adapter depends on the base weight")
         base = weight_2d.detach().to(torch.promote_types(weight_2d.dtype, torch.float32))

@@ -14,22 +14,18 @@ from torch import Tensor
 
 from veneer.adapters.layers.kinds import Geometry
 
-Initialiser = Callable[[Geometry, int, torch.Generator, torch.dtype], tuple[Tensor, Tensor]]
+Initialiser = Callable[[Tensor, Geometry, torch.Generator], Tensor]
 
 
-def kaiming_uniform(
-    geometry: Geometry, r: int, generator: torch.Generator, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """A ~ U(-1/sqrt(k), 1/sqrt(k)) for k inputs, the default of nn.Linear; B = 0."""
+def kaiming_uniform(a: Tensor, geometry: Geometry, generator: torch.Generator) -> Tensor:
+    """A ~ U(-1/sqrt(k), 1/sqrt(k)) for k inputs, the default of nn.Linear."""
     bound = 1 / math.sqrt(geometry.fan_in)
-    a = torch.empty(geometry.shape_a(r), dtype=dtype).uniform_(-bound, bound, generator=generator)
-    return a, torch.zeros(geometry.shape_b(r), dtype=dtype)
+    return a.uniform_(-bound, bound, generator=generator)
 
 
-def gaussian(geometry: Geometry, r: int, generator: torch.Generator, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A ~ N(0, 1/r^2); B = 0."""
-    a = torch.empty(geometry.shape_a(r), dtype=dtype).normal_(0, 1 / r, generator=generator)
-    return a, torch.zeros(geometry.shape_b(r), dtype=dtype)
+def gaussian(a: Tensor, geometry: Geometry, generator: torch.Generator) -> Tensor:
+    """A ~ N(0, 1/r^2)."""
+    return a.normal_(0, 1 / len(a), generator=generator)
 
 
 INITIALISERS: dict[str, Initialiser] = {"kaiming_uniform": kaiming_uniform, "gaussian": gaussian}
@@ -38,8 +34,8 @@ INITIALISERS: dict[str, Initialiser] = {"kaiming_uniform": kaiming_uniform, "gau
 def initial_factors(
     name: str, geometry: Geometry, r: int, generator: torch.Generator, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """(A, B) for one site. ``generator`` is the adapter's own: no global random state is read."""
+    """(A, B) for one site. ``generator`` belongs to the adapter: no global random state is read."""
+    a, b = torch.zeros(geometry.shape_a(r), dtype=dtype), torch.zeros(geometry.shape_b(r), dtype=dtype)
     if geometry.kind == "embedding":
-        a = torch.zeros(geometry.shape_a(r), dtype=dtype)
-        return a, torch.empty(geometry.shape_b(r), dtype=dtype).normal_(generator=generator)
-    return INITIALISERS[name](geometry, r, generator, dtype)
+        return a, b.normal_(generator=generator)
+    return INITIALISERS[name](a, geometry, generator), b

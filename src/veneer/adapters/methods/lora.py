@@ -9,9 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar, final
 
-from veneer.adapters.methods.base import LowRankMethod, factors_2d
-
-__all__ = ["LoRA", "factors_2d"]
+from veneer.adapters.methods.base import LowRankMethod
 
 
 @final
@@ -23,5 +21,4 @@ class LoRA(LowRankMethod):
 
     @property
     def label(self) -> str:
-        """Name of the method as the field writes it."""
         return "rsLoRA" if self.use_rslora else "LoRA"

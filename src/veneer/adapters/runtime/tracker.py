@@ -206,15 +206,12 @@ class RouteTracker:
             current = self._begin(path, args, kwargs)
         if current is None:
             return None
-        if torch.is_grad_enabled():
+        grad = torch.is_grad_enabled()
+        if grad or ((begins or current.grad) and not torch.is_inference_mode_enabled()):
             x = _first(args, kwargs)
             if x is not None:
                 self.inputs.note(x, current)
-        elif (begins or current.grad) and not torch.is_inference_mode_enabled():
-            x = _first(args, kwargs)
-            if x is not None:
-                self.inputs.note(x, current)
-                if current.grad and not current.linked and x.is_floating_point():
+                if not grad and current.grad and not current.linked and x.is_floating_point():
                     self._refuse_cut(path, x, current)
         return current
 

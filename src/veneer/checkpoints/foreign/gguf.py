@@ -26,7 +26,7 @@ from torch import Tensor
 from veneer._files import replacing, sync
 from veneer._version import __version__
 from veneer.adapters.adapter import Adapter
-from veneer.adapters.methods.lora import factors_2d
+from veneer.adapters.methods import factors_2d
 from veneer.errors import ExportError, Problems
 
 FAMILIES: Mapping[str, tuple[str, bool]] = {

@@ -8,7 +8,7 @@ Shapes: N tokens, n an adapter's tokens, K in, O out, R rank (of one layer, or o
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -80,15 +80,47 @@ class Factors:
         if self.prepared is not None:
             return self.prepared
         s = self.magnitude_scale()
+        return PreparedFactors(self.a.detach().to(dtype), self.scaled_b(s).to(dtype), s)
+
+    def scaled_b(self, s_O: Tensor | None) -> Tensor:
+        """s S B in the master's dtype."""
         b = self.b.detach()
-        b = b * self.scale if s is None else b * (s * self.scale).unsqueeze(1)
-        return PreparedFactors(self.a.detach().to(dtype), b.to(dtype), s)
+        return b * self.scale if s_O is None else b * (s_O * self.scale).unsqueeze(1)
+
+
+class AdapterPart:
+    """One adapter in a call.
+
+    rows: its tokens, None for all, a slice, or LongTensor [n]. weight: w, a float or a tensor [n]. factors: one for each layer, None where
+    it does not act (not all of them). parts: the others, with their layers. scales: S by layer.
+    """
+
+    def __init__(self, rows: Rows, weight: float | Tensor, factors: Sequence[Factors | None]) -> None:
+        self.rows = rows
+        self.weight = weight
+        self.factors = factors
+        self.parts = [(h, f) for h, f in enumerate(factors) if f is not None]
+        self.scales = {h: s.contiguous() for h, f in self.parts if (s := f.magnitude_scale()) is not None}
+        self.drops = any(f.dropout is not None for _, f in self.parts)
+
+    def apply_magnitude_(self, h: int, t_NO: Tensor, bias_O: Tensor | None) -> None:
+        """S (t - b) + b on the adapter's tokens, in place."""
+        if (s := self.scales.get(h)) is None:
+            return
+        part = take(t_NO, self.rows)
+        if bias_O is None:
+            apply_scale(part, s, out=part)
+        else:
+            part.addcmul_(part - bias_O, (s - 1).to(part.dtype))
+        put_(t_NO, self.rows, part)
 
 
 class Branch:
     """One part of a call beside its base products."""
 
     masters: list[Tensor | None]
+    scaled: Collection[int]
+    """Layers where a magnitude acts."""
     applies_magnitude = False
     """True if `run_` multiplies by S itself, so that `apply_magnitude_` is for backward only."""
 
@@ -99,10 +131,6 @@ class Branch:
     def covers_all_tokens(self, h: int, tokens: int) -> bool:
         """True if every token has an adapter of this branch at layer h, so that its base product may be taken in C++."""
         return False
-
-    def has_magnitude(self, h: int) -> bool:
-        """True if a magnitude acts at layer h."""
-        raise AssertionError
 
     def full_magnitude_scale(self, h: int) -> Tensor | None:
         """S [O] at layer h, if one S acts on every token."""
@@ -149,16 +177,6 @@ def put_(t_N: Tensor, rows: Rows, part: Tensor) -> None:
         t_N.index_copy_(0, rows, part)
 
 
-def scale_tokens_(t_NO: Tensor, rows: Rows, s_O: Tensor, bias_O: Tensor | None) -> None:
-    """S (t - b) + b on an adapter's tokens, in place."""
-    part = take(t_NO, rows)
-    if bias_O is None:
-        apply_scale(part, s_O, out=part)
-    else:
-        part.addcmul_(part - bias_O, (s_O - 1).to(part.dtype))
-    put_(t_NO, rows, part)
-
-
 class Reduction(NamedTuple):
     """The operands of one magnitude's gradient: layer, factors, S, and g, y, x, x A^T (None: not kept) on its adapter's tokens."""
 
@@ -171,16 +189,10 @@ class Reduction(NamedTuple):
     xa_nR: Tensor | None
 
 
-def magnitude_gradients(parts: Sequence[Reduction]) -> list[Tensor]:
-    """dm = sum_t g z / norm, [O], with z = (y - b) / S, for parts of the same tokens."""
-    if not parts:
-        return []
-    dots = column_dots([(part.g_nO, part.y_nO, part.layer[1]) for part in parts])
-    return [magnitude_gradient(part, dot) for part, dot in zip(parts, dots, strict=True)]
-
-
-def magnitude_gradient(part: Reduction, dots_O: Tensor) -> Tensor:
-    """dm from sum_t g (y - b), [O]."""
+def magnitude_gradient(part: Reduction, dots_O: Tensor | None = None) -> Tensor:
+    """dm = sum_t g z / norm, [O], with z = (y - b) / S. ``dots_O``: sum_t g (y - b), if it is known."""
+    if dots_O is None:
+        dots_O = column_dots(part.g_nO, part.y_nO, part.layer[1])
     m = part.factors.magnitude
     assert m is not None
     dm = dots_O.to(part.s_O.dtype) / m.detach().to(part.s_O.dtype)
@@ -199,4 +211,4 @@ def _weak_gradients(part: Reduction, weak: Tensor) -> Tensor:
     xa = x @ f.a.detach().to(x.dtype).T if part.xa_nR is None else part.xa_nR
     z = x @ weight[weak].T + xa @ (f.b.detach()[weak] * f.scale).to(x.dtype).T
     norm = f.norm[weak].clamp_min(torch.finfo(f.norm.dtype).tiny)
-    return column_dots([(part.g_nO[:, weak], z, None)])[0].to(norm.dtype) / norm
+    return column_dots(part.g_nO[:, weak], z).to(norm.dtype) / norm

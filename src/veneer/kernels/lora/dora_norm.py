@@ -88,10 +88,3 @@ def _fits(weight_OK: Tensor, squared_O: Tensor, a_RK: Tensor, b_OR: Tensor) -> b
     laid = all(t.device.type == "cpu" and t.is_contiguous() for t in tensors)
     wide = a_RK.dtype == b_OR.dtype == squared_O.dtype == torch.float32
     return laid and wide and weight_OK.dtype in KINDS and weight_OK.shape[1] % 16 == 0 and len(a_RK) <= _HIGHEST
-
-
-def dora_norm_plain(weight_OK: Tensor, a_RK: Tensor, b_OR: Tensor, scale: float) -> Tensor:
-    """The same by its definition, with the dense sum: the reference that `dora_norm` is tested against."""
-    wide = torch.promote_types(weight_OK.dtype, torch.float32)
-    norm_O: Tensor = (weight_OK.to(wide) + scale * (b_OR.to(wide) @ a_RK.to(wide))).norm(dim=1)
-    return norm_O

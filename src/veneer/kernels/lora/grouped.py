@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from veneer.kernels.lora.branch import Backward, Branch, Factors, Gradients, Layer, Reduction, magnitude_gradients
+from veneer.kernels.lora.branch import Backward, Branch, Factors, Gradients, Layer, Reduction, magnitude_gradient
 
 __all__ = ["GroupedBranch", "PaddedFactors", "TokenGrid", "pad_factors"]
 
@@ -174,14 +174,10 @@ class GroupedBranch(Branch):
         self.masters: list[Tensor | None] = [m for row in self.factors for f in row if f is not None for m in f.masters]
         self._present = stacked.present
         self._scales = dict(zip(stacked.present, stacked.s_J1O, strict=True))
+        self.scaled = {h for h, s in self._scales.items() if s is not None}
         self._ranks = [b.shape[1] for b in stacked.b_JRO]
 
-    def has_magnitude(self, h: int) -> bool:
-        """True if a magnitude acts at layer h."""
-        return self._scales.get(h) is not None
-
     def apply_magnitude_(self, h: int, t_NO: Tensor, bias_O: Tensor | None) -> None:
-        """S (t - b) + b on the grid, in place."""
         s = self._scales.get(h)
         if s is not None:
             part = self.grid.take(t_NO)
@@ -190,7 +186,7 @@ class GroupedBranch(Branch):
             self.grid.put_(t_NO, part)
 
     def run_(self, x_NK: Tensor, y_NO: Sequence[Tensor]) -> list[Tensor | None]:
-        """Add the low-rank products to the outputs. Keeps the padded factors and x A^T (times w)."""
+        """Keeps the padded factors and x A^T (times w)."""
         x_JnK = self.grid.take(x_NK)
         a_JKR = self.stacked.a_JKR
         xa_JnR = self.grid.weighted(torch.bmm(x_JnK.to(a_JKR.dtype), a_JKR))
@@ -253,6 +249,6 @@ class GroupedBranch(Branch):
                     reduction = Reduction(
                         back.layers[h], f, scales[j, 0], g_JnO[j, :n], y_JnO[j, :n], x_JnK[j, :n], xa_JnR[j, :n, :rank]
                     )
-                    dm = magnitude_gradients([reduction])[0]
+                    dm = magnitude_gradient(reduction)
             found.append((da, db, dm))
         return found

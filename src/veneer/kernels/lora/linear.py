@@ -73,7 +73,7 @@ class _LinearCall:
         self.layers = layers
         self.branches = branches
         self.trains = trains
-        self.has_magnitude = [any(branch.has_magnitude(h) for branch in branches) for h in range(len(layers))]
+        self.has_magnitude = [any(h in branch.scaled for branch in branches) for h in range(len(layers))]
         self.sizes: list[int] = []
         self.base_in_branch = False
         """True if the only branch takes the base products too."""
@@ -139,7 +139,7 @@ def _base(call: _LinearCall, h: int, x: Tensor, tokens: int) -> Tensor:
     weight, bias = call.layers[h]
     if call.base_in_branch:
         return x.new_empty(*x.shape[:-1], len(weight))
-    if not any(branch.has_magnitude(h) for branch in call.branches if not branch.applies_magnitude):
+    if not any(h in branch.scaled for branch in call.branches if not branch.applies_magnitude):
         if not any(branch.covers_all_tokens(h, tokens) for branch in call.branches):
             return _product(x, weight, bias)
         y = linear(x.reshape(-1, x.shape[-1]), weight, bias)

@@ -1,21 +1,17 @@
 """DoRA's magnitude scale S [out]: multiplying by it, and the reduction in the gradient of its magnitude.
 
     apply_scale     t S, as t + t (S - 1): S = 1 changes no bit, and what is rounded before the sum is the small difference
-    column_dots     sum_t a_to (b_to - c_o), [O], for several pairs at once
+    column_dots     sum_t a_to (b_to - c_o), [O]
 
 Shapes: T tokens, O out, K in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 __all__ = ["apply_scale", "column_dots", "scale_rows"]
-
-Pair = tuple[Tensor, Tensor, "Tensor | None"]
 
 
 def apply_scale(t_TO: Tensor, s_O: Tensor, out: Tensor | None = None) -> Tensor:
@@ -28,12 +24,8 @@ def scale_rows(weight_OK: Tensor, s_O: Tensor) -> Tensor:
     return torch.addcmul(weight_OK, weight_OK, (s_O - 1).to(weight_OK.dtype).unsqueeze(1))
 
 
-def column_dots(pairs: Sequence[Pair]) -> list[Tensor]:
-    """For each (a [T, O], b [T, O], c [O] or None): sum_t a (b - c), [O], summed in fp32 at least; all have the same T."""
-    return [_dots(*pair) for pair in pairs]
-
-
-def _dots(a_TO: Tensor, b_TO: Tensor, shift_O: Tensor | None) -> Tensor:
+def column_dots(a_TO: Tensor, b_TO: Tensor, shift_O: Tensor | None = None) -> Tensor:
+    """sum_t a (b - shift), [O], summed in fp32 at least."""
     product = a_TO * (b_TO if shift_O is None else b_TO - shift_O)
     if product.dtype in (torch.float32, torch.float64):
         return product.sum(0)

@@ -30,6 +30,7 @@ from torch import Tensor
 from veneer.kernels.cpp_library import KINDS, library
 from veneer.kernels.frozen_linear import longest_product
 from veneer.kernels.lora.branch import (
+    AdapterPart,
     Backward,
     Branch,
     Factors,
@@ -37,7 +38,6 @@ from veneer.kernels.lora.branch import (
     Layer,
     Reduction,
     magnitude_gradient,
-    scale_tokens_,
     take,
 )
 from veneer.kernels.lora.single import SingleBranch
@@ -140,26 +140,13 @@ class NativeCall(ctypes.Structure):
     ]
 
 
-class AdapterSpan:
-    """One adapter in the call.
-
-    Args:
-        rows: its tokens, None for all.
-        weight: w, a float or [n].
-        factors: its factors at each layer, None where it does not act.
-    """
-
-    def __init__(self, rows: slice | None, weight: float | Tensor, factors: Sequence[Factors | None]) -> None:
-        self.rows = rows
-        self.weight = weight
-        self.factors = factors
-        self.parts = [(h, f) for h, f in enumerate(factors) if f is not None]
-        self.scales = {h: s.contiguous() for h, f in self.parts if (s := f.magnitude_scale()) is not None}
-        self.drops = any(f.dropout is not None for _, f in self.parts)
+class AdapterSpan(AdapterPart):
+    """One adapter in the call, on consecutive tokens."""
 
     def range(self, tokens: int) -> tuple[int, int]:
         """(first token, number of tokens) in a call with so many."""
-        first, last, _ = (slice(None) if self.rows is None else self.rows).indices(tokens)
+        assert not isinstance(self.rows, Tensor)
+        first, last, _ = (self.rows or slice(None)).indices(tokens)
         return first, max(0, last - first)
 
 
@@ -235,20 +222,19 @@ class NativeBranch(Branch):
         """Answers of `takes_base_product`; a call with other branches does not ask, and takes no base products here."""
         self._lasting = lasting
         self._packed: Tensor | None = None
-        self._scaled = {h for span in self._spans for h in span.scales}
+        self.scaled = {h for span in self._spans for h in span.scales}
         self._drops = any(span.drops for span in self._spans)
         self._made = library()
         """Kept, so that backward uses the library of its forward."""
         self.masters: list[Tensor | None] = [m for span in self._spans for _, f in span.parts for m in f.masters]
 
     def takes_base_product(self, tokens: int) -> bool:
-        """True if `run_` and `gradients_` take the products with the layers' weights too: every token is an adapter's, at every layer."""
         if tokens in self._with_base:
             return self._with_base[tokens]
         weights = [weight for weight, _ in self._layers]
         most = longest_product() if weights[0].dtype == torch.bfloat16 else 0
         fits = max(self._columns, sum(map(len, weights))) <= most
-        fits = fits and all(w.is_contiguous() or (w.T.is_contiguous() and not self._scaled) for w in weights)
+        fits = fits and all(w.is_contiguous() or (w.T.is_contiguous() and not self.scaled) for w in weights)
         fits = fits and (self._lasting or not self._sparse(tokens))
         if len(self._with_base) >= _SIZES:
             self._with_base.clear()
@@ -260,23 +246,15 @@ class NativeBranch(Branch):
         return tokens < _MANY * len(self._spans)
 
     def covers_all_tokens(self, h: int, tokens: int) -> bool:
-        """True if every token has an adapter at layer h."""
         return self._layout(tokens).covered[h]
 
-    def has_magnitude(self, h: int) -> bool:
-        """True if a magnitude acts at layer h."""
-        return h in self._scaled
-
     def full_magnitude_scale(self, h: int) -> Tensor | None:
-        """S [O] at layer h, if it acts on every token."""
         first = self._spans[0]
         return first.scales.get(h) if len(self._spans) == 1 and first.rows is None else None
 
     def apply_magnitude_(self, h: int, t_NO: Tensor, bias_O: Tensor | None) -> None:
-        """S (t - b) + b on each adapter's tokens, in place."""
         for span in self._spans:
-            if (s := span.scales.get(h)) is not None:
-                scale_tokens_(t_NO, span.rows, s, bias_O)
+            span.apply_magnitude_(h, t_NO, bias_O)
 
     def run_(self, x_NK: Tensor, y_NO: Sequence[Tensor]) -> list[Tensor | None]:
         """Multiply the outputs by S, and add the low-rank products. Keeps the packed factors, u, and dropped indices."""
@@ -295,7 +273,6 @@ class NativeBranch(Branch):
         return [memory, u, *gone]
 
     def gradients_(self, back: Backward, kept: Sequence[Tensor | None]) -> Gradients:
-        """Gradients of the masters, three a layer; dx is added to in place."""
         memory, u, *gone = kept
         assert memory is not None and u is not None
         g_NO = [None if g is None else g.contiguous() for g in back.g_NO]

@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 
 from veneer.kernels.lora.branch import (
+    AdapterPart,
     Backward,
     Branch,
     Factors,
     Gradients,
     Reduction,
     Rows,
-    magnitude_gradients,
+    magnitude_gradient,
     put_,
-    scale_tokens_,
     take,
 )
 from veneer.kernels.lora.dropout import zero_
@@ -32,37 +32,20 @@ from veneer.kernels.lora.dropout import zero_
 __all__ = ["SingleBranch"]
 
 
-class SingleBranch(Branch):
-    """One adapter's part.
-
-    rows: the tokens that it acts on: None for all, a slice, or LongTensor [n]. weight: w, a float or a tensor [n].
-    factors: one for each layer, None where the adapter leaves that layer alone (not all of them).
-    """
+class SingleBranch(AdapterPart, Branch):
+    """One adapter's part."""
 
     def __init__(self, rows: Rows, weight: float | Tensor, factors: Sequence[Factors | None]) -> None:
-        self.rows = rows
-        self.weight = weight
-        self.parts = [(h, f) for h, f in enumerate(factors) if f is not None]
+        super().__init__(rows, weight, factors)
         self.masters: list[Tensor | None] = [master for _, f in self.parts for master in f.masters]
-        self._scales = {h: s for h, f in self.parts if (s := f.magnitude_scale()) is not None}
+        self.scaled = self.scales
         self._ranks = [f.a.shape[0] for _, f in self.parts]
-        self._drops = any(f.dropout is not None for _, f in self.parts)
-
-    def has_magnitude(self, h: int) -> bool:
-        """True if a magnitude acts at layer h."""
-        return h in self._scales
 
     def full_magnitude_scale(self, h: int) -> Tensor | None:
-        """S [O] at layer h, if it acts on every token."""
-        return self._scales.get(h) if self.rows is None else None
-
-    def apply_magnitude_(self, h: int, t_NO: Tensor, bias_O: Tensor | None) -> None:
-        """S (t - b) + b on the adapter's tokens, in place."""
-        if (s := self._scales.get(h)) is not None:
-            scale_tokens_(t_NO, self.rows, s, bias_O)
+        return self.scales.get(h) if self.rows is None else None
 
     def run_(self, x_NK: Tensor, y_NO: Sequence[Tensor]) -> list[Tensor | None]:
-        """Add the low-rank products to the outputs. Keeps A of all layers, x A^T (times w), and per layer s S B and the dropped indices."""
+        """Keeps A of all layers, x A^T (times w), and per layer s S B and the dropped indices."""
         x_nK = take(x_NK, self.rows)
         a_RK, b_OR = self._fold(x_nK.dtype)
         xa_nR, gone = self._down(x_nK, a_RK)
@@ -72,7 +55,6 @@ class SingleBranch(Branch):
         return [a_RK, xa_nR, *b_OR, *gone]
 
     def gradients_(self, back: Backward, kept: Sequence[Tensor | None]) -> Gradients:
-        """Gradients of the masters, three a layer; dx is added to in place."""
         a_RK, xa_nR, b_OR = kept[0], kept[1], kept[2 : 2 + len(self.parts)]
         gone = kept[2 + len(self.parts) :]
         assert a_RK is not None and xa_nR is not None
@@ -91,11 +73,15 @@ class SingleBranch(Branch):
         xas = self._columns(xa_nR)
         found: Gradients = []
         for (h, f), g, da, xa in zip(self.parts, g_nO, das, xas, strict=True):
-            found += [da.to(f.a.dtype), None if g is None else self._b_gradient(h, f, g, xa), None]
-        trained = [i for i, (h, _) in enumerate(self.parts) if h in self._scales and g_nO[i] is not None]
-        dms = magnitude_gradients([self._reduction(i, back, g_nO[i], x_nK, xas[i]) for i in trained])
-        for i, dm in zip(trained, dms, strict=True):
-            found[3 * i + 2] = dm
+            db = dm = None
+            if g is not None:
+                db = self._b_gradient(h, f, g, xa)
+                if h in self.scales:
+                    y_NO = back.y_NO[h]
+                    assert y_NO is not None
+                    y_nO = take(y_NO, self.rows)
+                    dm = magnitude_gradient(Reduction(back.layers[h], f, self.scales[h], g, y_nO, x_nK, xa))
+            found += [da.to(f.a.dtype), db, dm]
         return found
 
     def _fold(self, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
@@ -106,11 +92,7 @@ class SingleBranch(Branch):
             return a_RK, [one.b_OR for one in prepared]
         # Cast once, not layer by layer.
         a_RK = torch.cat([f.a.detach() for _, f in self.parts]).to(dtype)
-        b_OR = []
-        for h, f in self.parts:
-            s, b = self._scales.get(h), f.b.detach()
-            b_OR.append((b * f.scale if s is None else b * (s * f.scale).unsqueeze(1)).to(dtype))
-        return a_RK, b_OR
+        return a_RK, [f.scaled_b(self.scales.get(h)).to(dtype) for h, f in self.parts]
 
     def _columns(self, t_nR: Tensor) -> Sequence[Tensor]:
         return (t_nR,) if len(self.parts) == 1 else t_nR.split(self._ranks, dim=1)
@@ -122,7 +104,7 @@ class SingleBranch(Branch):
 
     def _down(self, x_nK: Tensor, a_RK: Tensor) -> tuple[Tensor, list[Tensor | None]]:
         """x A^T times w, and the indices that were dropped from x before, per layer."""
-        if not self._drops:
+        if not self.drops:
             return self._weighted(x_nK @ a_RK.T), [None] * len(self.parts)
         columns, kept = [], []
         for (_, f), a in zip(self.parts, a_RK.split(self._ranks), strict=True):
@@ -133,7 +115,7 @@ class SingleBranch(Branch):
 
     def _add_to_(self, dx_NK: Tensor, gb_nR: Tensor, a_RK: Tensor, gone: Sequence[Tensor | None]) -> None:
         part = take(dx_NK, self.rows)
-        if not self._drops:
+        if not self.drops:
             part.addmm_(gb_nR, a_RK)
         else:
             pieces = zip(self.parts, gone, self._columns(gb_nR), a_RK.split(self._ranks), strict=True)
@@ -144,7 +126,7 @@ class SingleBranch(Branch):
 
     def _a_gradients(self, gb_nR: Tensor, x_nK: Tensor, gone: Sequence[Tensor | None]) -> Sequence[Tensor]:
         """dA of each layer, [R, K]."""
-        if not self._drops:
+        if not self.drops:
             das_RK = gb_nR.T @ x_nK
             return (das_RK,) if len(self.parts) == 1 else das_RK.split(self._ranks)
         pieces = zip(self.parts, gone, self._columns(gb_nR), strict=True)
@@ -153,14 +135,8 @@ class SingleBranch(Branch):
     def _b_gradient(self, h: int, f: Factors, g_nO: Tensor, xa_nR: Tensor) -> Tensor:
         # Contiguous: torch's fused optimizers read a gradient's memory in the parameter's order, whatever its strides say.
         db_OR = (xa_nR.T @ g_nO).to(f.b.dtype).T.contiguous()
-        s = self._scales.get(h)
+        s = self.scales.get(h)
         return db_OR.mul_(f.scale if s is None else (s * f.scale).to(db_OR.dtype).unsqueeze(1))
-
-    def _reduction(self, i: int, back: Backward, g_nO: Tensor | None, x_nK: Tensor, xa_nR: Tensor) -> Reduction:
-        h, f = self.parts[i]
-        y_NO = back.y_NO[h]
-        assert g_nO is not None and y_NO is not None
-        return Reduction(back.layers[h], f, self._scales[h], g_nO, take(y_NO, self.rows), x_nK, xa_nR)
 
 
 def _without(x_nK: Tensor, gone: Tensor | None) -> Tensor:
