@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from veneer.adapters import Adapter, DoRA, LoRA
 from veneer.analysis.intruders import find_intruders, reduce_intruders
-from veneer.analysis.plots import FIGURES, figures, write_plots
+from veneer.analysis.plots import HEAT_MAPS, figures, write_plots
 from veneer.analysis.report import html_report
 from veneer.analysis.spectra import adapter_spectra, pearson, position_of
 from veneer.analysis.subspace import phi
@@ -248,7 +248,7 @@ def test_pictures_can_be_read(model: nn.Module) -> None:
     assert len(panels) == 14
     assert {tuple(axes.images[0].get_extent()) for axes in panels} == {(0.5, 4.5, 0.5, 8.5)}
     assert all(tick == round(tick) for axes in panels for tick in (*axes.get_xticks(), *axes.get_yticks()))
-    assert all(made[key].axes[1].get_ylabel() for key in FIGURES)
+    assert all(made[key].axes[1].get_ylabel() for key in HEAT_MAPS)
     assert made["intruders"].axes[0].images[0].get_clim() == (0, 1)
     assert made["spectra"].axes[0].get_xscale() == "linear"
     first, *others = spectra.sites
@@ -273,7 +273,7 @@ def test_without_matplotlib(model: nn.Module, tmp_path: Path, monkeypatch: pytes
     with pytest.raises(ComposeError, match=r"pip install 'veneer\[plot\]'"):
         write_plots(spectra, tmp_path)
     page = html_report(spectra)
-    assert "There are no pictures" in page and "<svg" not in page and page.count("<table") == 2
+    assert "There are no plots" in page and "<svg" not in page and page.count("<table") == 2
 
 
 def test_a_folder_is_enough(made: Path) -> None:

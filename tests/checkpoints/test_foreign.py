@@ -186,7 +186,7 @@ MLX_MISTAKES: dict[str, tuple[dict[str, Tensor], dict[str, Any], str]] = {
         {},
         "base has no such layer",
     ),
-    "shape": ({**PAIR, f"{Q}.lora_a": draw(3, 32)}, {}, "A has shape (32, 3)"),
+    "shape": ({**PAIR, f"{Q}.lora_a": draw(3, 32)}, {}, "lora_A: expected shape (32, 32), found (32, 3)"),
     "half": ({f"{Q}.lora_a": draw(32, 3)}, {}, "has no lora_b"),
     "experts": ({"x.lora_a": draw(4, 3, 2), "x.lora_b": draw(4, 2, 3)}, {}, "of a layer of experts"),
     "name": ({**PAIR, "model.norm.weight": draw(32)}, {}, "is no part of an adapter"),

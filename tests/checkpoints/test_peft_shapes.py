@@ -355,7 +355,9 @@ def test_what_is_its_own_is_not_composed(tmp_path: Path) -> None:
 
     save_peft(peft_model(tiny("llama", **UNTIED), **QV, modules_to_save=["lm_head"]), tmp_path / "a")
     adapter = veneer.attach(tiny("llama", **UNTIED)).load(tmp_path / "a")
-    with pytest.raises(ComposeError, match=r'the adapter "a" has its own weight at lm_head, which cannot be composed'):
+    with pytest.raises(
+        ComposeError, match=r'the adapter "a" overrides parameters of the base at lm_head, which cannot be composed'
+    ):
         combine("sum", [Parent(adapter)])
 
 

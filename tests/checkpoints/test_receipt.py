@@ -210,7 +210,7 @@ def test_a_probe_is_the_change_put_to_a_fixed_vector(arch: str, name: str) -> No
         site = bank.sites[path]
         delta = adapter.delta_2d(path, site.weight_2d).detach()
         expected = torch.tensor(receipt.eight(delta @ receipt.signs(delta.shape[1], path), path))
-        got = torch.tensor(receipt.probe(adapter, path, site))
+        got = torch.tensor(receipt.probe(adapter, path, site.weight_2d))
         assert expected.norm() > 0
         assert (got - expected).norm() <= 1e-4 * expected.norm()
 

@@ -85,6 +85,9 @@ def test_from_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert main(["merge", f"{tmp_path}/a", "--out", f"{tmp_path}/out"]) == 0, capsys.readouterr().err
     assert "logits: at most" in capsys.readouterr().out
     assert main(["compose", f"{tmp_path}/a", "--out", f"{tmp_path}/c"]) == 1
-    assert "has its own weight at lm_head, which cannot be composed; veneer merge" in capsys.readouterr().err
+    assert (
+        "overrides parameters of the base at lm_head, which cannot be composed; merge it with veneer merge"
+        in capsys.readouterr().err
+    )
     with pytest.raises(ComposeError, match="cannot be composed"):
         combine("sum", [Parent(trained(saved(tmp_path / "u"), OWN["norms"]))])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from torch import Tensor
+
 from veneer.adapters.adapter import Adapter
 from veneer.adapters.layers.site import Site, Survey
 from veneer.adapters.methods import Method
@@ -13,21 +15,45 @@ from veneer.errors import AdapterError, Problems, TargetError
 
 def check_fit(adapter: Adapter, survey: Survey) -> None:
     """Raise AdapterError unless the adapter has tensors, and every one of them fits the site that it names."""
-    check_overrides(
-        adapter, survey, [p for name in adapter.tensors for p in _problems_at(adapter, name, survey.sites.get(name))]
-    )
+    _raise_if_any(adapter, fit_problems(adapter, survey))
 
 
-def check_overrides(adapter: Adapter, survey: Survey, others: Iterable[str] = ()) -> None:
-    """`check_fit` for an adapter whose factors were made for this base. ``others``: problems that were found before."""
+def check_overrides(adapter: Adapter, survey: Survey) -> None:
+    """`check_fit` for an adapter whose factors were made for this base."""
+    _raise_if_any(adapter, _override_problems(adapter, survey))
+
+
+def fit_problems(adapter: Adapter, survey: Survey) -> list[str]:
+    """The reasons that tensors of an adapter do not fit the sites that they name."""
+    found = [problem for name in adapter.tensors for problem in _problems_at(adapter, name, survey.sites.get(name))]
+    return found + _override_problems(adapter, survey)
+
+
+def tensor_problems(method: Method, site: Site, tensors: Mapping[str, Tensor], rank: int) -> list[str]:
+    """The reasons that tensors are not those of a method at a site."""
+    name, names = site.name, method.tensor_names(site.kind)
+    found = [f"{name}: {method.name} has a tensor {key} here, which is missing" for key in names if key not in tensors]
+    found += [f"{name}: {method.name} has no tensor {key}" for key in tensors if key not in names]
+    if found:
+        return found
+    expected = method.tensor_shapes(site.geometry, rank)
+    return [
+        f"{name}.{key}: expected shape {expected[key]}, found {tuple(tensor.shape)}"
+        for key, tensor in tensors.items()
+        if tuple(tensor.shape) != expected[key]
+    ]
+
+
+def _override_problems(adapter: Adapter, survey: Survey) -> list[str]:
+    return [problem for name in adapter.overrides for problem in problems_of(adapter, name, survey.find(name))]
+
+
+def _raise_if_any(adapter: Adapter, found: Iterable[str]) -> None:
     problems = Problems()
     if not adapter.tensors and not adapter.overrides:
         problems.add("it has no tensors, so it would do nothing")
-    for problem in others:
+    for problem in found:
         problems.add(problem)
-    for name in adapter.overrides:
-        for problem in problems_of(adapter, name, survey.find(name)):
-            problems.add(problem)
     problems.raise_if_any(AdapterError, f'adapter "{adapter.name}" does not fit this base')
 
 
@@ -39,20 +65,7 @@ def _problems_at(adapter: Adapter, name: str, site: Site | None) -> list[str]:
     if site.kind != kind:
         return [f"{name}: the base has a {site.kind} layer here, the adapter is for a {kind} layer"]
     found = [f"{name}: {site.reason}"] if site.reason else []
-    names = adapter.method.tensor_names(site.kind)
-    found += [
-        f"{name}: {adapter.method.name} has a tensor {key} here, which is missing"
-        for key in names
-        if key not in tensors
-    ]
-    found += [f"{name}: {adapter.method.name} has no tensor {key}" for key in tensors if key not in names]
-    if found:
-        return found
-    expected = adapter.method.tensor_shapes(site.geometry, adapter.rank(name))
-    for key, tensor in tensors.items():
-        if tuple(tensor.shape) != expected[key]:
-            found.append(f"{name}.{key}: expected shape {expected[key]}, found {tuple(tensor.shape)}")
-    return found
+    return found + tensor_problems(adapter.method, site, tensors, adapter.rank(name))
 
 
 def check_tying(method: Method, names: list[str], sites: Mapping[str, Site]) -> None:

@@ -1,12 +1,12 @@
-"""Pictures of an adapter's inside, as SVG and PNG. Needs matplotlib, which is an extra: pip install 'veneer[plot]'.
+"""Plots of the spectra of an adapter, as SVG and PNG. Needs matplotlib: pip install 'veneer[plot]'.
 
-    spectra      singular values of each kind of layer on a log axis: the median over blocks, and their range
-    heat maps    block x module, one for each figure that a site has
-    overlap      phi(i, j) between two adapters, mean over blocks, one panel for each kind of layer
-    magnitudes   how many outputs grew or shrank, and by how much
+    spectra      singular values of each module on a log axis: the median over blocks, and the range
+    heat maps    block x module, one for each metric of a site
+    overlap      phi(i, j) between two adapters, mean over blocks, one panel for each module and side
+    magnitudes   histogram of the magnitude change of all outputs
 
-Colours are from maps and palettes that colour-blind readers can tell apart (cividis; Okabe and Ito). No global state of matplotlib is
-touched, and the same numbers give the same bytes.
+Colours are safe for colour-blind readers (cividis; Okabe and Ito). The global state of matplotlib is not changed, and the same numbers
+give the same bytes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from veneer.analysis.spectra import AdapterSpectra, SiteSpectrum
 from veneer.errors import ComposeError
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
-FIGURES: Mapping[str, tuple[str, str, Callable[[SiteSpectrum], float | None]]] = {
+HEAT_MAPS: Mapping[str, tuple[str, str, Callable[[SiteSpectrum], float | None]]] = {
     "norm": ("norm of the change", "‖d‖", lambda site: site.norm),
     "ratio": ("norm of the change against the base weight", "‖d‖ / ‖W‖", lambda site: site.ratio),
     "stable_rank": ("stable rank of the change", "‖d‖² / s₁²", lambda site: site.stable_rank),
@@ -43,23 +43,20 @@ FIGURES: Mapping[str, tuple[str, str, Callable[[SiteSpectrum], float | None]]] =
         lambda site: site.direction_change,
     ),
 }
-"""Name -> title, what the colours measure, and the figure of a site. d the change, W the base weight, W′ their sum."""
+"""Name -> title, label of the colour bar, and the value of a site. d is the change, W the base weight, W′ their sum."""
 _COUNTS = ("intruders",)
 _PANELS = 4
 _MANY = 64
-"""Singular values above which their axis is a logarithmic one."""
+"""Number of singular values above which their axis is logarithmic."""
 _FAR = 8
-"""Times the median above which the largest site has the colours be logarithmic."""
+"""Ratio of the largest site to the median above which the colours are logarithmic."""
 _SETTINGS: dict[str, Any] = {"svg.hashsalt": "veneer", "svg.fonttype": "none", "font.size": 9}
 
 
 def figures(spectra: AdapterSpectra) -> dict[str, Any]:
-    """Every picture that the numbers allow, by name, as matplotlib figures.
-
-    Raises ComposeError where matplotlib is not there.
-    """
+    """All plots of the available numbers by name, as matplotlib figures. Raises ComposeError without matplotlib."""
     made = {"spectra": _spectra(spectra)}
-    for key in FIGURES:
+    for key in HEAT_MAPS:
         if (picture := _heat_map(spectra, key)) is not None:
             made[key] = picture
     if spectra.subspaces:
@@ -70,7 +67,7 @@ def figures(spectra: AdapterSpectra) -> dict[str, Any]:
 
 
 def write_plots(spectra: AdapterSpectra, folder: Path, formats: Sequence[str] = ("svg", "png")) -> list[Path]:
-    """Write every picture into a folder; returns the files."""
+    """Write all plots into a folder; returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     for name, figure in figures(spectra).items():
@@ -92,7 +89,7 @@ def picture_bytes(figure: Any, kind: str) -> bytes:
 
 
 def modules_of(sites: Sequence[SiteSpectrum]) -> list[str]:
-    """Kinds of layers, in the order in which they come."""
+    """The modules of sites ("mlp.up_proj"), in order of appearance."""
     return list(dict.fromkeys(site.module for site in sites))
 
 
@@ -100,7 +97,7 @@ def _figure(width: float, height: float) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ComposeError("pictures need matplotlib, which is not installed: pip install 'veneer[plot]'") from None
+        raise ComposeError("plots need matplotlib, which is not installed: pip install 'veneer[plot]'") from None
     return Figure(figsize=(width, height), layout="constrained")
 
 
@@ -120,7 +117,7 @@ def _spectra(spectra: AdapterSpectra) -> Any:
         axes.fill_between(x, [c[0] for c in columns], [c[-1] for c in columns], color=colour, alpha=0.12, linewidth=0)
     axes.set_yscale("log")
     most = max((len(site.singular_values) for site in spectra.sites), default=0)
-    if most > _MANY:  # the first few are what matters, and hundreds follow
+    if most > _MANY:  # the first few matter, and hundreds follow
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:g}")
     else:
@@ -135,7 +132,7 @@ def _spectra(spectra: AdapterSpectra) -> Any:
 
 
 def _heat_map(spectra: AdapterSpectra, key: str) -> Any | None:
-    title, measure, value = FIGURES[key]
+    title, measure, value = HEAT_MAPS[key]
     cells = {(s.block, s.module): value(s) for s in spectra.sites if s.block is not None}
     if not cells or any(number is None for number in cells.values()):
         return None
@@ -156,7 +153,7 @@ def _heat_map(spectra: AdapterSpectra, key: str) -> Any | None:
 
 
 def _norm(grid: Sequence[Sequence[float]], counts: bool) -> Any:
-    """Colours by value; by its logarithm where one site is so large that it would leave all others one colour."""
+    """Linear colours; logarithmic ones if an outlier would give all other sites one colour."""
     from matplotlib.colors import LogNorm, Normalize
 
     values = sorted(value for row in grid for value in row if math.isfinite(value))
@@ -172,7 +169,7 @@ def _overlap(spectra: AdapterSpectra) -> Any:
         module: [spectra.subspaces[s.site] for s in spectra.sites if s.module == module and s.site in spectra.subspaces]
         for module in modules_of(spectra.sites)
     }
-    shown = [(module, side) for module, own in pairs.items() if own for side in ("reads", "writes")]
+    shown = [(module, side) for module, found in pairs.items() if found for side in ("reads", "writes")]
     columns = min(_PANELS, len(shown))
     rows = -(-len(shown) // columns)
     figure = _figure(1.2 + 1.9 * columns, 0.8 + 1.5 * rows)
@@ -191,10 +188,10 @@ def _overlap(spectra: AdapterSpectra) -> Any:
     for axes in panels.flat[len(shown) :]:
         axes.set_axis_off()
     if image is not None:
-        figure.colorbar(image, ax=panels, label="φ(i, j): 1 one span holds the other, 0 orthogonal", fraction=0.03)
+        figure.colorbar(image, ax=panels, label="φ(i, j): 1 one span contains the other, 0 orthogonal", fraction=0.03)
     figure.supxlabel(f"j: leading directions of {spectra.against}", fontsize=8)
     figure.supylabel(f"i: leading directions of {spectra.name}", fontsize=8)
-    figure.suptitle(f"what {spectra.name} and {spectra.against} have in common (mean over blocks)", fontsize=9)
+    figure.suptitle(f"overlap of {spectra.name} and {spectra.against} (mean over blocks)", fontsize=9)
     return figure
 
 
@@ -207,7 +204,7 @@ def _whole_numbers(axis: Any) -> None:
 def _magnitudes(spectra: AdapterSpectra) -> Any:
     figure = _figure(6, 3.4)
     axes = figure.subplots()
-    values = [100 * _finite(value) for own in spectra.magnitudes.values() for value in own]
+    values = [100 * _finite(value) for changes in spectra.magnitudes.values() for value in changes]
     values = [value for value in values if math.isfinite(value)]
     axes.hist(values, bins=80, color=COLOURS[0])
     axes.set_yscale("log")
@@ -218,7 +215,7 @@ def _magnitudes(spectra: AdapterSpectra) -> Any:
 
 
 def _mean(tables: Sequence[Sequence[Sequence[float]]]) -> list[list[float]]:
-    """Mean over tables; where their sizes differ, over those that reach there."""
+    """Mean over tables, entry by entry, over the tables that have the entry."""
     rows, columns = max(map(len, tables)), max(len(t[0]) if t else 0 for t in tables)
     grid = []
     for i in range(rows):

@@ -1,13 +1,13 @@
-"""One HTML file that shows an adapter's inside: no other file, no script, nothing from a network.
+"""The spectra of an adapter as one HTML file, without scripts or external resources.
 
-Pictures are inline SVG where matplotlib is there; without it the tables stand alone, and the page says so.
+Plots are inline SVG. Without matplotlib the page has tables only, and says so.
 """
 
 from __future__ import annotations
 
 import html
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from veneer._files import replace_text
@@ -28,27 +28,35 @@ dd{margin:0 0 .3rem 1.5rem;color:#555}
 summary{cursor:pointer;margin-top:1rem}
 p.note{color:#555}
 """
-_HEADER = ("rank", "norm", "stable rank", "effective rank", "change/weight", "amplification", "intruders")
-
-_LEGEND = {
-    "rank": "directions that the change has; with DoRA's magnitudes that is all of them",
-    "norm": "size of the change d = W' - W, Frobenius norm",
-    "stable rank": "square norm of d over the square of its largest singular value: near 1 where one direction does it all",
-    "effective rank": "exp of the entropy of the singular values: how many directions count",
-    "change/weight": "norm of d over that of the base weight W",
-    "amplification": "norm of d over that of what W does in d's leading directions: above 1 the change is stronger there than the base",
-    "intruders": "leading directions of W' that W does not have; their number goes with what is forgotten",
+_COLUMNS: Mapping[str, tuple[str, Callable[[SiteSpectrum], float | None]]] = {
+    "rank": ("number of directions of the change; with DoRA's magnitudes all of them", lambda site: site.rank),
+    "norm": ("Frobenius norm of the change d = W' - W", lambda site: site.norm),
+    "stable rank": (
+        "square norm of d over the square of its largest singular value: near 1 if one direction dominates",
+        lambda site: site.stable_rank,
+    ),
+    "effective rank": ("exp of the entropy of the singular values of d", lambda site: site.effective_rank),
+    "change/weight": ("norm of d over that of the base weight W", lambda site: site.ratio),
+    "amplification": (
+        "norm of d over that of W in the leading directions of d: above 1 the change is larger there than the base",
+        lambda site: site.amplification,
+    ),
+    "intruders": (
+        "leading directions of W' that W does not have; their number grows with forgetting",
+        lambda site: None if site.intruders is None else float(site.intruders.count),
+    ),
 }
+"""Column -> its meaning, and the value of a site."""
 _OVERLAP_LEGEND = {
-    "phi": "what two spans of directions have in common: 1 where one holds the other, 0 where they are orthogonal. What is read is alike "
-    "for adapters that began with one seed",
+    "phi": "overlap of two spans of directions: 1 if one contains the other, 0 if they are orthogonal. Input directions are similar for "
+    "adapters that were initialised from one seed",
     "by chance": "phi of random spans of these sizes",
-    "cosine": "of the two changes as vectors: 1 the same change, 0 nothing in common, below 0 against each other",
+    "cosine": "of the two changes as vectors: 1 the same change, 0 orthogonal, below 0 opposed",
 }
 
 
 def write_html(spectra: AdapterSpectra, file: Path) -> None:
-    """Write the report, whole or not at all."""
+    """Write the report in one step."""
     file.parent.mkdir(parents=True, exist_ok=True)
     replace_text(file, html_report(spectra))
 
@@ -59,13 +67,13 @@ def html_report(spectra: AdapterSpectra) -> str:
     parts = [
         "<!doctype html>",
         '<html lang="en"><head><meta charset="utf-8">',
-        f"<title>{name}: inside an adapter</title><style>{_STYLE}</style></head><body>",
+        f"<title>{name}: spectra of an adapter</title><style>{_STYLE}</style></head><body>",
         f"<h1>{name}</h1>",
         f"<p>{_summary(spectra)}</p>",
-        "<h2>By kind of layer</h2>",
-        '<p class="note">Means over blocks; intruders too.</p>',
-        _table(("module", "sites", *_HEADER), _modules(spectra.sites)),
-        _legend(_LEGEND),
+        "<h2>By module</h2>",
+        '<p class="note">Means over blocks, of intruders too.</p>',
+        _table(("module", "sites", *_COLUMNS), _modules(spectra.sites)),
+        _legend({name: meaning for name, (meaning, _) in _COLUMNS.items()}),
     ]
     if spectra.subspaces:
         parts += [
@@ -74,16 +82,17 @@ def html_report(spectra: AdapterSpectra) -> str:
             _overlap_table(spectra),
             _legend(_OVERLAP_LEGEND),
         ]
-    parts += _pictures(spectra)
-    rows = [[site.site, *_numbers(site)] for site in spectra.sites]
-    parts += [f"<details><summary>All {len(rows)} sites</summary>{_table(('site', *_HEADER), rows)}</details>"]
+    parts += _plots(spectra)
+    rows = [[site.site, *(_mean([value(site)]) for _, value in _COLUMNS.values())] for site in spectra.sites]
+    parts += [f"<details><summary>All {len(rows)} sites</summary>{_table(('site', *_COLUMNS), rows)}</details>"]
     parts += [f'<p class="note">Made by Veneer {html.escape(__version__)}.</p>', "</body></html>"]
     return "\n".join(parts) + "\n"
 
 
 def _summary(spectra: AdapterSpectra) -> str:
     method = {"lora": "LoRA", "dora": "DoRA"}.get(spectra.method, spectra.method)
-    text = f"A {html.escape(method)} adapter at {len(spectra.sites)} sites; norm of the whole change {_short(_total(spectra.sites))}."
+    norm = _short(math.hypot(*(site.norm for site in spectra.sites)))
+    text = f"A {html.escape(method)} adapter at {len(spectra.sites)} sites; norm of the whole change {norm}."
     if spectra.intruders is not None:
         text += f" {spectra.intruders} intruder dimensions."
     if spectra.correlation is not None:
@@ -94,28 +103,29 @@ def _summary(spectra: AdapterSpectra) -> str:
 def _modules(sites: Sequence[SiteSpectrum]) -> list[list[str]]:
     rows = []
     for module in modules_of(sites):
-        own = [site for site in sites if site.module == module]
-        columns = [[_values(site)[i] for site in own] for i in range(len(_HEADER))]
-        rows.append([module, str(len(own)), *(_mean(column) for column in columns)])
+        found = [site for site in sites if site.module == module]
+        rows.append(
+            [module, str(len(found)), *(_mean([value(site) for site in found]) for _, value in _COLUMNS.values())]
+        )
     return rows
 
 
 def _overlap_table(spectra: AdapterSpectra) -> str:
     rows = []
     for module in modules_of(spectra.sites):
-        own = [spectra.subspaces[s.site] for s in spectra.sites if s.module == module and s.site in spectra.subspaces]
-        if own:
+        pairs = [spectra.subspaces[s.site] for s in spectra.sites if s.module == module and s.site in spectra.subspaces]
+        if pairs:
             columns = ("whole_in", "chance_in", "whole_out", "chance_out", "cosine")
-            rows.append([module, *(_mean([getattr(pair, column) for pair in own]) for column in columns)])
-    return _table(("module", "phi of what is read", "by chance", "phi of what is written", "by chance", "cosine"), rows)
+            rows.append([module, *(_mean([getattr(pair, column) for pair in pairs]) for column in columns)])
+    return _table(("module", "phi of inputs", "by chance", "phi of outputs", "by chance", "cosine"), rows)
 
 
-def _pictures(spectra: AdapterSpectra) -> list[str]:
+def _plots(spectra: AdapterSpectra) -> list[str]:
     try:
         made = figures(spectra)
     except ComposeError as error:
-        return [f'<p class="note">There are no pictures: {html.escape(str(error))}.</p>']
-    parts = ["<h2>Pictures</h2>"]
+        return [f'<p class="note">There are no plots: {html.escape(str(error))}.</p>']
+    parts = ["<h2>Plots</h2>"]
     for figure in made.values():
         text = picture_bytes(figure, "svg").decode()
         parts.append(f"<figure>{text[text.index('<svg') :]}</figure>")
@@ -133,15 +143,6 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def _values(site: SiteSpectrum) -> tuple[float | None, ...]:
-    count = None if site.intruders is None else float(site.intruders.count)
-    return (site.rank, site.norm, site.stable_rank, site.effective_rank, site.ratio, site.amplification, count)
-
-
-def _numbers(site: SiteSpectrum) -> list[str]:
-    return ["-" if value is None else _short(value) for value in _values(site)]
-
-
 def _mean(values: Sequence[float | None]) -> str:
     known = [value for value in values if value is not None]
     return _short(math.fsum(known) / len(known)) if known else "-"
@@ -149,7 +150,3 @@ def _mean(values: Sequence[float | None]) -> str:
 
 def _short(value: float) -> str:
     return f"{value:.3g}"
-
-
-def _total(sites: Sequence[SiteSpectrum]) -> float:
-    return math.hypot(*(site.norm for site in sites))

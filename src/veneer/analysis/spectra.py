@@ -29,6 +29,7 @@ from torch import Tensor
 from veneer.adapters.adapter import Adapter
 from veneer.analysis.intruders import Intruders, find_intruders
 from veneer.analysis.subspace import Subspaces, subspaces
+from veneer.checkpoints.receipt import receipt_of
 from veneer.deltas.delta import SiteDelta, Weights, site_delta
 from veneer.deltas.parallel import map_sites
 from veneer.deltas.svd import inner_product, nonzero, spectrum_of, svd_of
@@ -72,7 +73,7 @@ class AdapterSpectra:
     against: str | None = None
     subspaces: dict[str, Subspaces] = field(default_factory=dict)
     one_seed: bool = False
-    """Whether both adapters were initialised from one seed, so that their input directions overlap from the start."""
+    """Both adapters were initialised from one seed, so their input directions overlap from the start."""
     magnitudes: dict[str, tuple[float, ...]] = field(default_factory=dict)
     """Relative magnitude change of each output, ||W'_o|| / ||W_o|| - 1, by site."""
 
@@ -233,6 +234,6 @@ def _correlation(sites: Sequence[SiteSpectrum]) -> float | None:
 
 
 def _one_seed(one: Adapter, other: Adapter) -> bool:
-    """Whether two different adapters record one seed for their initial values."""
-    seeds = [(adapter.meta.get("receipt") or {}).get("seed") for adapter in (one, other)]
+    """Two different adapters record one seed for their initial values."""
+    seeds = [receipt_of(adapter).get("seed") for adapter in (one, other)]
     return one is not other and seeds[0] is not None and seeds[0] == seeds[1]

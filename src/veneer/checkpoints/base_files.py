@@ -1,8 +1,7 @@
 """A base read from its files: sites, kinds and tied weights, without a weight in memory.
 
-The model is built on torch's meta device from config.json alone, so the kind of a layer (is this square matrix an nn.Linear or a
-transposed Conv1D? is the head tied?) comes from the model itself and is never guessed. Weights are read from the files one by one, under
-the names that they have there.
+The model is built on torch's meta device from config.json alone, so layer kinds (nn.Linear or the transposed Conv1D) and tied heads come
+from the model and are never guessed. Weights are read from the files one by one.
 
 Boundary: reads names and shapes; `ModelFolder` reads tensors.
 """
@@ -12,18 +11,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from veneer.adapters.adapter import Adapter
+from veneer.adapters.compatibility import fit_problems
 from veneer.adapters.layers.site import Site, Survey
 from veneer.adapters.layers.survey import survey
-from veneer.adapters.overrides import problems_of
+from veneer.checkpoints.findings import listed
 from veneer.checkpoints.model_folder import ModelFolder
 from veneer.errors import ComposeError, Problems
-from veneer.models.load import load_base
+from veneer.models.load import load_base, model_class
 from veneer.models.names import stored_names
 from veneer.models.sources import resolve
 
@@ -32,7 +31,7 @@ _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass
 class Skeleton:
-    """A base's files beside the sites of the model that they make."""
+    """The files of a base, and the sites of the model that they describe."""
 
     folder: ModelFolder
     model: nn.Module
@@ -42,7 +41,7 @@ class Skeleton:
 
     @property
     def sites(self) -> dict[str, Site]:
-        """Every place that an adapter could act on."""
+        """The sites of the model, by name."""
         return self.survey.sites
 
     def owner(self, site: str) -> str:
@@ -65,7 +64,7 @@ class Skeleton:
         return as_2d(self.folder.get(self.key(site)), self.sites[site].kind)
 
     def parameter_key(self, name: str) -> str | None:
-        """Name in the files of any parameter of the model: its own, or that of a parameter which it is shared with."""
+        """Name in the files of a parameter of the model, or of a parameter that shares its tensor; None if the files have neither."""
         if name in self.names:
             return self.names[name]
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
@@ -103,7 +102,7 @@ def skeleton(folder: Path) -> Skeleton:
         )
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     with torch.device("meta"):
-        model = _model_class(files.config, config)(config)
+        model = model_class(folder).from_config(config)
     return Skeleton(files, model, survey(model), stored_names(model, files.files))
 
 
@@ -124,22 +123,15 @@ def as_stored(weight_2d: Tensor, kind: str, shape: Iterable[int]) -> Tensor:
 
 
 def fit(adapter: Adapter, base: Skeleton) -> Adapter:
-    """The adapter, with each site's kind taken from the base.
+    """The adapter, with the kind of each site taken from the base: files without a receipt leave it open.
 
-    Raises ComposeError that lists every site which the base lacks or which has another shape, and values that are not finite.
+    Raises ComposeError that lists every site which the base lacks or which has another shape.
     """
+    adapter.kinds = adapter.kinds | {name: base.sites[name].kind for name in adapter.tensors if name in base.sites}
     problems = Problems()
-    for name, own in adapter.tensors.items():
-        site = base.sites.get(name)
-        if site is None:
-            problems.add(f"{name}: the base has no such layer")
-            continue
-        _check_shapes(adapter, site, own, problems)
-    for name in adapter.overrides:
-        for problem in problems_of(adapter, name, base.sites.get(name) or base.survey.vector_layers.get(name)):
-            problems.add(problem)
+    for problem in fit_problems(adapter, base.survey):
+        problems.add(problem)
     problems.raise_if_any(ComposeError, f'the adapter "{adapter.name}" does not fit the base in {base.folder.path}')
-    adapter.kinds = {name: base.sites[name].kind for name in adapter.tensors}
     return adapter
 
 
@@ -153,24 +145,12 @@ def check_finite(adapter: Adapter) -> None:
 
 
 def check_changes_only(adapter: Adapter) -> None:
-    """Raise ComposeError where an adapter has weights, biases or rows of its own, which are no low-rank changes."""
-    for name, own in adapter.overrides.items():
-        more = f" and at {len(adapter.overrides) - 1} other places" if len(adapter.overrides) > 1 else ""
+    """Raise ComposeError for an adapter with overrides, which are not low-rank changes."""
+    if adapter.overrides:
         raise ComposeError(
-            f'the adapter "{adapter.name}" has its own {" and ".join(own)} at {name}{more}, which cannot be composed; '
-            "veneer merge takes such adapters"
+            f'the adapter "{adapter.name}" overrides parameters of the base at {listed(adapter.overrides)}, which cannot be composed; '
+            "merge it with veneer merge"
         )
-
-
-def _check_shapes(adapter: Adapter, site: Site, tensors: Mapping[str, Tensor], problems: Problems) -> None:
-    expected = adapter.method.tensor_shapes(site.geometry, adapter.rank(site.name))
-    for key in sorted({*tensors, *expected}):
-        if key not in tensors:
-            problems.add(f"{site.name}: {key} is missing, and the base has a layer of kind {site.kind} here")
-        elif key not in expected:
-            problems.add(f"{site.name}: {key} does not belong to a layer of kind {site.kind}")
-        elif tuple(tensors[key].shape) != expected[key]:
-            problems.add(f"{site.name}.{key}: expected shape {expected[key]}, found {tuple(tensors[key].shape)}")
 
 
 def check_float(key: str, weight: Tensor) -> None:
@@ -179,16 +159,3 @@ def check_float(key: str, weight: Tensor) -> None:
         raise ComposeError(
             f"{key} is stored as {weight.dtype}, and a change can only be added to floating-point weights"
         )
-
-
-def _model_class(stored: Mapping[str, Any], config: Any) -> Any:
-    """The class that config.json names, as `load_base` chooses it."""
-    import transformers
-
-    for name in stored.get("architectures") or ():
-        named = getattr(transformers, str(name), None)
-        if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
-            return named
-    causal = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-    auto = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
-    return auto.from_config

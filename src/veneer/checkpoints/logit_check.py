@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from veneer.adapters.bank import Bank
 from veneer.adapters.layers.dry_run import example_inputs
-from veneer.checkpoints.receipt import eight
+from veneer.checkpoints.receipt import eight, receipt_of
+from veneer.checkpoints.tensors import dtype_name
 from veneer.errors import CheckpointError
 
 ROWS, TOKENS = 2, 16
@@ -93,7 +94,7 @@ def verify_logits(bank: Bank, name: str) -> dict[str, Any]:
 
 
 def _recorded(bank: Bank, name: str, adapted: Tensor, limit: float, problems: list[str]) -> float | None:
-    record = ((bank[name].meta.get("receipt") or {}).get("logits")) or {}
+    record = receipt_of(bank[name]).get("logits") or {}
     numbers = record.get("numbers") if isinstance(record, dict) else None
     if not isinstance(numbers, list) or len(numbers) != 8 or record.get("dtype") != _dtype(bank):
         return None  # none were recorded, or in another dtype, in which they may differ
@@ -127,5 +128,4 @@ def _set(model: nn.Module, key: str, value: nn.Parameter) -> None:
 
 
 def _dtype(bank: Bank) -> str:
-    parameter = next(bank.model.parameters())
-    return str(parameter.dtype).removeprefix("torch.")
+    return dtype_name(next(bank.model.parameters()).dtype)

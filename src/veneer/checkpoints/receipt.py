@@ -21,7 +21,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 from weakref import WeakKeyDictionary
 
 import torch
@@ -33,8 +33,8 @@ from veneer.adapters.layers.site import Site
 from veneer.adapters.methods import factors_2d
 from veneer.checkpoints.base_view import BaseView, named
 from veneer.checkpoints.findings import Findings, listed, shown
+from veneer.checkpoints.tensors import dtype_name
 from veneer.errors import BaseModelError
-from veneer.kernels.lora.dora_norm import dora_norm
 from veneer.models.fingerprint import weight_fingerprints
 from veneer.models.load import Base
 
@@ -71,7 +71,7 @@ def make_receipt(adapter: Adapter, base: BaseView, digest: str, extra: Mapping[s
     if base.sites:
         receipt["base"] = weight_records(base, adapter.tensors)
     if base.sites or not adapter.method.needs_base_weights:
-        receipt["probes"] = {name: probe(adapter, name, base.sites.get(name)) for name in adapter.tensors}
+        receipt["probes"] = {name: probe(adapter, name, _weight(base, name)) for name in adapter.tensors}
     return receipt
 
 
@@ -102,7 +102,11 @@ def verify(receipt: Receipt, adapter: Adapter, digest: str, base: BaseView, base
         found.refuse("the receipt's probes are of other sites than the tensors", "receipt")
         return
     known = records if isinstance(records, dict) else {}
-    wrong = [name for name in adapter.tensors if not _probe_agrees(probes[name], adapter, name, base, known.get(name))]
+    wrong = [
+        name
+        for name in adapter.tensors
+        if not probe_agrees(probes[name], adapter, name, known.get(name), _weight(base, name))
+    ]
     if wrong:
         found.refuse(
             f"the change at {listed(wrong)} is not what the receipt's probe recorded: adapter_config.json was altered after training "
@@ -126,10 +130,26 @@ def weight_records(base: BaseView, names: Iterable[str]) -> dict[str, Record]:
     fresh = {name: site for name, site in sites.items() if _WEIGHTS.get(site.module, (None,))[0] != _identity(site)}
     hashes = _fingerprints(base.model, fresh)
     for name, site in fresh.items():
-        dtype = str(site.weight_2d.dtype).removeprefix("torch.")
-        record = {"sha256": hashes[name], "dtype": dtype, "sketch": sketch_of(site.weight_2d, name)}
-        _WEIGHTS[site.module] = (_identity(site), record)
+        _WEIGHTS[site.module] = (_identity(site), weight_record(site.weight_2d, name, hashes[name]))
     return {name: _WEIGHTS[site.module][1] for name, site in sites.items()}
+
+
+def weight_record(weight_OK: Tensor, name: str, sha256: str) -> Record:
+    """The record of one base weight, whose fingerprint is given."""
+    return {"sha256": sha256, "dtype": dtype_name(weight_OK.dtype), "sketch": sketch_of(weight_OK, name)}
+
+
+def receipt_of(adapter: Adapter) -> Mapping[str, Any]:
+    """The receipt of the folder that an adapter was read from; empty without one."""
+    receipt = adapter.meta.get("receipt")
+    return receipt if isinstance(receipt, Mapping) else {}
+
+
+def base_records(adapter: Adapter) -> dict[str, Record]:
+    """The usable records of base weights in the receipt of an adapter, by site."""
+    records = receipt_of(adapter).get("base")
+    known = records if isinstance(records, Mapping) else {}
+    return {site: known[site] for site in adapter.tensors if _is_record(known.get(site))}
 
 
 def _identity(site: Site) -> object:
@@ -152,31 +172,25 @@ def _fingerprints(model: nn.Module | None, sites: Mapping[str, Site]) -> dict[st
     return {name: found[path] for name, path in names.items()}
 
 
-def probe(adapter: Adapter, name: str, site: Site | None) -> list[float]:
-    """Eight numbers of the change at a site. DoRA needs the site, for the base weight."""
-    if site is None:
-        return probe_on(adapter, name)
-    return probe_on(adapter, name, site.weight_2d, site.squared_norms())
-
-
-def probe_on(
-    adapter: Adapter, name: str, weight_OK: Tensor | None = None, squared_O: Tensor | None = None
-) -> list[float]:
-    """Eight numbers of the change at a site whose base weight, and the squared norms of its rows, are given (DoRA needs them)."""
-    own: dict[str, Tensor] = {key: value.detach().float().cpu() for key, value in adapter.tensors[name].items()}
-    a_RK, b_OR = factors_2d(own, torch.float32)
+def probe(adapter: Adapter, name: str, weight_OK: Tensor | None = None) -> list[float]:
+    """Eight numbers of the change at a site. Methods whose change depends on the base need its weight there."""
+    method, scale = adapter.method, adapter.scale(name)
+    tensors = {key: value.detach().float().cpu() for key, value in adapter.tensors[name].items()}
+    a_RK, b_OR = factors_2d(tensors, torch.float32)
     v_K = signs(a_RK.shape[1], name)
-    scale = adapter.scale(name)
-    change_O = scale * (b_OR @ (a_RK @ v_K))
-    if not adapter.method.needs_base_weights:
-        return eight(change_O, name)
-    assert weight_OK is not None and squared_O is not None
-    base_O = _times(weight_OK, v_K)
-    blocks = zip(weight_OK.split(_ROWS), squared_O.float().cpu().split(_ROWS), b_OR.split(_ROWS), strict=True)
-    norms = [dora_norm(rows.float().cpu(), squared, a_RK, b_part, scale) for rows, squared, b_part in blocks]
-    gain_O = adapter.method.magnitude_scale(own, torch.cat(norms))
-    assert gain_O is not None
-    return eight(gain_O * (base_O + change_O) - base_O, name)
+    if not method.needs_base_weights:
+        return eight(scale * (b_OR @ (a_RK @ v_K)), name)
+    assert weight_OK is not None
+    changes = []
+    for start in range(0, weight_OK.shape[0], _ROWS):
+        rows = slice(start, start + _ROWS)
+        delta = method.delta(method.output_rows(tensors, rows), scale, weight_OK[rows].float().cpu())
+        changes.append(delta @ v_K)
+    return eight(torch.cat(changes), name)
+
+
+def _weight(base: BaseView, name: str) -> Tensor | None:
+    return base.sites[name].weight_2d if name in base.sites else None
 
 
 def signs(count: int, name: str, purpose: str = "in") -> Tensor:
@@ -209,27 +223,23 @@ def _own_options(adapter: Adapter) -> dict[str, Any]:
     return {key: value for key, value in own.items() if value != default[key]}
 
 
-def _probe_agrees(recorded: object, adapter: Adapter, name: str, base: BaseView, known: object) -> bool:
-    """The change at a site is the one that its probe recorded. ``known`` is the receipt's record of the base weight there."""
-    now = probe(adapter, name, base.sites.get(name))
-    floor = 0.0
-    if adapter.method.needs_base_weights and base.sites:
-        # The change is a small difference of large numbers; its rounding is that of the base's own product.
-        record = weight_records(base, [name])[name]
-        dtype = known.get("dtype") if isinstance(known, dict) else None
-        floor = rounding_between(dtype, record["dtype"]) * math.hypot(*record["sketch"])
-    return same_probe(recorded, now, floor)
-
-
-def same_probe(recorded: object, now: list[float], floor: float = 0.0) -> bool:
-    """A probe is the recorded one. floor: allowance for the rounding of the base's own product, if the change depends on the base."""
+def probe_agrees(
+    recorded: object, adapter: Adapter, name: str, record: object, weight_OK: Tensor | None = None
+) -> bool:
+    """The change at a site is the one of its recorded probe. record: the receipt's record of the base weight there."""
     if not _is_eight(recorded):
         return False
-    one, other = torch.tensor(recorded, dtype=torch.float64), torch.tensor(now, dtype=torch.float64)
+    floor = 0.0
+    if weight_OK is not None and adapter.method.needs_base_weights:
+        # The change is a small difference of large numbers; its rounding is that of the base's own product.
+        known: Record = record if _is_record(record) else {"sketch": sketch_of(weight_OK, name)}
+        floor = rounding_between(known.get("dtype"), dtype_name(weight_OK.dtype)) * math.hypot(*known["sketch"])
+    one = torch.tensor(recorded, dtype=torch.float64)
+    other = torch.tensor(probe(adapter, name, weight_OK), dtype=torch.float64)
     return bool((other - one).norm() <= _TOLERANCE * one.norm() + floor + 1e-12)
 
 
-def _is_eight(value: object) -> bool:
+def _is_eight(value: object) -> TypeGuard[list[float]]:
     return isinstance(value, list) and len(value) == NUMBERS and all(type(x) in (int, float) for x in value)
 
 
@@ -258,7 +268,7 @@ def verify_base(receipt: Receipt, sites: Iterable[str], base: BaseView, found: F
     return not differs
 
 
-def _is_record(value: object) -> bool:
+def _is_record(value: object) -> TypeGuard[Record]:
     """A receipt's record of a base weight can be compared with one."""
     return isinstance(value, dict) and _is_eight(value.get("sketch"))
 
@@ -284,10 +294,10 @@ def base_distance(known: Record, sketch: list[float], weight_OK: Tensor, name: s
 
     known: the receipt's record of the weight. sketch: that of ``weight_OK`` as it is held here.
     """
-    there, here = known.get("dtype"), str(weight_OK.dtype).removeprefix("torch.")
-    apart, most = _distance(known["sketch"], sketch), rounding_between(there, here)
+    there, here = known.get("dtype"), dtype_name(weight_OK.dtype)
+    apart, most = sketch_distance(known["sketch"], sketch), rounding_between(there, here)
     if apart > _SUMS and there in _NARROW and here in ("float32", "float64"):
-        apart, most = _distance(known["sketch"], sketch_of(weight_OK, name, _NARROW[there])), _SUMS
+        apart, most = sketch_distance(known["sketch"], sketch_of(weight_OK, name, _NARROW[there])), _SUMS
     return apart if apart > most else None
 
 
@@ -296,7 +306,7 @@ def sketch_of(weight_OK: Tensor, name: str, dtype: torch.dtype | None = None) ->
     return eight(_times(weight_OK, signs(weight_OK.shape[1], name), dtype), name)
 
 
-def _distance(known: list[float], now: list[float]) -> float:
+def sketch_distance(known: list[float], now: list[float]) -> float:
     """Distance of two sketches, as a share of the first."""
     one, other = torch.tensor(known, dtype=torch.float64), torch.tensor(now, dtype=torch.float64)
     distance = float((one - other).norm() / one.norm().clamp_min(1e-30))

@@ -145,6 +145,11 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
         raise OSError(code, os.strerror(code), str(path)) from error
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name without the module's: "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
 def digest(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over every tensor's name, dtype, shape and bytes, in the order of names."""
     total = hashlib.sha256()

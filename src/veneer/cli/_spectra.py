@@ -126,7 +126,8 @@ def _reduce(args: argparse.Namespace, parent: Parent, weights: Weights | None) -
     from veneer.analysis.intruders import reduce_intruders
     from veneer.checkpoints import write_adapter
     from veneer.checkpoints.model_folder import check_free
-    from veneer.deltas.parents import base_name, base_records, origin_of, probes_on, template_of
+    from veneer.checkpoints.receipt import base_records
+    from veneer.deltas.parents import base_name, origin_of, probes_on, template_of
 
     assert weights is not None
     adapter = parent.adapter

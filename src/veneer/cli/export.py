@@ -168,7 +168,8 @@ def _ollama_base(args: argparse.Namespace, base: str) -> str:
 def _card(args: argparse.Namespace, parents: Sequence[Parent], folder: Path) -> dict[str, Any]:
     from veneer._files import replace_text
     from veneer.checkpoints.model_folder import check_free
-    from veneer.compose.card import model_card
+    from veneer.checkpoints.peft.card import model_card
+    from veneer.checkpoints.receipt import receipt_of
     from veneer.deltas.parents import base_name
 
     if len(parents) > 1:
@@ -176,7 +177,10 @@ def _card(args: argparse.Namespace, parents: Sequence[Parent], folder: Path) -> 
     check_free(args.out)
     command, metrics = _run_info(args.run, parents[0].adapter.name)
     base = args.base or base_name([parents[0].adapter])
-    text = model_card(parents[0].adapter, base=base, command=command, metrics=metrics, folder=str(folder))
+    adapter = parents[0].adapter
+    text = model_card(
+        adapter, base=base, receipt=receipt_of(adapter), command=command, metrics=metrics, folder=str(folder)
+    )
     args.out.parent.mkdir(parents=True, exist_ok=True)
     replace_text(args.out, text)
     return {"to": "card", "file": str(args.out), "bytes": len(text.encode()), "error": 0.0}

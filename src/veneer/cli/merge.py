@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -143,7 +144,7 @@ def _logit_check(parents: Sequence[Parent], base: Path, stored_bytes: int) -> Ch
         if found is None:
             report.notes.append("logits were not compared: this model needs more inputs than token ids")
         else:
-            report.logits = found.as_dict()
+            report.logits = asdict(found)
 
     return compare
 

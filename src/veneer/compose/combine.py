@@ -20,12 +20,12 @@ from veneer.adapters.adapter import Adapter
 from veneer.adapters.layers.kinds import Geometry
 from veneer.adapters.methods import METHODS, LoRA, Method
 from veneer.checkpoints.base_files import check_changes_only, check_finite
+from veneer.checkpoints.receipt import base_records
 from veneer.compose.ops import OPERATIONS, Operation, OperationSettings, SiteContext
 from veneer.deltas.build import MAX_RANK, Form, Tensors, assemble, site_tensors
 from veneer.deltas.delta import SiteDelta, Weights, geometry_of, needs_base, site_delta, weighted_sum
 from veneer.deltas.parents import (
     Parent,
-    base_records,
     check_one_base,
     notes_on_bases,
     origin_of,
@@ -167,22 +167,18 @@ def combine(
     )
 
 
+@dataclass
 class _Combiner:
     """One composition, site by site."""
 
-    def __init__(
-        self,
-        operation: Operation,
-        parents: Sequence[Parent],
-        weights: Weights | None,
-        rank: int | None,
-        energy: float | None,
-        settings: OperationSettings,
-        method: Method,
-    ) -> None:
-        self.operation, self.parents, self.weights = operation, parents, weights
-        self.rank, self.energy, self.settings, self.method = rank, energy, settings, method
-        self._weight: tuple[str, Tensor] | None = None
+    operation: Operation
+    parents: Sequence[Parent]
+    weights: Weights | None
+    rank: int | None
+    energy: float | None
+    settings: OperationSettings
+    method: Method
+    last_weight: tuple[str, Tensor] | None = None
 
     def sites(self) -> list[str]:
         """Sites of the result, in the parents' order."""
@@ -230,9 +226,9 @@ class _Combiner:
         """The base weight at a site, where the base is known; the last one is kept."""
         if self.weights is None:
             return None
-        if self._weight is None or self._weight[0] != site:
-            self._weight = (site, self.weights(site))
-        return self._weight[1]
+        if self.last_weight is None or self.last_weight[0] != site:
+            self.last_weight = (site, self.weights(site))
+        return self.last_weight[1]
 
     def measure(self, site: str, exact: SiteDelta, tensors: Tensors) -> SiteError:
         """The distance of the stored delta from the exact one; an operation on factors is compared with the sum of the deltas."""
@@ -315,7 +311,7 @@ def _check_geometry(parents: Sequence[Parent]) -> None:
 
 
 def _tied(parents: Sequence[Parent], method: Method) -> bool:
-    """Whether the embedding's delta acts on the tied head too, in every parent that has an embedding."""
+    """The embedding's delta acts on the tied head too, in every parent that has an embedding."""
     tied = {p.adapter.method.ensure_weight_tying for p in parents if "embedding" in p.adapter.kinds.values()}
     if len(tied) > 1 or (True in tied and not method.serves_tied_head):
         raise ComposeError(

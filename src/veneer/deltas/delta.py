@@ -64,7 +64,7 @@ class SiteDelta:
 
     @property
     def factored(self) -> bool:
-        """Whether the delta has factors only."""
+        """The delta has factors only."""
         return self.gain_O is None and self.dense_OK is None
 
     def factors(self) -> tuple[Tensor, Tensor]:

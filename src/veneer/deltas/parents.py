@@ -8,7 +8,6 @@ their deltas must not be added.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +20,19 @@ from veneer.adapters.adapter import Adapter
 from veneer.checkpoints import read_adapter
 from veneer.checkpoints.base_files import Skeleton
 from veneer.checkpoints.findings import listed
-from veneer.checkpoints.receipt import base_distance, probe_on, rounding_between, same_probe, sketch_of
+from veneer.checkpoints.receipt import (
+    base_distance,
+    base_records,
+    probe,
+    probe_agrees,
+    receipt_of,
+    rounding_between,
+    sketch_distance,
+    sketch_of,
+    weight_record,
+)
 from veneer.deltas.delta import Weights
 from veneer.errors import ComposeError
-from veneer.kernels.lora.dora_norm import squared_row_norms
 from veneer.models.fingerprint import weight_fingerprints
 from veneer.models.load import Base
 
@@ -52,9 +60,9 @@ def origin_of(parents: Sequence[Parent]) -> dict[str, Any]:
     """A receipt's entries about the parents: their records, the hash of the chat template (and tokenizer) that all of them were trained
     with, or a note where that is not one and the same."""
     origin: dict[str, Any] = {"parents": [parent.record for parent in parents]}
-    hashes = {parent.adapter.name: _template_hash(parent.adapter) for parent in parents}
+    hashes = {parent.adapter.name: receipt_of(parent.adapter).get("template_sha256") for parent in parents}
     if len(set(hashes.values())) > 1:
-        each = ", ".join(f"{name}: {known[:12] if known else 'not recorded'}" for name, known in hashes.items())
+        each = ", ".join(f"{name}: {str(known)[:12] if known else 'not recorded'}" for name, known in hashes.items())
         origin["notes"] = [f"the parents were trained with different chat templates or tokenizers ({each})"]
     elif (known := next(iter(hashes.values()), None)) is not None:
         origin["template_sha256"] = known
@@ -63,7 +71,7 @@ def origin_of(parents: Sequence[Parent]) -> dict[str, Any]:
 
 def template_of(parents: Sequence[Parent]) -> str | None:
     """The chat template in the parents' folders, where all of them have the same."""
-    if len({_template_hash(parent.adapter) for parent in parents}) != 1:
+    if len({receipt_of(parent.adapter).get("template_sha256") for parent in parents}) != 1:
         return None
     texts = (parent.adapter.meta.get("template") for parent in parents)
     return next((text for text in texts if isinstance(text, str)), None)
@@ -86,18 +94,14 @@ def read_parents(folders: Sequence[tuple[Path, str, float]], *, force: str | Ite
 
 def probes_on(adapter: Adapter, weights: Weights) -> dict[str, list[float]]:
     """The receipt's probes of an adapter whose delta depends on the base's weights."""
-    found = {}
-    for site in adapter.tensors:
-        weight_OK = weights(site)
-        found[site] = probe_on(adapter, site, weight_OK, squared_row_norms(weight_OK))
-    return found
+    return {site: probe(adapter, site, weights(site)) for site in adapter.tensors}
 
 
 def notes_on_bases(parents: Sequence[Parent]) -> list[str]:
     """A note where parents name different bases and no receipt tells whether these have the same weights."""
     adapters = list({id(parent.adapter): parent.adapter for parent in parents}.values())
     names = list(dict.fromkeys(name for adapter in adapters if (name := base_name([adapter])) is not None))
-    if len(names) < 2 or all(_records(adapter) for adapter in adapters):
+    if len(names) < 2 or all(base_records(adapter) for adapter in adapters):
         return []
     return [
         f"the parents name different bases ({', '.join(names[:3])}), and not all have a receipt that could tell whether these are one"
@@ -109,12 +113,14 @@ def copy_as(adapter: Adapter, name: str) -> Adapter:
     made: dict[int, Tensor] = {}
     for _, _, value in adapter.named_tensors():
         made[id(value)] = value.detach().clone()
-    tensors, own = (
-        {site: {key: made[id(value)] for key, value in held.items()} for site, held in table.items()}
+    tensors, overrides = (
+        {layer: {key: made[id(value)] for key, value in values.items()} for layer, values in table.items()}
         for table in (adapter.tensors, adapter.overrides)
     )
     alphas = {site: adapter.alpha(site) for site in adapter.tensors}
-    twin = Adapter(name, adapter.method, tensors, adapter.kinds, overrides=own, tokens=adapter.tokens, alphas=alphas)
+    twin = Adapter(
+        name, adapter.method, tensors, adapter.kinds, overrides=overrides, tokens=adapter.tokens, alphas=alphas
+    )
     return twin.requires_grad_(False)
 
 
@@ -123,12 +129,12 @@ def check_one_base(adapters: Sequence[Adapter]) -> None:
     have no layer in common by which these could be compared."""
     first: dict[str, tuple[Adapter, dict[str, Any]]] = {}
     for adapter in adapters:
-        for site, record in _records(adapter).items():
+        for site, record in base_records(adapter).items():
             if site not in first:
                 first[site] = (adapter, record)
                 continue
             known = first[site][1]
-            apart = distance(known["sketch"], record["sketch"])
+            apart = sketch_distance(known["sketch"], record["sketch"])
             if apart > rounding_between(known.get("dtype"), record.get("dtype")):
                 raise ComposeError(
                     f'the adapters "{first[site][0].name}" and "{adapter.name}" were made on different bases: the weight at {site} '
@@ -148,61 +154,28 @@ def check_base(adapter: Adapter, weights: Weights, where: str) -> None:
 
     Raises ComposeError that counts the sites which differ, or names those whose change (with DoRA) is not what its probe recorded.
     """
-    known = _records(adapter)
+    known = base_records(adapter)
     apart: dict[str, float] = {}
     altered: list[str] = []
+    probes = receipt_of(adapter).get("probes")
     for site, record in known.items():
         weight_OK = weights(site)
-        rounding = rounding_between(record.get("dtype"), _dtype(weight_OK))
         distant = base_distance(record, sketch_of(weight_OK, site), weight_OK, site)
         if distant is not None:
             apart[site] = distant
-        elif adapter.method.needs_base_weights and not _as_recorded(
-            adapter, site, weight_OK, rounding * math.hypot(*record["sketch"])
-        ):
-            altered.append(site)
-    differ = list(apart)
-    if altered and not differ:
+        elif adapter.method.needs_base_weights and isinstance(probes, Mapping) and site in probes:
+            altered += [] if probe_agrees(probes[site], adapter, site, record, weight_OK) else [site]
+    if altered and not apart:
         raise ComposeError(
             f'the change of the adapter "{adapter.name}" at {listed(altered)} is not what its receipt recorded: adapter_config.json was '
             "altered after training (r, lora_alpha, use_rslora or a pattern); bring back the one that was written"
         )
-    if differ:
+    if apart:
+        site, share = next(iter(apart.items()))
         raise ComposeError(
-            f'the adapter "{adapter.name}" was made on another base than {where}: {len(differ)} of {len(known)} adapted weights '
-            f"differ from those in its receipt ({differ[0]} by {apart[differ[0]]:.1%}); give its own base, or --force base"
+            f'the adapter "{adapter.name}" was made on another base than {where}: {len(apart)} of {len(known)} adapted weights '
+            f"differ from those in its receipt ({site} by {share:.1%}); give its own base, or --force base"
         )
-
-
-def _records(adapter: Adapter) -> dict[str, dict[str, Any]]:
-    """The records of base weights in an adapter's receipt that hold a sketch; empty without a receipt."""
-    return {site: record for site, record in base_records(adapter).items() if _is_sketch(record.get("sketch"))}
-
-
-def _as_recorded(adapter: Adapter, site: str, weight_OK: Tensor, floor: float) -> bool:
-    """Whether a site's delta matches the receipt's probe; True where there is none."""
-    probes = (adapter.meta.get("receipt") or {}).get("probes")
-    if not isinstance(probes, Mapping) or site not in probes:
-        return True
-    return same_probe(probes[site], probe_on(adapter, site, weight_OK, squared_row_norms(weight_OK)), floor)
-
-
-def _template_hash(adapter: Adapter) -> str | None:
-    found = (adapter.meta.get("receipt") or {}).get("template_sha256")
-    return found if isinstance(found, str) else None
-
-
-def base_records(adapter: Adapter) -> dict[str, dict[str, Any]]:
-    """The records of the base's weights in an adapter's receipt."""
-    receipt = adapter.meta.get("receipt")
-    records = receipt.get("base") if isinstance(receipt, Mapping) else None
-    if not isinstance(records, Mapping):
-        return {}
-    return {
-        site: dict(record)
-        for site, record in records.items()
-        if site in adapter.tensors and isinstance(record, Mapping)
-    }
 
 
 def records_of(base: Skeleton, sites: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -212,28 +185,10 @@ def records_of(base: Skeleton, sites: Iterable[str]) -> dict[str, dict[str, Any]
         base.key(site)  # report a name that the files do not have before its hash is computed
     files = Base(base.model, None, str(base.folder.path), base.folder.path, torch.float32)
     hashes = weight_fingerprints(files, names.values())
-    found = {}
-    for site, name in names.items():
-        weight_OK = base.weight_2d(site)
-        found[site] = {"sha256": hashes[name], "dtype": _dtype(weight_OK), "sketch": sketch_of(weight_OK, site)}
-    return found
-
-
-def _dtype(weight: Tensor) -> str:
-    return str(weight.dtype).removeprefix("torch.")
+    return {site: weight_record(base.weight_2d(site), site, hashes[name]) for site, name in names.items()}
 
 
 def base_name(adapters: Iterable[Adapter]) -> str | None:
     """The base that the adapters' folders name, where they name one and the same."""
     names = {(adapter.meta.get("settings") or {}).get("base_model_name_or_path") for adapter in adapters} - {None, ""}
     return str(next(iter(names))) if len(names) == 1 else None
-
-
-def distance(one: Sequence[float], other: Sequence[float]) -> float:
-    """The distance of two sketches, relative to the first."""
-    a, b = torch.tensor(one, dtype=torch.float64), torch.tensor(other, dtype=torch.float64)
-    return float((a - b).norm() / a.norm().clamp_min(1e-30))
-
-
-def _is_sketch(value: object) -> bool:
-    return isinstance(value, list) and len(value) == 8 and all(type(x) in (int, float) for x in value)

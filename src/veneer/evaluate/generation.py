@@ -50,7 +50,7 @@ class Generator:
 
     @property
     def chats(self) -> bool:
-        """Whether the tokenizer has a chat template."""
+        """The tokenizer has a chat template."""
         return self.renderer.template is not None
 
     def prompt_ids(self, prompt: str | Sequence[Message]) -> list[int]:

@@ -60,7 +60,7 @@ class LossDifference:
 
     @property
     def clear(self) -> bool:
-        """Whether the interval excludes zero."""
+        """The interval excludes zero."""
         return self.low > 0 or self.high < 0
 
 

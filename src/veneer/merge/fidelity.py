@@ -9,7 +9,7 @@ One model at a time is in memory; `fits_in_memory` checks beforehand.
 from __future__ import annotations
 
 import inspect
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +47,9 @@ class LogitComparison:
     positions: int
     with_residual: float | None = None
 
-    def as_dict(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
-
 
 def fits_in_memory(weight_bytes: int) -> bool:
-    """Whether a model of this size (bytes in fp32) fits in the free memory; True where the system does not report it."""
+    """A model of this size (bytes in fp32) fits in the free memory; True if the system does not report it."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
@@ -86,8 +82,7 @@ def compare_logits(
     with_residual = None
     if residual is not None:
         with_residual = float((_adapted(again.model, ids, [(residual, 1.0)]) - adapted).abs().max())
-    difference = float((found - adapted).abs().max())
-    scale = float(adapted.abs().max())
+    difference, scale = float((found - adapted).abs().max()), float(adapted.abs().max())
     comparison = LogitComparison(
         merged=difference,
         change=float((adapted - plain).abs().max()),

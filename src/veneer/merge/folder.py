@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from veneer.adapters.adapter import Adapter, stream_seed
 from veneer.adapters.methods import LoRA
 from veneer.checkpoints.base_files import Skeleton, as_2d, as_stored, check_finite, check_float, fit
 from veneer.checkpoints.model_folder import SHARD_BYTES, ModelWriter, write_model
+from veneer.checkpoints.tensors import dtype_name
 from veneer.deltas.build import Tensors, assemble, site_tensors
 from veneer.deltas.delta import SiteDelta
 from veneer.deltas.linalg import dense_svd
@@ -117,13 +118,15 @@ def merge_to_folder(
     """
     if not mix:
         raise ComposeError("there is nothing to merge; give at least one adapter")
+    if rounding not in ("nearest", "stochastic"):
+        raise ComposeError(f"rounding: expected nearest or stochastic, found {rounding!r}")
     fitted = [(fit(adapter, base), float(weight)) for adapter, weight in mix]
     for adapter, _ in fitted:
         check_finite(adapter)
     plan = plan_merge(fitted, base)
     parents = [{"name": adapter.name, "weight": weight} for adapter, weight in fitted]
     stored = " and ".join(sorted(base.folder.dtypes()))
-    named = f"as stored, {stored}" if dtype is None else _dtype_name(dtype)
+    named = f"as stored, {stored}" if dtype is None else dtype_name(dtype)
     report = MergeReport(str(out), named, rounding, parents, untied=[list(group) for group in plan.untied])
     merger = _Merger(base, plan, dtype, rounding, seed, residual, report)
 
@@ -142,28 +145,20 @@ def merge_to_folder(
     return report
 
 
+@dataclass
 class _Merger:
     """The state of one merge: totals over sites and the factors of the residual."""
 
-    def __init__(
-        self,
-        base: Skeleton,
-        plan: MergePlan,
-        dtype: torch.dtype | None,
-        rounding: str,
-        seed: int,
-        residual: int,
-        report: MergeReport,
-    ) -> None:
-        if rounding not in ("nearest", "stochastic"):
-            raise ComposeError(f"rounding: expected nearest or stochastic, found {rounding!r}")
-        self.base, self.plan, self.dtype = base, plan, dtype
-        self.seed, self.residual, self.report = seed, residual, report
-        self.stochastic = rounding == "stochastic"
-        self.total = RoundingTotals()
-        self.left = self.returned = 0.0
-        self.factors: dict[str, Tensors] = {}
-        self.kinds: dict[str, str] = {}
+    base: Skeleton
+    plan: MergePlan
+    dtype: torch.dtype | None
+    rounding: str
+    seed: int
+    residual: int
+    report: MergeReport
+    total: RoundingTotals = field(default_factory=RoundingTotals)
+    factors: dict[str, Tensors] = field(default_factory=dict)
+    kinds: dict[str, str] = field(default_factory=dict)
 
     def write(self, writer: ModelWriter) -> None:
         """Write every tensor of the new model, in the order of the base's files."""
@@ -178,8 +173,7 @@ class _Merger:
         report, total = self.report, self.total
         report.error, report.kept, report.ratio = total.error, total.kept, total.ratio
         if self.residual and total.delta:
-            report.left = (self.left / total.delta) ** 0.5
-            report.kept_with_residual = (total.along + self.returned) / total.delta
+            report.left, report.kept_with_residual = total.left, total.kept_with_residual
 
     def _merge(self, planned: MergedTensor, stored: Tensor, target: torch.dtype) -> Tensor:
         check_float(planned.key, stored)
@@ -190,7 +184,8 @@ class _Merger:
         lost_OK = torch.empty(weight_OK.shape if residual else (0, 0))
         delta_OK = torch.empty_like(lost_OK)
         totals = RoundingTotals()
-        generator = torch.Generator().manual_seed(stream_seed(self.seed, planned.key)) if self.stochastic else None
+        stochastic = self.rounding == "stochastic"
+        generator = torch.Generator().manual_seed(stream_seed(self.seed, planned.key)) if stochastic else None
         for start, block in _row_blocks(weight_OK):
             rows = slice(start, start + len(block))
             base = block.to(wide)
@@ -200,23 +195,25 @@ class _Merger:
             totals.add(base, delta, rounded)
             if residual:
                 lost_OK[rows], delta_OK[rows] = base + delta - rounded.to(wide), delta
-        left, back = self._keep_residual(planned.site, lost_OK, delta_OK) if residual else (totals.lost, 0.0)
-        self.left += left
-        self.returned += back
+        totals.remaining = totals.lost
+        if residual:
+            totals.remaining, totals.returned = self._keep_residual(planned.site, lost_OK, delta_OK)
         self.total = self.total + totals
-        self.report.sites.append(_site_loss(planned.site, totals, left if residual else None, back))
+        with_residual = (totals.left, totals.kept_with_residual) if residual and totals.delta else ()
+        self.report.sites.append(
+            SiteLoss(planned.site, totals.ratio, totals.error, totals.kept, totals.unchanged, *with_residual)
+        )
         return as_stored(merged_OK, planned.kind, stored.shape).contiguous()
 
     def _keep_residual(self, site: str, lost_OK: Tensor, delta_OK: Tensor) -> tuple[float, float]:
-        """Keep the best rank-R part of the rounding error: (the square of the rest, the part's inner product with the delta)."""
+        """Keep the best rank-R part of the rounding error: (the square of the rest, the inner product of the part and the delta)."""
         u, s, vt = dense_svd(lost_OK, self.residual, self.seed)
         geometry = self.base.sites[site].geometry
         kept = from_svd(SiteDelta(geometry), u, s, vt)
         self.factors[site], self.kinds[site] = site_tensors(site, kept, LoRA()), geometry.kind
         b, a = kept.factors()
-        left = max(0.0, float(lost_OK.double().square().sum() - s.square().sum()))
-        back = float(((delta_OK.double() @ a.T) * b).sum())
-        return left, back
+        remaining = max(0.0, float(lost_OK.double().square().sum() - s.square().sum()))
+        return remaining, float(((delta_OK.double() @ a.T) * b).sum())
 
 
 def _rounded(exact: Tensor, target: torch.dtype, generator: torch.Generator | None, site: str) -> Tensor:
@@ -226,13 +223,6 @@ def _rounded(exact: Tensor, target: torch.dtype, generator: torch.Generator | No
     if not bool(torch.isfinite(rounded).all()):
         raise ComposeError(f"{site}: the merged weight does not fit the range of {target}; merge to float32")
     return rounded
-
-
-def _site_loss(site: str, totals: RoundingTotals, left: float | None, back: float) -> SiteLoss:
-    loss = SiteLoss(site, totals.ratio, totals.error, totals.kept, totals.unchanged)
-    if left is None or not totals.delta:
-        return loss
-    return replace(loss, left=(left / totals.delta) ** 0.5, kept_with_residual=(totals.along + back) / totals.delta)
 
 
 def _row_blocks(weight_OK: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -257,7 +247,7 @@ def _config(base: Skeleton, plan: MergePlan, dtype: torch.dtype | None) -> dict[
         for part in parts:
             for name in ("dtype", "torch_dtype"):
                 if name in part:
-                    part[name] = _dtype_name(dtype)
+                    part[name] = dtype_name(dtype)
     return config
 
 
@@ -271,7 +261,3 @@ def _refuse_rounding(report: MergeReport) -> None:
         f"kept (least at {worst.site}: {worst.kept:.0%}); merge to --dtype float32, add --residual 16, use --rounding stochastic, or "
         "give --allow-rounding"
     )
-
-
-def _dtype_name(dtype: torch.dtype | None) -> str:
-    return "as stored" if dtype is None else str(dtype).removeprefix("torch.")

@@ -8,9 +8,8 @@ Low-rank deltas, replaced weights and biases, and token rows have one interface:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -24,97 +23,67 @@ from veneer.errors import ComposeError
 Mix = Sequence[tuple[Adapter, float]]
 
 
-class WeightChange(Protocol):
-    """One adapter's change of a weight."""
-
-    @property
-    def identity(self) -> tuple[object, ...]:
-        """Equal for two changes that do the same to two modules."""
-        ...
-
-    def rows(self, weight_OK: Tensor, start: int) -> Tensor:
-        """The change of some rows of a weight [out, in]; ``weight_OK`` holds these rows, and the first is row ``start``."""
-        ...
-
-
 @dataclass(frozen=True)
-class LowRankChange:
-    """The delta of an adapter at a site; ``flipped`` where a tied head takes the embedding's delta transposed."""
+class WeightChange:
+    """One adapter's change of a weight.
 
-    adapter: Adapter
-    site: str
-    weight: float
-    flipped: bool = False
+    Attributes:
+        identity: equal for two changes that do the same to two modules.
+        rows: the change of some rows of a weight [out, in], from these rows and the index of the first.
+    """
 
-    @property
-    def identity(self) -> tuple[object, ...]:
-        return (id(self.adapter), self.site, self.weight)
+    identity: tuple[object, ...]
+    rows: Callable[[Tensor, int], Tensor]
 
-    def rows(self, weight_OK: Tensor, start: int) -> Tensor:
-        tensors = {key: value.detach() for key, value in self.adapter.tensors[self.site].items()}
-        rows, scale = slice(start, start + weight_OK.shape[0]), self.adapter.scale(self.site)
-        if self.flipped:
+
+def _low_rank_change(adapter: Adapter, site: str, weight: float, *, transposed: bool = False) -> WeightChange:
+    """The delta of an adapter at a site; ``transposed`` where a tied head takes the embedding's."""
+    tensors = {key: value.detach() for key, value in adapter.tensors[site].items()}
+    method, scale = adapter.method, adapter.scale(site)
+
+    def rows(weight_OK: Tensor, start: int) -> Tensor:
+        chosen = slice(start, start + len(weight_OK))
+        if transposed:
             a, b = factors_2d(tensors, weight_OK.dtype)
-            return self.weight * scale * (a.T[rows] @ b.T)
-        method = self.adapter.method
-        return self.weight * method.delta(method.output_rows(tensors, rows), scale, weight_OK)
+            return weight * scale * (a.T[chosen] @ b.T)
+        return weight * method.delta(method.output_rows(tensors, chosen), scale, weight_OK)
+
+    return WeightChange((id(adapter), site, weight), rows)
 
 
-@dataclass(frozen=True)
-class Replacement:
-    """A weight or bias that replaces the base's, seen as [out, in]."""
+def _replacement(parameter: Tensor, value_OK: Tensor, weight: float) -> WeightChange:
+    """A weight or bias that replaces the base's; ``value_OK`` is the parameter seen as [out, in]."""
 
-    parameter: Tensor
-    value_OK: Tensor
-    weight: float
+    def rows(weight_OK: Tensor, start: int) -> Tensor:
+        return weight * (value_OK[start : start + len(weight_OK)].to(weight_OK) - weight_OK)
 
-    @property
-    def identity(self) -> tuple[object, ...]:
-        return (id(self.parameter), self.weight)
-
-    def rows(self, weight_OK: Tensor, start: int) -> Tensor:
-        return self.weight * (self.value_OK[start : start + weight_OK.shape[0]].to(weight_OK) - weight_OK)
+    return WeightChange((id(parameter), weight), rows)
 
 
-@dataclass(frozen=True)
-class AddedVector:
+def _added_vector(value_O: Tensor, weight: float) -> WeightChange:
     """A vector that is added to the base's: the bias of B."""
 
-    value_O1: Tensor
-    weight: float
+    def rows(weight_OK: Tensor, start: int) -> Tensor:
+        return weight * value_O.unsqueeze(1)[start : start + len(weight_OK)].to(weight_OK)
 
-    @property
-    def identity(self) -> tuple[object, ...]:
-        return (id(self.value_O1), self.weight)
-
-    def rows(self, weight_OK: Tensor, start: int) -> Tensor:
-        return self.weight * self.value_O1[start : start + weight_OK.shape[0]].to(weight_OK)
+    return WeightChange((id(value_O), weight), rows)
 
 
-@dataclass(frozen=True)
-class TokenRows:
+def _token_rows(rows_nD: Tensor, tokens: tuple[int, ...], weight: float, *, columns: bool) -> WeightChange:
     """Replaced rows of some tokens: rows of a head's weight [vocab, dim], columns of an embedding's seen as [dim, vocab]."""
+    values_nD, ids = rows_nD.detach(), list(tokens)
 
-    rows_nD: Tensor
-    tokens: tuple[int, ...]
-    columns: bool
-    weight: float
-
-    @property
-    def identity(self) -> tuple[object, ...]:
-        return (id(self.rows_nD), self.tokens, self.weight)
-
-    def rows(self, weight_OK: Tensor, start: int) -> Tensor:
-        change = torch.zeros_like(weight_OK)
-        stop = start + weight_OK.shape[0]
-        if self.columns:
-            ids = list(self.tokens)
-            change[:, ids] = self.rows_nD.detach().T[start:stop].to(weight_OK) - weight_OK[:, ids]
+    def rows(weight_OK: Tensor, start: int) -> Tensor:
+        change, stop = torch.zeros_like(weight_OK), start + len(weight_OK)
+        if columns:
+            change[:, ids] = values_nD.T[start:stop].to(weight_OK) - weight_OK[:, ids]
         else:
-            for row, token in zip(self.rows_nD.detach(), self.tokens, strict=True):
+            for row, token in zip(values_nD, ids, strict=True):
                 if start <= token < stop:
                     change[token - start] = row.to(weight_OK) - weight_OK[token - start]
-        return self.weight * change
+        return weight * change
+
+    return WeightChange((id(rows_nD), tokens, weight), rows)
 
 
 @dataclass(frozen=True)
@@ -148,10 +117,10 @@ def plan_merge(mix: Mix, base: Skeleton) -> MergePlan:
     vectors: dict[str, list[WeightChange]] = {}
     for adapter, weight in mix:
         for name in adapter.tensors:
-            changes.setdefault(name, []).append(LowRankChange(adapter, name, weight))
+            changes.setdefault(name, []).append(_low_rank_change(adapter, name, weight))
             for other in base.survey.tied.get(name, ()):
                 if adapter.follows_at(base.sites[other]) and base.sites[other].tied_to == name:
-                    changes.setdefault(other, []).append(LowRankChange(adapter, name, weight, flipped=True))
+                    changes.setdefault(other, []).append(_low_rank_change(adapter, name, weight, transposed=True))
         for name in adapter.overrides:
             _add_overrides(adapter, name, weight, base, changes, vectors)
     tensors, untied, replaced = _matrices(changes, base)
@@ -174,25 +143,23 @@ def _add_overrides(
     for key, parameter in adapter.overrides[module].items():
         value = parameter.detach()
         if site is not None and key == WEIGHT:
-            changes.setdefault(module, []).append(Replacement(parameter, as_2d(value, site.kind), weight))
-        elif site is not None and key == ROWS:
-            columns = site.kind == "embedding"
-            changes.setdefault(module, []).append(TokenRows(parameter, adapter.tokens[module], columns, weight))
-        else:
-            added = key == LORA_BIAS
-            name = f"{module}.{BIAS if added else key}"
-            stored = base.parameter_key(name)
-            if stored is None:
-                raise ComposeError(
-                    f'the base has no "{name}", so the adapter "{adapter.name}" has a value for it that cannot be merged'
-                )
-            scale = adapter.scale(module) if added else 1.0
-            change: WeightChange = (
-                AddedVector(value.unsqueeze(1) * scale, weight)
-                if added
-                else Replacement(parameter, value.unsqueeze(1), weight)
+            changes.setdefault(module, []).append(_replacement(parameter, as_2d(value, site.kind), weight))
+            continue
+        if site is not None and key == ROWS:
+            rows = _token_rows(parameter, adapter.tokens[module], weight, columns=site.kind == "embedding")
+            changes.setdefault(module, []).append(rows)
+            continue
+        name = f"{module}.{BIAS if key == LORA_BIAS else key}"
+        stored = base.parameter_key(name)
+        if stored is None:
+            raise ComposeError(
+                f'the base has no "{name}", so the adapter "{adapter.name}" has a value for it that cannot be merged'
             )
-            vectors.setdefault(stored, []).append(change)
+        if key == LORA_BIAS:
+            change = _added_vector(value * adapter.scale(module), weight)
+        else:
+            change = _replacement(parameter, value.unsqueeze(1), weight)
+        vectors.setdefault(stored, []).append(change)
 
 
 def _matrices(
@@ -219,11 +186,9 @@ def _matrices(
             )
         untied.append(group)
         others = [
-            MergedTensor(
-                base.names.get(f"{member}.weight", f"{member}.weight"), member, base.sites[member].kind, members[member]
-            )
-            for member in group
-            if member != owner
+            MergedTensor(base.names.get(f"{name}.weight", f"{name}.weight"), name, base.sites[name].kind, members[name])
+            for name in group
+            if name != owner
         ]
         replaced |= {other.key for other in others} & set(base.folder.files)
         tensors[key] = (MergedTensor(key, owner, base.sites[owner].kind, members[owner]), *others)

@@ -13,7 +13,7 @@ for deltas that nearest would lose, and the noise is larger.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 from torch import Tensor
@@ -39,6 +39,10 @@ class RoundingTotals:
     weight: float = 0.0
     changed: int = 0
     unmoved: int = 0
+    remaining: float = 0.0
+    """The square of what is lost even with the residual adapter."""
+    returned: float = 0.0
+    """The inner product of the residual adapter's delta with the exact one."""
 
     def add(self, base: Tensor, delta: Tensor, stored: Tensor) -> None:
         """Add one block: the base weight, the exact delta (fp32 or wider) and the stored weight."""
@@ -52,14 +56,7 @@ class RoundingTotals:
         self.unmoved += int((moved & (kept == 0)).sum())
 
     def __add__(self, other: RoundingTotals) -> RoundingTotals:
-        return RoundingTotals(
-            self.delta + other.delta,
-            self.lost + other.lost,
-            self.along + other.along,
-            self.weight + other.weight,
-            self.changed + other.changed,
-            self.unmoved + other.unmoved,
-        )
+        return RoundingTotals(*(one + more for one, more in zip(astuple(self), astuple(other), strict=True)))
 
     @property
     def ratio(self) -> float:
@@ -80,3 +77,13 @@ class RoundingTotals:
     def unchanged(self) -> float:
         """Share of the elements with a nonzero delta whose stored value did not change."""
         return self.unmoved / self.changed if self.changed else 0.0
+
+    @property
+    def left(self) -> float:
+        """The error with the residual adapter."""
+        return math.sqrt(self.remaining / self.delta) if self.delta else 0.0
+
+    @property
+    def kept_with_residual(self) -> float:
+        """The kept share with the residual adapter."""
+        return (self.along + self.returned) / self.delta if self.delta else 1.0

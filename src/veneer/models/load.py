@@ -129,7 +129,7 @@ def _number(config: dict[str, Any], *keys: str) -> int | None:
 
 def _load_model(folder: Path, dtype: torch.dtype) -> tuple[torch.nn.Module, tuple[str, ...]]:
     try:
-        model, info = _model_class(folder).from_pretrained(
+        model, info = model_class(folder).from_pretrained(
             folder,
             dtype=dtype,
             use_safetensors=True,
@@ -147,7 +147,7 @@ def _load_model(folder: Path, dtype: torch.dtype) -> tuple[torch.nn.Module, tupl
     return model, _account(model, info, folder)
 
 
-def _model_class(folder: Path) -> Any:
+def model_class(folder: Path) -> Any:
     """The class that config.json names, if it is transformers' own; else a causal language model, else a plain one."""
     import transformers
 
@@ -170,6 +170,9 @@ class _Direct:
     def from_pretrained(self, folder: Path, *, trust_remote_code: bool, **options: Any) -> Any:
         assert not trust_remote_code
         return self._cls.from_pretrained(folder, **options)
+
+    def from_config(self, config: Any) -> Any:
+        return self._cls(config)
 
 
 def _account(model: torch.nn.Module, info: dict[str, Any], folder: Path) -> tuple[str, ...]:

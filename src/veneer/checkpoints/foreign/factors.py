@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from veneer.adapters.adapter import Adapter
+from veneer.adapters.compatibility import tensor_problems
 from veneer.adapters.layers.site import Site
 from veneer.adapters.methods import method_class_for
 from veneer.checkpoints.files import Folder
@@ -27,7 +28,7 @@ from veneer.errors import CheckpointError, Problems
 MLX, LITGPT = "adapters.safetensors", "lit_model.lora.safetensors"
 CONFIG, HYPERPARAMETERS = "adapter_config.json", "hyperparameters.yaml"
 _PEFT, _PICKLED, _OLD_MLX = "adapter_model.safetensors", ".pth.lora", "adapters.npz"
-_MOST_ALPHA, _MOST_RANK = 1e6, 4096
+_MAX_ALPHA, _MAX_RANK = 1e6, 4096
 
 
 @dataclass(frozen=True)
@@ -98,39 +99,41 @@ def adapter_of(
 
     Raises CheckpointError that names every site which the base lacks or which has another shape, and where nothing is changed.
     """
+    use_dora = any(factors.magnitude_O is not None for factors in found.values())
+    form = method_class_for({"use_dora": use_dora})
+    tensors: dict[str, dict[str, Tensor]] = {}
     problems = Problems()
     for site, factors in found.items():
-        for problem in _problems(sites.get(site), factors):
+        if problem := _problem(sites.get(site), factors):
             problems.add(f"{site}: {problem}")
+            continue
+        values = (factors.a_RK, factors.b_OR, factors.magnitude_O)
+        names = form().tensor_names(sites[site].kind)
+        tensors[site] = {key: value for key, value in zip(names, values, strict=False) if value is not None}
+        for problem in tensor_problems(form(), sites[site], tensors[site], len(factors.a_RK)):
+            problems.add(problem)
     problems.raise_if_any(CheckpointError, f"{where} does not fit the base", limit=8)
     if not any(bool(factors.b_OR.any()) and bool(factors.a_RK.any()) for factors in found.values()):
         raise CheckpointError(f"{where} changes nothing: its factors are zero at every layer (never trained?)")
     ranks = {site: int(factors.a_RK.shape[0]) for site, factors in found.items()}
     alphas = {site: factors.scale * ranks[site] for site, factors in found.items()}
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
-    use_dora = any(factors.magnitude_O is not None for factors in found.values())
-    method = method_class_for({"use_dora": use_dora})(
+    method = form(
         r=rank,
         lora_alpha=alpha,
         lora_dropout=float(dropout) if isinstance(dropout, int | float) and 0 <= dropout < 1 else 0.0,
-        rank_pattern={site: own for site, own in ranks.items() if own != rank},
-        alpha_pattern={site: own for site, own in alphas.items() if own != alpha},
+        rank_pattern={site: value for site, value in ranks.items() if value != rank},
+        alpha_pattern={site: value for site, value in alphas.items() if value != alpha},
         target_modules=tuple(found),
         # mlx-lm lets a change of the embedding act on the head that is tied to it.
         ensure_weight_tying=any(site.tied_to in found for site in sites.values()),
     )
-    tensors = {}
-    for site, factors in found.items():
-        names = method.tensor_names(sites[site].kind)
-        values = (factors.a_RK, factors.b_OR, factors.magnitude_O)
-        tensors[site] = {
-            key: value.contiguous() for key, value in zip(names, values, strict=False) if value is not None
-        }
+    tensors = {site: {key: value.contiguous() for key, value in held.items()} for site, held in tensors.items()}
     return Adapter(name, method, tensors, {site: sites[site].kind for site in found}, alphas=alphas)
 
 
-def places(sites: Mapping[str, Site]) -> dict[int | None, dict[str, str]]:
-    """{block: {name inside the block: site}}; block None holds what stands outside of all, by its last name."""
+def sites_by_block(sites: Mapping[str, Site]) -> dict[int | None, dict[str, str]]:
+    """{block: {name inside the block: site}}; block None holds the sites outside of all blocks, by their last name."""
     found: dict[int | None, dict[str, str]] = {}
     for name, site in sites.items():
         tail = name.rpartition(".")[2] if site.block is None else name.split(f".{site.block}.", 1)[-1]
@@ -138,30 +141,19 @@ def places(sites: Mapping[str, Site]) -> dict[int | None, dict[str, str]]:
     return found
 
 
-def _problems(site: Site | None, factors: ForeignFactors) -> list[str]:
+def _problem(site: Site | None, factors: ForeignFactors) -> str:
+    """The reason that no tensors can be made of factors at a site, or ""."""
+    rank = len(factors.a_RK)
     if site is None:
-        return ["the base has no such layer"]
-    geometry, rank = site.geometry, factors.a_RK.shape[0]
-    if rank > _MOST_RANK:
-        return [f"its rank is {rank}; at most {_MOST_RANK} is read"]
-    found = []
-    expected: dict[str, tuple[tuple[int, ...], Tensor]] = {
-        "A": ((rank, geometry.in_), factors.a_RK),
-        "B": ((geometry.out, rank), factors.b_OR),
-    }
-    if factors.magnitude_O is not None:
-        expected["the magnitude"] = (geometry.out,), factors.magnitude_O
+        return "the base has no such layer"
+    if rank > _MAX_RANK:
+        return f"its rank is {rank}; at most {_MAX_RANK} is read"
     if site.kind not in ("linear", "conv1d", "embedding"):
-        return [f"layers of kind {site.kind} cannot be imported"]
+        return f"layers of kind {site.kind} cannot be imported"
     if site.kind == "embedding" and factors.magnitude_O is not None:
-        return [
+        return (
             "DoRA of an embedding has one magnitude per token there and one per feature here, so it cannot be imported"
-        ]
-    for what, (shape, tensor) in expected.items():
-        if tuple(tensor.shape) != shape:
-            found.append(f"{what} has shape {tuple(tensor.shape)}, and the base's layer needs {shape}")
-    if not 0 < factors.scale * rank <= _MOST_ALPHA:
-        found.append(
-            f"the scale is {factors.scale:g}; expected a number above 0 with rank x scale up to {_MOST_ALPHA:g}"
         )
-    return found
+    if not 0 < factors.scale * rank <= _MAX_ALPHA:
+        return f"the scale is {factors.scale:g}; expected a number above 0 with rank x scale up to {_MAX_ALPHA:g}"
+    return ""

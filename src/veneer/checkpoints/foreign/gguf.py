@@ -41,13 +41,13 @@ FAMILIES: Mapping[str, tuple[str, bool]] = {
     "Phi3ForCausalLM": ("phi3", False),
     "GPT2LMHeadModel": ("gpt2", False),
 }
-"""Model class -> (GGUF's name of the family, whether the rows of q and k are reordered)."""
+"""Model class -> (GGUF's name of the family, the rows of q and k are reordered)."""
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class GgufLayout:
-    """The layout of a base in GGUF: family, number of blocks and heads, and whether its head shares the embedding's weight."""
+    """The layout of a base in GGUF: family, number of blocks and heads, and a head that shares the embedding's weight (tied)."""
 
     family: str
     blocks: int

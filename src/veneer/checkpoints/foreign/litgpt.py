@@ -3,8 +3,8 @@
     transformer.h.3.attn.qkv       q, k and v behind each other      lora_A [n r, in]    lora_B [rows of the n, r]
     transformer.h.3.attn.proj, .mlp.fc_1, .mlp.fc_2, .mlp.fc, .mlp.proj, lm_head          lora_A [r, in]   lora_B [out, r]
 
-The change is lora_alpha / r times B A. At qkv only those n of the three that were adapted are there (``lora_query``, ``lora_key``,
-``lora_value``), each with its own r rows of A and its own rows of B. What it becomes depends on the base:
+The change is lora_alpha / r times B A. qkv holds those n of the three that were adapted (``lora_query``, ``lora_key``, ``lora_value``),
+each with r rows of A and its rows of B. The result depends on the base:
 
     q_proj, k_proj, v_proj         three sites of rank r
     qkv_proj (Phi-3)               one site: A stacked, B block by block, rank n r; likewise gate_up_proj of fc_1 and fc_2
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,8 @@ from veneer.checkpoints.foreign.factors import (
     LITGPT,
     ForeignFactors,
     adapter_of,
-    places,
     read_foreign_tensors,
+    sites_by_block,
 )
 from veneer.config import load_yaml
 from veneer.errors import CheckpointError, Problems
@@ -54,11 +54,22 @@ _FLAGS = ("lora_query", "lora_key", "lora_value")
 
 
 @dataclass(frozen=True)
-class _Piece:
-    """ForeignFactors that belong to some rows of a base's layer; None means all of them."""
+class _Rows:
+    """Rows of a layer of the base, which one layer of LitGPT is; None means all of them."""
 
-    site: str
-    rows: Tensor | None
+    site: Site
+    rows: Tensor | None = None
+
+    @property
+    def count(self) -> int:
+        return self.site.geometry.out if self.rows is None else len(self.rows)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Factors of some rows of a layer."""
+
+    target: _Rows
     a_RK: Tensor
     b_OR: Tensor
 
@@ -76,76 +87,72 @@ def read_litgpt(
     """
     settings = _settings(path)
     pairs = _pairs(read_foreign_tensors(path, LITGPT), path / LITGPT)
-    where = _Where(sites, config, settings)
+    layers = _BaseLayers(sites, config, settings)
     pieces: dict[str, list[_Piece]] = {}
     problems = Problems()
     for (block, part), (a_RK, b_OR) in pairs.items():
         try:
-            for piece in where.pieces(block, part, a_RK, b_OR):
-                pieces.setdefault(piece.site, []).append(piece)
+            for piece in layers.pieces(block, part, a_RK, b_OR):
+                pieces.setdefault(piece.target.site.name, []).append(piece)
         except _Misfit as misfit:
-            problems.add(f"{'' if block is None else f'block {block}, '}{part}: {misfit}")
+            problems.add(f"{_layer(block, part)}: {misfit}")
     problems.raise_if_any(CheckpointError, f"{path} cannot be imported", limit=8)
-    found = {site: _joined(own, sites[site], _scale(settings, own[0], scale, path)) for site, own in pieces.items()}
+    found = {site: _joined(parts, _scale(settings, parts[0], scale, path)) for site, parts in pieces.items()}
     adapter = adapter_of(found, sites, name, str(path), dropout=settings.get("lora_dropout"))
-    named = settings.get("checkpoint_dir")
-    return adapter, shown(named) if isinstance(named, str) else None
+    source = settings.get("checkpoint_dir")
+    return adapter, shown(source) if isinstance(source, str) else None
 
 
-class _Where:
+class _BaseLayers:
     """The base's layers by LitGPT's names."""
 
     def __init__(self, sites: Mapping[str, Site], config: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-        self.config, self.settings = config, settings
-        self.sites = sites
-        self.by_block = places(sites)
+        self.config, self.settings, self.sites = config, settings, sites
+        self.by_block = sites_by_block(sites)
 
-    def pieces(self, block: int | None, part: str, a_RK: Tensor, b_OR: Tensor) -> Iterator[_Piece]:
-        """The base's layers, and their rows, that one pair of factors acts on. Raises _Misfit."""
-        here = self.by_block.get(block)
-        if here is None:
+    def pieces(self, block: int | None, part: str, a_RK: Tensor, b_OR: Tensor) -> list[_Piece]:
+        """One pair of factors as those of the base's layers. Raises _Misfit."""
+        if block not in self.by_block:
             raise _Misfit("the base has no such block")
+        here = {tail: self.sites[name] for tail, name in self.by_block[block].items()}
+        targets, r = self._targets(here, part), b_OR.shape[1]
+        if part == "lm_head":  # LitGPT pads the vocabulary; rows beyond the base's are of tokens that do not exist
+            b_OR = b_OR[: targets[0].count]
+        if len(targets) > 1:
+            chosen = self._chosen([target.count for target in targets], len(a_RK) // r, len(b_OR))
+            targets = [targets[i] for i in chosen]
+        sizes, inputs = [target.count for target in targets], targets[0].site.geometry.in_
+        if a_RK.shape != (r * len(targets), inputs) or len(b_OR) != sum(sizes):
+            raise _Misfit(
+                f"it has {a_RK.shape[1]} inputs and {len(b_OR)} outputs, and the base {inputs} and {sum(sizes)}"
+            )
+        return [_Piece(*piece) for piece in zip(targets, a_RK.split(r), b_OR.split(sizes), strict=True)]
+
+    def _targets(self, here: Mapping[str, Site], part: str) -> list[_Rows]:
+        """The base's layers, or rows of them, that make up a layer of LitGPT, in its order."""
         if part == "attn.qkv":
-            yield from self._qkv(here, a_RK, b_OR)
-            return
-        site = next((here[name] for name in _SAME.get(part, ()) if name in here), None)
-        if site is not None:
-            out = self.sites[site].geometry.out
-            # LitGPT pads the vocabulary; rows beyond the base's are of tokens that do not exist.
-            yield _Piece(site, None, a_RK, b_OR[:out] if part == "lm_head" else b_OR)
-        elif part in ("mlp.fc_1", "mlp.fc_2") and "mlp.gate_up_proj" in here:
-            half = self.sites[here["mlp.gate_up_proj"]].geometry.out // 2
-            _check(self.sites[here["mlp.gate_up_proj"]], a_RK, b_OR, half)
-            yield _Piece(here["mlp.gate_up_proj"], torch.arange(half) + half * (part == "mlp.fc_2"), a_RK, b_OR)
-        else:
-            raise _Misfit("the base has no layer that this one stands for")
+            return self._qkv(here)
+        if site := next((here[name] for name in _SAME.get(part, ()) if name in here), None):
+            return [_Rows(site)]
+        if part in ("mlp.fc_1", "mlp.fc_2") and "mlp.gate_up_proj" in here:
+            site = here["mlp.gate_up_proj"]
+            return [_Rows(site, torch.arange(site.geometry.out).chunk(2)[part == "mlp.fc_2"])]
+        raise _Misfit("the base has no layer that this one stands for")
 
-    def _qkv(self, here: Mapping[str, str], a_RK: Tensor, b_OR: Tensor) -> Iterator[_Piece]:
-        three = self._places(here)
-        r = b_OR.shape[1]
-        chosen = self._chosen([_size(self.sites[site], rows) for site, rows in three], a_RK.shape[0] // r, len(b_OR))
-        sizes = [_size(self.sites[site], rows) for site, rows in (three[i] for i in chosen)]
-        for i in chosen:
-            _check(self.sites[three[i][0]], a_RK, b_OR, sum(sizes))
-        for i, a, b in zip(chosen, a_RK.split(r), b_OR.split(sizes), strict=True):
-            yield _Piece(*three[i], a, b)
-
-    def _places(self, here: Mapping[str, str]) -> list[tuple[str, Tensor | None]]:
-        """(layer, its rows) of q, k and v."""
+    def _qkv(self, here: Mapping[str, Site]) -> list[_Rows]:
         if all(name in here for name in _QKV):
-            return [(here[name], None) for name in _QKV]
+            return [_Rows(here[name]) for name in _QKV]
         heads = self.config.get("num_attention_heads")
         if "self_attn.qkv_proj" in here and isinstance(heads, int):
             site = here["self_attn.qkv_proj"]
-            out = self.sites[site].geometry.out
             groups = self.config.get("num_key_value_heads") or heads
-            size = out // (heads + 2 * groups)
-            rows = torch.arange(out).split([heads * size, groups * size, groups * size])
-            return [(site, part) for part in rows]
+            size = site.geometry.out // (heads + 2 * groups)
+            rows = torch.arange(site.geometry.out).split([heads * size, groups * size, groups * size])
+            return [_Rows(site, part) for part in rows]
         if "attention.query_key_value" in here and isinstance(heads, int):
             site = here["attention.query_key_value"]
-            rows = torch.arange(self.sites[site].geometry.out).reshape(heads, 3, -1)
-            return [(site, rows[:, part].flatten()) for part in range(3)]
+            by_head = torch.arange(site.geometry.out).reshape(heads, 3, -1)
+            return [_Rows(site, by_head[:, part].flatten()) for part in range(3)]
         raise _Misfit("the base's attention is not of a kind whose layers are known here")
 
     def _chosen(self, sizes: Sequence[int], count: int, rows: int) -> tuple[int, ...]:
@@ -153,12 +160,11 @@ class _Where:
         flags = [self.settings.get(flag) for flag in _FLAGS]
         fitting = [c for c in itertools.combinations(range(3), count) if sum(sizes[i] for i in c) == rows]
         if all(isinstance(flag, bool) for flag in flags):
-            told = tuple(i for i, flag in enumerate(flags) if flag)
-            if told not in fitting:
-                raise _Misfit(
-                    f"{count} x {rows} rows are not those of {' and '.join(_FLAGS[i][5:] for i in told)} in this base"
-                )
-            return told
+            declared = tuple(i for i, flag in enumerate(flags) if flag)
+            if declared not in fitting:
+                names = " and ".join(_FLAGS[i][5:] for i in declared)
+                raise _Misfit(f"{count} x {rows} rows are not those of {names} in this base")
+            return declared
         if not fitting:
             raise _Misfit(f"{rows} rows of B do not fit the base's q, k and v")
         if len(fitting) > 1:
@@ -168,19 +174,13 @@ class _Where:
         return fitting[0]
 
 
-def _check(site: Site, a_RK: Tensor, b_OR: Tensor, rows: int) -> None:
-    inputs = site.geometry.in_
-    if a_RK.shape[1] != inputs or len(b_OR) != rows:
-        raise _Misfit(f"it has {a_RK.shape[1]} inputs and {len(b_OR)} outputs, and the base {inputs} and {rows}")
-
-
 def _settings(path: Path) -> Mapping[str, Any]:
     file = path / HYPERPARAMETERS
     return load_yaml(file).values if file.is_file() else {}
 
 
 def _pairs(tensors: Mapping[str, Tensor], file: Path) -> dict[tuple[int | None, str], tuple[Tensor, Tensor]]:
-    """{(block, layer): (A, B)}, every tensor in its place."""
+    """{(block, layer): (A, B)}, of every tensor."""
     found: dict[tuple[int | None, str], dict[str, Tensor]] = {}
     problems = Problems()
     for key, tensor in tensors.items():
@@ -193,15 +193,18 @@ def _pairs(tensors: Mapping[str, Tensor], file: Path) -> dict[tuple[int | None, 
             )
         else:
             found.setdefault((None if match[1] is None else int(match[1]), match[2]), {})[match[3]] = tensor
-    for (block, part), own in found.items():
-        if len(own) != 2:
-            problems.add(f"{'' if block is None else f'block {block}, '}{part} has only one of its two factors")
-        elif own["lora_A"].shape[0] % own["lora_B"].shape[1]:
-            problems.add(
-                f"{part}: A has {own['lora_A'].shape[0]} rows, no multiple of B's {own['lora_B'].shape[1]} columns"
-            )
+    for (block, part), pair in found.items():
+        if len(pair) != 2:
+            problems.add(f"{_layer(block, part)} has only one of its two factors")
+        elif len(pair["lora_A"]) % pair["lora_B"].shape[1]:
+            rows, columns = len(pair["lora_A"]), pair["lora_B"].shape[1]
+            problems.add(f"{part}: A has {rows} rows, no multiple of B's {columns} columns")
     problems.raise_if_any(CheckpointError, f"{file} cannot be imported", limit=8)
-    return {place: (own["lora_A"], own["lora_B"]) for place, own in found.items()}
+    return {layer: (pair["lora_A"], pair["lora_B"]) for layer, pair in found.items()}
+
+
+def _layer(block: int | None, part: str) -> str:
+    return part if block is None else f"block {block}, {part}"
 
 
 def _scale(settings: Mapping[str, Any], piece: _Piece, given: float | None, path: Path) -> float:
@@ -215,18 +218,13 @@ def _scale(settings: Mapping[str, Any], piece: _Piece, given: float | None, path
     return float(alpha) / piece.b_OR.shape[1]
 
 
-def _joined(pieces: Sequence[_Piece], site: Site, scale: float) -> ForeignFactors:
-    """One pair of factors of all that acts on a layer: A stacked, B with each part's columns in its own rows."""
-    if len(pieces) == 1 and pieces[0].rows is None:
+def _joined(pieces: Sequence[_Piece], scale: float) -> ForeignFactors:
+    """One pair of factors of all pieces of a layer: A stacked, B with each piece's columns in its rows."""
+    target = pieces[0].target
+    if target.rows is None:
         return ForeignFactors(pieces[0].a_RK, pieces[0].b_OR, scale)
-    b_OR = torch.zeros(site.geometry.out, sum(piece.b_OR.shape[1] for piece in pieces))
-    at = 0
-    for piece in pieces:
-        assert piece.rows is not None
-        b_OR[piece.rows, at : at + piece.b_OR.shape[1]] = piece.b_OR
-        at += piece.b_OR.shape[1]
+    b_OR = torch.zeros(target.site.geometry.out, sum(piece.b_OR.shape[1] for piece in pieces))
+    columns = b_OR.split([piece.b_OR.shape[1] for piece in pieces], dim=1)
+    for piece, part in zip(pieces, columns, strict=True):
+        part[piece.target.rows] = piece.b_OR
     return ForeignFactors(torch.cat([piece.a_RK for piece in pieces]), b_OR, scale)
-
-
-def _size(site: Site, rows: Tensor | None) -> int:
-    return site.geometry.out if rows is None else len(rows)

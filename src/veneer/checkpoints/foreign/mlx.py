@@ -1,11 +1,10 @@
-"""mlx-lm's adapters: ``adapters.safetensors`` beside an ``adapter_config.json`` of its own.
+"""mlx-lm's adapters: ``adapters.safetensors`` beside ``adapter_config.json``.
 
     <layer>.lora_a [in, r]     <layer>.lora_b [r, out]     y = W x + scale * (x lora_a) lora_b          (LoRA)
     <layer>.m [out]            m / ||W + scale * lora_b^T lora_a^T||_row times that, bias outside       (DoRA)
 
-Both factors lie the other way round than PEFT's, and ``lora_parameters.scale`` multiplies the product as it is, where PEFT divides
-lora_alpha by the rank: lora_alpha = scale * r. An embedding's lora_a is [vocabulary, r]. Inside a block layers are called as in
-transformers.
+Both factors are the transposes of PEFT's. ``lora_parameters.scale`` multiplies the product, where PEFT divides lora_alpha by the rank:
+lora_alpha = scale * r. An embedding's lora_a is [vocabulary, r]. Inside a block layers have the names of transformers.
 
 Boundary: experts (lora_a of three dimensions) and full fine-tunes are refused by name.
 """
@@ -23,7 +22,14 @@ from veneer.adapters.adapter import Adapter
 from veneer.adapters.layers.site import Site
 from veneer.checkpoints.files import Folder, parse_json
 from veneer.checkpoints.findings import shown
-from veneer.checkpoints.foreign.factors import CONFIG, MLX, ForeignFactors, adapter_of, places, read_foreign_tensors
+from veneer.checkpoints.foreign.factors import (
+    CONFIG,
+    MLX,
+    ForeignFactors,
+    adapter_of,
+    read_foreign_tensors,
+    sites_by_block,
+)
 from veneer.errors import CheckpointError, Problems
 
 _PARTS = ("lora_a", "lora_b", "m")
@@ -39,8 +45,8 @@ def read_mlx(
     Raises CheckpointError with what is wrong with it, or does not fit the base's ``sites``.
     """
     settings = _settings(path)
-    own = settings.get("lora_parameters")
-    parameters: Mapping[str, Any] = own if isinstance(own, Mapping) else {}
+    found_parameters = settings.get("lora_parameters")
+    parameters: Mapping[str, Any] = found_parameters if isinstance(found_parameters, Mapping) else {}
     if settings.get("fine_tune_type") == "full":
         raise CheckpointError(
             f"{path} is a full fine-tune and no adapter; fuse it with mlx_lm.fuse and use veneer extract"
@@ -48,7 +54,7 @@ def read_mlx(
     chosen = _scale(parameters, path) if scale is None else scale
     layers = _layers(read_foreign_tensors(path, MLX), path / MLX)
     found: dict[str, ForeignFactors] = {}
-    known = places(sites)
+    known = sites_by_block(sites)
     for layer, tensors in layers.items():
         site = _site(layer, sites, known)
         if site in found:
@@ -85,7 +91,7 @@ def _scale(parameters: Mapping[str, Any], path: Path) -> float:
 
 
 def _layers(tensors: Mapping[str, Tensor], file: Path) -> dict[str, dict[str, Tensor]]:
-    """{layer: {lora_a, lora_b, m}}, every tensor in its place."""
+    """{layer: {lora_a, lora_b, m}}, of every tensor."""
     found: dict[str, dict[str, Tensor]] = {}
     problems = Problems()
     for key, tensor in tensors.items():
@@ -99,12 +105,10 @@ def _layers(tensors: Mapping[str, Tensor], file: Path) -> dict[str, dict[str, Te
         else:
             found.setdefault(layer, {})[part] = tensor
     if not problems:
-        for layer, own in found.items():
-            for part in ("lora_a", "lora_b"):
-                if part not in own:
-                    problems.add(f"{shown(layer)} has no {part}")
-        gains = {"m" in own for own in found.values()}
-        if len(gains) > 1:
+        for layer, parts in found.items():
+            for missing in sorted({"lora_a", "lora_b"} - set(parts)):
+                problems.add(f"{shown(layer)} has no {missing}")
+        if len({"m" in parts for parts in found.values()}) > 1:
             problems.add("some layers have a magnitude (.m) and others none")
     problems.raise_if_any(CheckpointError, f"{file} cannot be imported", limit=8)
     return found

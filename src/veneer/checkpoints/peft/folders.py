@@ -87,31 +87,19 @@ def read_adapter(path: str | Path, name: str | None = None, *, force: str | Iter
     return read_adapter_folder(PeftFolders().find(Path(path))[1], name or "adapter", BaseView(), force=force)
 
 
-def write_adapter(
-    adapter: Adapter,
-    path: str | Path,
-    *,
-    bank: Bank | None = None,
-    base_name: str | None = None,
-    task_type: str | None = None,
-    receipt: Mapping[str, Any] | None = None,
-    template: str | None = None,
-) -> None:
-    """Write an adapter as a PEFT folder; see `write_adapter_folder`. Without a bank, layers are named in full and the receipt does not
-    identify the base.
+def write_adapter(adapter: Adapter, path: str | Path, *, bank: Bank | None = None, **options: Any) -> None:
+    """Write an adapter as a PEFT folder. Without a bank, layers are named in full and the receipt does not identify the base.
+
+    Args:
+        adapter: the adapter.
+        path: the folder.
+        bank: the bank whose base the adapter acts on.
+        options: those of `write_adapter_folder`: ``base_name``, ``task_type``, ``receipt`` and ``template``.
 
     Raises:
         CheckpointError: the folder cannot be written, or does not read back equal.
     """
-    write_adapter_folder(
-        adapter,
-        Path(path),
-        base_view(bank),
-        base_name=base_name,
-        task_type=task_type,
-        receipt=receipt,
-        template=template,
-    )
+    write_adapter_folder(adapter, Path(path), base_view(bank), **options)
 
 
 def _check_options(verb: str, options: Mapping[str, Any], known: tuple[str, ...]) -> None:

@@ -49,15 +49,6 @@ def understood(pattern: str) -> list[Token] | None:
     return tokens
 
 
-def matches_key(pattern: str, path: str) -> bool | None:
-    """PEFT's rank or alpha table means ``path`` by ``pattern``; None if the pattern is not understood.
-
-    PEFT matches ``(.*\\.)?(pattern)$`` from the path's start.
-    """
-    tokens = understood(pattern)
-    return None if tokens is None else _means(tokens, pattern.startswith("^"), path)
-
-
 def _means(tokens: list[Token], anchored: bool, path: str) -> bool:
     if RUN not in tokens:
         start = len(path) - len(tokens)

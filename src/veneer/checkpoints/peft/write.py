@@ -28,15 +28,14 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from veneer._version import __version__
 from veneer.adapters.adapter import Adapter
 from veneer.adapters.overrides import BIAS, LORA_BIAS, ROWS, WEIGHT
 from veneer.adapters.targets import as_list
 from veneer.checkpoints import receipt as receipts
 from veneer.checkpoints.base_view import BaseView, inside, named
 from veneer.checkpoints.files import Folder, write_folder
-from veneer.checkpoints.findings import listed
 from veneer.checkpoints.locate import CONFIG, WEIGHTS
+from veneer.checkpoints.peft.card import model_card
 from veneer.checkpoints.peft.patterns import names_for, table_for
 from veneer.checkpoints.peft.placement import stored_shape
 from veneer.checkpoints.peft.read import MAX_CONFIG, TEMPLATE
@@ -85,7 +84,7 @@ def write_adapter_folder(
     metadata = {"format": "pt", receipts.KEY: json.dumps(note, sort_keys=True, separators=(",", ":"))}
     config = (json.dumps(settings, indent=2, sort_keys=True) + "\n").encode()
     files: dict[str, Sequence[bytes | memoryview]] = {
-        CARD: [_card(adapter, settings, note.get("notes", ())).encode()],
+        CARD: [model_card(adapter, base=settings["base_model_name_or_path"], receipt=note).encode()],
         WEIGHTS: to_buffers(tensors, metadata),
         CONFIG: [config],
     }
@@ -219,31 +218,6 @@ def _task_before(adapter: Adapter, before: Mapping[str, Any]) -> str | None:
     task = before.get("task_type")
     needs_head = task in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
     return task if isinstance(task, str) and (adapter.overrides or not needs_head) else None
-
-
-def _card(adapter: Adapter, settings: Mapping[str, Any], notes: Iterable[str]) -> str:
-    base = settings["base_model_name_or_path"]
-    method = adapter.method.label
-    ranks = Counter(adapter.rank(site) for site in adapter.tensors)
-    shown = ", ".join(f"{rank} ({count} sites)" for rank, count in sorted(ranks.items()))
-    lines = ["---", *([f"base_model: {json.dumps(base)}"] if base else []), "library_name: peft", "tags:"]
-    lines += [f"- {tag}" for tag in ("veneer", *adapter.method.tags)]
-    lines += ["---", "", f"# {adapter.name}", "", f"A {method} adapter{f' for `{base}`' if base else ''}.", ""]
-    lines += [
-        f"- sites: {len(adapter.tensors)}",
-        f"- rank: {shown}",
-        *([f"- overridden layers, biases or rows: {listed(adapter.overrides, 8)}"] if adapter.overrides else []),
-        f"- parameters: {adapter.num_parameters():,}",
-        *(f"- {note}" for note in notes),
-        f"- written by Veneer {__version__}; the metadata of `{WEIGHTS}` holds its receipt (`veneer inspect` shows it)",
-        "",
-        "```python",
-        "bank = veneer.attach(model)",
-        f'bank.load("this/folder", name="{adapter.name}")',
-        "```",
-        "",
-    ]
-    return "\n".join(lines)
 
 
 def _read_back(path: Path, config: bytes, checksum: str) -> None:

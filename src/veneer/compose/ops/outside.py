@@ -53,7 +53,7 @@ def _outside(parts: Sequence[SiteDelta], weights: Sequence[float], context: Site
 
 
 def _spans_everything(geometry: Geometry, side: str) -> bool:
-    """Whether a delta of full rank at this site leaves nothing outside itself."""
+    """A delta of full rank at this site leaves nothing outside itself."""
     return {"both": True, "out": geometry.out <= geometry.fan_in, "in": geometry.fan_in <= geometry.out}[side]
 
 

@@ -30,14 +30,15 @@ def model_card(
     adapter: Adapter,
     *,
     base: str | None,
+    receipt: Mapping[str, Any],
     command: str | None = None,
     metrics: Mapping[str, Any] | None = None,
     folder: str = "path/to/this/folder",
 ) -> str:
     """The card as Markdown. command: the command that made the adapter. metrics: name -> number, shown unchanged."""
-    receipt: Mapping[str, Any] = adapter.meta.get("receipt") or {}
-    lines = [*_front_matter(adapter, base), f"# {adapter.name}", "", _sentence(adapter, base), ""]
-    lines += ["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in _facts(adapter).items()), ""]
+    lines = [*_front_matter(adapter, base), f"# {adapter.name}", ""]
+    lines += [f"A {adapter.method.label} adapter{f' for `{base}`' if base else ''}.", ""]
+    lines += ["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in _summary(adapter).items()), ""]
     known = {_RECEIPT[key]: receipt[key] for key in _RECEIPT if receipt.get(key) is not None}
     if known:
         lines += ["## Origin", "", *(f"- {name}: `{value}`" for name, value in known.items()), ""]
@@ -57,34 +58,27 @@ def model_card(
 
 
 def _front_matter(adapter: Adapter, base: str | None) -> list[str]:
-    tags = ["veneer", *adapter.method.tags]
-    lines = ["---"]
-    if base:
-        lines.append(f"base_model: {json.dumps(base)}")
-    return [*lines, "library_name: peft", "tags:", *(f"- {tag}" for tag in tags), "---", ""]
+    named = [f"base_model: {json.dumps(base)}"] if base else []
+    tags = [f"- {tag}" for tag in ("veneer", *adapter.method.tags)]
+    return ["---", *named, "library_name: peft", "tags:", *tags, "---", ""]
 
 
-def _sentence(adapter: Adapter, base: str | None) -> str:
-    method = adapter.method.label
-    return f"A {method} adapter{f' for `{base}`' if base else ''}."
-
-
-def _facts(adapter: Adapter) -> dict[str, str]:
+def _summary(adapter: Adapter) -> dict[str, str]:
     ranks = Counter(adapter.rank(site) for site in adapter.tensors)
     scales = Counter(f"{adapter.scale(site):.4g}" for site in adapter.tensors)
     modules = Counter(site.rpartition(".")[2] for site in adapter.tensors)
-    facts = {
+    summary = {
         "sites": str(len(adapter.tensors)),
-        "layers": ", ".join(f"{name} ({count})" for name, count in modules.items()),
+        "layers": ", ".join(f"{name} ({count})" for name, count in sorted(modules.items())),
         "rank": ", ".join(f"{rank} ({count} sites)" for rank, count in sorted(ranks.items())),
-        "scale": ", ".join(f"{scale} ({count} sites)" for scale, count in scales.items()),
+        "scale": ", ".join(f"{scale} ({count} sites)" for scale, count in sorted(scales.items())),
         "parameters": f"{adapter.num_parameters():,}",
     }
     if adapter.overrides:
-        facts["replaced or added"] = ", ".join(
-            f"{name} ({', '.join(held)})" for name, held in adapter.overrides.items()
+        summary["replaced or added"] = ", ".join(
+            f"{name} ({', '.join(sorted(tensors))})" for name, tensors in sorted(adapter.overrides.items())
         )
-    return facts
+    return summary
 
 
 def _parent(parent: Mapping[str, Any]) -> str:
