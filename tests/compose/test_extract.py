@@ -72,7 +72,7 @@ def test_a_head_that_the_files_name_otherwise(tmp_path: Path) -> None:
     adapter = trained(model, LoRA(r=4, lora_alpha=8, target_modules=("lm_head", "dense")))
     merge_to_folder([(adapter, 1.0)], skeleton(tmp_path / "base"), tmp_path / "tuned")
     back = found(tmp_path / "base", tmp_path / "tuned", rank=4, target_modules=("lm_head", "dense"))
-    assert set(back.adapter.tensors) == set(adapter.tensors) == set(back.base_weights)
+    assert set(back.adapter.tensors) == set(adapter.tensors) == set(back.base_entries["base"])
     wanted = dense(adapter, "lm_head", model)
     assert float((dense(back.adapter, "lm_head", model) - wanted).norm() / wanted.norm()) < 1e-5
 

@@ -48,8 +48,7 @@ _COLUMNS: Mapping[str, tuple[str, Callable[[SiteSpectrum], float | None]]] = {
 }
 """Column -> its meaning, and the value of a site."""
 _OVERLAP_LEGEND = {
-    "phi": "overlap of two spans of directions: 1 if one contains the other, 0 if they are orthogonal. Input directions are similar for "
-    "adapters that were initialised from one seed",
+    "phi": "overlap of two spans of directions: 1 if one contains the other, 0 if they are orthogonal",
     "by chance": "phi of random spans of these sizes",
     "cosine": "of the two changes as vectors: 1 the same change, 0 orthogonal, below 0 opposed",
 }

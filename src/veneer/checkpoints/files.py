@@ -1,13 +1,10 @@
-"""Files of a folder, opened so that nothing else can be reached, and written so that nothing is ever half there.
+"""Safe reading of untrusted folders, and atomic writing of adapter folders.
 
-Reading: a folder is opened once; its files are opened relative to it, without following links and without waiting (a named pipe would
-hang), and must be regular files. What is read goes into private memory; nothing is mapped, so a file that changes or shrinks
-meanwhile is a short read and not a crash.
+Reading: a folder is opened once; its files are opened relative to it, without following links or blocking on a named pipe, and must be
+regular files. Content is read into private memory, never mapped, so a file that shrinks meanwhile is a short read and not a crash.
 
-Writing: every file is written beside its place, flushed, and moved there by `os.replace`. A new folder is built whole beside its
-place and renamed. What fails leaves the old state and no litter.
-
-Boundary: bytes only; what they mean is read elsewhere.
+Writing: each file is written under a temporary name, flushed, and moved by `os.replace`; a new folder is written under a temporary name
+and renamed. A failure leaves the old state and no temporary files.
 """
 
 from __future__ import annotations
@@ -56,7 +53,7 @@ class Folder:
         self.close()
 
     def close(self) -> None:
-        """Give the folder's handle back."""
+        """Close the handle of the folder."""
         if self._handle is not None:
             os.close(self._handle)
             self._handle = None
@@ -83,7 +80,7 @@ class Folder:
             yield cast(BinaryIO, file), found.st_size
 
     def read(self, name: str, limit: int) -> bytes:
-        """The whole of a small file. Raises CheckpointError above ``limit`` bytes."""
+        """The content of a small file. Raises CheckpointError above ``limit`` bytes."""
         with self.open(name) as (file, size):
             if size > limit:
                 raise CheckpointError(f"{self.path / name} has {size:,} bytes; at most {limit:,} are read")
@@ -99,7 +96,7 @@ class Folder:
             return os.open(blob, _FLAGS | _NOFOLLOW)
 
     def _blob(self, where: Path) -> Path | None:
-        """The file that a hub cache's link stands for, or None where this is no such link."""
+        """The target of a link in a hub cache, or None for other links."""
         try:
             folder = self.path.resolve()
             target = Path(os.path.normpath(folder / where.readlink()))
@@ -110,14 +107,14 @@ class Folder:
 
 
 def read_exactly(file: BinaryIO, count: int, where: str) -> bytearray:
-    """``count`` bytes from where the file stands. Raises CheckpointError when it ends before."""
+    """The next ``count`` bytes of a file. Raises CheckpointError if it ends before."""
     data = bytearray(count)
     fill(file, memoryview(data), where)
     return data
 
 
 def fill(file: BinaryIO, view: memoryview, where: str) -> None:
-    """Read from where the file stands until ``view`` is full. Raises CheckpointError when the file ends before or cannot be read."""
+    """Fill ``view`` from a file. Raises CheckpointError if the file ends before or cannot be read."""
     count, done = len(view), 0
     while done < count:
         try:
@@ -161,7 +158,7 @@ def parse_json(data: bytes | bytearray, where: str) -> Any:
 def write_folder(path: Path, files: Mapping[str, Sequence[bytes | memoryview]]) -> None:
     """Write ``files`` (in this order) as, or into, the folder ``path``.
 
-    Raises CheckpointError when the place cannot be written; what stood there before then still stands, and nothing is left beside it.
+    Raises CheckpointError if the folder cannot be written; the old content is then unchanged, and no temporary files remain.
     """
     try:
         if path.exists():

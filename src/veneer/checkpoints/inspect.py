@@ -1,7 +1,7 @@
 """The content of an adapter folder, its origin, and what is unusual about it.
 
-Without a base: method, sites, ranks, scales, sizes, the size of the change at each site, the receipt. For LoRA the change is
-||s B A||_F, from the Gram matrices of the factors, so nothing of size out x in is formed; for DoRA that is its direction's part.
+Without a base: method, sites, ranks, scales, sizes, the norm of the change at each site, the receipt. The norm is ||s B A||_F (for DoRA the
+part of the direction), from the Gram matrices of the factors, so no matrix of size out x in is formed.
 
     ||B A||_F^2 = tr((B^T B)(A A^T))
 
@@ -31,7 +31,7 @@ from veneer.checkpoints.receipt import Receipt
 
 @dataclass(frozen=True)
 class SiteView:
-    """One site. norm: ||s B A||_F. share: norm / ||W||_F, where the base is there. magnitude: least, mean and greatest, for DoRA."""
+    """One site. norm: ||s B A||_F. share: norm / ||W||_F, with a base. magnitude: least, mean and greatest, for DoRA."""
 
     name: str
     kind: str
@@ -47,8 +47,8 @@ class SiteView:
 
 
 @dataclass(frozen=True)
-class OwnView:
-    """A weight, bias or rows of the adapter's own. moved: ||W' - W||_F / ||W||_F, where the base is there."""
+class OverrideView:
+    """An overridden weight, bias or rows. moved: ||W' - W||_F / ||W||_F, with a base."""
 
     place: str
     name: str
@@ -69,7 +69,7 @@ class View:
     sites: list[SiteView]
     options: dict[str, Any]
     receipt: Receipt | None
-    own: list[OwnView] = field(default_factory=list)
+    own: list[OverrideView] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     unusual: list[str] = field(default_factory=list)
     against: str | None = None
@@ -88,7 +88,7 @@ class View:
 
 
 def view(adapter: Adapter, bank: Bank | None = None) -> View:
-    """Look into an adapter that was read from a folder (with `read_adapter`, or with ``bank.load``, then ``bank`` is that bank)."""
+    """Describe an adapter that was read with `read_adapter`, or with the ``load`` of a bank, which is then given."""
     path, base = Path(adapter.meta.get("path", ".")), base_view(bank)
     sites = [_site(adapter, name, base) for name in adapter.tensors]
     settings = adapter.meta.get("settings") or {}
@@ -115,7 +115,7 @@ def view(adapter: Adapter, bank: Bank | None = None) -> View:
 
 
 def unusual(sites: list[SiteView]) -> list[str]:
-    """Findings that training rarely yields, and that somebody who downloads an adapter should know."""
+    """Findings that are rare after training and matter for a downloaded adapter."""
     findings: list[str] = []
     wide = [site.name for site in sites if site.rank > min(site.in_, site.out)]
     if wide:
@@ -152,25 +152,25 @@ def unusual(sites: list[SiteView]) -> list[str]:
     return findings
 
 
-def _override(adapter: Adapter, layer: str, key: str, base: BaseView) -> OwnView:
+def _override(adapter: Adapter, layer: str, key: str, base: BaseView) -> OverrideView:
     value = adapter.overrides[layer][key].detach()
     tokens = adapter.tokens.get(layer) if key == ROWS else None
     moved, before = None, base.parameters_of(layer).get(WEIGHT if key == ROWS else key)
     if before is not None:
         then = (before if tokens is None else before[list(tokens)]).detach().to(value)
         moved = float((value - then).norm() / then.norm().clamp_min(1e-12))
-    return OwnView(layer, key, tuple(value.shape), None if tokens is None else len(tokens), moved)
+    return OverrideView(layer, key, tuple(value.shape), None if tokens is None else len(tokens), moved)
 
 
 def _site(adapter: Adapter, name: str, base: BaseView) -> SiteView:
-    own: dict[str, Tensor] = {key: value.detach() for key, value in adapter.tensors[name].items()}
-    a_RK, b_OR = factors_2d(own, torch.float64)
+    tensors: dict[str, Tensor] = {key: value.detach() for key, value in adapter.tensors[name].items()}
+    a_RK, b_OR = factors_2d(tensors, torch.float64)
     norm = adapter.scale(name) * math.sqrt(max(0.0, float(((b_OR.T @ b_OR) * (a_RK @ a_RK.T)).sum())))
     share = None
     if name in base.sites:
         size = float(base.sites[name].squared_norms().sum().sqrt())
         share = norm / size if size > 0 else None
-    magnitude = adapter.method.magnitude(own)
+    magnitude = adapter.method.magnitude(tensors)
     return SiteView(
         name,
         adapter.kinds[name],
@@ -179,7 +179,7 @@ def _site(adapter: Adapter, name: str, base: BaseView) -> SiteView:
         adapter.scale(name),
         a_RK.shape[1],
         b_OR.shape[0],
-        sum(value.numel() for value in own.values()),
+        sum(value.numel() for value in tensors.values()),
         norm,
         share,
         None if magnitude is None else (float(magnitude.min()), float(magnitude.mean()), float(magnitude.max())),

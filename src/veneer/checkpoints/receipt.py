@@ -7,11 +7,11 @@ A receipt is JSON in the metadata of ``adapter_model.safetensors``, where other 
     probes    for each site: the adapter's change applied to a fixed vector; later changes of the settings are detected
     seed, version, and the hashes of template, tokenizer and data that the caller knows
 
-A sketch is eight numbers, P (W v): v a fixed vector of signs, P eight sums with fixed signs over all outputs. It moves in proportion
-to the weight, so where the hashes differ it tells the same weights in another precision (differences near the rounding) from
-quantised copies and other revisions (percents) and from other weights (of the size of the sketch). Where the receipt's dtype is the
-narrower one, the weights are sketched as that dtype holds them, so that rounding hides no revision. A probe is P ((W' - W) v), in fp32,
-a magnitude included; no model runs. Signs come from SHAKE-256 of the site's name, so they are the same everywhere.
+A sketch is eight numbers, P (W v): v a fixed vector of signs, P eight sums with fixed signs over all outputs. It changes in proportion
+to the weight. If the hashes differ, it separates the same weights in another precision (differences near the rounding) from quantised
+copies and other revisions (percents) and from other weights (of the size of the sketch). If the receipt's dtype is narrower, the weights
+are rounded to it first. A probe is P ((W' - W) v) in fp32, with the magnitude; no model runs. Signs come from SHAKE-256 of the site's
+name.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ NUMBERS = 8
 ROUNDED = "beyond rounding its weights are the same"
 """The end of a note about a base that differs in dtype only."""
 MADE_ANEW = frozenset({"format", "version", "seed", "tensors", "options", "own", "kinds", "base", "probes", "logits"})
-"""Entries that are made whenever a folder is written; the others are the caller's."""
+"""Entries that are computed on every save; the caller gives the others."""
 _ROWS = 1024
 _TOLERANCE = 1e-3
 _SUMS = 1e-5
@@ -64,7 +64,7 @@ def make_receipt(adapter: Adapter, base: BaseView, digest: str, extra: Mapping[s
         "tensors": digest,
         **(extra or {}),
     }
-    receipt["options"] = _own_options(adapter)
+    receipt["options"] = _options_beyond_peft(adapter)
     if adapter.overrides:
         receipt["own"] = _override_record(adapter)
     receipt["kinds"] = {site: kind for site, kind in adapter.kinds.items() if kind == "conv1d"}
@@ -117,7 +117,9 @@ def verify(receipt: Receipt, adapter: Adapter, digest: str, base: BaseView, base
 
 def _override_record(adapter: Adapter) -> dict[str, list[Any]]:
     """{layer: [names, tokens]} of the overrides; their values are in the checksum."""
-    return {layer: [sorted(own), list(adapter.tokens.get(layer, ()))] for layer, own in adapter.overrides.items()}
+    return {
+        layer: [sorted(tensors), list(adapter.tokens.get(layer, ()))] for layer, tensors in adapter.overrides.items()
+    }
 
 
 def weight_records(base: BaseView, names: Iterable[str]) -> dict[str, Record]:
@@ -216,11 +218,11 @@ def _times(weight_OK: Tensor, v_K: Tensor, dtype: torch.dtype | None = None) -> 
     return torch.cat([(rows if dtype is None else rows.to(dtype)).float() @ v_K for rows in blocks]).cpu()
 
 
-def _own_options(adapter: Adapter) -> dict[str, Any]:
+def _options_beyond_peft(adapter: Adapter) -> dict[str, Any]:
     """Options that adapter_config.json has no name for, where they are not the default."""
-    own = adapter.method.model_dump(include=set(adapter.method.beyond_peft))
+    options = adapter.method.model_dump(include=set(adapter.method.beyond_peft))
     default = type(adapter.method)().model_dump()
-    return {key: value for key, value in own.items() if value != default[key]}
+    return {key: value for key, value in options.items() if value != default[key]}
 
 
 def probe_agrees(

@@ -1,8 +1,8 @@
-"""The state of a run between two rounds, in and out of a checkpoint.
+"""The state of a run between two rounds, written to and read from a checkpoint.
 
-All that the next step depends on: each job's adapter tensors, optimizer moments and step counts, its dropout stream's position, the
-cursor into its data, its counts, its held-out history and its best; and how long each of the run's files of figures was, so that what
-a dead process wrote after its last checkpoint is cut off again. Tensors are safetensors, everything else JSON.
+It holds everything that the next step depends on: adapter tensors, optimizer moments and step counts, the position of the dropout
+stream, the cursor into the data, counts, the evaluation history and the best result of each job. It also holds the length of each metrics
+file, so that lines written after the last checkpoint are removed on resume. Tensors are stored as safetensors, the rest as JSON.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TENSORS, STATE = "tensors.safetensors", "state.json"
 
 
 class Lock:
-    """One process at a time on a run. The system frees it when its holder dies, however that happens."""
+    """A lock of a run folder: one process at a time. The system releases it when the process ends."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / ".lock"
@@ -70,10 +70,10 @@ class Lock:
             with contextlib.suppress(OSError):
                 if os.path.samestat(os.fstat(handle), self._path.stat()):
                     return handle
-            os.close(handle)  # its last holder took the file away meanwhile: the lock is on nothing
+            os.close(handle)  # the file was removed meanwhile, so this lock protects nothing
 
     def leave_nothing(self, *more: Path) -> None:
-        """Take away the file, the folders that this lock made, and ``more``: nothing was begun. Folders that hold anything stay."""
+        """Remove the lock file, and the empty folders among ``more`` and those that the lock made."""
         self._path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             for folder in (*(folder for folder in more if folder.is_dir()), *self._made):
@@ -86,9 +86,9 @@ class Lock:
 
 
 def job_tensors(name: str, adapter: Adapter, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """A job's tensors under names of their own: ``adapter/<job>/<site>/<tensor>`` and ``optimizer/<job>/<number>/<moment>``.
+    """The tensors of a job by name: ``adapter/<job>/<site>/<tensor>`` and ``optimizer/<job>/<number>/<moment>``.
 
-    Raises CheckpointError where a tensor is not finite: such a state is never saved.
+    Raises CheckpointError for a tensor that is not finite: such a state is never saved.
     """
     found: dict[str, Tensor] = {}
     for site, key, parameter in adapter.named_tensors():
@@ -106,7 +106,7 @@ def job_tensors(name: str, adapter: Adapter, optimizer: torch.optim.Optimizer) -
 def write_state(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
     """Write a checkpoint's two files from private copies of the tensors.
 
-    Raises OSError where they cannot be written.
+    Raises OSError if they cannot be written.
     """
     copies = {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
     save_tensors(copies, folder / TENSORS)
@@ -120,21 +120,21 @@ def read_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def restore_job(name: str, tensors: Mapping[str, Tensor], adapter: Adapter, optimizer: torch.optim.Optimizer) -> None:
-    """Put a job's saved tensors back, in place, so that the optimizer goes on holding the same parameters.
+    """Restore the tensors of a job in place, so that the optimizer keeps its parameters.
 
-    Raises CheckpointError where they do not fit the adapter.
+    Raises CheckpointError if they do not fit the adapter.
     """
-    own = {key: value for key, value in tensors.items() if key.split("/", 2)[1] == name}
+    saved_tensors = {key: value for key, value in tensors.items() if key.split("/", 2)[1] == name}
     with torch.no_grad():
         for site, key, parameter in adapter.named_tensors():
-            saved = own.get(f"adapter/{name}/{site}/{key}")
+            saved = saved_tensors.get(f"adapter/{name}/{site}/{key}")
             if saved is None or saved.shape != parameter.shape or saved.dtype != parameter.dtype:
                 raise CheckpointError(
                     f'the checkpoint does not fit job "{name}" at {site}.{key}; start over with --fresh'
                 )
             parameter.copy_(saved)
     state: dict[int, dict[str, Tensor]] = {}
-    for key, value in own.items():
+    for key, value in saved_tensors.items():
         if key.startswith("optimizer/"):
             number, moment = key.rsplit("/", 2)[1:]
             state.setdefault(int(number), {})[moment] = value

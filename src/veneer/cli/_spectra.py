@@ -127,7 +127,7 @@ def _reduce(args: argparse.Namespace, parent: Parent, weights: Weights | None) -
     from veneer.checkpoints import write_adapter
     from veneer.checkpoints.model_folder import check_free
     from veneer.checkpoints.receipt import base_records
-    from veneer.deltas.parents import base_name, origin_of, probes_on, template_of
+    from veneer.deltas.parents import base_name, origin_of, records_for, template_of
 
     assert weights is not None
     adapter = parent.adapter
@@ -136,13 +136,12 @@ def _reduce(args: argparse.Namespace, parent: Parent, weights: Weights | None) -
     name = out.resolve().name
     made = reduce_intruders(adapter, weights, name=name, keep=args.keep, top_k=args.top_k, threshold=args.threshold)
     how = {"operation": "reduce_intruders", "keep": args.keep, "top_k": args.top_k, "threshold": args.threshold}
-    probes = probes_on(made.adapter, weights) if made.adapter.method.needs_base_weights else {}
-    known = {key: value for key, value in (("base", base_records(adapter)), ("probes", probes)) if value}
+    entries = records_for(made.adapter, base_records(adapter), weights)
     write_adapter(
         made.adapter,
         out,
         base_name=args.base or base_name([adapter]),
-        receipt={**origin_of([parent]), "made_by": how, **known},
+        receipt={**origin_of([parent]), "made_by": how, **entries},
         template=template_of([parent]),
     )
     total, sites = sum(made.found.values()), sum(map(bool, made.found.values()))

@@ -15,7 +15,7 @@ from veneer.cli._targets import adapter_folders, not_an_adapter
 from veneer.errors import ConfigError
 
 if TYPE_CHECKING:
-    from veneer.checkpoints.inspect import OwnView, SiteView, View
+    from veneer.checkpoints.inspect import OverrideView, SiteView, View
 
 _LISTED = ("version", "seed", "template", "tokenizer", "data", "tensors")
 _ON_OWN_LINES = ("made_by", "parents", "notes")
@@ -119,7 +119,7 @@ def _row(name: str, sites: list[SiteView], header: list[str]) -> list[str]:
     return cells
 
 
-def _override(one: OwnView) -> str:
+def _override(one: OverrideView) -> str:
     what = f"rows of {one.tokens} tokens" if one.tokens is not None else one.name
     moved = "" if one.moved is None else f", {one.moved:.2%} from the base's"
     return f"{one.place}: {what}, {' x '.join(map(str, one.shape))}{moved}"

@@ -29,7 +29,7 @@ from veneer.deltas.parents import (
     check_one_base,
     notes_on_bases,
     origin_of,
-    probes_on,
+    records_for,
     template_of,
 )
 from veneer.deltas.svd import truncated
@@ -60,8 +60,8 @@ class Composition:
     """The receipt's entries about the parents."""
     sites: list[SiteError]
     notes: list[str] = field(default_factory=list)
-    base_weights: dict[str, Any] = field(default_factory=dict)
-    probes: dict[str, list[float]] = field(default_factory=dict)
+    base_entries: dict[str, Any] = field(default_factory=dict)
+    """The receipt's entries about the base."""
     template: str | None = None
     """The chat template in the parents' folders, where they agree."""
 
@@ -79,8 +79,7 @@ class Composition:
     def receipt(self) -> dict[str, Any]:
         """The folder's receipt of its origin, in addition to the entries of every adapter."""
         made = {"operation": self.operation, **self.settings, "error": float(f"{self.error:.3g}")}
-        known = {"base": self.base_weights, "probes": self.probes}
-        return {**self.origin, "made_by": made, **{key: value for key, value in known.items() if value}}
+        return {**self.origin, "made_by": made, **self.base_entries}
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -161,8 +160,7 @@ def combine(
         origin,
         sites,
         notes + _notes(parents, chosen) + notes_on_bases(parents) + origin.get("notes", []),
-        {site: record for site, record in records.items() if site in adapter.tensors},
-        probes_on(adapter, weights) if adapter.method.needs_base_weights and weights is not None else {},
+        records_for(adapter, records, weights),
         template_of(parents),
     )
 

@@ -29,7 +29,7 @@ from veneer.checkpoints.base_files import Skeleton
 from veneer.deltas.build import MAX_RANK, Tensors, assemble, site_tensors
 from veneer.deltas.delta import SiteDelta
 from veneer.deltas.linalg import Svd, dense_svd
-from veneer.deltas.parents import probes_on, records_of
+from veneer.deltas.parents import records_for, records_of
 from veneer.deltas.svd import from_svd, nonzero, rank_for
 from veneer.errors import ComposeError, Problems
 
@@ -55,9 +55,9 @@ class Extraction:
     adapter: Adapter
     sites: list[SiteExtract]
     outside: dict[str, float] = field(default_factory=dict)
-    base_weights: dict[str, Any] = field(default_factory=dict)
+    base_entries: dict[str, Any] = field(default_factory=dict)
+    """The receipt's entries about the base."""
     made_by: dict[str, Any] = field(default_factory=dict)
-    probes: dict[str, list[float]] = field(default_factory=dict)
     unlike: list[str] = field(default_factory=list)
     """Tensors that one model lacks or has in another shape."""
 
@@ -76,9 +76,7 @@ class Extraction:
 
     def receipt(self) -> dict[str, Any]:
         """The folder's receipt of its origin."""
-        made = {**self.made_by, "kept": float(f"{self.kept:.6g}")}
-        probes = {"probes": self.probes} if self.probes else {}
-        return {"made_by": made, "base": self.base_weights, **probes}
+        return {"made_by": {**self.made_by, "kept": float(f"{self.kept:.6g}")}, **self.base_entries}
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -138,10 +136,9 @@ def extract(
             f"there is nothing to extract: both models have the same weights at all {len(sites)} sites{more}"
         )
     adapter = assemble(tensors, {site: base.sites[site].kind for site in sites}, name, method=form)
-    records = records_of(base, adapter.tensors)
+    entries = records_for(adapter, records_of(base, adapter.tensors), base.weight_2d)
     request = {"rank": rank} if rank is not None else {"energy": energy}
-    probes = probes_on(adapter, base.weight_2d) if adapter.method.needs_base_weights else {}
-    return Extraction(adapter, found, outside, records, {"operation": "extract", **request}, probes, unlike)
+    return Extraction(adapter, found, outside, entries, {"operation": "extract", **request}, unlike)
 
 
 def _site(

@@ -66,10 +66,10 @@ def assemble(
     Raises:
         ComposeError: no site has tensors.
     """
-    kept = {site: own for site, own in tensors.items() if own}
+    kept = {site: held for site, held in tensors.items() if held}
     if not kept:
         raise ComposeError("nothing is left: the change is zero at every site")
-    ranks = {site: int(next(iter(own.values())).shape[0]) for site, own in kept.items()}
+    ranks = {site: int(next(iter(held.values())).shape[0]) for site, held in kept.items()}
     usual = Counter(ranks.values()).most_common(1)[0][0]
     others = {site: rank for site, rank in ranks.items() if rank != usual}
     made = type(method or LoRA())(

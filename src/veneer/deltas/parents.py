@@ -57,8 +57,8 @@ class Parent:
 
 
 def origin_of(parents: Sequence[Parent]) -> dict[str, Any]:
-    """A receipt's entries about the parents: their records, the hash of the chat template (and tokenizer) that all of them were trained
-    with, or a note where that is not one and the same."""
+    """A receipt's entries about the parents: their records, and the hash of the chat template (and tokenizer) that all were trained with,
+    or a note if these differ."""
     origin: dict[str, Any] = {"parents": [parent.record for parent in parents]}
     hashes = {parent.adapter.name: receipt_of(parent.adapter).get("template_sha256") for parent in parents}
     if len(set(hashes.values())) > 1:
@@ -70,7 +70,7 @@ def origin_of(parents: Sequence[Parent]) -> dict[str, Any]:
 
 
 def template_of(parents: Sequence[Parent]) -> str | None:
-    """The chat template in the parents' folders, where all of them have the same."""
+    """The chat template in the parents' folders, if all have the same."""
     if len({receipt_of(parent.adapter).get("template_sha256") for parent in parents}) != 1:
         return None
     texts = (parent.adapter.meta.get("template") for parent in parents)
@@ -78,7 +78,7 @@ def template_of(parents: Sequence[Parent]) -> str | None:
 
 
 def read_parents(folders: Sequence[tuple[Path, str, float]], *, force: str | Iterable[str] = ()) -> list[Parent]:
-    """Read the adapters in (folder, name, weight); one folder that is given twice is read once.
+    """Read the adapters in (folder, name, weight); a folder that is given twice is read once.
 
     Raises CheckpointError for folders that cannot be read, ComposeError for parents of different bases.
     """
@@ -92,13 +92,16 @@ def read_parents(folders: Sequence[tuple[Path, str, float]], *, force: str | Ite
     return parents
 
 
-def probes_on(adapter: Adapter, weights: Weights) -> dict[str, list[float]]:
-    """The receipt's probes of an adapter whose delta depends on the base's weights."""
-    return {site: probe(adapter, site, weights(site)) for site in adapter.tensors}
+def records_for(adapter: Adapter, base: Mapping[str, Any], weights: Weights | None) -> dict[str, Any]:
+    """A receipt's entries that identify the base: records of its weights, and probes if the delta depends on them."""
+    entries: dict[str, Any] = {"base": {site: base[site] for site in adapter.tensors if site in base}}
+    if adapter.method.needs_base_weights and weights is not None:
+        entries["probes"] = {site: probe(adapter, site, weights(site)) for site in adapter.tensors}
+    return {key: value for key, value in entries.items() if value}
 
 
 def notes_on_bases(parents: Sequence[Parent]) -> list[str]:
-    """A note where parents name different bases and no receipt tells whether these have the same weights."""
+    """A note if parents name different bases, and receipts do not show that these have the same weights."""
     adapters = list({id(parent.adapter): parent.adapter for parent in parents}.values())
     names = list(dict.fromkeys(name for adapter in adapters if (name := base_name([adapter])) is not None))
     if len(names) < 2 or all(base_records(adapter) for adapter in adapters):
@@ -125,8 +128,8 @@ def copy_as(adapter: Adapter, name: str) -> Adapter:
 
 
 def check_one_base(adapters: Sequence[Adapter]) -> None:
-    """Raise ComposeError where two adapters' receipts are of different base weights, or where their folders name different bases and they
-    have no layer in common by which these could be compared."""
+    """Raise ComposeError if the receipts of two adapters have different base weights, or if their folders name different bases and no
+    common layer shows that these are equal."""
     first: dict[str, tuple[Adapter, dict[str, Any]]] = {}
     for adapter in adapters:
         for site, record in base_records(adapter).items():
@@ -138,14 +141,14 @@ def check_one_base(adapters: Sequence[Adapter]) -> None:
             if apart > rounding_between(known.get("dtype"), record.get("dtype")):
                 raise ComposeError(
                     f'the adapters "{first[site][0].name}" and "{adapter.name}" were made on different bases: the weight at {site} '
-                    f"differs by {apart:.1%} between their receipts; adapters of one base can be put together, others not"
+                    f"differs by {apart:.1%} between their receipts; only adapters of one base can be combined"
                 )
     for one, other in itertools.combinations({id(adapter): adapter for adapter in adapters}.values(), 2):
         names = base_name([one]), base_name([other])
         if None not in names and names[0] != names[1] and one.tensors.keys().isdisjoint(other.tensors):
             raise ComposeError(
                 f'the adapters "{one.name}" and "{other.name}" name different bases ({names[0]} and {names[1]}) and have no layer in '
-                "common by which these could be compared; if both are the same base, say --force base"
+                "common by which these could be compared; if both are the same base, give --force base"
             )
 
 
@@ -168,7 +171,7 @@ def check_base(adapter: Adapter, weights: Weights, where: str) -> None:
     if altered and not apart:
         raise ComposeError(
             f'the change of the adapter "{adapter.name}" at {listed(altered)} is not what its receipt recorded: adapter_config.json was '
-            "altered after training (r, lora_alpha, use_rslora or a pattern); bring back the one that was written"
+            "altered after training (r, lora_alpha, use_rslora or a pattern); restore the original file"
         )
     if apart:
         site, share = next(iter(apart.items()))
@@ -189,6 +192,6 @@ def records_of(base: Skeleton, sites: Iterable[str]) -> dict[str, dict[str, Any]
 
 
 def base_name(adapters: Iterable[Adapter]) -> str | None:
-    """The base that the adapters' folders name, where they name one and the same."""
+    """The base that the adapters' folders name, if they name one."""
     names = {(adapter.meta.get("settings") or {}).get("base_model_name_or_path") for adapter in adapters} - {None, ""}
     return str(next(iter(names))) if len(names) == 1 else None

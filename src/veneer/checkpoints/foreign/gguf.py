@@ -3,11 +3,11 @@
     <base tensor>.lora_a   [r, in]      <base tensor>.lora_b   [out, r]      in fp32, fp16 or bf16
     general.type = adapter, adapter.type = lora, adapter.lora.alpha = one number for the whole file
 
-llama.cpp scales a pair by alpha / r, with one alpha for all and r the pair's own, so a site's true scale s is folded into its B:
+llama.cpp scales a pair by alpha / r, with one alpha for all and r the pair's own, so B takes the scale s of its site:
 
     B_file = s * (r / alpha) * B
 
-and rsLoRA and other ranks or alphas at some sites come out right. Families whose base file has the rows of q and k in another order
+which also holds rsLoRA, and ranks or alphas that differ between sites. Families whose base file has the rows of q and k in another order
 (llama's rotary embedding pairs neighbours, the model's pairs halves) get the rows of B in that order too.
 
 Boundary: LoRA at linear layers. Names and orders are known for the families below; what a file cannot hold is refused by name.
@@ -80,7 +80,7 @@ def layout_of(config: Mapping[str, Any], *, tied: bool) -> GgufLayout:
     named = config.get("architectures") or ["a model of no class"]
     if named[0] not in FAMILIES:
         raise ExportError(
-            f"{named[0]} is not among the families whose GGUF layout is known here ({', '.join(FAMILIES)}); merge the adapter "
+            f"{named[0]} is not one of the supported GGUF families ({', '.join(FAMILIES)}); merge the adapter "
             "(veneer merge) and convert the whole model instead"
         )
     family, reorders = FAMILIES[named[0]]
@@ -98,7 +98,7 @@ def interleaved(rows: Tensor, heads: int) -> Tensor:
 
 
 def gguf_factors(adapter: Adapter, layout: GgufLayout, alpha: float) -> dict[str, tuple[Tensor, Tensor]]:
-    """{GGUF name of the base tensor: (lora_a [r, in], lora_b [out, r])} in fp32, each site's scale folded into B.
+    """{GGUF name of the base tensor: (lora_a [r, in], lora_b [out, r])} in fp32, B with the scale of its site.
 
     Raises ExportError that names every site which a GGUF adapter cannot hold.
     """
@@ -107,8 +107,8 @@ def gguf_factors(adapter: Adapter, layout: GgufLayout, alpha: float) -> dict[str
         problems.add(
             f"it is a {adapter.method.label} adapter, and GGUF adapters are LoRA: give --rank R for the best approximation, or merge it"
         )
-    for place, own in adapter.overrides.items():
-        problems.add(f"{place}: it has its own {' and '.join(own)}, which a GGUF adapter cannot hold; merge it")
+    for layer, overrides in adapter.overrides.items():
+        problems.add(f"{layer}: it overrides {' and '.join(overrides)}, which a GGUF adapter cannot hold; merge it")
     found: dict[str, tuple[Tensor, Tensor]] = {}
     for site, tensors in adapter.tensors.items():
         name = layout.name(site)
@@ -117,8 +117,8 @@ def gguf_factors(adapter: Adapter, layout: GgufLayout, alpha: float) -> dict[str
         elif not adapter.method.needs_base_weights:
             assert name is not None
             a_RK, b_OR = factors_2d(dict(tensors), torch.float64)
-            folded = adapter.scale(site) * a_RK.shape[0] / alpha
-            found[name] = (a_RK.float().contiguous(), (folded * layout.rows(name, b_OR)).float().contiguous())
+            scale = adapter.scale(site) * a_RK.shape[0] / alpha
+            found[name] = (a_RK.float().contiguous(), (scale * layout.rows(name, b_OR)).float().contiguous())
     problems.raise_if_any(ExportError, f'the adapter "{adapter.name}" cannot become a GGUF file')
     return found
 
@@ -126,7 +126,7 @@ def gguf_factors(adapter: Adapter, layout: GgufLayout, alpha: float) -> dict[str
 def write_gguf(
     adapter: Adapter, path: Path, layout: GgufLayout, *, dtype: str = "f32", base_name: str | None = None
 ) -> int:
-    """Write an adapter as a GGUF file, whole or not at all, and read it back; returns the bytes.
+    """Write an adapter as a GGUF file in one step, and read it back; returns its size in bytes.
 
     dtype: a key of `DTYPES`. Raises ExportError for what a GGUF adapter cannot hold.
     """
@@ -142,7 +142,7 @@ def write_gguf(
     }
     for key, value in stored.items():
         if not bool(torch.isfinite(value).all()):
-            raise ExportError(f"{key} does not fit the range of {dtype}; take f32")
+            raise ExportError(f"{key} does not fit the range of {dtype}; use f32")
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as beside:
         _write(beside, adapter.name, layout.family, alpha, stored, base_name)
@@ -170,7 +170,7 @@ def _unfit(adapter: Adapter, site: str, name: str | None, layout: GgufLayout) ->
     """The reason that a site cannot be in a GGUF adapter; empty if it can."""
     kind = adapter.kinds[site]
     if kind not in ("linear", "conv1d"):
-        return f"{kind} layers have no place in a GGUF adapter; merge it"
+        return f"a GGUF adapter cannot hold {kind} layers; merge it"
     if name is None:
         return f"GGUF's {layout.family} has no tensor for this layer; merge it"
     if name == "output.weight" and layout.tied:

@@ -54,7 +54,7 @@ def build(
         settings, alphas = _convert(tensors, alphas, settings, base)
     overrides, tokens = _overrides(placement, stored, settings, base)
     settings = _check_tying(settings, placement.method, tensors, overrides, base, found)
-    ranks = {site: next(iter(own.values())).shape[0] for site, own in tensors.items()}
+    ranks = {site: next(iter(held.values())).shape[0] for site, held in tensors.items()}
     method = _method(type(placement.method), ranks, alphas, settings, receipt.get("options"), base, found)
     kinds = {site: placement.kinds[site] for site in tensors}
     if not base.sites and isinstance(receipt.get("kinds"), dict):

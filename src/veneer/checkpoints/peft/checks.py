@@ -160,9 +160,8 @@ def check_stored(
     """Refuse a file for its numbers, before any of them is kept."""
     scales = {site: settings.scaling(rank, placement.alphas[site]) for site, rank in placement.ranks.items()}
     both = (placement.sites, placement.overrides)
-    sums = sums_of_stored(
-        file, header, [entry for table in both for own in table.values() for entry in own.values()], where
-    )
+    entries = [entry for table in both for held in table.values() for entry in held.values()]
+    sums = sums_of_stored(file, header, entries, where)
     factors, overrides = (
         {layer: {key: sums[entry.name] for key, entry in entries.items()} for layer, entries in table.items()}
         for table in both
