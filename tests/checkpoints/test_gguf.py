@@ -123,7 +123,7 @@ def test_what_a_file_cannot_hold_is_refused(tmp_path: Path) -> None:
     refused(
         trained(model, LoRA(r=2, target_modules=("embed_tokens",))), where, tmp_path, "cannot hold embedding layers"
     )
-    refused(trained(model, LoRA(r=2, modules_to_save=("norm",))), where, tmp_path, "its own weight")
+    refused(trained(model, LoRA(r=2, modules_to_save=("norm",))), where, tmp_path, "it overrides weight")
     big = trained(model)
     with torch.no_grad():
         next(iter(big.tensors.values()))["lora_B"].fill_(1e6)
