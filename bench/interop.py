@@ -89,13 +89,13 @@ def case(program: str, python: str, arch: str, kind: str, work: Path) -> float:
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         code = veneer(["import", str(work / "theirs"), "--base", str(base), "--out", str(work / "ours")])
     assert code == 0, said.getvalue()
-    wanted = load_file(work / "theirs.logits.safetensors")
-    size = float(wanted["adapted"].abs().max())
+    expected = load_file(work / "theirs.logits.safetensors")
+    size = float(expected["adapted"].abs().max())
     plain, ours, peft, sites = _logits(base, work / "ours")
-    assert float((plain - wanted["base"]).abs().max()) < 1e-4 * size, "the two programs do not even agree on the base"
+    assert float((plain - expected["base"]).abs().max()) < 1e-4 * size, "the two programs do not even agree on the base"
     change, *apart = (
         float((x - y).abs().max()) / size
-        for x, y in ((ours, plain), (ours, wanted["adapted"]), (peft, wanted["adapted"]))
+        for x, y in ((ours, plain), (ours, expected["adapted"]), (peft, expected["adapted"]))
     )
     print(f"{program:<8} {arch:<9} {kind:<10} {sites:>5} {change:>9.1e} {apart[0]:>9.1e} {apart[1]:>9.1e}", flush=True)
     return max(apart)

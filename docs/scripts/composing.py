@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from three_tasks import BASE, TASKS, Judge, cached, write_tasks
+from three_tasks import BASE, TASKS, Evaluator, cached, write_tasks
 
 import veneer
 from veneer.adapters import Adapter
@@ -46,18 +46,18 @@ def main() -> None:
     train(args.work, files, args.only)
     if args.only == "train":
         return
-    figures = args.work / "figures.json"
-    judge = Judge(files)
+    results = args.work / "figures.json"
+    evaluator = Evaluator(files)
     adapters = [read_adapter(args.work / task / "adapter", task) for task in TASKS]
     for adapter in adapters:
-        judge.bank.insert(copy_as(adapter, adapter.name))
+        evaluator.bank.insert(copy_as(adapter, adapter.name))
     for route in (None, *TASKS):
-        cached(figures, route or "base", lambda route=route: judge.losses(route))
+        cached(results, route or "base", lambda route=route: evaluator.losses(route))
     if args.only in (None, "search"):
-        cached(figures, "search", lambda: search(judge))
+        cached(results, "search", lambda: search(evaluator))
     for name in OPERATIONS if args.only is None else [args.only] if args.only in OPERATIONS else []:
-        cached(figures, name, lambda name=name: operation(name, adapters, judge, figures))
-    write_page(json.loads(figures.read_text(encoding="utf-8")))
+        cached(results, name, lambda name=name: operation(name, adapters, evaluator, results))
+    write_page(json.loads(results.read_text(encoding="utf-8")))
 
 
 def train(work: Path, files: dict[str, dict[str, Path]], only: str | None) -> None:
@@ -99,33 +99,33 @@ OPERATIONS: dict[str, tuple[str, Make]] = {
 }
 
 
-def operation(name: str, adapters: list[Adapter], judge: Judge, figures: Path) -> dict[str, Any]:
+def operation(name: str, adapters: list[Adapter], evaluator: Evaluator, results: Path) -> dict[str, Any]:
     """Compose, evaluate, and print the error of the stored result."""
     began = time.perf_counter()
     made = OPERATIONS[name][1](adapters)
     seconds = time.perf_counter() - began
-    judge.bank.insert(copy_as(made.adapter, "composed"))
-    found = judge.losses("composed")
-    judge.bank.remove("composed")
+    evaluator.bank.insert(copy_as(made.adapter, "composed"))
+    found = evaluator.losses("composed")
+    evaluator.bank.remove("composed")
     rank = sorted({site.rank for site in made.sites})[-1]
     print(f"{name}: {found} in {seconds:.1f} s, error {made.error:.3g}", flush=True)
     return {"losses": found, "error": made.error, "rank": rank, "seconds": seconds}
 
 
-def search(judge: Judge, budget: int = 24) -> dict[str, Any]:
+def search(evaluator: Evaluator, budget: int = 24) -> dict[str, Any]:
     """Weights with the lowest mean retention loss, searched on a third of the held-out rows and evaluated on the others."""
     seen, unseen = (
-        {t: judge.sets[t][::3] for t in TASKS},
-        {t: [e for i, e in enumerate(judge.sets[t]) if i % 3] for t in TASKS},
+        {t: evaluator.sets[t][::3] for t in TASKS},
+        {t: [e for i, e in enumerate(evaluator.sets[t]) if i % 3] for t in TASKS},
     )
-    whole = dict(judge.sets)
+    whole = dict(evaluator.sets)
 
     def on(sets: dict[str, Any], route: Any) -> dict[str, float]:
-        judge.sets = sets
+        evaluator.sets = sets
         try:
-            return judge.losses(route)
+            return evaluator.losses(route)
         finally:
-            judge.sets = whole
+            evaluator.sets = whole
 
     ends = {task: (on({task: seen[task]}, None)[task], on({task: seen[task]}, task)[task]) for task in TASKS}
 
@@ -141,14 +141,14 @@ def search(judge: Judge, budget: int = 24) -> dict[str, Any]:
     return {"weights": found.weights, "losses": on(rest, mix), "base": on(unseen, None), "single": singles}
 
 
-def write_page(figures: dict[str, Any]) -> None:
+def write_page(results: dict[str, Any]) -> None:
     """Write the tables of all finished parts into the page."""
-    base, single = figures["base"], {task: figures[task][task] for task in TASKS}
-    rows = [[name, *(f"{figures[name][key]:.3f}" for key in (*TASKS, "general"))] for name in ("base", *TASKS)]
+    base, single = results["base"], {task: results[task][task] for task in TASKS}
+    rows = [[name, *(f"{results[name][key]:.3f}" for key in (*TASKS, "general"))] for name in ("base", *TASKS)]
     table = _markdown(["held-out loss of", *TASKS, "general text"], rows)
     ends = {task: (base[task], single[task]) for task in TASKS}
-    kept = [_kept(OPERATIONS[name][0], ends, figures[name]) for name in OPERATIONS if name in figures]
-    if (own := figures.get("search")) is not None:
+    kept = [_kept(OPERATIONS[name][0], ends, results[name]) for name in OPERATIONS if name in results]
+    if (own := results.get("search")) is not None:
         weights = ", ".join(f"{weight:g}" for weight in own["weights"])
         seen = {task: (own["base"][task], own["single"][task]) for task in TASKS}
         kept.append(_kept(f"sum, weights searched ({weights})", seen, {**own, "rank": 3 * RANK, "error": 0.0}))

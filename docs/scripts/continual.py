@@ -6,7 +6,7 @@
 joint        one adapter, the rows of all tasks together, as many steps as the others in total
 sequential   one adapter that goes on from task to task: plain sequential LoRA
 stacked      a new adapter for each task on top of the earlier ones, which act and stay as they are      --on-top-of
-             (and so what was learnt is still there: each task is judged with the adapters up to its own, too)
+             (and so what was learnt is still there: each task is also evaluated with the adapters up to it)
 penalty      the same, with the penalty on the overlap of the A factors                                  --orthogonal-to
 projection   the same, with A kept out of what the earlier ones read                                     --orthogonal projection
 
@@ -23,7 +23,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from three_tasks import BASE, TASKS, Judge, cached, write_tasks
+from three_tasks import BASE, TASKS, Evaluator, cached, write_tasks
 
 import veneer
 from veneer.checkpoints import attach
@@ -59,26 +59,26 @@ def main() -> None:
     parser.add_argument("--only", choices=WAYS, help="run only this way")
     args = parser.parse_args()
     files = write_tasks(args.work / "data")
-    figures = args.work / "figures.json"
-    known = json.loads(figures.read_text(encoding="utf-8")) if figures.is_file() else {}
-    wanted = [way for way in ([args.only] if args.only else WAYS) if way not in known]
-    judge = Judge(files, rows=16, general=2) if wanted or "base" not in known else None
-    if judge is not None:
-        cached(figures, "base", lambda: judge.losses(None))
-        for way in wanted:
-            cached(figures, way, lambda way=way: learn(way, args.work, files, judge))
+    results = args.work / "figures.json"
+    known = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
+    selected = [way for way in ([args.only] if args.only else WAYS) if way not in known]
+    evaluator = Evaluator(files, rows=16, general=2) if selected or "base" not in known else None
+    if evaluator is not None:
+        cached(results, "base", lambda: evaluator.losses(None))
+        for way in selected:
+            cached(results, way, lambda way=way: learn(way, args.work, files, evaluator))
     if args.only is None:
-        write_page(json.loads(figures.read_text(encoding="utf-8")))
+        write_page(json.loads(results.read_text(encoding="utf-8")))
 
 
-def learn(way: str, work: Path, files: dict[str, dict[str, Path]], judge: Judge) -> list[Losses]:
+def learn(way: str, work: Path, files: dict[str, dict[str, Path]], evaluator: Evaluator) -> list[Losses]:
     """Losses of every task after each stage."""
     if way == "sequential":
-        return sequential(work, files, judge)
+        return sequential(work, files, evaluator)
     if way == "joint":
         data = tuple(files[task]["train"] for task in TASKS)
         run(work / "joint", data, steps=3 * STEPS)
-        return [judged(judge, [work / "joint"])]
+        return [evaluate(evaluator, [work / "joint"])]
     stages, earlier = [], []
     for task in TASKS:
         # The first task is learnt the same by all of them.
@@ -88,7 +88,7 @@ def learn(way: str, work: Path, files: dict[str, dict[str, Path]], judge: Judge)
             more |= {"orthogonal_to": tuple(earlier), "orthogonal": way}
         run(out, (files[task]["train"],), steps=STEPS, **more)
         earlier.append(out)
-        stages.append(judged(judge, earlier))
+        stages.append(evaluate(evaluator, earlier))
         print(way, task, stages[-1], flush=True)
     return stages
 
@@ -99,20 +99,20 @@ def run(out: Path, data: tuple[Path, ...], **more: Any) -> None:
         veneer.train({"data": data, "out": out, **OPTIONS, **more})
 
 
-def judged(judge: Judge, runs: Iterable[Path]) -> Losses:
+def evaluate(evaluator: Evaluator, runs: Iterable[Path]) -> Losses:
     """Losses under the sum of the runs' adapters."""
-    names = [f"stage-{i}" for i, out in enumerate(runs) if judge.bank.load(out / "adapter", name=f"stage-{i}")]
-    found = judge.losses(dict.fromkeys(names, 1.0))
+    names = [f"stage-{i}" for i, out in enumerate(runs) if evaluator.bank.load(out / "adapter", name=f"stage-{i}")]
+    found = evaluator.losses(dict.fromkeys(names, 1.0))
     for name in names:
-        judge.bank.remove(name)
+        evaluator.bank.remove(name)
     return found
 
 
-def sequential(work: Path, files: dict[str, dict[str, Path]], judge: Judge) -> list[Losses]:
+def sequential(work: Path, files: dict[str, dict[str, Path]], evaluator: Evaluator) -> list[Losses]:
     """One adapter through all tasks, from the first run on, with a new optimizer per task."""
     run(work / "first", (files[TASKS[0]]["train"],), steps=STEPS)
     base = load_base(BASE)
-    bank, stages = attach(base.model), [judged(judge, [work / "first"])]
+    bank, stages = attach(base.model), [evaluate(evaluator, [work / "first"])]
     adapter = bank.load(work / "first" / "adapter", name="all")
     adapter.requires_grad_(True)
     stepper = Stepper(FlatRunner(base.model), bank)
@@ -123,32 +123,32 @@ def sequential(work: Path, files: dict[str, dict[str, Path]], judge: Judge) -> l
         Trainer(stepper, [job], Listener(), tokens_per_pass=1024, tokens_per_shared_pass=0).run()
         assert job.progress.step == STEPS, job.reason
         bank.save("all", out := work / f"sequential-{task}", base_name=BASE)
-        name = judge.bank.load(out, name="all").name
-        stages.append(judge.losses(name))
-        judge.bank.remove(name)
+        name = evaluator.bank.load(out, name="all").name
+        stages.append(evaluator.losses(name))
+        evaluator.bank.remove(name)
         print("sequential", task, stages[-1], flush=True)
     return stages
 
 
-def write_page(figures: dict[str, Any]) -> None:
+def write_page(results: dict[str, Any]) -> None:
     """Write the tables into the page."""
     head = ["", *TASKS, "mean", "general text"]
-    base = figures["base"]
+    base = results["base"]
     rows = [["base", *(f"{base[t]:.3f}" for t in TASKS), f"{_mean(base):.3f}", f"{base['general']:.3f}"]]
     rows.append(
         [
             "stacked, each task with the adapters up to its own",
-            *(f"{figures['stacked'][i][t]:.3f}" for i, t in enumerate(TASKS)),
-            f"{sum(figures['stacked'][i][t] for i, t in enumerate(TASKS)) / len(TASKS):.3f}",
+            *(f"{results['stacked'][i][t]:.3f}" for i, t in enumerate(TASKS)),
+            f"{sum(results['stacked'][i][t] for i, t in enumerate(TASKS)) / len(TASKS):.3f}",
             "",
         ]
     )
     lost = []
     for way in ("joint", *WAYS[:-1]):
-        end = figures[way][-1]
+        end = results[way][-1]
         rows.append([way, *(f"{end[t]:.3f}" for t in TASKS), f"{_mean(end):.3f}", f"{end['general']:.3f}"])
         if way != "joint":
-            apart = [end[t] - figures[way][i][t] for i, t in enumerate(TASKS[:-1])]
+            apart = [end[t] - results[way][i][t] for i, t in enumerate(TASKS[:-1])]
             lost.append([way, *(f"{a:+.3f}" for a in apart), f"{sum(apart) / len(apart):+.3f}"])
     table = _markdown(["held-out loss at the end", *head[1:]], rows)
     table += "\n\n" + _markdown(["forgotten since it was learnt", *TASKS[:-1], "mean"], lost)

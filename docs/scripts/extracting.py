@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from three_tasks import BASE, Judge, cached, write_tasks
+from three_tasks import BASE, Evaluator, cached, write_tasks
 
 from veneer.adapters import Adapter
 from veneer.adapters.adapter import check_name
@@ -73,8 +73,8 @@ def main() -> int:
             assert code == 0
     if args.only == "extract":
         return 0
-    figures = args.work / "figures.json"
-    return write_page(cached(figures, "curve", lambda: curve(args.work, files)))
+    results = args.work / "figures.json"
+    return write_page(cached(results, "curve", lambda: curve(args.work, files)))
 
 
 def tune(rows: Path, out: Path) -> None:
@@ -116,16 +116,16 @@ def cut(adapter: Adapter, rank: int) -> Adapter:
 
 def curve(work: Path, files: dict[str, Any]) -> dict[str, Any]:
     """Held-out loss of the base, every rank and the full fine-tune."""
-    judge = Judge(files, general=4)
-    base = judge.losses(None)
+    evaluator = Evaluator(files, general=4)
+    base = evaluator.losses(None)
     whole = read_adapter(work / "extracted-lora", "whole")
     report = json.loads((work / "lora.json").read_text(encoding="utf-8"))
     energies = [(site["norm"] ** 2, [value**2 for value in site["singular_values"]]) for site in report["sites"]]
     total = sum(norm for norm, _ in energies)
     rows, before = [], None
     for rank in RANKS:
-        judge.bank.insert(part := cut(whole, rank))
-        found = judge.whole(part.name)
+        evaluator.bank.insert(part := cut(whole, rank))
+        found = evaluator.whole(part.name)
         kept = sum(sum(values[:rank]) for _, values in energies) / total
         step = compare(found[TASK], before) if before is not None else None
         rows.append(
@@ -139,11 +139,11 @@ def curve(work: Path, files: dict[str, Any]) -> dict[str, Any]:
         )
         rows[-1]["step"] = None if step is None else [step.mean, step.low, step.high]
         before = found[TASK]
-        judge.bank.remove(part.name)
+        evaluator.bank.remove(part.name)
         print(rows[-1], flush=True)
-    judge.bank.load(work / "extracted-dora", name="dora")
+    evaluator.bank.load(work / "extracted-dora", name="dora")
     dora = json.loads((work / "dora.json").read_text(encoding="utf-8"))
-    found = judge.whole("dora")
+    found = evaluator.whole("dora")
     rows.append(
         {
             "rank": "16, DoRA",
@@ -155,36 +155,36 @@ def curve(work: Path, files: dict[str, Any]) -> dict[str, Any]:
         }
     )
     tuned = load_base(work / "tuned", dtype="float32").model
-    full = losses_of(tuned, judge)
+    full = losses_of(tuned, evaluator)
     with torch.no_grad():
-        known = dict(judge.base.model.named_parameters())
+        known = dict(evaluator.base.model.named_parameters())
         for name in report["outside"]:
             tuned.get_parameter(name).copy_(known[name])
     return {
         "base": base,
         "rows": rows,
         "full": full,
-        "layers": losses_of(tuned, judge),
+        "layers": losses_of(tuned, evaluator),
         "outside": report["outside_share"],
         "names": list(report["outside"])[:3],
     }
 
 
-def losses_of(model: torch.nn.Module, judge: Judge) -> dict[str, float]:
+def losses_of(model: torch.nn.Module, evaluator: Evaluator) -> dict[str, float]:
     """Held-out losses of a model without an adapter."""
     runner = FlatRunner(model)
     with torch.no_grad():
-        return {name: example_losses(runner, own).mean for name, own in judge.sets.items()}
+        return {name: example_losses(runner, own).mean for name, own in evaluator.sets.items()}
 
 
-def write_page(figures: dict[str, Any]) -> int:
+def write_page(results: dict[str, Any]) -> int:
     """Write the table into the page. Returns whether the loss falls with the rank."""
-    rows = figures["rows"]
+    rows = results["rows"]
     lines = [
         "| rank | parameters | share of the change | held-out loss | against the rank before | general text |",
         "|---|---|---|---|---|---|",
     ]
-    base, layers, full = figures["base"], figures["layers"], figures["full"]
+    base, layers, full = results["base"], results["layers"], results["full"]
     lines.append(f"| base | | | {base[TASK]:.4f} | | {base['general']:.4f} |")
     for row in rows:
         apart = "" if row["step"] is None else "{:+.4f} [{:+.4f}, {:+.4f}]".format(*row["step"])
@@ -195,7 +195,7 @@ def write_page(figures: dict[str, Any]) -> int:
         f"| tuned, linear layers alone | 106,168,320 | 100 % | {layers[TASK]:.4f} | | {layers['general']:.4f} |",
         f"| full fine-tune | 134,515,008 | | {full[TASK]:.4f} | | {full['general']:.4f} |",
         "",
-        f"Of the whole change {figures['outside']:.1%} (square norm) lies outside the linear layers: {', '.join(figures['names'])}.",
+        f"Of the whole change {results['outside']:.1%} (square norm) lies outside the linear layers: {', '.join(results['names'])}.",
     ]
     table = "\n".join(lines)
     text = PAGE.read_text(encoding="utf-8")

@@ -4,7 +4,7 @@
     dates        2031-07-04                     -> the fourth of July, 2031
     records      a sentence about somebody      -> the same as JSON with four keys
 
-They have nothing in common but the base: other inputs, other answers, other losses. Rows that are judged on are never trained on.
+They have nothing in common but the base: other inputs, other answers, other losses. Evaluation rows are never trained on.
 """
 
 from __future__ import annotations
@@ -69,7 +69,19 @@ _LAST = (
     "Lindqvist",
 )
 _CITIES = ("Oslo", "Lima", "Kyoto", "Accra", "Turin", "Porto", "Quito", "Lviv", "Cork", "Graz", "Bergen", "Nantes")
-_JOBS = ("baker", "pilot", "nurse", "welder", "judge", "tailor", "farmer", "printer", "diver", "glazier", "surveyor")
+_JOBS = (
+    "baker",
+    "pilot",
+    "nurse",
+    "welder",
+    "evaluator",
+    "tailor",
+    "farmer",
+    "printer",
+    "diver",
+    "glazier",
+    "surveyor",
+)
 
 
 def write_tasks(folder: Path, seed: int = 0) -> dict[str, dict[str, Path]]:
@@ -120,7 +132,7 @@ def _turns(question: str, answer: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-class Judge:
+class Evaluator:
     """Held-out losses of routes on every task and on a general text, in fp32."""
 
     def __init__(self, files: Mapping[str, Mapping[str, Path]], *, rows: int = VALID, general: int = 16) -> None:
