@@ -7,7 +7,7 @@
 
 Every linear layer sees [1, T, d], so that no work is done for padding; attention alone knows the segments (see
 ``flat_attention.py``). Not every model follows the extension point that this needs: some take the call and compute
-something else. So a runner is probed when it is made (``probe.py``), and a model that fails runs on padded rows
+something else. So a runner is probed when it is made (``flat_check.py``), and a model that fails runs on padded rows
 behind the same interface: token t of the flat batch is then some cell of [S, Tmax], and the layout says which.
 
 Boundary: a runner holds no route and no adapter; callers that route tokens read the layout of `prepare`. Gradients flow if the

@@ -21,7 +21,7 @@ is passed on to the functions that the config named before. Nothing of the model
 everything set on the model is undone when the last flat call ends. A layer that meets a ``SegmentMask`` in any
 other attention function fails, and does not compute something else.
 
-Boundary: which inputs a model takes, and whether this way is exact for it, is ``flat.py``'s and ``probe.py``'s
+Boundary: which inputs a model takes, and whether this way is exact for it, is ``flat.py``'s and ``flat_check.py``'s
 matter.
 """
 

@@ -19,24 +19,41 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
 from veneer.errors import BaseModelError
-from veneer.models.flat_attention import NotFlat
-from veneer.models.layout import Flat
-
-if TYPE_CHECKING:
-    from veneer.models.flat import FlatRunner
+from veneer.models.flat_attention import NotFlat, Switch
+from veneer.models.layout import Flat, FlatLike
 
 __all__ = ["probe"]
 
 _BOUND = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 6e-2, torch.float16: 2e-2}
 
 
+class CheckedRunner(Protocol):
+    """The part of a `FlatRunner` that the check uses and sets."""
+
+    model: torch.nn.Module
+    kind: str
+    reason: str
+    first_position: int
+    _takes: frozenset[str]
+    _body: Any
+    _switch: Switch
+    _head: tuple[torch.Tensor, torch.Tensor | None] | None
+    _last: torch.nn.Module | None
+
+    def logits(self, flat: FlatLike, keep: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits of the model's own head."""
+
+    def hidden(self, flat: FlatLike) -> torch.Tensor:
+        """Final states."""
+
+
 @torch.no_grad()
-def probe(runner: FlatRunner) -> None:
+def probe(runner: CheckedRunner) -> None:
     """Decide ``runner.kind``, ``reason`` and ``first_position``, and find the head.
 
     Raises:
@@ -60,7 +77,7 @@ def probe(runner: FlatRunner) -> None:
 
 
 def _try(
-    runner: FlatRunner, kind: str, first: list[int], second: list[int], other: list[int], alone: list[torch.Tensor]
+    runner: CheckedRunner, kind: str, first: list[int], second: list[int], other: list[int], alone: list[torch.Tensor]
 ) -> str | None:
     """None if this way is exact, with the position numbering that made it so; else the reason."""
     runner.kind = kind
@@ -89,7 +106,7 @@ def _try(
     return reason
 
 
-def _position_starts(runner: FlatRunner) -> tuple[int, ...]:
+def _position_starts(runner: CheckedRunner) -> tuple[int, ...]:
     """Numbers that a model's first position may have: 0, or one past its padding token, as RoBERTa's family counts."""
     pad = getattr(runner.model.config, "pad_token_id", None)
     return (0, pad + 1) if isinstance(pad, int) and pad >= 0 and "position_ids" in runner._takes else (0,)
@@ -114,7 +131,7 @@ def _samples(model: torch.nn.Module) -> tuple[list[int], list[int], list[int]]:
     return draw(9, 7), draw(longest, 11), draw(9, 13)
 
 
-def _alone(runner: FlatRunner, tokens: list[int]) -> torch.Tensor:
+def _alone(runner: CheckedRunner, tokens: list[int]) -> torch.Tensor:
     """Final states [L, D] of one segment by the model's ordinary call, with the positions of its own choice."""
     device = next(runner.model.parameters()).device
     ids = torch.tensor([tokens], device=device)
@@ -131,17 +148,17 @@ def _alone(runner: FlatRunner, tokens: list[int]) -> torch.Tensor:
     return states
 
 
-def _states(runner: FlatRunner, flat: Flat) -> torch.Tensor:
+def _states(runner: CheckedRunner, flat: Flat) -> torch.Tensor:
     return runner.hidden(_on_device(runner, flat))
 
 
-def _on_device(runner: FlatRunner, flat: Flat) -> Flat:
+def _on_device(runner: CheckedRunner, flat: Flat) -> Flat:
     device = next(runner.model.parameters()).device
     return Flat(flat.ids.to(device), flat.positions.to(device), flat.offsets)
 
 
 def _find_head(
-    runner: FlatRunner, first: list[int], second: list[int]
+    runner: CheckedRunner, first: list[int], second: list[int]
 ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
     """The output layer, if the model's logits are exactly that layer applied to the final states."""
     model: Any = runner.model
