@@ -102,7 +102,8 @@ def skeleton(folder: Path) -> Skeleton:
         )
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     with torch.device("meta"):
-        model = model_class(folder).from_config(config)
+        cls = model_class(folder)
+        model = getattr(cls, "from_config", cls)(config)  # an auto class, or the model's own
     return Skeleton(files, model, survey(model), stored_names(model, files.files))
 
 

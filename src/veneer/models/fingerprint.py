@@ -1,15 +1,10 @@
-"""What a base's weights are, in 64 hex digits each: SHA-256 over name, shape, stored dtype and bytes.
+"""SHA-256 fingerprints of a base's weights.
 
     digest = sha256(JSON of [name, dtype, shape] + newline + the bytes in little-endian row order)
 
-The tensor as it is stored counts: where the folder is known its safetensors files are read, so a bf16 file loaded
-as fp32 has the fingerprint that it has loaded as bf16. A weight that no file holds under its name and shape (tied
-to another, made from several while loading, or a model without files) is taken from memory as it stands there.
-
-Digests are kept in the cache for each file, under its path, size, time and inode; a file that changed has another
-key. A cache that cannot be read or written costs time and nothing else.
-
-Boundary: names are those of ``model.named_parameters()``; which of them an adapter touches is the caller's matter.
+The stored tensor counts: a bf16 file has the same fingerprints when it is loaded as fp32. A weight that no file holds under its name and
+shape (tied, merged while loading, or a model without files) is hashed in memory. Digests are cached by path, size, time and inode of the
+file; an unusable cache costs only time.
 """
 
 from __future__ import annotations
@@ -30,8 +25,6 @@ from veneer.errors import BaseModelError
 from veneer.models.cache import cache_root
 from veneer.models.load import Base
 from veneer.models.names import stored_names
-
-__all__ = ["weight_fingerprints"]
 
 _CHUNK = 1 << 23
 _HEADER_LIMIT = 100_000_000  # the format's own limit

@@ -1,28 +1,14 @@
-"""How a transformers model is made to attend inside segments, by its own extension point and for one call at a
-time.
+"""Attention inside segments, through transformers' extension point, for one call at a time.
 
-transformers looks its attention and its mask functions up by a name that stands in the model's config. Two
-functions are registered here under the name ``veneer_flat``. During a flat call the config says that name, and
+transformers looks up attention and mask functions by a name in the model's config. During a flat call that name is ``veneer_flat``:
 
-* the mask function returns no tensor but a ``SegmentMask``: where the segments lie, and which keys a query of this
-kind of
-  layer sees. It learns the latter by asking transformers' own mask rule about single pairs of tokens, so a window
-  is exactly as wide as the model makes it. The model hands the object down to its layers as it would hand down a
-  tensor.
-* the attention function reads everything from that object, and runs ``kernels.segment_attention``.
+* The mask function returns a ``SegmentMask`` in place of a tensor: the segments, and the keys that a query of this kind of layer sees. It
+  finds them by evaluating transformers' own mask rule on pairs of tokens.
+* The attention function reads everything from that object and calls ``segment_attention``.
 
-Since each layer's arguments carry the mask, a layer that runs again in backward (activation checkpointing) has all
-it needs but the name in the config, which may say something else again by then. So for the length of a flat call
-the model's checkpointing function is replaced by one that puts the name back around whatever it runs, now and
-later.
-
-Another thread may use the model in the ordinary way meanwhile: whoever arrives here without a flat call of its own
-is passed on to the functions that the config named before. Nothing of the model's classes is touched, and
-everything set on the model is undone when the last flat call ends. A layer that meets a ``SegmentMask`` in any
-other attention function fails, and does not compute something else.
-
-Boundary: which inputs a model takes, and whether this way is exact for it, is ``flat.py``'s and ``flat_check.py``'s
-matter.
+A layer that runs again in backward (activation checkpointing) may find another name in the config, so during a flat call the model's
+checkpointing function is replaced by one that sets the name again. Other threads may call the model meanwhile; their calls go to the
+original functions. All changes are undone when the last flat call ends.
 """
 
 from __future__ import annotations
@@ -39,8 +25,6 @@ import torch
 from veneer.errors import BaseModelError
 from veneer.kernels.attention.segmented import segment_attention
 from veneer.kernels.attention.segments import Pattern, Segments
-
-__all__ = ["NAME", "NotFlat", "SegmentMask", "Switch", "register"]
 
 NAME = "veneer_flat"
 _HARMLESS = ("position_ids", "cache_position")  # tensors that attention functions are handed and need not use

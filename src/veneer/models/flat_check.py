@@ -1,17 +1,10 @@
-"""Is the flat way exact for this model? Asked once, with two short segments, when a runner is made.
+"""Check if a model computes flat batches exactly, with two short segments, when a runner is made.
 
     each segment alone, by the ordinary call      ==      both in one batch         (values)
     the second segment, first segment unchanged   ==      first segment's tokens replaced    (isolation)
 
-Models differ in ways that no name tells: some take the flat call and ignore it (attention written out in their own
-way, positions as a bias of the scores), some count positions from another number, some carry a state along the
-tokens. So each is tried. A model that fails flat is tried in padded rows, the way that it was made for; one that
-fails both is refused.
-
-What rounding may do is bounded by dtype. In bf16 a wrong segment boundary shows as an error of order one, and
-rounding of one to three hundredths after many layers, so the bound lies between.
-
-Boundary: the probe reads outputs; it changes nothing but the runner's own findings.
+A model that fails flat (its own attention, position biases, state along the tokens) is tried on padded rows; one that fails both is
+refused. In bf16 a wrong segment boundary is an error of order one, and rounding one to three hundredths; the bound lies between.
 """
 
 from __future__ import annotations
@@ -26,8 +19,6 @@ import torch
 from veneer.errors import BaseModelError
 from veneer.models.flat_attention import NotFlat, Switch
 from veneer.models.layout import Flat, FlatLike
-
-__all__ = ["probe"]
 
 _BOUND = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 6e-2, torch.float16: 2e-2}
 
@@ -86,14 +77,14 @@ def _try(
     for start in _position_starts(runner):
         runner.first_position = start
         try:
-            together = _states(runner, flat)
+            together = runner.hidden(_on_device(runner, flat))
             if kind == "flat" and runner._switch.attention_calls == 0:
                 return "its attention does not go through transformers' attention interface"
             worst = max(
                 _error(together[: len(first)], alone[0]),
                 _error(together[len(first) :], alone[1]),
             )
-            moved = _error(_states(runner, changed)[len(other) :], together[len(first) :])
+            moved = _error(runner.hidden(_on_device(runner, changed))[len(other) :], together[len(first) :])
         except BaseModelError as error:
             return str(error.__cause__ if isinstance(error.__cause__, NotFlat) else error)
         except Exception as error:  # as above
@@ -146,10 +137,6 @@ def _alone(runner: CheckedRunner, tokens: list[int]) -> torch.Tensor:
             f"{name} cannot be run on one text by its token ids alone ({type(error).__name__}: {error}); use another base."
         ) from error
     return states
-
-
-def _states(runner: CheckedRunner, flat: Flat) -> torch.Tensor:
-    return runner.hidden(_on_device(runner, flat))
 
 
 def _on_device(runner: CheckedRunner, flat: Flat) -> Flat:

@@ -2,15 +2,8 @@
 
     base = load_base("smollm2-135m")      # base.model, base.tokenizer, base.path, base.dtype
 
-A model library fills a weight that the file lacks with random numbers and goes on after a warning. Here that is an
-error, and so is a weight of another shape, or one that the model has no place for inside its layers (a config that
-belongs to another checkpoint). Only a whole head that this model class does not build is passed over, and
-``Base.notes`` says so.
-
-GGUF files are dequantised once into the cache as fp32 safetensors, which is exact: a 4-bit value times its 16-bit
-scale needs more digits than bf16 has. Later loads read that folder.
-
-Boundary: names become files in ``sources.py``; what dtype is fast is told by ``precision.py``.
+A missing weight, a weight of another shape and an unknown weight inside a layer are errors. Only a head that the model class does not
+build is ignored, with a line in ``Base.notes``. GGUF files are dequantized once into the cache, as fp32 safetensors, which is exact.
 """
 
 from __future__ import annotations
@@ -31,8 +24,6 @@ from veneer.errors import BaseModelError, Problems
 from veneer.models.cache import build_once
 from veneer.models.precision import fast_dtype
 from veneer.models.sources import Source, read_config, resolve
-
-__all__ = ["Base", "context_length", "load_base", "load_tokenizer"]
 
 _log = logging.getLogger(__name__)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -78,8 +69,7 @@ def load_base(
     torch_dtype = fast_dtype(device) if dtype == "auto" else _DTYPES.get(dtype)
     if torch_dtype is None:
         raise BaseModelError(f"The dtype {dtype!r} is not one of 'auto', 'float32' and 'bfloat16'.")
-    source = resolve(str(name), revision)
-    folder = _dequantised(source) if source.gguf else source.path
+    folder = _folder_of(name, revision)
     with _quiet():
         model, notes = _load_model(folder, torch_dtype)
         tokenizer = _load_tokenizer(folder)
@@ -96,8 +86,7 @@ def load_tokenizer(name: str | Path, *, revision: str | None = None) -> Any:
     Raises:
         BaseModelError: not found, refused, or the base has no tokenizer.
     """
-    source = resolve(str(name), revision)
-    folder = _dequantised(source) if source.gguf else source.path
+    folder = _folder_of(name, revision)
     with _quiet():
         tokenizer = _load_tokenizer(folder)
     if tokenizer is None:
@@ -106,16 +95,13 @@ def load_tokenizer(name: str | Path, *, revision: str | None = None) -> Any:
 
 
 def context_length(name: str | Path, *, revision: str | None = None) -> int | None:
-    """How many tokens a base's positions reach, as its config says; None where it does not."""
-    source = resolve(str(name), revision)
-    config = read_config(_dequantised(source) if source.gguf else source.path)
-    return _number(config, "max_position_embeddings", "n_positions")
+    """The context length of a base in tokens; None if its config does not have it."""
+    return _number(read_config(_folder_of(name, revision)), "max_position_embeddings", "n_positions")
 
 
 def vocab_size(name: str | Path, *, revision: str | None = None) -> int | None:
     """The number of rows of a base's embedding according to its config; None if the config does not say."""
-    source = resolve(str(name), revision)
-    return _number(read_config(_dequantised(source) if source.gguf else source.path), "vocab_size")
+    return _number(read_config(_folder_of(name, revision)), "vocab_size")
 
 
 def _number(config: dict[str, Any], *keys: str) -> int | None:
@@ -154,29 +140,15 @@ def model_class(folder: Path) -> Any:
     for name in read_config(folder).get("architectures") or ():
         named = getattr(transformers, str(name), None)
         if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
-            return _Direct(named)
+            return named
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     causal = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
     masked = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
     return transformers.AutoModelForCausalLM if causal and not masked else transformers.AutoModel
 
 
-class _Direct:
-    """A concrete model class behind the auto classes' call: it takes no ``trust_remote_code``."""
-
-    def __init__(self, cls: Any) -> None:
-        self._cls = cls
-
-    def from_pretrained(self, folder: Path, *, trust_remote_code: bool, **options: Any) -> Any:
-        assert not trust_remote_code
-        return self._cls.from_pretrained(folder, **options)
-
-    def from_config(self, config: Any) -> Any:
-        return self._cls(config)
-
-
 def _account(model: torch.nn.Module, info: dict[str, Any], folder: Path) -> tuple[str, ...]:
-    """Raise for each tensor that is missing, misshapen or belongs into a layer; note heads that are passed over."""
+    """Raise BaseModelError with all tensors that are missing, misshapen or unknown inside a layer; note heads that are not used."""
     problems = Problems()
     for key in sorted(info.get("missing_keys", ())):
         problems.add(f"{key} is in the model and not in the files")
@@ -200,11 +172,8 @@ def _account(model: torch.nn.Module, info: dict[str, Any], folder: Path) -> tupl
 
 
 def _is_foreign_head(model: torch.nn.Module, key: str) -> bool:
-    """Whether a tensor belongs to a part that this model class leaves out, such as a pooler or a second head.
-
-    A tensor beside others of a module that exists, or anywhere inside a list of layers, is no such part: the model
-    would compute something else than the one that was saved.
-    """
+    """True if a tensor belongs to a part that this model class does not build, such as a pooler or a second head. A tensor of an
+    existing module or inside a list of layers does not: without it the model would compute something else."""
     at: Any = model
     for part in key.split(".")[:-1]:
         if isinstance(at, torch.nn.ModuleList):
@@ -231,19 +200,17 @@ def _load_tokenizer(folder: Path) -> Any | None:
         ) from error
 
 
-def _dequantised(source: Source) -> Path:
-    """The cache folder with the fp32 safetensors and the tokenizer of a GGUF file, made now if it is not there."""
+def _folder_of(name: str | Path, revision: str | None) -> Path:
+    """The folder of a base with config, safetensors and tokenizer; that of a GGUF file is built in the cache."""
+    source = resolve(str(name), revision)
+    if not source.gguf:
+        return source.path
     key = f"{source.alias or source.path.stem}-{_identity(source)}"
     return build_once(f"bases/{key}", lambda folder: _convert(source.path, folder))
 
 
 def _identity(source: Source) -> str:
-    """Twelve hex digits that change with the file: its size and both ends, and for a user's file its time and place
-    too.
-
-    The embedded file is the same wherever its wheel was unpacked; of any other file the middle may have been
-    edited.
-    """
+    """Twelve hex digits from a file's size, first and last bytes, and for a file that is not embedded its time and path."""
     stat = source.path.stat()
     digest = hashlib.sha256(f"{_CACHE_FORMAT}:{stat.st_size}".encode())
     if source.alias is None:

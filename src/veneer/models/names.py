@@ -1,10 +1,8 @@
-"""Under which names a base's files hold the model's tensors.
+"""Names of a model's tensors in its files.
 
-Mostly under the model's own. But a checkpoint may come from the model without its head, or the other way round, so that the body's prefix
-is missing or one too many; and transformers gives some tensors new names while it loads them (GPT-NeoX: embed_out in the files, lm_head
-in the model). Its own table of these is asked, so that what is true for loading is true here.
-
-Boundary: names only. Tensors that are put together or turned while loading (experts into one stack) have no name in the files.
+A checkpoint may have been saved with or without the prefix of the model's body, and transformers renames some tensors while it loads
+(GPT-NeoX: embed_out in the files, lm_head in the model). transformers' own table of renamings is used. Tensors that are merged or
+transposed while loading have no name in the files.
 """
 
 from __future__ import annotations
@@ -13,8 +11,6 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
-
-__all__ = ["stored_names"]
 
 
 def stored_names(model: nn.Module, keys: Iterable[str]) -> dict[str, str]:

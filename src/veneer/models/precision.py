@@ -1,13 +1,8 @@
-"""Which number format this machine is fast at.
+"""The number format in which this machine is fast.
 
-bf16 halves memory and, where the hardware multiplies bf16 natively (AVX512-BF16, AMX or Arm's BF16 on a CPU; GPUs
-since Ampere), speeds matrix products up by two to four; elsewhere a CPU emulates it at a fraction of fp32's speed.
-So training takes bf16 where it is native and fp32 elsewhere. Only the frozen base is meant: adapters and their
-optimizer state are always fp32.
-
-Generating goes token by token, so its products are thin and bound by reading the weights and by the cost of each
-call. With AMX both formats decode at the same speed within a seventh, and bf16 reads the prompt three times as
-fast. For other CPUs there is no measurement that says so, and generating stays in fp32 there.
+bf16 halves memory and is two to four times as fast as fp32 in matrix products with native support (AVX512-BF16, AMX, Arm's BF16, GPUs since
+Ampere); otherwise a CPU emulates it slowly. Only the frozen base uses it. Generation decodes token by token, bound by reading weights: with
+AMX it is equally fast in both and reads the prompt three times as fast in bf16; other CPUs were not measured and use fp32.
 """
 
 from __future__ import annotations
@@ -17,8 +12,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-
-__all__ = ["fast_dtype"]
 
 Purpose = Literal["train", "generate"]
 

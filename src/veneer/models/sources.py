@@ -1,15 +1,11 @@
-"""From what a user typed to a folder of safetensors: aliases, folders, GGUF files and hub ids.
+"""Resolve the name of a base to a folder of safetensors or a GGUF file.
 
-    "smollm2-135m"          the embedded default, dequantised once into the cache
+    "smollm2-135m"          the embedded default
     "some/folder"           config.json and safetensors; or a folder with one .gguf file
-    "some/file.gguf"        dequantised once into the cache
-    "organisation/model"    a model hub's id, through the hub's own client (HF_HUB_OFFLINE and HF_HOME are obeyed)
+    "some/file.gguf"
+    "organisation/model"    a Hub id, through the Hub's client (HF_HUB_OFFLINE and HF_HOME apply)
 
-What exists on this disk wins over a hub id of the same spelling. Nothing is executed that lies beside the weights:
-a model that needs code of its own is refused, and so are weights that are pickles, since reading one runs what it
-holds.
-
-Boundary: this file finds and checks files; it reads no tensor and builds no model.
+Local files take precedence over a Hub id. Models that need their own code and weights in pickles are refused.
 """
 
 from __future__ import annotations
@@ -23,8 +19,6 @@ from typing import Any
 
 from veneer.errors import BaseModelError
 from veneer.models.embedded import EMBEDDED, find_embedded
-
-__all__ = ["Source", "read_config", "resolve"]
 
 _HUB_ID = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
 _HUB_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "model*.safetensors"]
