@@ -37,8 +37,8 @@ def forecast_of(bytes_a_token: float, monkeypatch: pytest.MonkeyPatch, *, free: 
         need = bytes_a_token * (again if on else 1)
         tokens = size(self.largest)
         start = memory.resident()
-        rungs = tuple(Measurement(n, start + int(need * n), 0.01 * n) for n in (tokens // 2, tokens))
-        return Profile(start, rungs, (), ((tokens, 0.01 * tokens),), 0.0, tokens, 0)
+        rungs = tuple(Measurement(n, n * 8, start + int(need * n), 0.01 * n) for n in (tokens // 2, tokens))
+        return Profile(start, rungs, (), ((tokens, 0.01 * tokens),), 0.0, tokens, tokens * 8, 0)
 
     monkeypatch.setattr(Profiler, "measure", measure)
     monkeypatch.setattr(memory, "free", lambda: free)

@@ -15,10 +15,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from veneer.config import TrainOptions
+from veneer.data.batch import make_batch
 from veneer.training.loop.job import Job
 from veneer.training.loop.step import Stepper
 from veneer.training.planning.profile import untouched
-from veneer.training.planning.workload import Pass, batch_of, load, planned_rounds
+from veneer.training.planning.workload import Pass, load, planned_rounds
 
 USUAL = 512
 """Tokens of shared passes if nothing is measured; docs/log/mixed_batches.md has the times behind it."""
@@ -103,7 +104,10 @@ def _measured(stepper: Stepper, candidates: Mapping[int, list[Pass]]) -> dict[in
 
 
 def _seconds(stepper: Stepper, passes: Sequence[Pass]) -> float:
-    batches = [batch_of(load(one)) for one in passes]
+    batches = []
+    for one in passes:
+        rows = load(one)
+        batches.append(make_batch([example for _, example in rows], [job.name for job, _ in rows]))
     began = time.perf_counter()
     for batch in batches:
         stepper.forward_backward(batch)

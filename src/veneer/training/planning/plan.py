@@ -3,7 +3,7 @@
     peak = max(startup, training, evaluation, saving)          resident memory of the whole process
 
 Training and evaluation are measured on passes of the run (``profile.py``). Saving is computed: the state, a private copy of it, and the
-bytes written. A run whose peak exceeds what the process may use is refused, with options that would make it fit.
+bytes written. A run whose peak exceeds what the process may use is refused, with each single option that would make it fit.
 
 Boundary: one process on one machine. Memory that other processes take during the run is not foreseen.
 """
@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
+
+import torch
 
 from veneer.config import TrainOptions
 from veneer.data.example import Example
@@ -117,25 +119,33 @@ class Planner:
         return plan
 
     def require(self, plan: TrainingPlan) -> None:
-        """Raise MemoryPlanError if the plan does not fit, with the options that would make it fit."""
+        """Raise MemoryPlanError if the plan does not fit, with the options that would."""
         if plan.fits:
             return
         remedies = ", or ".join(self.remedies(plan))
-        advice = (
-            f"it would fit with {remedies}" if remedies else "lower r, use --dtype bfloat16, or take a smaller base"
-        )
+        advice = f"it would fit with {remedies}" if remedies else "no single option makes it fit: take a smaller base"
         raise MemoryPlanError(
             f"the run needs {_gb(plan.peak)} of memory at its peak ({plan.parts}), and the process may use {_gb(plan.free or 0)}; "
             f"{advice}; --no-plan starts it anyway"
         )
 
     def remedies(self, plan: TrainingPlan) -> list[str]:
-        """Passes with fewer tokens, and activation checkpointing, if a run that does not fit would fit with one of them."""
+        """Single options with which a run that does not fit would fit."""
         free, profile = plan.free, self._profile
         assert free is not None and profile is not None
-        remedies = self._fewer_tokens(profile, free) if max(plan.saving, plan.startup) <= free else []
+        remedies = []
+        if max(plan.saving, plan.startup) <= free:
+            remedies += self._fewer_tokens(profile, free)
         if not plan.recompute and layers_of(self.base.model) and self._make(recompute=True)[0].fits:
             remedies.append("--activation-checkpointing true")
+        tensors = self._state_bytes() + sum(map(adapter_bytes, self.jobs))
+        rank = max(job.options.r for job in self.jobs)
+        ranks = [r for r in (64, 32, 16, 8, 4, 2, 1) if r < rank and plan.peak - tensors * (1 - r / rank) <= free]
+        remedies += [f"--r {ranks[0]}"] if ranks else []
+        if self.base.dtype == torch.float32:
+            weights = sum(p.numel() * p.element_size() for p in self.base.model.parameters())
+            if plan.peak - (weights + max(0, plan.training - profile.start - tensors)) / 2 <= free:
+                remedies.append("--dtype bfloat16")
         return remedies
 
     def _fewer_tokens(self, profile: Profile, free: int) -> list[str]:
@@ -143,7 +153,8 @@ class Planner:
         longest = max([*map(len, self.held_out), *(n for job in self.jobs for n in lengths_of(job.examples))])
         round_numbers = (step * 2**power for power in range(19, 2, -1) for step in (7, 6, 5, 4))
         for tokens in (n for n in round_numbers if 32 <= n < self.options.tokens_per_pass):
-            if max(memory_at(part, tokens, profile.start) for part in (profile.training, profile.evaluation)) <= free:
+            parts = profile.training, profile.evaluation
+            if max(memory_at(part, tokens, 0, profile.start) for part in parts) <= free:
                 shorter = "" if tokens >= longest else f"--max-length {tokens} "
                 return [f"{shorter}--tokens-per-pass {tokens}"]
         return []

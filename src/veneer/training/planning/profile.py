@@ -21,6 +21,7 @@ from itertools import pairwise
 import torch
 
 from veneer.adapters import Bank
+from veneer.data.batch import make_batch
 from veneer.data.example import Example
 from veneer.errors import TrainingError
 from veneer.evaluate.losses import example_losses
@@ -29,7 +30,7 @@ from veneer.training.loop.step import Stepper
 from veneer.training.loop.trainer import cut
 from veneer.training.planning.workload import (
     JobExamples,
-    batch_of,
+    Pass,
     largest_pass,
     load,
     planned_rounds,
@@ -52,9 +53,10 @@ _LEAST_SECONDS, _FRACTION = 1.5, 0.02
 
 @dataclass(frozen=True)
 class Measurement:
-    """One pass: its tokens, peak resident memory and time."""
+    """One pass: its tokens, the sum of its squared segment lengths, peak resident memory and time."""
 
     tokens: int
+    squares: int
     bytes: int
     seconds: float
 
@@ -64,7 +66,7 @@ class Profile:
     """Measurements of a run. Bytes are resident memory of the process, less the copies that the profiler holds.
 
     start: bytes before. training, evaluation: passes, the smallest first. rounds: (tokens, seconds) of whole rounds. update: seconds of
-    the optimizer steps of all jobs. tokens: of the run's largest pass. evaluated: tokens of the largest evaluation pass.
+    the optimizer steps of all jobs. tokens, squares: of the run's largest pass. evaluated: tokens of the largest evaluation pass.
     rounds_peak: peak of the whole rounds, which includes memory that the C library keeps; 0 if none was run.
     """
 
@@ -74,18 +76,19 @@ class Profile:
     rounds: tuple[tuple[int, float], ...]
     update: float
     tokens: int
+    squares: int
     evaluated: int
     rounds_peak: int = 0
 
     @property
     def training_peak(self) -> int:
         """Peak memory of the run's largest pass."""
-        return max(memory_at(self.training, self.tokens, self.start), self.rounds_peak)
+        return max(memory_at(self.training, self.tokens, self.squares, self.start), self.rounds_peak)
 
     @property
     def evaluation_peak(self) -> int:
         """Peak memory of the largest evaluation pass."""
-        return memory_at(self.evaluation, self.evaluated, self.start)
+        return memory_at(self.evaluation, self.evaluated, 0, self.start)
 
     def seconds_of_round(self, tokens: float) -> float:
         """Expected time of a round, from whole rounds without the first, or else from the largest pass that was run."""
@@ -109,8 +112,17 @@ class Profiler:
         limit: int | None = None,
         thorough: bool = False,
     ) -> None:
-        """``held_out``: examples of all evaluations. ``limit``: bytes that the process may use. ``thorough``: measure the largest pass and
-        whole rounds whatever their time."""
+        """Plan the passes.
+
+        Args:
+            stepper: runs batches.
+            jobs: the jobs of the run.
+            tokens_per_pass: maximum tokens of one job in a pass.
+            tokens_per_shared_pass: maximum tokens of a shared pass.
+            held_out: examples of all evaluations.
+            limit: bytes that the process may use.
+            thorough: measure the largest pass and whole rounds whatever their time.
+        """
         self.stepper = stepper
         self.jobs = [job for job in jobs if job.running]
         self.rounds = planned_rounds(self.jobs, tokens_per_pass, tokens_per_shared_pass)
@@ -118,6 +130,7 @@ class Profiler:
         usable = sorted((example for example in held_out if example.trained), key=len)
         self.evaluated = max(cut(usable, tokens_per_pass), key=size, default=[])
         self.limit = limit
+        self.thorough = thorough
         self._spent, self._allowed = 0.0, math.inf if thorough else _LEAST_SECONDS
         self._copies = sum(map(adapter_bytes, self.jobs))
         self._start = 0
@@ -142,23 +155,26 @@ class Profiler:
             rounds=tuple(rounds),
             update=update,
             tokens=size(self.largest),
+            squares=_squares(self.largest),
             evaluated=size(self.evaluated),
             rounds_peak=peak,
         )
 
     def _climb(self, rows: JobExamples, run: Callable[[JobExamples], Measurement]) -> list[Measurement]:
         """Run growing parts of a pass while they surely fit and are worth their time; without two, nothing can be extrapolated."""
-        total = size([example for _, example in rows])
+        examples = [example for _, example in rows]
+        total = size(examples)
         found: list[Measurement] = []
         for tokens in dict.fromkeys(total // part for part in (8, 4, 2, 1)):
             if not total or tokens < min(_SMALLEST, total):
                 continue
-            if tokens == total // 4 and self._is_safe(found, total // 2):
+            if tokens == total // 4 and not self.thorough and self._is_safe(found, total // 2):
                 continue  # the half predicts the whole better
-            if found and not self._is_safe(found, tokens):
-                break
-            if len(found) >= 2 and not self._is_affordable(found[-1].seconds * tokens / found[-1].tokens):
-                break
+            if found:
+                needed = 3 if _has_longer_segments(found, total, _squares(examples)) else 2
+                affordable = self._is_affordable(found[-1].seconds * tokens / found[-1].tokens)
+                if not self._is_safe(found, tokens) or not (affordable or len(found) < needed):
+                    break
             found.append(run(smaller(rows, tokens)))
             if len(found) == 1 and run == self._train:
                 run_tokens = sum(job.steps * tokens_per_round(job) for job in self.jobs)
@@ -176,7 +192,7 @@ class Profiler:
         return self._spent + seconds <= self._allowed
 
     def _train(self, rows: JobExamples) -> Measurement:
-        batch = batch_of(rows)
+        batch = make_batch([example for _, example in rows], [job.name for job, _ in rows])
         by_name = {job.name: job for job, _ in rows}
 
         def step() -> None:
@@ -197,15 +213,16 @@ class Profiler:
         )
 
     def _measured(self, rows: JobExamples, run: Callable[[], object]) -> Measurement:
+        examples = [example for _, example in rows]
         before = time.perf_counter()
         with peak_of() as peak:
             run()
         seconds = time.perf_counter() - before
         self._spent += seconds
-        return Measurement(size([example for _, example in rows]), peak.bytes - self._copies, seconds)
+        return Measurement(size(examples), _squares(examples), peak.bytes - self._copies, seconds)
 
     def _update(self, job: Job) -> float:
-        """Seconds of a job's optimizer step. A job that cannot take it reports that during the run."""
+        """Seconds of a job's optimizer step. A job that cannot take it reports that when the run does."""
         before = time.perf_counter()
         try:
             job.optim_step()
@@ -232,15 +249,36 @@ class Profiler:
         return found, peak
 
 
-def memory_at(found: Sequence[Measurement], tokens: int, start: int) -> int:
-    """Peak memory of a pass, on the line through the two measurements around it, or through the last two."""
+def memory_at(found: Sequence[Measurement], tokens: int, squares: int, start: int) -> int:
+    """Peak memory of a pass, interpolated between measurements, or extrapolated from the last two.
+
+    Attention may grow with the square of a segment's length. So if the segments are longer than in all measurements, a parabola through
+    the last three replaces the line.
+    """
     if not found:
         return start
+    last = found[-1]
     if len(found) == 1:
-        return start + round((found[0].bytes - start) * tokens / found[0].tokens)
-    low, high = next((pair for pair in pairwise(found) if tokens <= pair[1].tokens), (found[-2], found[-1]))
-    slope = max(0.0, (high.bytes - low.bytes) / max(1, high.tokens - low.tokens))
-    return round(low.bytes + slope * (tokens - low.tokens))
+        return start + round((last.bytes - start) * max(0.0, tokens / last.tokens))
+    low, high = next((pair for pair in pairwise(found) if tokens <= pair[1].tokens), (found[-2], last))
+    line = low.bytes + _slope(low, high) * (tokens - low.tokens)
+    if tokens > last.tokens and len(found) >= 3 and _has_longer_segments(found, tokens, squares):
+        first, middle = found[-3:-1]
+        bend = (_slope(middle, last) - _slope(first, middle)) / (last.tokens - first.tokens)
+        line += max(0.0, bend) * (tokens - middle.tokens) * (tokens - last.tokens)
+    return round(line)
+
+
+def _slope(low: Measurement, high: Measurement) -> float:
+    return max(0.0, (high.bytes - low.bytes) / max(1, high.tokens - low.tokens))
+
+
+def _has_longer_segments(found: Sequence[Measurement], tokens: int, squares: int) -> bool:
+    return squares / max(1, tokens) > _SAFETY * max(one.squares / one.tokens for one in found)
+
+
+def _squares(examples: Sequence[Example] | Pass) -> int:
+    return sum(len(example) ** 2 for example in examples)
 
 
 @contextmanager

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from veneer.data.batch import Batch, make_batch
 from veneer.data.dataset import Examples, Subset
 from veneer.data.example import Example
 from veneer.training.loop.job import Job
@@ -71,11 +70,6 @@ def tokens_per_round(job: Job) -> float:
 def load(planned: Pass) -> JobExamples:
     """(job, example) of each example of a pass."""
     return [(one.job, one.job.examples[one.index]) for one in planned]
-
-
-def batch_of(rows: JobExamples) -> Batch:
-    """The batch of a pass."""
-    return make_batch([example for _, example in rows], [job.name for job, _ in rows])
 
 
 def smaller(rows: JobExamples, tokens: int) -> JobExamples:
