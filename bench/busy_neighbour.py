@@ -48,7 +48,9 @@ def main() -> None:
 
 def measure(spec: dict[str, Any], rounds: int) -> float:
     """Train in this process and time its steps alone and beside a neighbour."""
-    import torch
+    import veneer  # noqa: F401  (before torch, as a run does: it sets how long OpenMP's threads spin)
+
+    import torch  # isort: skip
 
     from bench.workers import veneer as worker
 

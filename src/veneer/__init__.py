@@ -28,10 +28,11 @@ if TYPE_CHECKING:
     from veneer.models.load import Base, load_base
     from veneer.training import train
 
-if "torch" not in sys.modules:
-    # OpenMP reads it when torch is loaded. Threads that wait asleep leave the processor to those that still work, which halves the
-    # time of a step beside a busy process and costs nothing otherwise.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
+    # GNU OpenMP reads it when torch is loaded. By default a waiting thread spins for milliseconds on a processor that a busy process
+    # needs, and a step takes seven times as long. This count costs nothing on a quiet machine; sleeping at once does
+    # (docs/log/kernels.md).
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 __all__ = [
     "Adapter",

@@ -41,14 +41,17 @@ def test_import_is_cheap() -> None:
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
 
 
-@pytest.mark.parametrize("given", ["", "active"])
-def test_waiting_threads_sleep(given: str) -> None:
-    """OpenMP's threads wait asleep, unless the user has chosen otherwise."""
-    code = "import os, sys, veneer; sys.exit(os.environ['OMP_WAIT_POLICY'] != sys.argv[1])"
-    env = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
-    env |= {"OMP_WAIT_POLICY": given} if given else {}
-    command = [sys.executable, "-c", code, given or "passive"]
-    assert subprocess.run(command, env=env, timeout=60, check=False).returncode == 0
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, "20000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
+    ids=["neither", "count", "policy"],
+)
+def test_waiting_threads_spin_briefly(given: dict[str, str], expected: str) -> None:
+    """Threads of OpenMP that wait go to sleep soon, unless the user has chosen otherwise."""
+    code = "import os, sys, veneer; sys.exit(str(os.environ.get('GOMP_SPINCOUNT')) != sys.argv[1])"
+    known = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    env = {key: value for key, value in os.environ.items() if key not in known} | given
+    assert subprocess.run([sys.executable, "-c", code, expected], env=env, timeout=60, check=False).returncode == 0
 
 
 @pytest.mark.parametrize("module", sorted({dotted(path) for path in modules()} - {"veneer.__main__"}))
