@@ -1,4 +1,4 @@
-// Low-rank branches of several adapters at the layers that read one input; low_rank.py has the formulas.
+// Low-rank branches of several adapters at the layers that read one input; kernels/lora/native.py has the formulas.
 //
 // A part is one adapter on a run of tokens. It takes layers h that read the same x [N, K]. Ranks are padded with zeros to multiples of 8
 // and stand behind each other: R columns in all, of which layer h has those from at[h] on. In backward a part's tokens are cut into
