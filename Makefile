@@ -26,8 +26,8 @@ test: lint ## style, types, structure and tests
 	$(BIN)/python -m pytest -q -m "real and not slow"
 
 lint: $(VENV)/.installed-test
-	$(BIN)/ruff check src tests bench docs
-	$(BIN)/ruff format --check src tests bench docs
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 test-real: $(VENV)/.installed-test ## only the tests that use the embedded model

@@ -1,6 +1,6 @@
 """Files and folders that are whole or absent: written aside, flushed to the disk, renamed.
 
-A reader sees the old content or the new, never a part. What is written aside is called ``name.tmp-XXXXXXXX``; a process that is killed
+A reader sees the old content or the new, never a part. The temporary name is ``name.tmp-`` and eight random hex digits; a killed process
 leaves nothing else behind.
 """
 

@@ -36,7 +36,7 @@ def test_unfinished_work_is_found() -> None:
     """Marks of unfinished work and paths of a machine are recognised; ordinary words and relative paths are not."""
     marks = ["# TO" + "DO: later", "raise NotImplemented" + "Error", "a place" + "holder", 'open("/' + 'home/me/x")']
     assert all(UNFINISHED.search(mark) or MACHINE.search(mark) for mark in marks)
-    assert not any(UNFINISHED.search(text) or MACHINE.search(text) for text in ("forever now", "src/work/a.py"))
+    assert not any(UNFINISHED.search(text) or MACHINE.search(text) for text in ("forever now", "src/home/a.py"))
 
 
 def dangers(syntax: ast.Module, module: str) -> list[str]:
