@@ -1,4 +1,4 @@
-"""Adapters: sites, hosts, methods, routes and the bank that holds them together.
+"""Adapters: sites, layer kinds, methods, routes and the bank that holds them together.
 
 Needs torch and pydantic only: it works on any ``nn.Module``.
 """

@@ -9,7 +9,7 @@ import re
 from veneer.errors import VeneerError
 
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
-"""How libraries written in Rust report an error of the operating system."""
+"""The form in which libraries written in Rust report an error of the operating system."""
 _REASONS = {
     errno.ENOSPC: "the disk is full; free some space, or choose a folder on another disk",
     errno.EDQUOT: "the disk quota is used up; free some space, or choose a folder on another disk",

@@ -1,1 +1,1 @@
-"""Room 0: functions of tensors, each with a plain reference beside it and chosen in one place."""
+"""Functions of tensors. Each has a plain reference beside it, and one place chooses the form."""

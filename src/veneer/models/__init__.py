@@ -1,1 +1,1 @@
-"""Room 1: base models. Loading, precision, fingerprints, flat runs, and tiny models for tests."""
+"""Base models: loading, precision, fingerprints and flat runs."""

@@ -102,6 +102,6 @@ def _unwritable(final: Path, error: OSError) -> BaseModelError:
     with contextlib.suppress(OSError):
         free = f" ({shutil.disk_usage(cache_root()).free / 1e9:.1f} GB free there)"
     return BaseModelError(
-        f"The cache folder {final} cannot be written: {reason}{free}. Nothing half-written was kept; make room, or set "
-        f"VENEER_HOME to a folder on a disk that can be written."
+        f"the cache folder {final} cannot be written: {reason}{free}. Nothing half-written was kept; make room, or set "
+        f"VENEER_HOME to a folder on a disk that can be written"
     )

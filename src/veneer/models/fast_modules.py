@@ -4,8 +4,8 @@
         ...                                   # afterwards nothing is left
 
 A module is changed by one instance attribute (``forward``), as at an adapter's site; no class and no function of another library is
-touched. Which modules qualify is not read off their names: what would stand in is run beside the module's own forward once for each kind,
-on random numbers, and left out unless both agree.
+touched. Modules are not chosen by name: for each kind, the faster form runs once beside the module's own forward on random inputs, and
+is used only if the results agree.
 
     norm       RMSNorm in Llama's or Gemma's form, not trained
     gated      down(act(gate(x)) * up(x)): the activation and its product; the three layers are called as before
@@ -88,7 +88,7 @@ class _Fast(ABC):
     @classmethod
     @abstractmethod
     def variants(cls, module: Any) -> tuple[str, ...]:
-        """What to try on a module; none if it does not look like one."""
+        """Variants to try on a module; empty if the module is of another kind."""
 
     @abstractmethod
     def fast(self, *args: Any, **kwargs: Any) -> Any:
@@ -103,7 +103,7 @@ class _Fast(ABC):
         return type(self.module).forward(self.module, *args, **kwargs)
 
     def takes(self, *args: Any, **kwargs: Any) -> bool:
-        """Whether the faster form takes these inputs."""
+        """True if the faster form supports these inputs."""
         return True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -112,7 +112,7 @@ class _Fast(ABC):
         return self.fast(*args, **kwargs)
 
     def agrees(self) -> bool:
-        """Whether both forms compute the same on random inputs."""
+        """True if both forms give the same result on random inputs."""
         try:
             args = self.inputs()
             with torch.no_grad():
@@ -252,7 +252,7 @@ def _candidates(module: nn.Module) -> Iterator[_Fast]:
 
 
 def _likeness(module: Any) -> tuple[object, ...]:
-    """What modules must share for one to speak for the other: class, activation, eps, and shapes and dtypes of their weights."""
+    """Modules with equal keys are checked once: class, activation, eps, and the shapes and dtypes of their weights."""
     weights = tuple((name, tuple(p.shape), p.dtype, p.device) for name, p in module.named_parameters(recurse=False))
     return type(module), type(getattr(module, "act_fn", None)), _eps(module), weights, module.training
 

@@ -76,7 +76,7 @@ def weight_fingerprints(base: Base | torch.nn.Module, names: Iterable[str]) -> d
     for name in names:
         if name not in parameters:
             raise BaseModelError(
-                f"{type(model).__name__} has no weight {name!r}, so it has no fingerprint; check the name."
+                f"{type(model).__name__} has no weight {name!r}, so it has no fingerprint; check the name"
             )
         entry = _find(stored, parameters, spelt, name)
         if entry is None:
@@ -129,7 +129,7 @@ def _header(file: Path) -> Iterator[tuple[str, _Stored]]:
             start, end = entry["data_offsets"]
             yield name, _Stored(file, entry["dtype"], tuple(entry["shape"]), 8 + length + start, 8 + length + end)
     except (OSError, struct.error, ValueError, KeyError, TypeError) as error:
-        raise BaseModelError(f"{file} cannot be read as safetensors: {error}; get the file again.") from error
+        raise BaseModelError(f"{file} cannot be read as safetensors: {error}; get the file again") from error
 
 
 def _start(name: str, dtype: str, shape: tuple[int, ...]) -> Any:
@@ -143,7 +143,7 @@ def _of_file(name: str, entry: _Stored) -> str:
         while left > 0:
             chunk = stream.read(min(_CHUNK, left))
             if not chunk:
-                raise BaseModelError(f"{entry.file} ends before the bytes of {name}; get the file again.")
+                raise BaseModelError(f"{entry.file} ends before the bytes of {name}; get the file again")
             digest.update(chunk)
             left -= len(chunk)
     return str(digest.hexdigest())

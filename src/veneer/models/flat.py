@@ -1,14 +1,14 @@
-"""Run a model on a flat batch: segments behind each other, no padding, none seeing another.
+"""Run a model on a flat batch: concatenated segments without padding that never see each other.
 
     runner = FlatRunner(base.model)
     runner.kind                          "flat", or "padded" with the cause in runner.reason
     runner.logits(flat, keep)            [K, V]: the model's own head at the kept tokens
-    runner.hidden(flat)                  [T, D]: what the head sees, for a fused loss
+    runner.hidden(flat)                  [T, D]: the input of the head, for a fused loss
 
 Every linear layer sees [1, T, d], so that no work is done for padding; attention alone knows the segments (see
-``flat_attention.py``). Not every model follows the extension point that this needs: some take the call and compute
-something else. So a runner is probed when it is made (``flat_check.py``), and a model that fails runs on padded rows
-behind the same interface: token t of the flat batch is then some cell of [S, Tmax], and the layout says which.
+``flat_attention.py``). Some models do not follow the extension point that this needs and compute something else. A runner is therefore
+checked when it is made (``flat_check.py``), and a model that fails runs on padded rows behind the same interface: the layout maps each
+token of the flat batch to a position in [S, Tmax].
 
 Boundary: a runner holds no route and no adapter; callers that route tokens read the layout of `prepare`. Gradients flow if the
 caller lets them.
@@ -35,8 +35,8 @@ class FlatRunner:
     """Runs one model on flat batches.
 
     Args:
-        model: a transformers model that takes ``input_ids``. probe: whether to check now that the flat way is exact
-        for this model; without it the flat way is taken on trust.
+        model: a transformers model that takes ``input_ids``.
+        probe: check now that flat batches are exact for this model; otherwise this is assumed.
 
     Raises:
         BaseModelError: the model takes no token ids, or neither way gives what each segment alone gives.
@@ -67,11 +67,11 @@ class FlatRunner:
         name = type(self.model).__name__
         if "input_ids" not in self._takes or config is None:
             raise BaseModelError(
-                f"{name} takes no token ids, so it cannot be run on batches of text; use a language model."
+                f"{name} takes no token ids, so it cannot be run on batches of text; use a language model"
             )
         if getattr(config, "is_encoder_decoder", False):
             raise BaseModelError(
-                f"{name} is an encoder-decoder model, whose two inputs have no flat form; call it directly on padded rows."
+                f"{name} is an encoder-decoder model, whose two inputs have no flat form; call it directly on padded rows"
             )
 
     def prepare(self, flat: FlatLike) -> PreparedBatch:
@@ -93,7 +93,7 @@ class FlatRunner:
         logits = getattr(out, "logits", None)
         if logits is None or logits.dim() != 3:
             raise BaseModelError(
-                f"{type(self.model).__name__} has no logits per token; load the base as a language model for this use."
+                f"{type(self.model).__name__} has no logits per token; load the base as a language model for this use"
             )
         kept: torch.Tensor = logits[0] if columns is at else logits[row, at]  # the first spares a copy
         return kept
@@ -133,7 +133,7 @@ class FlatRunner:
         return rows if self.kind == "flat" else rows[batch.layout.cell]
 
     def _caught(self, batch: PreparedBatch) -> torch.Tensor:
-        """What the body gives, or what the output layer is given where other layers stand before it."""
+        """The output of the body, or the input of the output layer if other layers precede it."""
         caught: list[torch.Tensor] = []
         thread = threading.get_ident()
 
@@ -176,7 +176,7 @@ class FlatRunner:
         segments = Segments.of(batch.offsets)
         if segments.tokens != batch.ids.numel():
             raise BaseModelError(
-                f"The offsets of a flat batch end at {segments.tokens}, and it has {batch.ids.numel()} tokens."
+                f"the offsets of a flat batch end at {segments.tokens}, and it has {batch.ids.numel()} tokens"
             )
         try:
             with self._switch.flat(segments):
@@ -184,7 +184,7 @@ class FlatRunner:
         except NotFlat as error:
             raise BaseModelError(
                 f"{type(self.model).__name__} cannot be run on a flat batch: {error}; make a new FlatRunner for it, which "
-                f"finds the way that it can."
+                f"finds the way that it can"
             ) from error
 
     def _inputs(self, batch: PreparedBatch) -> dict[str, Any]:
@@ -212,7 +212,7 @@ class FlatRunner:
         if limit is not None and len(flat.offsets) > 2 and int(flat.positions.max()) >= limit:
             raise BaseModelError(
                 f"{type(self.model).__name__} rescales its positions for the whole batch once a segment is longer than {limit} "
-                f"tokens, so its neighbours would change; keep segments within {limit} tokens, or run this one alone."
+                f"tokens, so its neighbours would change; keep segments within {limit} tokens, or run this one alone"
             )
 
 

@@ -36,7 +36,7 @@ class NotFlat(BaseModelError):
 
 @dataclass(frozen=True)
 class SegmentMask:
-    """What stands where a layer expects its attention mask.
+    """The object that a layer receives in place of its attention mask.
 
     No operation takes it, so a layer that uses it in any other way than handing it on fails. One such way is a
     layer that a caller wrapped in checkpointing by hand: it runs again in backward when the config says its
@@ -52,7 +52,7 @@ class SegmentMask:
         if _local.segments is None:
             raise BaseModelError(
                 f"A layer of a flat batch was run again outside its flat call, so its segments cannot be applied ({name}); for "
-                f"activation checkpointing use model.gradient_checkpointing_enable(), which a FlatRunner knows."
+                f"activation checkpointing use model.gradient_checkpointing_enable(), which a FlatRunner knows"
             )
         raise NotFlat(f"its attention computes with the mask itself ({name}), as models with position biases do")
 
@@ -95,7 +95,7 @@ class Switch:
 
     @property
     def attention_calls(self) -> int:
-        """How often attention was run in this thread's current or last flat block."""
+        """Number of attention calls in this thread's current or last flat block."""
         return _local.calls
 
     @contextlib.contextmanager
@@ -243,7 +243,7 @@ def _attention(
 
 
 def _implementation(config: Any) -> str:
-    """What a config named before it was switched (or names, if the switch ended since)."""
+    """The attention implementation that a config named before it was switched."""
     entry = _original.get(id(config))
     return str(entry[1] if entry else config._attn_implementation_internal)
 
@@ -257,6 +257,6 @@ def _ordinary(module: torch.nn.Module) -> Callable[..., Any]:
     if found is None:
         raise BaseModelError(
             f"{type(module).__name__} was called outside a flat batch while one was running, and its attention {name!r} is "
-            f"unknown; run one call after the other."
+            f"unknown; run one call after the other"
         )
     return found  # type: ignore[no-any-return]

@@ -63,7 +63,7 @@ def probe(runner: CheckedRunner) -> None:
             reasons.append(reason)
     raise BaseModelError(
         f"{type(runner.model).__name__} gives other results in a batch than for each text alone ({'; '.join(reasons)}), so "
-        f"it can be neither trained nor measured in batches; use another base."
+        f"it can be neither trained nor measured in batches; use another base"
     )
 
 
@@ -134,7 +134,7 @@ def _alone(runner: CheckedRunner, tokens: list[int]) -> torch.Tensor:
     except Exception as error:  # a model that was never meant for this call can fail anywhere inside it
         name = type(runner.model).__name__
         raise BaseModelError(
-            f"{name} cannot be run on one text by its token ids alone ({type(error).__name__}: {error}); use another base."
+            f"{name} cannot be run on one text by its token ids alone ({type(error).__name__}: {error}); use another base"
         ) from error
     return states
 

@@ -1,9 +1,9 @@
-"""A flat batch, and where its tokens stand in what a model sees.
+"""Flat batches, and the position of each of their tokens in the model's input.
 
     segments  [7 5 9] [4 4]      ids 7 5 9 4 4    positions 0 1 2 0 1    offsets 0 3 5
 
-A model that is run flat sees one row of T cells; one that is run in padded rows sees S rows of as many cells as the
-longest segment has tokens, and some of them hold nothing.
+A model that runs flat batches sees one row of T tokens. One that runs padded rows sees S rows as long as the longest segment, some of
+whose positions are padding.
 
 Boundary: tensors of indices only.
 """
@@ -56,7 +56,7 @@ class Flat:
 
 @dataclass(frozen=True)
 class Layout:
-    """Which token stands where when the model sees the batch.
+    """The position of each token in the model's input.
 
     Attributes:
         shape: (1, T) flat, or (S, Tmax) in padded rows.

@@ -68,7 +68,7 @@ def load_base(
     """
     torch_dtype = fast_dtype(device) if dtype == "auto" else _DTYPES.get(dtype)
     if torch_dtype is None:
-        raise BaseModelError(f"The dtype {dtype!r} is not one of 'auto', 'float32' and 'bfloat16'.")
+        raise BaseModelError(f"the dtype {dtype!r} is not one of 'auto', 'float32' and 'bfloat16'")
     folder = _folder_of(name, revision)
     with _quiet():
         model, notes = _load_model(folder, torch_dtype)
@@ -90,7 +90,7 @@ def load_tokenizer(name: str | Path, *, revision: str | None = None) -> Any:
     with _quiet():
         tokenizer = _load_tokenizer(folder)
     if tokenizer is None:
-        raise BaseModelError(f"The base {str(name)!r} has no tokenizer in {folder}; add its tokenizer.json there.")
+        raise BaseModelError(f"the base {str(name)!r} has no tokenizer in {folder}; add its tokenizer.json there")
     return tokenizer
 
 
@@ -128,7 +128,7 @@ def _load_model(folder: Path, dtype: torch.dtype) -> tuple[torch.nn.Module, tupl
         raise
     except Exception as error:  # a model library raises anything on a damaged folder
         raise BaseModelError(
-            f"The model in {folder} cannot be loaded: {_first_line(error)}; check that the files are complete."
+            f"the model in {folder} cannot be loaded: {_first_line(error)}; check that the files are complete"
         ) from error
     return model, _account(model, info, folder)
 
@@ -195,8 +195,8 @@ def _load_tokenizer(folder: Path) -> Any | None:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # as above: anything can come
         raise BaseModelError(
-            f"The tokenizer in {folder} cannot be loaded: {_first_line(error)}; get its files again, or remove them "
-            f"all to load the model without one."
+            f"the tokenizer in {folder} cannot be loaded: {_first_line(error)}; get its files again, or remove them "
+            f"all to load the model without one"
         ) from error
 
 
@@ -228,7 +228,7 @@ def _convert(file: Path, folder: Path) -> None:
 
     for package in ("gguf", "accelerate"):
         if importlib.util.find_spec(package) is None:
-            raise BaseModelError(f"Reading {file.name} needs the package {package}; run `pip install {package}`.")
+            raise BaseModelError(f"reading {file.name} needs the package {package}; run `pip install {package}`")
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     _log.info("dequantising %s once; later loads read %s", file.name, folder.parent)
@@ -248,8 +248,8 @@ def _convert(file: Path, folder: Path) -> None:
             tokenizer: Any = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         except Exception as error:
             raise BaseModelError(
-                f"The GGUF file {file} cannot be read: {_first_line(error)}; check that it is complete, and that "
-                f"transformers knows its architecture."
+                f"the GGUF file {file} cannot be read: {_first_line(error)}; check that it is complete, and that "
+                f"transformers knows its architecture"
             ) from error
         model, info = loaded
         _account(model, info, file)

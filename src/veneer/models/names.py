@@ -37,7 +37,7 @@ def stored_names(model: nn.Module, keys: Iterable[str]) -> dict[str, str]:
 
 
 def _conversions(model: nn.Module) -> tuple[list[Any], list[Any]]:
-    """What transformers does to names alone, and what to tensors, while it loads this model; nothing for models that are not its own."""
+    """(renamings, conversions of tensors) that transformers applies while it loads this model; empty for models that are not its own."""
     try:
         from transformers import PreTrainedModel
         from transformers.conversion_mapping import get_model_conversion_mapping

@@ -1,4 +1,4 @@
-"""The number format in which this machine is fast.
+"""The data type in which this machine is fast.
 
 bf16 halves memory and is two to four times as fast as fp32 in matrix products with native support (AVX512-BF16, AMX, Arm's BF16, GPUs since
 Ampere); otherwise a CPU emulates it slowly. Only the frozen base uses it. Generation decodes token by token, bound by reading weights: with

@@ -27,7 +27,7 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where a base comes from: ``path`` is a folder with config.json and safetensors, or, if ``gguf``, a GGUF file."""
+    """The files of a base: ``path`` is a folder with config.json and safetensors, or, if ``gguf``, a GGUF file."""
 
     path: Path
     gguf: bool
@@ -43,7 +43,7 @@ def resolve(name: str, revision: str | None = None) -> Source:
     """
     text = os.fspath(name).strip()
     if not text:
-        raise BaseModelError("The base's name is empty; give a folder, a .gguf file, a hub id or 'smollm2-135m'.")
+        raise BaseModelError("the base's name is empty; give a folder, a .gguf file, a hub id or 'smollm2-135m'")
     path = Path(text).expanduser()
     if text.lower() in EMBEDDED and not path.exists():
         alias = text.lower()
@@ -54,8 +54,8 @@ def resolve(name: str, revision: str | None = None) -> Source:
         return _from_folder(path)
     if _looks_like_path(text):
         raise BaseModelError(
-            f"The base {text!r} is neither a file nor a folder here (looked for {path.absolute()}); "
-            f"check the spelling, or give a hub id such as organisation/model."
+            f"the base {text!r} is neither a file nor a folder here (looked for {path.absolute()}); "
+            f"check the spelling, or give a hub id such as organisation/model"
         )
     return _from_folder(_download(text, revision), hub_id=text)
 
@@ -66,10 +66,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, ValueError) as error:
-        raise BaseModelError(f"{file} cannot be read as JSON: {error}; get the file again.") from error
+        raise BaseModelError(f"{file} cannot be read as JSON: {error}; get the file again") from error
     if not isinstance(config, dict):
         raise BaseModelError(
-            f"{file} holds {type(config).__name__} where a JSON object was expected; get the file again."
+            f"{file} holds {type(config).__name__} where a JSON object was expected; get the file again"
         )
     return config
 
@@ -82,10 +82,10 @@ def _from_file(path: Path) -> Source:
     if path.suffix.lower() == ".gguf":
         return Source(path, gguf=True)
     if path.suffix.lower() == ".safetensors" or path.name == "config.json":
-        raise BaseModelError(f"The base {path} is one file of a model's folder; give the folder: {path.parent}.")
+        raise BaseModelError(f"the base {path} is one file of a model's folder; give the folder: {path.parent}")
     raise BaseModelError(
-        f"The base {path} is a file of a kind that cannot be loaded; expected a folder with config.json and "
-        f"safetensors, or a .gguf file."
+        f"the base {path} is a file of a kind that cannot be loaded; expected a folder with config.json and "
+        f"safetensors, or a .gguf file"
     )
 
 
@@ -103,7 +103,7 @@ def _from_folder(folder: Path, hub_id: str | None = None) -> Source:
         return Source(ggufs[0], gguf=True)
     if len(ggufs) > 1:
         names = ", ".join(file.name for file in ggufs)
-        raise BaseModelError(f"{where} holds several GGUF files ({names}); give the one that you mean.")
+        raise BaseModelError(f"{where} holds several GGUF files ({names}); give the one that you mean")
     raise BaseModelError(_what_is_missing(where, folder, has_config, hub_id))
 
 
@@ -142,13 +142,13 @@ def _refuse_remote_code(where: str, folder: Path) -> None:
     if config.get("auto_map"):
         raise BaseModelError(
             f"{where} needs Python code that comes with its weights (model type {kind!r}), and such code is never run; "
-            f"choose a model that transformers knows by itself."
+            f"choose a model that transformers knows by itself"
         )
     import transformers
 
     raise BaseModelError(
         f"{where} has the model type {kind!r}, which transformers {transformers.__version__} does not know; "
-        f"update transformers, or check the config.json."
+        f"update transformers, or check the config.json"
     )
 
 
@@ -171,19 +171,19 @@ def _download(name: str, revision: str | None) -> Path:
         )
     except GatedRepoError as error:
         raise BaseModelError(
-            f"The hub's model {name!r} is gated; accept its terms on its page, log in with the hub's client, try again."
+            f"the hub's model {name!r} is gated; accept its terms on its page, log in with the hub's client, try again"
         ) from error
     except RevisionNotFoundError as error:
-        raise BaseModelError(f"The hub's model {name!r} has no revision {revision!r}; check its name.") from error
+        raise BaseModelError(f"the hub's model {name!r} has no revision {revision!r}; check its name") from error
     except RepositoryNotFoundError as error:
         raise BaseModelError(
-            f"The base {name!r} is neither a folder here nor a public model on the hub; check the spelling, or {local}."
+            f"the base {name!r} is neither a folder here nor a public model on the hub; check the spelling, or {local}"
         ) from error
     except LocalEntryNotFoundError as error:
         why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
         raise BaseModelError(
-            f"The base {name!r}{at} is neither a folder here nor in the local hub cache, and {why}; {local}."
+            f"the base {name!r}{at} is neither a folder here nor in the local hub cache, and {why}; {local}"
         ) from error
     except (HfHubHTTPError, OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise BaseModelError(f"The base {name!r}{at} could not be fetched from the hub: {first}; {local}.") from error
+        raise BaseModelError(f"the base {name!r}{at} could not be fetched from the hub: {first}; {local}") from error

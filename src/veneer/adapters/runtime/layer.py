@@ -91,7 +91,10 @@ class AdaptedLayer:
         norm = current.norms.get((at.adapter.name, name))
         if norm is None and current.lasting and at.norms == "constant":
             others = [self.adapters[one] for one in current.route.names if one in self.adapters]
-            here = [one for one in others if one.norms == "constant" and one.tensors is not None]
+            same = type(at.adapter.method)  # each method computes its own norms
+            here = [
+                one for one in others if type(one.adapter.method) is same and one.norms == "constant" and one.tensors
+            ]
             each = [(one.tensors or {}, one.scale) for one in here]
             norms = at.adapter.method.constant_norms(self.site.weight_2d, self.site.squared_norms(), each)
             current.norms.update({(one.adapter.name, name): norm for one, norm in zip(here, norms, strict=True)})

@@ -1,6 +1,6 @@
-"""Routes: which adapters, with which weights, each cell of a batch goes through.
+"""Routes: the adapters, with their weights, that each row or token of a batch uses.
 
-A route is an argument of the batch, never a mode of the model. What a user writes,
+A route is an argument of the batch, never a mode of the model. A user writes
 
     "sql"                                     every row
     None                                      the base

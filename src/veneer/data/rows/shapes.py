@@ -135,7 +135,7 @@ class RowReader:
                 yield from self._convert(record)
 
     def notices(self) -> list[str]:
-        """What was detected about the file, one line each."""
+        """Facts that were detected about the file, one line each."""
         return [f"{self.path.name}: {text}" for text in [self.shape.describe(), *dict.fromkeys(self.records.notices)]]
 
     def _convert(self, record: Record) -> list[Row | BadRow]:

@@ -1,0 +1,1 @@
+"""Composing: one adapter from several, or from two sets of full weights."""
