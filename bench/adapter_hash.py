@@ -7,6 +7,8 @@ Use it to check that a change of the code does not change results. The rows are 
 
 from __future__ import annotations
 
+import veneer  # isort: skip  (before torch, as in a command: it limits how long OpenMP's threads spin)
+
 import contextlib
 import hashlib
 import io
@@ -16,8 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-import veneer
 
 STEPS = 20
 CASES: dict[str, list[dict[str, Any]]] = {

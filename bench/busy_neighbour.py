@@ -10,6 +10,8 @@ can be reached is between 1.33 and 1.5.
 
 from __future__ import annotations
 
+import veneer  # noqa: F401  # isort: skip  (before torch, as in a command: it limits how long OpenMP's threads spin)
+
 import argparse
 import statistics
 import subprocess
@@ -48,9 +50,7 @@ def main() -> None:
 
 def measure(spec: dict[str, Any], rounds: int) -> float:
     """Train in this process and time its steps alone and beside a neighbour."""
-    import veneer  # noqa: F401  (before torch, as a run does: it sets how long OpenMP's threads spin)
-
-    import torch  # isort: skip
+    import torch
 
     from bench.workers import veneer as worker
 

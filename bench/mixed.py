@@ -14,6 +14,8 @@ names all five parts run.
 
 from __future__ import annotations
 
+import veneer  # noqa: F401  # isort: skip  (before torch, as in a command: it limits how long OpenMP's threads spin)
+
 import argparse
 import copy
 import json

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import veneer  # noqa: F401  # isort: skip  (before torch, as in a command: it limits how long OpenMP's threads spin)
+
 from contextlib import nullcontext
 from typing import Any
 
