@@ -126,6 +126,7 @@ def test_a_run_is_used_by_its_folder(run: Run, monkeypatch: pytest.MonkeyPatch) 
         ("generate run hi --base file", 1, "file of a kind that cannot be loaded"),
         ("generate some/lora hi --base base", 1, "hf download some/lora --local-dir"),
         ("generate run/adapter/adapter_config.json hi", 1, "is a file, not a base or an adapter folder"),
+        ("generate . hi --base base", 1, "it contains parts, run: give one, such as parts"),
         ("generate weights/model.safetensors hi --base base", 1, "found a file of weights; give its folder, weights"),
         ("generate prompts.txt --base base hi", 1, "give prompts with --file"),
         ("generate run prompts.txt", 2, "read one prompt per line with --file prompts.txt"),

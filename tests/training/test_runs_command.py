@@ -164,8 +164,10 @@ def test_a_job_is_paused_and_cancelled_from_outside(tmp_path: Path, capsys: pyte
         assert says in capsys.readouterr().out
     assert main(["runs", "--pause", "sql", str(run)]) == 0
     assert json.loads((run / "control.json").read_text()) == {"sql": "pause", "*": "resume"}
+    over = write_run(tmp_path / "b", {"sql": saved_job("finished")})
     for wrong, says in (
         ([str(run), "--pause", "style"], 'has no unfinished job "style"; unfinished jobs: sql'),
+        ([str(over), "--pause"], "b has no unfinished job"),
         ([str(tmp_path), "--pause", "sql"], "is not a run; name the folder of one run"),
     ):
         assert main(["runs", *wrong]) == 1

@@ -67,7 +67,7 @@ _TABLE: Mapping[str, str] = {
     "adapter peft_type finetuning_type fine_tune_type train_type use_dora peft_use_dora use_peft use_lora lora": "method",
     "rslora peft_use_rslora": "use_rslora",
     "loraplus_ratio loraplus_lr_embedding lora_plus": "loraplus_lr_ratio",
-    "lora_model_dir adapter_name_or_path resume_adapter_file init_from_adapter adapter_model": _NO_START,
+    "init_from lora_model_dir adapter_name_or_path resume_adapter_file init_from_adapter adapter_model": _NO_START,
     # steps
     "max_steps iters iterations total_steps num_steps": "steps",
     "n_epochs num_epochs num_train_epochs max_epochs epoch": "epochs",

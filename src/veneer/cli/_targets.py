@@ -70,7 +70,9 @@ def adapter_folders(target: str) -> dict[str, Path]:
     if is_run(path):
         raise CheckpointError(f"{path} is a run without an adapter so far; run its training command again to resume it")
     if not (path / "config.json").is_file() and not any(path.glob("*.gguf")):
-        raise CheckpointError(f"{path} contains neither a base (config.json) nor an adapter ({CONFIG})")
+        runs = sorted(run for run in path.iterdir() if adapters_at(run))
+        hint = f"; it contains {', '.join(run.name for run in runs[:8])}: give one, such as {runs[0]}" if runs else ""
+        raise CheckpointError(f"{path} contains neither a base (config.json) nor an adapter ({CONFIG}){hint}")
     return {}
 
 

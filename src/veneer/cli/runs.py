@@ -63,10 +63,11 @@ def _request(out: Path, statuses: list[JobStatus], requests: dict[str, str]) -> 
     unfinished = [s.job for s in statuses if s.run == str(out) and s.state in ("running", "interrupted", "paused")]
     if not (out / "config.yaml").is_file():
         raise CheckpointError(f"{out} is not a run; name the folder of one run, as veneer runs lists it")
+    if not unfinished:
+        raise CheckpointError(f"{out} has no unfinished job")
     for job in requests.values():
         if job != _ALL and job not in unfinished:
-            available = ", ".join(unfinished) or "none"
-            raise CheckpointError(f'{out} has no unfinished job "{job}"; unfinished jobs: {available}')
+            raise CheckpointError(f'{out} has no unfinished job "{job}"; unfinished jobs: {", ".join(unfinished)}')
     from veneer.training.run.control import ask
 
     live = any(status.state == "running" for status in statuses if status.run == str(out))

@@ -58,7 +58,10 @@ def expand(options: TrainOptions, *, files: bool = True) -> dict[str, TrainOptio
     for number, job in enumerate(jobs):
         _check_keys(job, f"jobs[{number}]", options.sweep, problems)
         for variant in _combinations(options.sweep, problems):
-            values = {**common, **job, **variant}
+            allowed = {
+                key: value for key, value in job.items() if key not in PER_RUN_OPTIONS
+            }  # each is a problem already
+            values = {**common, **allowed, **variant}
             name = _name(options, job, variant, number)
             place = f"jobs[{number}]: " if options.jobs else ""
             twin = next((other for other in found if other.casefold() == name.casefold()), None)
