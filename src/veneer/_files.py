@@ -69,6 +69,7 @@ def replacing(path: Path) -> Iterator[Path]:
     beside = aside(path)
     try:
         yield beside
+        sync(beside)
         beside.replace(path)
     except BaseException:
         beside.unlink(missing_ok=True)
@@ -88,8 +89,10 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def publish(beside: Path, final: Path) -> None:
-    """Flush a finished folder with everything in it, and rename it to ``final``."""
+    """Flush a finished folder with everything in it, and rename it to ``final``, which is absent or an empty folder."""
     for path in [*beside.rglob("*"), beside]:
         sync(path)
+    if final.is_dir():
+        final.rmdir()  # empty, or this fails and nothing is lost
     beside.rename(final)
     sync(final.parent)

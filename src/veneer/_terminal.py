@@ -9,6 +9,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TextIO
 
+_status: list[str] = []
+"""Status lines that are shown now, the innermost last."""
+
 _BAR = 20
 
 
@@ -70,12 +73,23 @@ def status(text: str) -> Iterator[None]:
         yield
         return
     shown = f"{text} ..."[: shutil.get_terminal_size().columns - 1]
-    with suppress(OSError, ValueError):
-        stream.write(shown)
-        stream.flush()
+    _status.append(shown)
+    _write(stream, shown)
     try:
         yield
     finally:
-        with suppress(OSError, ValueError):
-            stream.write("\r" + " " * len(shown) + "\r")
-            stream.flush()
+        _status.pop()
+        _write(stream, "\r" + " " * len(shown) + "\r")
+
+
+def note(text: str) -> None:
+    """Print a line to the error stream, above the status line if there is one."""
+    shown = _status[-1] if _status else ""
+    blank = "\r" + " " * len(shown) + "\r" if shown else ""
+    _write(sys.stderr, f"{blank}{text}\n{shown}")
+
+
+def _write(stream: TextIO, text: str) -> None:
+    with suppress(OSError, ValueError):
+        stream.write(text)
+        stream.flush()

@@ -49,6 +49,19 @@ def test_a_nearby_matrix_is_decomposed_from_the_known_one(shape: tuple[int, int]
     assert torch.allclose((vt @ exact.Vh[:6].T).abs(), torch.eye(6, dtype=torch.float64), atol=1e-9)
 
 
+def test_a_change_beside_the_known_leading_directions_is_found() -> None:
+    """Where the change does not touch the known leading directions at all, its own larger ones are still the leading triples."""
+    base = falling(160, 128, 0.2)
+    base[100:], base[:, 90:] = 0, 0
+    block = torch.zeros_like(base)
+    block[100:, 90:] = 20 * falling(60, 38, 0.1, seed=2)
+    u, _, vt = torch.linalg.svd(base, full_matrices=False)
+    small = 1.5 * torch.outer(u[:, -1], vt[-1])
+    for moved in (base + block, base + small):
+        s = dense_svd_near(moved, 6, gram_eigh(base))[1]
+        assert torch.allclose(s, torch.linalg.svdvals(moved)[:6], rtol=1e-10)
+
+
 def test_sites_are_mapped_in_order() -> None:
     """Results come in the order of the sites, errors are raised, and torch's number of threads is put back."""
     threads = torch.get_num_threads()

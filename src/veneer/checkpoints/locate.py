@@ -34,6 +34,8 @@ def _adapters_at(path: Path) -> dict[str, Path]:
         path = path.parent
     if is_adapter(path):
         return {adapter_name(path): path}
+    if (path / WEIGHTS).is_file():
+        return {}  # a damaged adapter folder; an adapter inside it is another one
     if is_adapter(path / "adapter"):
         return {path.resolve().name: path / "adapter"}
     if below := _named(path.glob(f"adapters/*/{CONFIG}")):

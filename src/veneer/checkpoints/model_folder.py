@@ -176,8 +176,6 @@ def write_model(
         (aside / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         if check is not None:
             check(aside)
-        if out.is_dir():
-            out.rmdir()  # empty, or this fails and nothing is lost
         publish(aside, out)
     except OSError as error:
         if aside is not None and not _lies_in(error.filename, aside):

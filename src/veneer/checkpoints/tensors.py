@@ -89,9 +89,7 @@ def read_header(file: BinaryIO, size: int, where: str) -> Header:
         raise CheckpointError(f"{where} is cut off: its header claims {length:,} bytes, the file has {size - 8:,} left")
     raw = read_exactly(file, length, where)
     if raw.count(b'"data_offsets"') > MAX_TENSORS or any(raw.count(mark) > most for mark, most in _MARKS.items()):
-        raise CheckpointError(
-            f"{where} names more than {MAX_TENSORS:,} tensors, or has more of them than a header should"
-        )
+        raise CheckpointError(f"{where} names more than {MAX_TENSORS:,} tensors, or its header is too complex")
     if not raw.startswith(b"{"):
         raise CheckpointError(f"{where} is not a safetensors file: its header does not begin with a brace")
     parsed = parse_json(raw, f"the header of {where}")

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from veneer._terminal import status
+from veneer._terminal import note, status
 from veneer.checkpoints.locate import CONFIG, adapters_at, is_run
 from veneer.cli._parser import add_dtype, add_force
 from veneer.errors import CheckpointError, ConfigError
@@ -141,12 +140,12 @@ def _load(model: str, folders: dict[str, Path], dtype: str, purpose: str, force:
     loaded = load_base(model, dtype=requested)
     bank = attach(loaded.model)
     for name, folder in folders.items():
-        for note in bank.load(folder, name=name, force=tuple(force)).meta.get("notes", ()):
-            if dtype != "auto" or not note.endswith(ROUNDED):  # the user did not choose this data type
-                print(f"{folder}: {note}", file=sys.stderr)
+        for remark in bank.load(folder, name=name, force=tuple(force)).meta.get("notes", ()):
+            if dtype != "auto" or not remark.endswith(ROUNDED):  # the user did not choose this data type
+                note(f"{folder}: {remark}")
         bank[name].requires_grad_(False)
     use_adapter_template(loaded.tokenizer, bank)
-    use_cpp_kernels(lambda line: print(line, file=sys.stderr))
+    use_cpp_kernels(note)
     fuse(loaded.model)
     return LoadedTargets(loaded, bank, list(folders))
 
@@ -171,20 +170,16 @@ def use_adapter_template(tokenizer: Any, bank: Bank) -> None:
         elif stored is not None and recorded == template_hash(tokenizer, stored):
             users.setdefault(stored, []).append(name)
         else:
-            print(
+            note(
                 f"{name}: the base's chat template or tokenizer is not the one that this adapter was trained with, so "
-                "prompts are rendered differently than in training; give the original base folder with --base",
-                file=sys.stderr,
+                "prompts are rendered differently than in training; give the original base folder with --base"
             )
     if len(users) > 1:
         groups = "; ".join(", ".join(group) for group in users.values())
-        print(
-            f"the adapters were trained with different chat templates ({groups}); using the base's template",
-            file=sys.stderr,
-        )
+        note(f"the adapters were trained with different chat templates ({groups}); using the base's template")
     elif (template := next(iter(users), None)) is not None:
         tokenizer.chat_template = template
-        print(f"{', '.join(users[template])}: using the chat template in the adapter folder", file=sys.stderr)
+        note(f"{', '.join(users[template])}: using the chat template in the adapter folder")
 
 
 def base_named_in(folder: Path) -> str:

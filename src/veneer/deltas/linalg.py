@@ -71,7 +71,8 @@ def dense_svd_near(matrix_OK: Tensor, rank: int, near: Eigen) -> Svd:
     """`dense_svd` of a matrix that is close to one with a known `gram_eigh`, at a fraction of the cost of a decomposition.
 
     Block Davidson iteration: Rayleigh-Ritz in the known leading eigenvectors, which grow by the residuals with the known decomposition as
-    preconditioner. Residuals end below 1e-13 of the largest eigenvalue; where they do not, the matrix is decomposed.
+    preconditioner, until residuals are below 1e-13 of the largest eigenvalue. That shows that the pairs are eigenpairs; a Cholesky
+    factorization shows that they are the leading ones. Without either, the matrix is decomposed.
     """
     gram, (values, vectors) = _gram(matrix_OK), near
     gram = gram.tril() + gram.tril(-1).T
@@ -84,11 +85,21 @@ def dense_svd_near(matrix_OK: Tensor, rank: int, near: Eigen) -> Svd:
         leading = basis @ small
         residual = product @ small - leading * ritz
         if float(residual.norm(dim=0).max()) <= 1e-13 * float(ritz[0]):
-            return _by_gram(matrix_OK, leading)
+            if _are_leading(gram, leading, ritz):
+                return _by_gram(matrix_OK, leading)
+            break
         shift = values.unsqueeze(1) - ritz
         shift = torch.where(shift.abs() < 1e-6 * values[0], 1e-6 * values[0], shift)
         basis = torch.linalg.qr(torch.cat([basis, vectors @ ((vectors.T @ residual) / shift)], dim=1)).Q
     return _by_gram(matrix_OK, torch.linalg.eigh(gram).eigenvectors.flip(1)[:, :rank])
+
+
+def _are_leading(gram: Tensor, vectors: Tensor, values: Tensor) -> bool:
+    """True if no other eigenvalue is larger than the last of ``values``: sigma I - (G - V diag(values) V^T) is positive definite."""
+    sigma = torch.maximum(values[-1] * (1 + 1e-9), 1e-12 * values[0])
+    shifted = (vectors * values) @ vectors.T - gram
+    shifted.diagonal().add_(sigma)
+    return int(torch.linalg.cholesky_ex(shifted).info) == 0
 
 
 def _gram(matrix: Tensor) -> Tensor:

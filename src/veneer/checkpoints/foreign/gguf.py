@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from veneer._files import replacing, sync
+from veneer._files import replacing
 from veneer._version import __version__
 from veneer.adapters.adapter import Adapter
 from veneer.adapters.methods import factors_2d
@@ -147,7 +147,6 @@ def write_gguf(
     with replacing(path) as beside:
         _write(beside, adapter.name, layout.family, alpha, stored, base_name)
         _check(beside, stored)
-        sync(beside)
     return path.stat().st_size
 
 

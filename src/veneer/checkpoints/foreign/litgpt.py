@@ -137,7 +137,7 @@ class _BaseLayers:
         if part in ("mlp.fc_1", "mlp.fc_2") and "mlp.gate_up_proj" in here:
             site = here["mlp.gate_up_proj"]
             return [_Rows(site, torch.arange(site.geometry.out).chunk(2)[part == "mlp.fc_2"])]
-        raise _Misfit("the base has no layer that this one stands for")
+        raise _Misfit("the base has no layer that corresponds to it")
 
     def _qkv(self, here: Mapping[str, Site]) -> list[_Rows]:
         if all(name in here for name in _QKV):

@@ -188,7 +188,7 @@ def check_init(settings: Settings, placement: Placement, base: BaseView, convert
     if not isinstance(init, str) or init.split("_niter_")[0] not in INIT_MOVES_BASE:
         found.refuse(f"init_lora_weights: {shown(init, 40)} is not known, and may change the base", "config")
         return
-    text = f'init_lora_weights "{shown(init, 40)}" takes a part of the base into the adapter, so its tensors are no change to this base'
+    text = f'init_lora_weights "{shown(init, 40)}" takes a part of the base into the adapter, so its tensors alone are not its change'
     hint = "save it converted, with PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...)"
     ours = "convert it with veneer export FOLDER --to peft --base MODEL --out NEW (from Python: bank.load(..., convert=True))"
     kinds = ("linear", "conv1d") if init == "pissa" else ("linear",)

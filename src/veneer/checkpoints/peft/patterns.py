@@ -14,7 +14,6 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
-_LARGE = 256
 _META = set("\\^$*+?{}[]()|")
 ANY, RUN = object(), object()
 Token = str | object
@@ -50,11 +49,6 @@ def understood(pattern: str) -> list[Token] | None:
 
 
 def _means(tokens: list[Token], anchored: bool, path: str) -> bool:
-    if RUN not in tokens:
-        start = len(path) - len(tokens)
-        if start < 0 or (start > 0 and (anchored or path[start - 1] != ".")):
-            return False
-        return all(token is ANY or token == char for token, char in zip(tokens, path[start:], strict=True))
     starts = [0] if anchored else [0] + [i + 1 for i, char in enumerate(path) if char == "."]
     return any(_matches(tokens, path[start:]) for start in starts)
 
@@ -75,30 +69,42 @@ def _matches(tokens: list[Token], text: str) -> bool:
 class PatternTable(Generic[T]):
     """A rank or alpha table of PEFT: the first key that means a path gives its value.
 
-    Anchored keys without wildcards, such as `table_for` writes into large tables, are looked up; the others are tried one by one.
+    Keys without ".*" are looked up, however many there are: by their anchor, their length and the positions of their any-character dots,
+    with these positions blanked in the path. Keys with ".*" are tried one by one.
     """
 
     def __init__(self, table: Mapping[str, T]) -> None:
         self._values = list(table.values())
-        self._exact: dict[str, int] = {}
+        self._names: dict[tuple[bool, int], dict[tuple[int, ...], dict[str, int]]] = {}
         self._unclear: list[tuple[int, str]] = []
         self.tried: list[tuple[int, list[Token], bool]] = []
         for number, pattern in enumerate(table):
-            tokens = understood(pattern)
+            tokens, anchored = understood(pattern), pattern.startswith("^")
             if tokens is None:
                 self._unclear.append((number, pattern))
-            elif pattern.startswith("^") and ANY not in tokens and RUN not in tokens:
-                self._exact.setdefault("".join(map(str, tokens)), number)
+            elif RUN in tokens:
+                self.tried.append((number, tokens, anchored))
             else:
-                self.tried.append((number, tokens, pattern.startswith("^")))
+                dots = tuple(at for at, token in enumerate(tokens) if token is ANY)
+                name = "".join(token if isinstance(token, str) else "\0" for token in tokens)
+                self._names.setdefault((anchored, len(name)), {}).setdefault(dots, {}).setdefault(name, number)
 
     def get(self, path: str, default: T) -> tuple[T, list[str]]:
         """The value for a path, and the keys before its own that are not understood."""
         none = len(self._values)
-        tried = next((number for number, tokens, anchored in self.tried if _means(tokens, anchored, path)), none)
-        first = min(tried, self._exact.get(path, none))
+        first = next((number for number, tokens, anchored in self.tried if _means(tokens, anchored, path)), none)
+        for anchored, tail in ((True, path), *((False, tail) for tail in tails(path))):
+            for dots, names in self._names.get((anchored, len(tail)), {}).items():
+                first = min(first, names.get(_blanked(tail, dots), none))
         unclear = [pattern for number, pattern in self._unclear if number < first]
         return (self._values[first] if first < none else default), unclear
+
+
+def _blanked(text: str, positions: Iterable[int]) -> str:
+    letters = list(text)
+    for at in positions:
+        letters[at] = "\0"
+    return "".join(letters)
 
 
 def layer_of(path: str, pattern: str | None = None) -> int | None:
@@ -147,8 +153,8 @@ def table_for(values: Mapping[str, T], default: T) -> dict[str, T]:
         if value != default:
             table[next((tail for tail in tails(path) if len(meant[tail]) == 1), path)] = value
     read = PatternTable(dict(sorted(table.items())))
-    if len(table) > _LARGE or any(read.get(path, default) != (value, []) for path, value in values.items()):
-        # Too many to try one by one; or a dot that means any character, or a letter that does not mean itself: escaped full names.
+    if any(read.get(path, default) != (value, []) for path, value in values.items()):
+        # A dot that means any character, or a letter that does not mean itself: escaped full names.
         table = {"^" + _escaped(path): value for path, value in values.items() if value != default}
     return dict(sorted(table.items()))
 

@@ -76,7 +76,9 @@ def _probed(messages: Sequence[Message], tools: Any) -> tuple[list[Message], Any
     for i, message in enumerate(messages):
         copy = dict(message)
         for kind, key in _texts(message):
-            copy[key] = f"{message[key]}{probe(kind, i)}"
+            # Templates cut thinking off the beginning of answers on purpose, and off nothing else.
+            start = probe(kind, i) if message.get("role") in ("system", "user") and kind == "content" else ""
+            copy[key] = f"{start}{message[key]}{probe(kind, i)}"
         if message.get("tool_calls"):
             copy["tool_calls"] = [
                 _probed_call(call, probe("tool_calls", i), probe("tool_calls", i)) for call in message["tool_calls"]
@@ -88,7 +90,7 @@ def _probed(messages: Sequence[Message], tools: Any) -> tuple[list[Message], Any
 
 
 def _texts(message: Message) -> Iterator[tuple[str, str]]:
-    """(kind, key) of each text of a message. Calls may stand in place of the content."""
+    """(kind, key) of each text of a message."""
     for key, value in message.items():
         if not isinstance(value, str) or not value.strip():
             continue
@@ -130,7 +132,8 @@ def _missing(text: str, messages: Sequence[Message], tools: Any) -> dict[str, in
         function = tool.get("function", tool)
         parts += [("tools", 0, leaf) for leaf in _leaves([function.get("name"), function.get("description")])]
     for kind, i, part in parts:
-        if not any(_bare(form) in bare for form in _forms(part)):
+        answer = kind == "content" and messages[i].get("role") == "assistant"
+        if not any(_bare(form) in bare for form in _forms(part, answer=answer)):
             found.setdefault(kind, i)
     return found
 
@@ -147,10 +150,11 @@ def _leaves(value: Any) -> Iterator[str]:
         yield value
 
 
-def _forms(part: str) -> Iterator[str]:
-    """A text as it is, without a closed thinking block, and as JSON."""
+def _forms(part: str, *, answer: bool) -> Iterator[str]:
+    """A text as it is, an answer without its closed thinking block, and as JSON."""
     yield part
-    yield part.replace("<think>", "").rpartition("</think>")[2]
+    if answer:
+        yield part.replace("<think>", "").rpartition("</think>")[2]
     for ascii_only in (False, True):
         yield json.dumps(part, ensure_ascii=ascii_only)[1:-1]
 
