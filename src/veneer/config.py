@@ -24,7 +24,7 @@ from veneer._options.base import (
     Real,
     Texts,
     Whole,
-    current_name,
+    current_names,
 )
 from veneer._options.document import Document, load_yaml
 from veneer._options.flags import add_flags, given_flags, given_sets
@@ -57,7 +57,7 @@ __all__ = [
     "Whole",
     "add_flags",
     "command_hint",
-    "current_name",
+    "current_names",
     "default_learning_rate",
     "differences",
     "flag_name",

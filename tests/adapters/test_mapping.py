@@ -202,3 +202,17 @@ def test_nan_stays_with_its_adapter_in_a_group_with_others() -> None:
         for i, name in enumerate(ROWS):
             assert torch.equal(bits(found[i]), bits(healthy[i])) == (name != broken)
             assert found[i].isfinite().all() == (name != broken)
+
+
+def test_a_removed_adapter_leaves_nothing_kept() -> None:
+    """What is kept of frozen adapters goes with them, so loading and unloading under new names does not grow."""
+    bank = attach(tiny("llama"))
+    for number in range(3):
+        names = [f"a{number}", f"b{number}"]
+        for name in names:
+            bank.add(name, LoRA(r=2)).requires_grad_(False)
+        with torch.no_grad(), bank.use(names):
+            bank.model(input_ids=torch.ones(2, 3, dtype=torch.long))
+        for name in names:
+            bank.remove(name)
+    assert not any(bank.runtime.frozen._kept.values())

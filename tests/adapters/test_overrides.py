@@ -277,3 +277,14 @@ def test_generation_and_key_value_caches_use_own_values() -> None:
         for _ in range(5):
             ids = torch.cat([ids, logits(bank, name, ids)[:, -1:].argmax(-1)], 1)
         assert torch.equal(found[row], ids[0])
+
+
+def test_an_adapter_without_a_factor_is_refused_by_name() -> None:
+    """`insert` names the tensor that is missing."""
+    bank = veneer.attach(tiny("llama"))
+    donor = veneer.attach(tiny("llama")).add("a", LoRA(r=2))
+    tensors = {
+        site: {key: value for key, value in own.items() if key != "lora_A"} for site, own in donor.tensors.items()
+    }
+    with pytest.raises(AdapterError, match="has a tensor lora_A here, which is missing"):
+        bank.insert(Adapter("x", donor.method, tensors, donor.kinds))

@@ -79,10 +79,10 @@ def fuse_and_unfuse(model: Any) -> None:
 
 def attach_inside(model: Any) -> None:
     bank = attach(model)
-    bank.add("a", LoRA(r=2))
     with fast_modules(model) as found:
+        bank.add("a", LoRA(r=2, modules_to_save=("norm",)))
         assert any(found.values())
-    bank.detach()
+        bank.detach()
 
 
 def test_asking_twice_changes_nothing() -> None:

@@ -388,3 +388,10 @@ def test_methods_of_the_options_are_those_of_the_table() -> None:
     from veneer.adapters import METHODS
 
     assert set(kinds_of(TrainOptions.model_fields["method"].annotation).words) == {*METHODS, FULL}
+
+
+def test_an_option_is_not_given_by_two_names() -> None:
+    """The former and the current name of one option together are an error, whatever their order."""
+    for values in ({"share": 64, "tokens_per_shared_pass": 0}, {"tokens_per_shared_pass": 0, "share": 64}):
+        with pytest.raises(ConfigError, match="share is the former name of tokens_per_shared_pass, and both are given"):
+            TrainOptions(data=("rows.jsonl",), **values)  # type: ignore[arg-type]

@@ -172,7 +172,6 @@ class Ear(Listener):
 
     def __init__(self, asks: dict[int, Iterable[Request]] | None = None) -> None:
         self.joining: list[Job] = []
-        self.joining: list[Job] = []
         self.losses: dict[str, list[float]] = {}
         self.ends: dict[str, str] = {}
         self.rounds = 0

@@ -76,13 +76,25 @@ class Options(BaseModel, metaclass=_OptionsType):
     def _accept_former_names(cls, values: Any) -> Any:
         if not isinstance(values, dict) or not FORMER_NAMES.keys() & values.keys():
             return values
-        return {current_name(cls, key) if isinstance(key, str) else key: value for key, value in values.items()}
+        return current_names(cls, values)
 
 
 def current_name(model_cls: type[BaseModel], name: str) -> str:
     """Today's name of an option that is given by a former one."""
     now = FORMER_NAMES.get(name, name)
     return now if now in model_cls.model_fields else name
+
+
+def current_names(model_cls: type[BaseModel], values: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Values by today's names. Raises ConfigError if an option is given by its former and its current name."""
+    found: dict[Any, Any] = {}
+    for key, value in values.items():
+        now = current_name(model_cls, key) if isinstance(key, str) else key
+        if now in found:
+            former = key if key != now else next(old for old, new in FORMER_NAMES.items() if new == now)
+            raise ConfigError(f"{former} is the former name of {now}, and both are given; give only {now}")
+        found[now] = value
+    return found
 
 
 _WORDS = {

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from veneer._options.base import Options, current_name, describe
+from veneer._options.base import Options, current_name, current_names, describe
 from veneer._options.document import Document, Keys, load_yaml
 from veneer._options.text import locate, read
 from veneer.errors import ConfigError, Problems
@@ -61,7 +61,7 @@ def resolve(
         ConfigError: lists all problems of all sources, each with its place, key and remedy.
     """
     document = load_yaml(yaml_path) if yaml_path is not None else Document("")
-    values = {current_name(model_cls, key): value for key, value in _copied(document.values).items()}
+    values = current_names(model_cls, _copied(document.values))
     origins: dict[Keys, str] = {
         (current_name(model_cls, str(keys[0])), *keys[1:]): document.place(keys) for keys in document.lines if keys
     }

@@ -250,7 +250,7 @@ class Bank:
         return unties(self.survey, self._one_mix(route))
 
     def detach(self) -> None:
-        """Restore the model to the bit. The adapters stay in this object. Take `fast_modules` off first, if they were put on.
+        """Restore the model to the bit. The adapters stay in this object. `fast_modules` are taken off after it.
 
         Raises RouteError while a route is active.
         """

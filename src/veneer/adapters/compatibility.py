@@ -29,13 +29,14 @@ def fit_problems(adapter: Adapter, survey: Survey) -> list[str]:
     return found + _override_problems(adapter, survey)
 
 
-def tensor_problems(method: Method, site: Site, tensors: Mapping[str, Tensor], rank: int) -> list[str]:
+def tensor_problems(method: Method, site: Site, tensors: Mapping[str, Tensor]) -> list[str]:
     """The reasons that tensors are not those of a method at a site."""
     name, names = site.name, method.tensor_names(site.kind)
     found = [f"{name}: {method.name} has a tensor {key} here, which is missing" for key in names if key not in tensors]
     found += [f"{name}: {method.name} has no tensor {key}" for key in tensors if key not in names]
     if found:
         return found
+    rank = int(tensors[method.factor_names(site.kind)[0]].shape[0])
     expected = method.tensor_shapes(site.geometry, rank)
     return [
         f"{name}.{key}: expected shape {expected[key]}, found {tuple(tensor.shape)}"
@@ -65,7 +66,7 @@ def _problems_at(adapter: Adapter, name: str, site: Site | None) -> list[str]:
     if site.kind != kind:
         return [f"{name}: the base has a {site.kind} layer here, the adapter is for a {kind} layer"]
     found = [f"{name}: {site.reason}"] if site.reason else []
-    return found + tensor_problems(adapter.method, site, tensors, adapter.rank(name))
+    return found + tensor_problems(adapter.method, site, tensors)
 
 
 def check_tying(method: Method, names: list[str], sites: Mapping[str, Site]) -> None:

@@ -151,8 +151,11 @@ class Leave(Watch):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
         tracker = self.tracker
-        if tracker.leave(self.path) and not self.path and output is not None and tracker.context is not None:
-            tracker.monitor.after_call(tracker.context.route.names, module.training)
+        if not tracker.leave(self.path) or self.path or output is None:
+            return
+        context = tracker.context  # read once: its owner may leave it now
+        if context is not None:
+            tracker.monitor.after_call(context.route.names, module.training)
 
 
 class ZeroGrad:

@@ -38,7 +38,7 @@ _BOUND = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch
 
 @contextmanager
 def fast_modules(model: nn.Module) -> Iterator[dict[str, int]]:
-    """Use faster forms inside the context; yields how many of each kind. Enter it after `attach`, leave it before `Bank.detach`."""
+    """Use faster forms inside the context; yields the number of each kind. Leave it after `Bank.detach`, which puts back what it found."""
     try:
         yield fuse(model)
     finally:

@@ -120,7 +120,7 @@ class LowRankMethod(LowRankOptions):
         Returns:
             "unless_overwritten" where it does so only if the model leaves the layer's output unchanged until backward.
         """
-        return "always"
+        return "never"
 
     def norm(self, tensors: Mapping[str, Tensor], weight_2d: Tensor, squared: Tensor, scale: float) -> Tensor | None:
         """Row norms of the changed weight, [out], or None for a method without a magnitude. ``squared`` is ||W||^2 per row."""

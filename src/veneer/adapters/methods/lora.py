@@ -7,7 +7,9 @@ the other the learning rates of two parameter groups.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, final
+from typing import ClassVar, Literal, final
+
+from torch import Tensor
 
 from veneer.adapters.methods.base import LowRankMethod
 
@@ -22,3 +24,8 @@ class LoRA(LowRankMethod):
     @property
     def label(self) -> str:
         return "rsLoRA" if self.use_rslora else "LoRA"
+
+    def fast_support(
+        self, weight: float | Tensor, *, exclusive: bool
+    ) -> Literal["always", "unless_overwritten", "never"]:
+        return "always"

@@ -144,8 +144,11 @@ def _input_key(x: Tensor, current: ForwardPass) -> tuple[int, ...]:
 
 
 def _marks(weights: list[Layer]) -> tuple[object, ...]:
-    """Keys that change when a weight does."""
-    return tuple((w.dtype, w.data_ptr(), -1 if w.is_inference() else w._version) for w, _ in weights)
+    """Keys that change when a weight or a bias does."""
+    return tuple(
+        (w.dtype, w.data_ptr(), -1 if w.is_inference() else w._version, None if b is None else b.data_ptr())
+        for w, b in weights
+    )
 
 
 def _weights(layer: AdaptedLayer) -> Layer:

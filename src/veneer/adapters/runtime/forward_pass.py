@@ -49,7 +49,6 @@ class ForwardPass:
     Attributes:
         context: the `use` that it runs under, None outside any.
         top: path of the module that was called ("" is the whole model).
-        shapes: shapes of the call's inputs.
         grad: whether gradients were enabled when it began.
         lasting: True until the call returns.
         draws: number of this pass in each adapter's dropout stream, drawn when it is first needed.
@@ -58,12 +57,11 @@ class ForwardPass:
         frozen: the same as a tuple if all adapters are frozen.
     """
 
-    def __init__(self, context: RouteContext | None, plan: RoutePlan, shapes: Shapes, top: str) -> None:
+    def __init__(self, context: RouteContext | None, plan: RoutePlan, top: str) -> None:
         self.context = context
         self.plan = plan
         self.route = plan.route
         self.training = None if context is None else context.training
-        self.shapes = shapes
         self.top = top
         self.grad = torch.is_grad_enabled()
         self.linked = False

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from itertools import count
 from operator import attrgetter
 from typing import Any, NamedTuple, TypeVar
@@ -41,7 +42,7 @@ class FrozenFactors:
     def __init__(self) -> None:
         self._count = count(1)
         self._seen: dict[str, _Seen] = {}
-        self._kept: dict[tuple[str, object], OrderedDict[object, Any]] = {}
+        self._kept: dict[tuple[str, object], OrderedDict[tuple[tuple[str, ...], tuple[object, ...]], Any]] = {}
 
     def versions(self, current: ForwardPass) -> Mapping[str, int | None]:
         """A number per adapter of a pass that changes whenever one of its tensors does; None for one that is trained."""
@@ -61,6 +62,12 @@ class FrozenFactors:
     def forget(self, name: str) -> None:
         """Drop what is kept of an adapter."""
         self._seen.pop(name, None)
+        for key, entries in list(self._kept.items()):
+            if key[1] == name:
+                del self._kept[key]
+            else:
+                for names, version in [entry for entry in list(entries) if name in entry[0]]:
+                    entries.pop((names, version), None)
 
     def keep(
         self, site: str, names: tuple[str, ...], version: tuple[object, ...], make: Callable[[], T], slot: int = 0
@@ -75,7 +82,8 @@ class FrozenFactors:
         key = (names, version)
         known: T | None = entries.get(key)
         if known is not None:
-            entries.move_to_end(key)
+            with suppress(KeyError):  # another thread may have dropped it
+                entries.move_to_end(key)
             return known
         made = entries[key] = make()
         while len(entries) > (1 if single else _SETS):

@@ -256,7 +256,7 @@ class RouteTracker:
             finally:
                 state.muted = False
         plan = self.mapping.plan(route, shapes, None if context is None else context.keep)
-        begun = ForwardPass(context, plan, shapes, path)
+        begun = ForwardPass(context, plan, path)
         if context is not None and state.visited is not None:
             with self._lock:
                 context.visitors += 1

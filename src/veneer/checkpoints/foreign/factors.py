@@ -110,7 +110,7 @@ def adapter_of(
         values = (factors.a_RK, factors.b_OR, factors.magnitude_O)
         names = form().tensor_names(sites[site].kind)
         tensors[site] = {key: value for key, value in zip(names, values, strict=False) if value is not None}
-        for problem in tensor_problems(form(), sites[site], tensors[site], len(factors.a_RK)):
+        for problem in tensor_problems(form(), sites[site], tensors[site]):
             problems.add(problem)
     problems.raise_if_any(CheckpointError, f"{where} does not fit the base", limit=8)
     if not any(bool(factors.b_OR.any()) and bool(factors.a_RK.any()) for factors in found.values()):

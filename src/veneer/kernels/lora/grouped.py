@@ -98,7 +98,7 @@ class PaddedFactors(NamedTuple):
 
 
 def pad_factors(factors: Sequence[Sequence[Factors | None]], layers: Sequence[Layer], grid: TokenGrid) -> PaddedFactors:
-    """PaddedFactors the factors [J][layer] for computing on ``grid``."""
+    """Pad and stack the factors [J][layer] for computing on ``grid``."""
     dtype = layers[0][0].dtype
     present = _present(factors)
     layers = [layers[h] for h in present]

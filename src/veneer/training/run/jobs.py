@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.adapters.adapter import check_name
-from veneer.config import FULL, PER_RUN_OPTIONS, TrainOptions, current_name, near_miss, plain, resolve
+from veneer.config import FULL, PER_RUN_OPTIONS, TrainOptions, current_names, near_miss, plain, resolve
 from veneer.data.rows.readers import near_file
 from veneer.errors import AdapterError, ConfigError, Problems, VeneerError
 from veneer.training.run.run_folder import CONFIG
@@ -47,7 +47,7 @@ def expand(options: TrainOptions, *, files: bool = True) -> dict[str, TrainOptio
     """
     common: dict[str, Any] = {key: value for key, value in plain(options).items() if key not in ("jobs", "sweep")}
     problems = Problems()
-    jobs: list[dict[str, Any]] = [{current_name(TrainOptions, key): job[key] for key in job} for job in options.jobs]
+    jobs: list[dict[str, Any]] = [current_names(TrainOptions, job) for job in options.jobs]
     jobs = jobs or [{}]
     count = len(jobs) * math.prod(max(1, len(values)) for values in options.sweep.values())
     if count > MOST_JOBS:

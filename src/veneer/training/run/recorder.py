@@ -41,7 +41,6 @@ class Recorder(Listener):
         rounds: int = 0,
         checks: Mapping[str, SanityChecks] | None = None,
         halving: Halving | None = None,
-        tracker: ExperimentTracker | None = None,
     ) -> None:
         """``rounds`` is the number of rounds that the run has completed; ``checks`` are the sanity checks by job."""
         self.folder = folder
@@ -51,7 +50,7 @@ class Recorder(Listener):
         self.rounds = rounds
         self.checks = checks or {}
         self.halving = halving
-        self.tracker = tracker
+        self.tracker: ExperimentTracker | None = None
         self.stopped = False
         self.saved = True
         """The last checkpoint that was due could be written."""

@@ -97,9 +97,6 @@ def _run(
     rounds = None if fresh else saver.restore(jobs, resume_from)
     manifest = _settle_manifest(setup, folder, console, rounds, fresh=fresh)
     unfinished = any(not job.over for job in jobs)
-    tracker = None
-    if unfinished and options.track is not None:
-        tracker = trackers.ExperimentTracker(options.track, folder.out, plain(options), console.line)
     recorder = Recorder(
         folder,
         jobs,
@@ -108,7 +105,6 @@ def _run(
         rounds=rounds or 0,
         checks={job.name: checks[job.name] for job in jobs if checks[job.name].needed(job.progress.step)},
         halving=halving,
-        tracker=tracker,
     )
     _announce(setup, manifest, recorder, restored=rounds is not None)
     if unfinished:  # also if all jobs are paused: a request may resume them
@@ -119,7 +115,8 @@ def _run(
             tokens_per_pass=options.tokens_per_pass,
             tokens_per_shared_pass=Packing.stored(manifest).tokens,
         )
-        _train(trainer, recorder, recompute=_recompute(options, manifest))
+        with _tracked(options, recorder):
+            _train(trainer, recorder, recompute=_recompute(options, manifest))
     return _finish(recorder)
 
 
@@ -168,8 +165,21 @@ def _train(trainer: Trainer, recorder: Recorder, *, recompute: bool) -> None:
         recorder.console.clear()
         with suppress(OSError):
             write_loss_plot(recorder.folder.out)
-        if recorder.tracker is not None:
-            recorder.tracker.end()
+
+
+@contextmanager
+def _tracked(options: TrainOptions, recorder: Recorder) -> Iterator[None]:
+    """Log to the experiment tracker of the options, if there is one, until training ends."""
+    if options.track is None:
+        yield
+        return
+    recorder.tracker = trackers.ExperimentTracker(
+        options.track, recorder.folder.out, plain(options), recorder.console.line
+    )
+    try:
+        yield
+    finally:
+        recorder.tracker.end()
 
 
 def _finish(recorder: Recorder) -> RunResult:

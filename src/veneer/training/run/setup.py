@@ -101,8 +101,8 @@ def set_up(
     with cpp_kernels(options.compile, next(base.model.parameters()).device, say):
         data = load_all(jobs, base, context_of(base))
         bank = attach(base.model)
-        try:
-            with fast_modules(base.model):
+        with fast_modules(base.model):  # outermost: an adapter on a norm keeps the norm's faster form and puts it back
+            try:
                 made = [make_job(name, own, base, bank, data[name]) for name, own in jobs.items()]
                 load_parents(made, bank)
                 runner = FlatRunner(base.model)
@@ -110,8 +110,8 @@ def set_up(
                     say(f"rows are padded: {runner.reason}")
                 stepper = Stepper(runner, bank, {job.name: job.route for job in made if job.route})
                 yield Setup(options, base, bank, data, made, stepper)
-        finally:
-            bank.detach()
+            finally:
+                bank.detach()
 
 
 # Data
