@@ -217,7 +217,11 @@ LITGPT_MISTAKES: dict[str, tuple[dict[str, Tensor], dict[str, Any], str]] = {
     "half": ({f"{AT}.attn.qkv.lora_A": draw(6, 32)}, {}, "only one of its two factors"),
     "old": ({key.replace("qkv", "attn"): value for key, value in QV.items()}, {}, "before 0.5"),
     "name": ({**QV, f"{AT}.attn.qkv.linear.weight": draw(64, 32)}, {}, "is no factor"),
-    "layer": ({f"{AT}.mlp.fc.lora_A": draw(3, 32), f"{AT}.mlp.fc.lora_B": draw(64, 3)}, {}, "no layer that corresponds"),
+    "layer": (
+        {f"{AT}.mlp.fc.lora_A": draw(3, 32), f"{AT}.mlp.fc.lora_B": draw(64, 3)},
+        {},
+        "no layer that corresponds",
+    ),
     "rows": ({**QV, f"{AT}.attn.qkv.lora_A": draw(5, 32)}, {}, "no multiple of"),
     "inputs": ({**QV, f"{AT}.attn.qkv.lora_A": draw(6, 31)}, {"lora_value": True}, "it has 31 inputs"),
 }
