@@ -11,7 +11,9 @@
     ├── TrainingError      RuntimeError  a run that cannot go on: a loss that is not finite, nothing that moves
     ├── MemoryPlanError    RuntimeError  a run that does not fit in memory
     ├── ComposeError       ValueError    adapters that cannot be summed, merged or extracted as asked
-    └── ExportError        ValueError    a target format that cannot hold what it is asked to hold
+    ├── ExportError        ValueError    a target format that cannot hold what it is asked to hold
+    └── ServeError         RuntimeError  a request that cannot be answered, though nothing is wrong with it
+        └── EngineBusyError  RuntimeError  more requests than may wait
 
 Each class is also a built-in exception, so that code which knows nothing of Veneer handles it sensibly. What is not in
 this tree and reaches a user is a defect of Veneer.
@@ -32,10 +34,12 @@ __all__ = [
     "ComposeError",
     "ConfigError",
     "DataError",
+    "EngineBusyError",
     "ExportError",
     "MemoryPlanError",
     "Problems",
     "RouteError",
+    "ServeError",
     "TargetError",
     "TrainingError",
     "VeneerError",
@@ -102,6 +106,14 @@ class ComposeError(VeneerError, ValueError):
 
 class ExportError(VeneerError, ValueError):
     """A target format that cannot represent what it is asked to hold."""
+
+
+class ServeError(VeneerError, RuntimeError):
+    """A request that cannot be answered, though nothing is wrong with it: the engine is stopping, full or out of memory."""
+
+
+class EngineBusyError(ServeError):
+    """More requests than may wait; send the request again later."""
 
 
 class Problems:

@@ -1,0 +1,1 @@
+"""The engine: many requests under many adapters in one batch."""
