@@ -121,7 +121,7 @@ COMMANDS: dict[str, str] = {
     for words, answer in {
         "fuse merge_lora export_model merge_and_unload": "merge",
         "sft finetune fine_tune fine_tuning fit lora dora resume": "train",
-        "infer inference predict run ask complete completion sample": "generate",
+        "infer inference predict run ask complete sample": "generate",
         "eval test benchmark perplexity score lm_eval": "evaluate",
         "preprocess validate lint": "data check",
         "preview show_data tokenize": "data show",

@@ -41,11 +41,15 @@ class Parser(argparse.ArgumentParser):
             self.error(f"unexpected argument {unknown[0]!r}")
         return parsed
 
+    def long_options(self) -> list[str]:
+        """The options that start with two dashes."""
+        return [option for option in self._option_string_actions if option.startswith("--")]
+
     def _refuse(self, words: Iterable[str]) -> None:
         """Raise ConfigError for options that do not exist, with the name here of those that other programs have."""
         options = [word.partition("=")[0] for word in words]
         unknown = [option for option in options if option not in self._option_string_actions and " " not in option]
-        known = [option for option in self._option_string_actions if option.startswith("--")]
+        known = self.long_options()
         lines = [f"unknown option {option}{near_miss(option, known)}" for option in dict.fromkeys(unknown)]
         if len(lines) > 1:
             lines = [

@@ -29,6 +29,7 @@ from veneer.errors import ConfigError
 
 COMMANDS = {
     "demo": "train an adapter on the embedded model and show the result, in a few minutes",
+    "init": "ask four questions and write a file of training options",
     "train": "train adapters; rerun the same command to resume",
     "plan": "estimate the memory and time of a training run",
     "chat": "chat with an adapter or a base in the terminal",
@@ -44,6 +45,8 @@ COMMANDS = {
     "data show": "show examples with the trained tokens marked",
     "runs": "list training runs; pause, resume or cancel their jobs",
     "config schema": "print the JSON Schema of the training options",
+    "models": "list the base models on this machine",
+    "completion": "print a script that completes commands and options in your shell",
     "doctor": "check this machine for everything that Veneer needs",
 }
 """Every command with its description."""
