@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,14 @@ from pydantic import BaseModel
 from veneer._options.scalars import resolve_scalar
 
 
-def to_yaml(options: BaseModel) -> str:
+def given(options: BaseModel) -> dict[str, Any]:
+    """The options that were given, as plain values; those that have their default because they were left out are missing."""
+    return {
+        name: plain(getattr(options, name)) for name in type(options).model_fields if name in options.model_fields_set
+    }
+
+
+def to_yaml(options: BaseModel | Mapping[str, Any]) -> str:
     """The options as a YAML file that ``load_yaml`` reads back to the same values."""
     import yaml
 

@@ -19,9 +19,6 @@ _NO_HUB = "not supported: upload the adapter folder yourself, for example with h
 _PRECISION = "not an option: choose the data type of the base with dtype (adapters train in float32)"
 _NO_CODE = "not supported: Veneer runs no code from model repositories"
 _LAUNCHER = "not supported: a run uses one process"
-_NO_START = (
-    "not supported yet: a run cannot start from an adapter's weights; on_top_of trains a new one on top of it, frozen"
-)
 _DECODING = "not supported: sampling has temperature and top_p"
 
 _TABLE: Mapping[str, str] = {
@@ -67,7 +64,7 @@ _TABLE: Mapping[str, str] = {
     "adapter peft_type finetuning_type fine_tune_type train_type use_dora peft_use_dora use_peft use_lora lora": "method",
     "rslora peft_use_rslora": "use_rslora",
     "loraplus_ratio loraplus_lr_embedding lora_plus": "loraplus_lr_ratio",
-    "init_from lora_model_dir adapter_name_or_path resume_adapter_file init_from_adapter adapter_model": _NO_START,
+    "lora_model_dir adapter_name_or_path resume_adapter_file init_from_adapter adapter_model start_from network_weights": "init_from",
     # steps
     "max_steps iters iterations total_steps num_steps": "steps",
     "n_epochs num_epochs num_train_epochs max_epochs epoch": "epochs",

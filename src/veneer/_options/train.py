@@ -103,6 +103,8 @@ class AdapterOptions(LowRankOptions):
 class ContinualOptions(Options):
     """Continual learning."""
 
+    init_from: Path | None = None
+    """Adapter (a folder or a run) whose weights the new adapter starts from, with the method, rank and modules that it has."""
     on_top_of: Paths = ()
     """Frozen adapters (folders or runs) that are active during training; the new adapter is meant to be used with them."""
     orthogonal_to: Paths = ()
@@ -206,6 +208,11 @@ class TrainOptions(RunOptions, StepOptions, ContinualOptions, AdapterOptions, Da
             raise ValueError("early_stop_patience needs held-out examples; give valid or valid_fraction")
         if self.watch_general and not held_out:
             raise ValueError("watch_general is evaluated along with held-out examples; give valid or valid_fraction")
+        if self.init_from is not None and self.orthogonal_to and self.orthogonal == "projection":
+            raise ValueError(
+                "init_from and a projection are both given, and the projection would change the weights that training starts from; "
+                "use orthogonal: penalty"
+            )
         for key in self.sweep:
             field = type(self).model_fields.get(key)
             if field is not None and getattr(self, key) != field.default:

@@ -17,9 +17,9 @@ from veneer.config import (
     TrainOptions,
     add_flags,
     differences,
+    given,
     given_flags,
     given_sets,
-    plain,
     resolve,
 )
 from veneer.errors import ConfigError, Problems
@@ -90,10 +90,10 @@ def resolve_source(args: argparse.Namespace) -> tuple[TrainOptions, Any]:
         ConfigError: Options are wrong; the message lists every mistake.
     """
     flags = given_flags(args)
-    given = [Path(source) for source in args.source]
-    configs = [path for path in given if path.suffix in (".yaml", ".yml")]
-    if configs and len(configs) < len(given):
-        other = next(path for path in given if path not in configs)
+    sources = [Path(source) for source in args.source]
+    configs = [path for path in sources if path.suffix in (".yaml", ".yml")]
+    if configs and len(configs) < len(sources):
+        other = next(path for path in sources if path not in configs)
         raise ConfigError(
             f"{configs[0]} is a file of options and {other} is not; name the examples in the file of options (data: ...)"
         )
@@ -101,10 +101,10 @@ def resolve_source(args: argparse.Namespace) -> tuple[TrainOptions, Any]:
         return _several_files(configs, given_sets(args), flags)
     if configs:
         return _with_sweep_source(*resolve(TrainOptions, configs[0], given_sets(args), flags))
-    if given and "data" in flags:
+    if sources and "data" in flags:
         raise ConfigError("the examples are given twice, as arguments and with --data; give them once")
-    if given:
-        flags["data"] = tuple(str(path) for path in given)
+    if sources:
+        flags["data"] = tuple(str(path) for path in sources)
     return _with_sweep_source(*resolve(TrainOptions, None, given_sets(args), flags))
 
 
@@ -131,12 +131,8 @@ def _several_files(configs: list[Path], sets: list[str], flags: dict[str, Any]) 
         problems.add("several files make one run; give its folder with --out")
     problems.raise_if_any(ConfigError, "the files cannot be combined into one run")
     common = {key: getattr(found[first], key) for key in PER_RUN_OPTIONS}
-    defaults = {key: field.default for key, field in TrainOptions.model_fields.items()}
     jobs = []
     for path, options in found.items():
-        values = plain(options)
-        changed = {
-            key: values[key] for key in values if key not in PER_RUN_OPTIONS and getattr(options, key) != defaults[key]
-        }
-        jobs.append({**changed, "name": options.name or path.stem})
+        own = {key: value for key, value in given(options).items() if key not in PER_RUN_OPTIONS}
+        jobs.append({**own, "name": options.name or path.stem})
     return TrainOptions(**{**common, "jobs": jobs}), {"jobs": ", ".join(map(str, configs))}

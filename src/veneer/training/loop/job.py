@@ -118,6 +118,11 @@ class Job:
         """True if the job finished, failed or was cancelled."""
         return self.state not in (JobState.RUNNING, JobState.PAUSED)
 
+    @property
+    def loss(self) -> float:
+        """Mean loss of the current step's examples so far."""
+        return self._loss / self._weight if self._weight else math.nan
+
     def next_examples(self) -> list[Example]:
         """The examples of the next optimizer step. The cursor moves when the step is taken."""
         first = self.progress.cursor

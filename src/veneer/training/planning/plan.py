@@ -11,7 +11,7 @@ Boundary: one process on one machine. Memory that other processes take during th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -80,11 +80,14 @@ class TrainingPlan:
         return {"peak": self.peak, **asdict(self), "fits": self.fits}
 
     @classmethod
-    def stored_lines(cls, manifest: Mapping[str, Any]) -> list[str]:
-        """The lines of the plan in a run's manifest; [] if it has none."""
+    def stored_lines(cls, manifest: Mapping[str, Any], steps: int) -> list[str]:
+        """The lines of the plan in a run's manifest, for its ``steps`` of today; [] if it has none."""
         found = manifest.get("plan") or {}
         names = {field.name for field in fields(cls)}
-        return cls(**{name: found[name] for name in names}).lines() if names <= set(found) else []
+        if not names <= set(found):
+            return []
+        plan = cls(**{name: found[name] for name in names})
+        return replace(plan, steps=steps, seconds=plan.seconds * steps / plan.steps).lines()
 
 
 class Planner:

@@ -20,9 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from veneer.adapters.adapter import check_name
-from veneer.config import FULL, PER_RUN_OPTIONS, TrainOptions, current_names, near_miss, plain, resolve
+from veneer.config import FULL, PER_RUN_OPTIONS, TrainOptions, current_names, given, near_miss, plain, resolve
 from veneer.data.rows.readers import near_file
 from veneer.errors import AdapterError, ConfigError, Problems, VeneerError
+from veneer.training.loop.job import Job, JobState
+from veneer.training.loop.schedule import learning_rate_at
 from veneer.training.run.run_folder import CONFIG
 
 MOST_JOBS = 256
@@ -30,9 +32,10 @@ _LOW_RANK = ("r", "lora_alpha", "lora_dropout", "use_rslora", "loraplus_lr_ratio
 
 _MAY_CHANGE = (
     *("out", "name", "data", "valid", "threads", "save_every", "checkpoint_minutes", "track", "jobs", "sweep"),
-    *("plan", "activation_checkpointing"),
+    *("plan", "activation_checkpointing", "steps", "epochs"),
 )
-"""Options that may differ when a run resumes: they do not change its numbers, or (data, threads) are compared with the manifest."""
+"""Options that may differ when a run resumes: they do not change its numbers, or are compared later (data and threads with the manifest,
+steps and epochs with the steps that the run had)."""
 
 
 def expand(options: TrainOptions, *, files: bool = True) -> dict[str, TrainOptions]:
@@ -45,7 +48,7 @@ def expand(options: TrainOptions, *, files: bool = True) -> dict[str, TrainOptio
     Raises:
         ConfigError: lists all invalid or repeated names, options that a job cannot set, and missing files; or there are too many jobs.
     """
-    common: dict[str, Any] = {key: value for key, value in plain(options).items() if key not in ("jobs", "sweep")}
+    common: dict[str, Any] = {key: value for key, value in given(options).items() if key not in ("jobs", "sweep")}
     problems = Problems()
     jobs: list[dict[str, Any]] = [current_names(TrainOptions, job) for job in options.jobs]
     jobs = jobs or [{}]
@@ -82,8 +85,10 @@ def expand(options: TrainOptions, *, files: bool = True) -> dict[str, TrainOptio
     return found
 
 
-def match_stored_run(out: Path, jobs: dict[str, TrainOptions]) -> dict[str, TrainOptions]:
-    """The jobs, if a folder holds a run with the same options, or with several jobs of which it has some already.
+def match_stored_run(
+    out: Path, jobs: dict[str, TrainOptions]
+) -> tuple[dict[str, TrainOptions], dict[str, TrainOptions]]:
+    """The jobs and the stored ones, if a folder holds a run with the same options, or with several jobs of which it has some already.
 
     Raises ConfigError with the differences if the folder holds another run.
     """
@@ -97,7 +102,8 @@ def match_stored_run(out: Path, jobs: dict[str, TrainOptions]) -> dict[str, Trai
             differences[f'job "{name}" is only there'] = None
             continue
         there, here = plain(options), plain(jobs[name])
-        for key in sorted(key for key in {*there, *here} - {*_MAY_CHANGE} if there.get(key) != here.get(key)):
+        fixed = {*there, *here} - {*_MAY_CHANGE} | ({"steps", "epochs"} if stored.halving else set())
+        for key in sorted(key for key in fixed if there.get(key) != here.get(key)):
             differences[f"{key}: {there.get(key)!r} there, {here.get(key)!r} now"] = None
     added = [name for name in jobs if name not in before]
     if added and (len(before) == 1 or stored.halving):
@@ -107,7 +113,48 @@ def match_stored_run(out: Path, jobs: dict[str, TrainOptions]) -> dict[str, Trai
             f"{out} holds a run with other options ({', '.join(differences)}); choose another folder with --out, or start over with "
             "--fresh"
         )
-    return jobs
+    return jobs, before
+
+
+def number_of_steps(options: TrainOptions, examples: int) -> int:
+    """The optimizer steps of a job with so many training examples."""
+    return options.steps or max(1, math.ceil(examples / options.batch_size * (options.epochs or 1)))
+
+
+def check_steps(out: Path, stored: Mapping[str, TrainOptions], jobs: Iterable[Job]) -> dict[str, int]:
+    """Compare the steps of jobs with those that they had when their run last started.
+
+    Returns:
+        {job: the number of steps that it had} for each job that has more now.
+
+    Raises:
+        ConfigError: a job has fewer than before.
+    """
+    before = {job.name: number_of_steps(stored[job.name], len(job.examples)) for job in jobs if job.name in stored}
+    for job in jobs:
+        had = before.get(job.name, 0)
+        if job.steps < had:
+            raise ConfigError(
+                f"{out} holds a run of {had:,} steps, and this command asks for {job.steps:,}; ask for {had:,} or more, choose another "
+                "folder with --out, or start over with --fresh"
+            )
+    return {job.name: before[job.name] for job in jobs if job.steps > before.get(job.name, job.steps)}
+
+
+def go_on(job: Job, had: int, out: Path) -> str:
+    """Let a finished job take the steps that it has beyond the ``had`` ones; returns what that does to its learning rate."""
+    if job.state is JobState.FINISHED and not job.code:
+        job.state = JobState.RUNNING
+    first = f"{job.name}: {had:,} steps become {job.steps:,}"
+    schedule, warmup = job.options.schedule, job.options.warmup_steps
+    if schedule == "constant":
+        return f"{first}; the learning rate goes on at {job.peak:.2e}"
+    step = min(job.progress.step, had - 1)
+    rate = learning_rate_at(step, peak=job.peak, schedule=schedule, warmup=warmup, steps=had)
+    return (
+        f"{first}; the {schedule} schedule now decays to the new end, so the learning rate goes on at {job.learning_rate():.2e} "
+        f"in place of {rate:.2e}; for a warm-up and a decay of their own, train with --init-from {out} and another --out"
+    )
 
 
 def _add_once(problems: Problems, text: str) -> None:

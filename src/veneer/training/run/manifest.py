@@ -59,6 +59,7 @@ def manifest_of(setup: Setup) -> Manifest:
             for job in setup.jobs
             if job.built_on
         },
+        "init_from": {job.name: job.built_on["init_from"] for job in setup.jobs if "init_from" in job.built_on},
     }
 
 
@@ -96,12 +97,13 @@ def compare(folder: RunFolder, manifest: Manifest, known: list[str]) -> tuple[Ma
     changes = [
         f"{key} {before.get(key)} -> {manifest[key]}"
         for key in manifest
-        if key not in (*_CONTENT, *_DECISIONS) and before.get(key) != manifest[key]
+        if key not in (*_CONTENT, *_DECISIONS, "init_from") and before.get(key) != manifest[key]
     ]
     if before.get("compile") is True:  # written by versions that compiled elementwise operations with torch
         changes.append("compile True -> False")
     decided = {key: before[key] for key in _DECISIONS if key in before}
-    return {**manifest, **{key: kept[key] for key in _CONTENT}, **decided}, changes
+    started = {"init_from": {**manifest["init_from"], **before.get("init_from", {})}}
+    return {**manifest, **{key: kept[key] for key in _CONTENT}, **started, **decided}, changes
 
 
 def earlier_decisions(folder: RunFolder, manifest: Manifest) -> Manifest:

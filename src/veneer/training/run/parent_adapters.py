@@ -1,9 +1,11 @@
 """Parent adapters: earlier adapters on which a new one builds.
 
+    init_from        its weights are the start of the new one, which has its method, rank and modules
     on_top_of        frozen, active in the job's route during training and evaluation: {new: 1, old: 1, ...}
     orthogonal_to    only their A factors are used (``orthogonal.py``)
 
-The new adapter's receipt names its parents with their hashes, and a resumed run refuses parents that have changed.
+The new adapter's receipt names its parents with their hashes, and a resumed run refuses parents that have changed, except the one that
+it started from.
 """
 
 from __future__ import annotations
@@ -12,11 +14,13 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from veneer.adapters import Adapter, Bank
+from veneer.adapters import Adapter, Bank, Method
 from veneer.adapters.adapter import stream_seed
+from veneer.adapters.targets import by_pattern, select
 from veneer.checkpoints.locate import CONFIG, WEIGHTS, find_adapter
 from veneer.checkpoints.peft.folders import PeftFolders
-from veneer.config import TrainOptions
+from veneer.config import FULL, LowRankOptions, TrainOptions, flag_name, given
+from veneer.errors import ConfigError, Problems
 from veneer.training.loop.job import Job
 from veneer.training.loop.orthogonal import Penalty, Projection
 
@@ -30,6 +34,8 @@ def load_parents(jobs: Sequence[Job], bank: Bank) -> None:
     read: dict[Path, Adapter] = {}
     for job in jobs:
         options = job.options
+        if options.init_from is not None:
+            job.built_on["init_from"] = {"name": find_adapter(options.init_from)[0], **_origin(options.init_from)}
         names = [_activate(path, bank, active) for path in options.on_top_of]
         if names:
             job.route = {job.name: 1.0, **dict.fromkeys(names, 1.0)}
@@ -43,6 +49,80 @@ def load_parents(jobs: Sequence[Job], bank: Bank) -> None:
             )
             job.built_on["orthogonal_to"] = [_origin(path) for path in options.orthogonal_to]
             job.built_on["orthogonal"] = options.orthogonal
+
+
+_OF_TRAINING = ("lora_dropout", "loraplus_lr_ratio")
+"""Options of a method that concern training alone, so that they may differ from those of the adapter that a job starts from."""
+
+OF_THE_ADAPTER = ("method", *(name for name in LowRankOptions.model_fields if name not in _OF_TRAINING))
+"""Options that the adapter determines that a job starts from (``init_from``)."""
+
+_MODULES = ("target_modules", "exclude_modules", "layers_to_transform")
+_RANKS, _ALPHAS = ("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")
+
+
+def start_from_adapter(name: str, options: TrainOptions, asked: Method, bank: Bank) -> TrainOptions:
+    """Put a copy of the adapter that a job starts from into the bank.
+
+    Args:
+        name: the job.
+        options: its options.
+        asked: the method that they describe.
+        bank: the bank.
+
+    Returns:
+        The options with the method, rank and modules of the adapter.
+
+    Raises:
+        ConfigError: options were given that the adapter does not have.
+        CheckpointError: there is no adapter, or it cannot be read onto this base.
+    """
+    assert options.init_from is not None
+    adapter = PeftFolders().read(find_adapter(options.init_from)[1], name, bank)
+    problems = _conflicts(options, asked, adapter, bank)
+    problems.raise_if_any(ConfigError, f"{options.init_from} cannot be the start of {name}")
+    method = adapter.method.model_copy(update={key: getattr(options, key) for key in _OF_TRAINING})
+    adapter.method, adapter.seed, adapter.meta = method, seed_of(options), {}
+    adapter.requires_grad_(True)
+    bank.insert(adapter)
+    return options.model_copy(update={**dict(method), "method": FULL if options.method == FULL else method.name})
+
+
+def _conflicts(options: TrainOptions, asked: Method, adapter: Adapter, bank: Bank) -> Problems:
+    """Options that were given and say something else than the adapter, each with what it has."""
+    problems, method = Problems(), adapter.method
+    here, there = dict(asked), dict(method)
+    typed = [key for key in OF_THE_ADAPTER if key in given(options)]
+
+    def add(keys: Sequence[str], here: object, there: object) -> None:
+        key = next(key for key in keys if key in typed)
+        problems.add(f"{key} is {here}, and the adapter has {there}; leave out {flag_name(key)}")
+
+    if "method" in typed and (adapter.tensors if options.method == FULL else type(asked) is not type(method)):
+        add(["method"], options.method, method.name)
+    if {*_MODULES} & {*typed}:
+        chosen = {*select(bank.survey, asked, asked.kinds)} - {*adapter.overrides}
+        if chosen != adapter.tensors.keys():
+            add(
+                _MODULES,
+                f"a choice of {len(chosen)} modules",
+                f"a choice of {len(adapter.tensors)}, not all of them the same",
+            )
+    for keys, value_at in ((_RANKS, adapter.rank), (_ALPHAS, adapter.alpha)):
+        own, pattern = (getattr(asked, key) for key in keys)
+        wanted = {site: by_pattern(pattern, site, own) for site in adapter.tensors}
+        other = next((site for site, value in wanted.items() if value != value_at(site)), None)
+        if {*keys} & {*typed} and other is not None:
+            add(keys, f"{wanted[other]:g} at {other}", f"{value_at(other):g}")
+    if "init_lora_weights" in typed:
+        problems.add(
+            "init_lora_weights has no effect, since the weights come from the adapter; leave out --init-lora-weights"
+        )
+    for key in typed:
+        simple = key not in ("method", "init_lora_weights", *_MODULES, *_RANKS, *_ALPHAS)
+        if simple and here[key] != there[key]:
+            add([key], here[key], there[key])
+    return problems
 
 
 def seed_of(options: TrainOptions) -> int:

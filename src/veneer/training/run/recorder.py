@@ -64,7 +64,7 @@ class Recorder(Listener):
     def stepping(self, job: Job) -> None:
         """A job's gradient is complete, and its step not yet taken."""
         if job.name in self.checks:
-            self.checks[job.name].before_step(job.progress.step)
+            self.checks[job.name].before_step(job.progress.step, job.loss)
 
     def stepped(self, job: Job, metrics: dict[str, float]) -> None:
         """A job took a step."""
@@ -72,8 +72,11 @@ class Recorder(Listener):
         measured = {"tokens_per_second": round(speed, 1), "memory_gb": round(resident() / 1e9, 3)}
         self._append(job, {"step": job.progress.step, **metrics, **measured})
         if (checks := self.checks.get(job.name)) is not None:
-            adaptive = job.options.optimizer == "adamw"
-            checks.after_step(job.progress.step, metrics["loss"], metrics["lr"], adaptive=adaptive)
+            warning = checks.warning(job.progress.step, metrics["loss"])
+            if warning is not None:
+                self.event("warning", job=job.name, reason=warning)
+                self.console.line(f"{self._prefix(job)}{warning}")
+            checks.after_step(job.progress.step, metrics["lr"], adaptive=job.options.optimizer == "adamw")
         self._show(job, metrics, speed, seconds)
 
     def _speed(self, tokens: int) -> tuple[float, float]:
@@ -101,7 +104,7 @@ class Recorder(Listener):
             text += f", general text {general:.4f}{_change(job.progress.general)}"
         self._append(job, line)
         self.console.line(f"{self._prefix(job)}step {job.progress.step}: {text}")
-        if best and job.progress.step:
+        if best and (job.progress.step or job.options.init_from is not None):
             problem = self.saver.save_adapter(job, best=True)
             if problem is not None:
                 self.console.line(f"{self._prefix(job)}the best adapter was not saved: {problem}")

@@ -23,7 +23,8 @@ TABLE, PLOT = "summary.json", "summary.svg"
 
 @dataclass(frozen=True)
 class JobResult:
-    """The end of a job. ``losses``: (step, held-out loss) of each evaluation. ``changes``: options that differ between the jobs."""
+    """The end of a job. ``losses``: (step, held-out loss) of each evaluation. ``changes``: options that differ between the jobs.
+    ``init_from``: the adapter that it started from, if not from the base."""
 
     name: str
     method: str
@@ -36,6 +37,7 @@ class JobResult:
     adapter: Path
     best: Path
     changes: Mapping[str, Any]
+    init_from: Path | None = None
 
     @property
     def final_loss(self) -> float:
@@ -79,6 +81,7 @@ def result_of(folder: RunFolder, jobs: list[Job]) -> RunResult:
             adapter=folder.adapter(job.name),
             best=folder.best(job.name),
             changes={key: options[job.name][key] for key in differing},
+            init_from=job.options.init_from,
         )
         for job in jobs
     }
@@ -87,7 +90,7 @@ def result_of(folder: RunFolder, jobs: list[Job]) -> RunResult:
 
 def base_loss(jobs: Sequence[JobResult]) -> float | None:
     """Held-out loss of the base, if all jobs were evaluated on the same examples and agree on it."""
-    firsts = [job.losses[0][1] for job in jobs if job.losses and job.losses[0][0] == 0]
+    firsts = [job.losses[0][1] for job in jobs if job.losses and job.losses[0][0] == 0 and job.init_from is None]
     if len(firsts) < len(jobs) or not firsts or max(firsts) - min(firsts) > 1e-6 * abs(firsts[0]):
         return None
     return firsts[0]

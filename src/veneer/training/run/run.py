@@ -14,7 +14,7 @@ from typing import Any
 
 from veneer._files import replace_text
 from veneer.checkpoints.run_state import Lock
-from veneer.config import TrainOptions, plain, resolve, to_yaml
+from veneer.config import TrainOptions, given, plain, resolve, to_yaml
 from veneer.errors import CheckpointError, ConfigError, TrainingError
 from veneer.models.load import Base
 from veneer.training.activation_checkpointing import activation_checkpointing
@@ -28,8 +28,9 @@ from veneer.training.run import trackers
 from veneer.training.run.checkpointing import Saver
 from veneer.training.run.console import Console
 from veneer.training.run.decisions import decide
-from veneer.training.run.jobs import expand, match_stored_run
+from veneer.training.run.jobs import check_steps, expand, go_on, match_stored_run
 from veneer.training.run.manifest import Manifest, compare, earlier_decisions, manifest_of
+from veneer.training.run.parent_adapters import OF_THE_ADAPTER
 from veneer.training.run.recorder import Recorder
 from veneer.training.run.result import RunResult, result_of
 from veneer.training.run.run_folder import CONFIG, MANIFEST, RunFolder
@@ -75,26 +76,39 @@ def train(
     out = Path(options.out or Path("runs") / (options.name or "adapter"))
     jobs = expand(options)
     with _locked(out):
+        stored: dict[str, TrainOptions] = {}
         if not fresh and (out / CONFIG).is_file():
-            jobs = match_stored_run(out, jobs)
+            jobs, stored = match_stored_run(out, jobs)
         if console.live:
             console.progress(f"loading {options.base}")
         with set_up(options, jobs, base, console.line) as setup:
             halving = Halving(setup.jobs) if options.halving else None
+            longer = check_steps(out, stored, setup.jobs)
             folder = RunFolder(out, single=len(jobs) == 1)
             folder.prepare()
-            return _run(setup, folder, console, halving, fresh=fresh, resume_from=resume_from)
+            return _run(setup, folder, console, halving, longer, fresh=fresh, resume_from=resume_from)
 
 
 def _run(
-    setup: Setup, folder: RunFolder, console: Console, halving: Halving | None, *, fresh: bool, resume_from: str | None
+    setup: Setup,
+    folder: RunFolder,
+    console: Console,
+    halving: Halving | None,
+    longer: Mapping[str, int],
+    *,
+    fresh: bool,
+    resume_from: str | None,
 ) -> RunResult:
-    """Restore or begin the jobs, train them to their ends, and return the result."""
+    """Restore or begin the jobs, train them to their ends, and return the result.
+
+    ``longer``: jobs that have more steps than when the run last started, with the number that they had.
+    """
     options, jobs, bank = setup.options, setup.jobs, setup.bank
     vocabulary = getattr(getattr(setup.base.model, "config", None), "vocab_size", None)
     checks = {job.name: SanityChecks(bank[job.name], vocabulary, job.steps) for job in jobs}  # of the initial tensors
     saver = Saver(folder, bank, setup.receipt_of, base_name=options.base)
     rounds = None if fresh else saver.restore(jobs, resume_from)
+    gone_on = [] if rounds is None else [go_on(job, longer[job.name], folder.out) for job in jobs if job.name in longer]
     manifest = _settle_manifest(setup, folder, console, rounds, fresh=fresh)
     unfinished = any(not job.over for job in jobs)
     recorder = Recorder(
@@ -106,7 +120,7 @@ def _run(
         checks={job.name: checks[job.name] for job in jobs if checks[job.name].needed(job.progress.step)},
         halving=halving,
     )
-    _announce(setup, manifest, recorder, restored=rounds is not None)
+    _announce(setup, manifest, recorder, gone_on, restored=rounds is not None)
     if unfinished:  # also if all jobs are paused: a request may resume them
         trainer = Trainer(
             setup.stepper,
@@ -126,6 +140,8 @@ def _settle_manifest(setup: Setup, folder: RunFolder, console: Console, rounds: 
     known = [job.name for job in setup.jobs if rounds is not None and (job.progress.step or job.over)]
     if rounds is not None:
         manifest, changes = compare(folder, manifest, known)
+        for job in setup.jobs:  # its start is over, so the adapter may have changed or gone on since
+            job.built_on |= {"init_from": manifest["init_from"][job.name]} if job.name in manifest["init_from"] else {}
         if changes:
             console.line(
                 f"changed since the run began: {', '.join(changes)}; the last bits of its numbers may differ from here on"
@@ -136,13 +152,20 @@ def _settle_manifest(setup: Setup, folder: RunFolder, console: Console, rounds: 
         folder.forget()
     # A single job is named after its folder. The stored name stays when the folder is moved.
     named = {"name": setup.jobs[0].name} if folder.single else {}
-    replace_text(folder.out / CONFIG, to_yaml(setup.options.model_copy(update=named)))
+    stored = {**plain(setup.options), **named}
+    if any(
+        job.options.init_from for job in setup.jobs
+    ):  # options that an adapter determines are left out, as they were by the user
+        stored = {
+            key: value for key, value in stored.items() if key not in OF_THE_ADAPTER or key in given(setup.options)
+        }
+    replace_text(folder.out / CONFIG, to_yaml(stored))
     if rounds is None or len(known) < len(setup.jobs):
         folder.write_json(MANIFEST, manifest)
     return manifest
 
 
-def _announce(setup: Setup, manifest: Manifest, recorder: Recorder, *, restored: bool) -> None:
+def _announce(setup: Setup, manifest: Manifest, recorder: Recorder, gone_on: list[str], *, restored: bool) -> None:
     damaged = recorder.saver.damaged
     if damaged:
         recorder.event("checkpoints_damaged", names=damaged, round=recorder.rounds)
@@ -150,7 +173,8 @@ def _announce(setup: Setup, manifest: Manifest, recorder: Recorder, *, restored:
     lines = describe(setup, restored=restored)
     if len(setup.jobs) > 1:
         lines.append(Packing.stored(manifest).line())
-    for line in (*lines, *TrainingPlan.stored_lines(manifest)):
+    steps = max(job.steps for job in setup.jobs)
+    for line in (*lines, *gone_on, *TrainingPlan.stored_lines(manifest, steps)):
         recorder.console.line(line)
 
 
@@ -220,7 +244,7 @@ def _locked(out: Path) -> Iterator[None]:
 
 def _options(config: TrainOptions | Mapping[str, Any] | str | Path, overrides: Mapping[str, Any]) -> TrainOptions:
     if isinstance(config, TrainOptions):
-        return TrainOptions(**{**plain(config), **overrides}) if overrides else config
+        return TrainOptions(**{**given(config), **overrides}) if overrides else config
     if isinstance(config, (str, Path)):
         return resolve(TrainOptions, config, flags=dict(overrides))[0]
     return TrainOptions(**{**config, **overrides})

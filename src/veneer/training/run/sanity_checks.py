@@ -1,8 +1,8 @@
-"""Sanity checks of a job's first steps, which stop a run that cannot learn.
+"""Sanity checks of a job's first steps. The two that are certain stop a run that cannot learn; the other is a warning.
 
-a first loss far above chance    the mask, the template or the base does not fit the examples
-a gradient that is missing or 0  with B = 0, every B, magnitude and fully trained weight has a gradient in the first step
-a tensor that does not move      the update is below the resolution of the tensor's data type
+a gradient that is missing or 0  stops: with B = 0, every B, magnitude and fully trained weight has a gradient in the first step
+a tensor that does not move      stops: the update is below the resolution of the tensor's data type
+a first loss far above chance    warns: the mask, the template or the base may not fit the examples, or the base is overfitted to others
 
 A has no gradient while B is zero, so it is checked from the second step on. Embedding rows must move only after a gradient has reached
 them, since tokens that the first examples do not contain have none.
@@ -21,6 +21,7 @@ from veneer.adapters.overrides import BIAS, LORA_BIAS, ROWS, WEIGHT
 from veneer.errors import TrainingError
 
 _ABOVE_CHANCE = 1.5
+_LEARNT = 1e-6
 _STEPS = 5
 _SHOWN = 3
 
@@ -47,11 +48,14 @@ class SanityChecks:
         """True if checks remain for a job at ``step``."""
         return step < self.last
 
-    def before_step(self, step: int) -> None:
+    def before_step(self, step: int, loss: float = math.inf) -> None:
         """Check the gradients of the step ``step``, counted from 0, before it is taken.
+
+        A first ``loss`` of zero ends all checks: an adapter that starts from another one may know the examples.
 
         Raises TrainingError in the first step, with the tensors that no gradient reached.
         """
+        self.done |= step == 0 and loss < _LEARNT
         if self.done:
             return
         tensors = _tensors(self.adapter)
@@ -77,27 +81,28 @@ class SanityChecks:
                 f"no gradient reached {_some(missing)}; leave these sites out (exclude_modules)", "still"
             )
 
-    def after_step(self, step: int, loss: float, learning_rate: float, *, adaptive: bool = True) -> None:
-        """Check the first loss, and after a few steps that all tensors have moved.
+    def warning(self, step: int, loss: float) -> str | None:
+        """A remark on the loss of step ``step``, counted from 1, if it is the first and cannot come from a base that fits the examples."""
+        if step > 1 or self.limit is None or loss <= self.limit:
+            return None
+        chance = self.limit / _ABOVE_CHANCE
+        return (
+            f"warning: the first loss is {loss:.2f}, far above the loss of random guessing ({chance:.2f}): either the base, its tokenizer "
+            "or the template does not fit the examples (veneer data show prints them), or the base is overfitted to other ones"
+        )
+
+    def after_step(self, step: int, learning_rate: float, *, adaptive: bool = True) -> None:
+        """Check after a few steps that all tensors have moved.
 
         Args:
             step: number of steps taken.
-            loss: loss of the step.
             learning_rate: learning rate of the step.
             adaptive: the optimizer scales its steps (AdamW). With plain SGD, A moves later, since its gradient starts at zero.
 
         Raises:
-            TrainingError: the loss is far above chance, or tensors do not move.
+            TrainingError: tensors do not move.
         """
-        if self.done:
-            return
-        if step == 1 and self.limit is not None and loss > self.limit:
-            raise TrainingError(
-                f"the first loss is {loss:.2f}, far above the loss of random guessing ({self.limit / _ABOVE_CHANCE:.2f}): the base, its "
-                "tokenizer or the template does not fit the examples; inspect them with veneer data show",
-                "first_loss",
-            )
-        if step < self.last:
+        if self.done or step < self.last:
             return
         self.done = True
         if learning_rate == 0:

@@ -6,7 +6,6 @@ the context, targets that match nothing, a base that cannot run.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -36,7 +35,8 @@ from veneer.models.load import Base, load_base
 from veneer.training.acceleration import cpp_kernels
 from veneer.training.loop.job import Job
 from veneer.training.loop.step import Stepper
-from veneer.training.run.parent_adapters import load_parents, seed_of
+from veneer.training.run.jobs import number_of_steps
+from veneer.training.run.parent_adapters import load_parents, seed_of, start_from_adapter
 
 
 @dataclass(frozen=True)
@@ -223,13 +223,16 @@ def _split(examples: Examples, fraction: float) -> tuple[list[Example], Subset]:
 
 def make_job(name: str, options: TrainOptions, base: Base, bank: Bank, data: JobData) -> Job:
     """Add the job's adapter to the bank and make the job."""
-    bank.add(name, method_of(options, bank), seed=seed_of(options))
+    method = method_of(options, bank)
+    if options.init_from is None:
+        bank.add(name, method, seed=seed_of(options))
+    else:
+        options = start_from_adapter(name, options, method, bank)
     check_tokens(options.trainable_token_indices, data.train, base.tokenizer)
     text = _text_config(base)
     usual = default_learning_rate(getattr(text, "hidden_size", 2000), getattr(text, "model_type", ""))
     peak = options.learning_rate or (usual / 10 if options.method == FULL else usual)
-    per_epoch = len(data.train) / options.batch_size
-    steps = options.steps or max(1, math.ceil(per_epoch * (options.epochs or 1)))
+    steps = number_of_steps(options, len(data.train))
     job = Job(name, options, bank, data.train, data.held_out, peak=peak, steps=steps)
     job.general = data.general
     job.template = data.template
