@@ -12,7 +12,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 
 export PIP_ROOT_USER_ACTION ?= ignore
 
-.PHONY: help demo test lint test-real torture bench clean
+.PHONY: help demo test lint test-real torture bench docs clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -39,8 +39,11 @@ torture: $(VENV)/.installed-test ## slow tests: kills, long variants, repeats
 bench: $(VENV)/.installed-test $(PEERS)/.installed ## benchmark the training step against its peers (own environment): BENCH="ragged --rounds 4"
 	$(BIN)/python -m bench.step $(BENCH) --peers $(PEERS)/bin/python
 
+docs: $(VENV)/.installed-docs ## build the documentation site in site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q --strict
+
 clean: ## remove the environments and tool caches
-	rm -rf $(VENV) $(PEERS) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) site .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/.torch: constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -57,6 +60,10 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml
 
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(PIP) install -q -c constraints.txt -e '.[test]'
+	@touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(PIP) install -q -c constraints.txt -e '.[docs]'
 	@touch $@
 
 $(PEERS)/.installed: constraints.txt bench/requirements.txt
