@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gguf
 import pytest
 import torch
+import transformers
 from tests.compose.made import METHODS, trained
 from tests.tiny import tiny
 from torch import Tensor
@@ -71,6 +74,95 @@ def test_every_family_has_a_place_for_every_site(tmp_path: Path, arch: str) -> N
         assert name is not None
         found = what_llama_adds(tmp_path / "a.gguf", name)
         assert torch.allclose(found, wanted_at(adapter, site, name, where), atol=1e-6)
+
+
+def _with_images(name: str) -> torch.nn.Module:
+    """A tiny multimodal model with a text part of a known family."""
+    sizes = {
+        "vocab_size": 96,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    text: dict[str, Any] = {**sizes, "num_key_value_heads": 2, "head_dim": 8, "tie_word_embeddings": False}
+    rotary = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
+    vision: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+    }
+    qwen = {
+        "depth": 1,
+        "embed_dim": 32,
+        "hidden_size": 32,
+        "num_heads": 4,
+        "intermediate_size": 64,
+        "out_hidden_size": 32,
+    }
+    pixels = {"image_size": 16, "patch_size": 8}
+    make: dict[str, Callable[[], Any]] = {
+        "Gemma3": lambda: transformers.Gemma3Config(
+            text_config=text, vision_config={**vision, **pixels}, mm_tokens_per_image=4
+        ),
+        "Llava": lambda: transformers.LlavaConfig(
+            text_config={**text, "model_type": "mistral"},
+            vision_config={**vision, **pixels, "model_type": "clip_vision_model"},
+        ),
+        "Qwen2VL": lambda: transformers.Qwen2VLConfig(
+            text_config={**text, **rotary}, vision_config={**qwen, "hidden_size": 32}
+        ),
+        "Qwen3VL": lambda: transformers.Qwen3VLConfig(
+            text_config={**text, **rotary}, vision_config={**qwen, "deepstack_visual_indexes": []}
+        ),
+    }
+    config = make[name]()
+    config.tie_word_embeddings = False
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: torch.nn.Module = getattr(transformers, f"{name}ForConditionalGeneration")(config)
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "reorders"),
+    [
+        ("Gemma3", "gemma3", False),
+        ("Llava", "llama", True),
+        ("Qwen2VL", "qwen2vl", False),
+        ("Qwen3VL", "qwen3vl", False),
+    ],
+)
+def test_the_text_part_of_a_model_with_images(tmp_path: Path, name: str, family: str, reorders: bool) -> None:
+    """An adapter on the language model has the tensors of its text family, in its order; the images' part has none."""
+    model = _with_images(name)
+    bank = attach(model)
+    text = [site for site in bank.sites if "language_model" in site and "embed" not in site]
+    adapter = trained(model, LoRA(r=2, target_modules=text))
+    config = model.config.to_dict() | {"architectures": [type(model).__name__]}  # type: ignore[union-attr, operator]
+    where = layout_of(config, tied=False)
+    assert (where.family, where.reorders, where.blocks) == (family, reorders, 2)
+    write_gguf(adapter, tmp_path / "a.gguf", where)
+    tensors, fields = read_gguf(tmp_path / "a.gguf")
+    assert fields["general.architecture"] == family and len(tensors) == 2 * len(text)
+    site = next(site for site in text if site.endswith("layers.1.self_attn.q_proj"))
+    wanted = wanted_at(adapter, site, "blk.1.attn_q.weight", where)
+    torch.testing.assert_close(
+        what_llama_adds(tmp_path / "a.gguf", "blk.1.attn_q.weight"), wanted, rtol=1e-5, atol=1e-7
+    )
+    images = [site for site in bank.sites if "language_model" not in site and "lm_head" not in site]
+    assert images and not any(where.name(site) for site in images)
+
+
+def test_a_text_part_of_an_unknown_family_is_refused() -> None:
+    """The message names the class of the text part."""
+    config = {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "text_config": {"architectures": ["ZambaForCausalLM"]},
+    }
+    with pytest.raises(ExportError, match="the text part ZambaForCausalLM is not one of the supported"):
+        layout_of(config, tied=False)
 
 
 @pytest.mark.parametrize("method", ["lora", "rslora", "pattern"])

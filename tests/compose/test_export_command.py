@@ -9,6 +9,7 @@ import pytest
 import torch
 from tests.checkpoints.test_gguf import what_llama_adds
 from tests.compose.made import METHODS, saved, trained
+from tests.tiny import tiny_tokenizer
 
 from veneer.checkpoints import attach, read_adapter
 from veneer.cli.main import main
@@ -51,8 +52,38 @@ def test_ollama_folder(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "for Ollama with --from" in capsys.readouterr().err and not (made / "o").exists()
     assert main([*words, "--from", "tiny-llama", "--dtype", "f16"]) == 0
     assert (made / "o" / "Modelfile").read_text() == "FROM tiny-llama\nADAPTER ./adapter.gguf\n"
-    assert (made / "o" / "adapter.gguf").is_file()
+    assert (made / "o" / "adapter.gguf").is_file() and "note:" not in capsys.readouterr().out
     assert main([*words[:-1], f"{made}/p", "--from", "a\nSYSTEM b"]) == 2
+
+
+def test_stop_tokens_are_passed_on(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The Modelfile, llama.cpp's options and the card have the tokens that the adapter's answers end with; composing keeps them."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = "<|endoftext|>"
+    tokenizer.save_pretrained(made / "base")
+    bank = attach(saved(made / "twin", eos_token_id=0))
+    receipt = {"stop_tokens": {"<|im_end|>": 2}}
+    for name, adapter in (("x", "lora"), ("y", "rslora")):
+        bank.load(made / adapter, name=name)
+        bank.save(
+            name, made / name, base_name=str(made / "base"), receipt=receipt, template="{{ messages[0].content }}"
+        )
+    end = "`<|im_end|>` (2). Tell programs that only know the base: `eos_token_id=[2]`"
+    assert end in (made / "x" / "README.md").read_text()
+    assert main(["compose", f"{made}/x:0.5", f"{made}/y:0.5", "--out", f"{made}/xy"]) == 0
+    assert end in (made / "xy" / "README.md").read_text()
+    (made / "base" / "generation_config.json").write_text('{"eos_token_id": 0}')
+    for given in ("x", "xy"):
+        assert main(["export", f"{made}/{given}", "--to", "ollama", "--from", "m", "--out", f"{made}/o-{given}"]) == 0
+        lines = (made / f"o-{given}" / "Modelfile").read_text().splitlines()
+        assert lines[2:] == ['PARAMETER stop "<|im_end|>"', 'PARAMETER stop "<|endoftext|>"']
+        capsys.readouterr()
+        assert main(["export", f"{made}/{given}", "--to", "gguf", "--out", f"{made}/{given}.gguf"]) == 0
+        out = capsys.readouterr().out
+        assert "add --override-kv tokenizer.ggml.eot_token_id=int:2" in out and "chat template in its folder" in out
+    # Without a record, the end of the template stands in.
+    assert main(["export", f"{made}/lora", "--to", "ollama", "--from", "m", "--out", f"{made}/o-lora"]) == 0
+    assert 'PARAMETER stop "<|im_end|>"' in (made / "o-lora" / "Modelfile").read_text()
 
 
 def test_cards(made: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -73,6 +73,25 @@ def test_a_failure_inside_the_worker_reaches_the_reader(generator: Generator, mo
         list(generator.stream("the sea"))
 
 
+def test_generation_stops_at_the_tokens_of_the_receipt(generator: Generator) -> None:
+    """An answer ends before the token that the adapter's receipt records, on its route only; the token is not part of the text."""
+    assert isinstance(generator.bank, Bank)
+    asked = torch.tensor([generator.prompt_ids("the sea")])
+    with generator.bank.use("a", training=False):
+        options = {"attention_mask": torch.ones_like(asked), "eos_token_id": 2, "pad_token_id": 2}
+        ids = generator.model.generate(asked, max_new_tokens=12, **options)[0, asked.shape[1] :].tolist()
+    stop = next(token for token in ids[2:] if token not in ids[:2] and token > 2)
+    before = generator.tokenizer.decode(ids[: ids.index(stop)])
+    base = generator.write("the sea", None, Sampling(12))
+    record = {generator.tokenizer.convert_ids_to_tokens(stop): stop}
+    generator.bank["a"].meta["receipt"] = {"stop_tokens": record}
+    assert generator.stops("a") == (stop, generator.tokenizer.eos_token_id)
+    assert generator.write("the sea", "a", Sampling(12)) == before
+    assert "".join(generator.stream("the sea", "a", Sampling(12))) == before
+    assert generator.stops(None) == (generator.tokenizer.eos_token_id,)
+    assert generator.write("the sea", None, Sampling(12)) == base
+
+
 def test_what_cannot_write_is_refused() -> None:
     """A model without text or tokenizer is refused in a sentence."""
     with pytest.raises(BaseModelError, match="no tokenizer"):

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from tests.compose.made import saved, trained
+from tests.tiny import tiny_tokenizer
+from transformers import GenerationConfig
 
 from veneer.adapters import LoRA
-from veneer.checkpoints import write_adapter
+from veneer.checkpoints import read_adapter, write_adapter
 from veneer.cli._parents import parse_mix
 from veneer.cli.main import main
 from veneer.cli.merge import parse_size
@@ -38,6 +40,35 @@ def test_merge_and_report(made: Path, capsys: pytest.CaptureFixture[str]) -> Non
     lines = capsys.readouterr().out.splitlines()
     assert "is kept" in lines[1] and lines[3].startswith("least accurate sites") and lines[6] == ""
     assert any(line.startswith("logits: at most") for line in lines)
+
+
+def test_a_merged_model_stops_where_its_adapter_does(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """generation_config.json has the adapter's stop tokens beside the base's own, and says so; nothing changes where it has them."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = "<|endoftext|>"
+    tokenizer.save_pretrained(made / "base")
+    own = {"eos_token_id": 0, "temperature": 0.5, "do_sample": True}
+    (made / "base" / "generation_config.json").write_text(json.dumps(own))
+    adapter = read_adapter(made / "big")
+    write_adapter(
+        adapter, made / "taught", base_name=str(made / "base"), receipt={"stop_tokens": {"[x]": 7, "<|im_end|>": 2}}
+    )
+    for name, ends in (
+        ("taught", [0, 2]),
+        ("big", [0, 2]),
+    ):  # the second by the template, which ends turns with <|im_end|>
+        assert main(["merge", f"{made}/{name}", "--out", f"{made}/m-{name}", "--no-probe"]) == 0
+        assert "generation also stops at <|im_end|>" in capsys.readouterr().out
+        found = GenerationConfig.from_pretrained(made / f"m-{name}")
+        assert found.eos_token_id == ends and found.temperature == 0.5
+    (made / "base" / "generation_config.json").write_text('{"eos_token_id": [2, 0]}')
+    assert main(["merge", f"{made}/taught", "--out", f"{made}/same", "--no-probe"]) == 0
+    assert "also stops" not in capsys.readouterr().out
+    assert (made / "same" / "generation_config.json").read_text() == '{"eos_token_id": [2, 0]}'
+    (made / "base" / "generation_config.json").unlink()
+    (made / "base" / "tokenizer.json").unlink()  # the record alone
+    assert main(["merge", f"{made}/taught", "--out", f"{made}/bare", "--no-probe"]) == 0
+    assert json.loads((made / "bare" / "generation_config.json").read_text())["eos_token_id"] == [2, 7]
 
 
 def test_rounding_away_is_refused(made: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.tiny import tiny_tokenizer
 from tests.training.made import QUIET, options, write_rows
 
 from veneer.checkpoints import read_adapter
 from veneer.cli.main import main
 from veneer.data.hashing import template_hash
 from veneer.errors import DataError
-from veneer.models.load import Base
+from veneer.models.load import Base, load_base
 from veneer.training import train
 from veneer.training.run.console import Console
 
@@ -48,6 +50,26 @@ def test_what_is_remarkable_is_told_before_the_first_step(place: Path, base: Bas
     assert "note: duplicate rows" in said and "a.jsonl:2 (same as a.jsonl:1)" in said
     assert "which makes the held-out loss too low: 1 (b.jsonl:1 (same as a.jsonl:3))" in said
     assert "these are encoded as text: 1 (a.jsonl:4 (<|im_end|>))" in said
+
+
+def test_ends_that_the_base_does_not_know_are_told_and_recorded(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Turns that end with another token than the base's own are told before the first step and by ``data check``; the receipt has
+    the token, and nothing is said where the base's generation config knows it."""
+    other = shutil.copytree(place / "base", tmp_path / "other")
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = "<|endoftext|>"
+    tokenizer.save_pretrained(other)
+    ends = "turns end with <|im_end|> (token 2), which is no end token of the base (<|endoftext|>)"
+    for own, told in (("0", True), ("[0, 2]", False)):
+        (other / "generation_config.json").write_text(f'{{"eos_token_id": {own}}}')
+        base = load_base(str(other), dtype="float32")
+        assert (ends in said_by(options(place, tmp_path / f"run-{told}"), base)) == told
+        adapter = read_adapter(tmp_path / f"run-{told}" / "adapter")
+        assert adapter.meta["receipt"]["stop_tokens"] == {"<|im_end|>": 2}
+        assert main(["data", "check", str(place / "train.jsonl"), "--base", str(other)]) == 0
+        assert (ends in capsys.readouterr().out) == told
 
 
 def test_clean_rows_are_passed_over_in_silence(place: Path, base: Base, tmp_path: Path) -> None:

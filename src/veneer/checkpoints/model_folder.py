@@ -32,6 +32,7 @@ from veneer.checkpoints.tensors import save_tensors
 from veneer.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
+GENERATION = "generation_config.json"
 SHARD_BYTES = 2 << 30
 _COMPANIONS = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 _NEVER = ("adapter_config.json", "config.json")
@@ -233,6 +234,14 @@ def copy_companions(source: Path, target: Path) -> None:
         unfit = file.name in _NEVER or file.name.endswith(".index.json") or file.name.startswith(".")
         if file.is_file() and known and not unfit:
             shutil.copyfile(file, target / file.name)
+
+
+def set_end_tokens(folder: Path, ids: list[int]) -> None:
+    """Set ``eos_token_id`` in a folder's generation_config.json; a new file also takes the other special tokens of config.json."""
+    config, file = _read_json(folder / "config.json"), folder / GENERATION
+    named = {key: config[key] for key in ("bos_token_id", "pad_token_id") if type(config.get(key)) is int}
+    content = {**(_read_json(file) if file.is_file() else named), "eos_token_id": ids if len(ids) > 1 else ids[0]}
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -154,6 +154,13 @@ def base_records(adapter: Adapter) -> dict[str, Record]:
     return {site: known[site] for site in adapter.tensors if _is_record(known.get(site))}
 
 
+def stop_tokens(adapter: Adapter) -> dict[str, int]:
+    """The tokens with which the adapter learnt to end its answers, {text: id}; empty if the receipt does not record them."""
+    recorded = receipt_of(adapter).get("stop_tokens")
+    known = recorded if isinstance(recorded, Mapping) else {}
+    return {str(text): token for text, token in known.items() if type(token) is int}
+
+
 def _identity(site: Site) -> object:
     weight: Any = site.module.weight
     return (site.name, weight.data_ptr(), weight._version, weight.dtype, tuple(weight.shape))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from veneer._terminal import status
 from veneer.checkpoints.locate import adapters_at, find_adapter, is_run
 from veneer.cli._targets import not_an_adapter
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, VeneerError
 
 if TYPE_CHECKING:
     from veneer.checkpoints.base_files import Skeleton
@@ -73,6 +73,30 @@ def checked_base(parents: Sequence[Parent], given: str | None, force: Sequence[s
         if "base" not in force:
             check_base(adapter, base.weight_2d, name)
     return name, base
+
+
+def stops_of(parents: Sequence[Parent], folder: Path, template: str | None = None) -> tuple[dict[str, int], list[int]]:
+    """Return the stop tokens of the parents' answers, {text: id}, and the base's own end tokens.
+
+    Args:
+        parents: the adapters.
+        folder: the base's folder.
+        template: a chat template to use instead of the base's.
+    """
+    from veneer.checkpoints.receipt import stop_tokens
+    from veneer.data.chat.render import Renderer, RenderOptions
+    from veneer.data.chat.stops import stop_ids
+    from veneer.models.load import end_ids, load_tokenizer
+
+    own = end_ids(folder)
+    recorded = [stop_tokens(parent.adapter) for parent in parents]
+    try:
+        tokenizer = load_tokenizer(folder)
+        renderer = Renderer(tokenizer, RenderOptions(chat_template=template))
+        ids = stop_ids(renderer, own, recorded)
+    except VeneerError:  # no tokenizer, or none that masks can be made with: the records remain
+        return {text: token for record in recorded for text, token in record.items()}, own
+    return {str(tokenizer.convert_ids_to_tokens(token)): token for token in ids}, own
 
 
 def needs_base_weights(parents: Sequence[Parent]) -> bool:

@@ -28,11 +28,15 @@ def run(args: argparse.Namespace) -> int:
     for path in (found["train"], *valid):  # a wrong column is reported before transformers is imported
         RowReader(path, format=args.format, columns=columns, roles=roles)
     renderer = renderer_of(args)
+    from veneer.data.chat.stops import other_ends, taught_stops
     from veneer.data.check import check_files, report_lines
+    from veneer.models.load import end_ids
 
     report = status("checking")(check_files)(
         [found["train"]], renderer, valid=valid, format=args.format, columns=columns, roles=roles
     )
+    if ends := other_ends(renderer.tokenizer, taught_stops(renderer, report.load.stops), end_ids(args.base)):
+        report.load.notices.append(ends)
     if args.json:
         print(as_json(report.as_dict()))
     else:

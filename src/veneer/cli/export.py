@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from veneer._terminal import status
 from veneer.cli._output import as_json, difference_from, print_lines
-from veneer.cli._parents import Entry, base_of, checked_base, parse_mix
+from veneer.cli._parents import Entry, base_of, checked_base, parse_mix, stops_of
 from veneer.cli._parser import add_force, add_json, at_least
 from veneer.errors import ConfigError, ExportError
 
@@ -111,6 +111,7 @@ def _gguf(args: argparse.Namespace, parents: Sequence[Parent]) -> dict[str, Any]
     name, base = checked_base(parents, args.base, args.force)
     layout = layout_of(base.folder.config, tied=any(base.survey.tied.values()))
     adapter, error = _as_lora(parents, base, args.rank)
+    stops, own = stops_of(parents, base.folder.path)
     size = write_gguf(adapter, file, layout, dtype=args.dtype, base_name=name)
     report = {
         "to": args.to,
@@ -122,9 +123,31 @@ def _gguf(args: argparse.Namespace, parents: Sequence[Parent]) -> dict[str, Any]
     }
     if source is not None:
         modelfile = args.out / "Modelfile"
-        modelfile.write_text(f"FROM {source}\nADAPTER ./adapter.gguf\n", encoding="utf-8")
+        lines = [f"FROM {source}", "ADAPTER ./adapter.gguf", *(f"PARAMETER stop {json.dumps(text)}" for text in stops)]
+        modelfile.write_text("\n".join([*lines, ""]), encoding="utf-8")
         report |= {"modelfile": str(modelfile), "from": source}
+    report["notes"] = _generation_notes(args.to, parents, {t: i for t, i in stops.items() if i not in own})
     return report
+
+
+def _generation_notes(to: str, parents: Sequence[Parent], other: dict[str, int]) -> list[str]:
+    """Remarks about what the output cannot hold: the adapters' chat template, and for llama.cpp the stop tokens beyond the base's."""
+    notes = []
+    if any(parent.adapter.meta.get("template") for parent in parents):
+        notes.append(
+            "the adapter was trained with the chat template in its folder, which this format cannot hold; render prompts with it"
+        )
+    if other and to == "gguf":
+        # llama.cpp has two such keys, and also knows usual end tokens by their text.
+        options = [
+            f"--override-kv tokenizer.ggml.{key}_token_id=int:{i}"
+            for key, i in zip(("eot", "eom"), other.values(), strict=False)
+        ]
+        notes.append(
+            f"answers end with {', '.join(other)}, which is no end token of the base; if llama.cpp generates past it, add "
+            f"{' '.join(options)}"
+        )
+    return notes
 
 
 @status("converting")

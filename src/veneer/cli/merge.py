@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from veneer._terminal import status
 from veneer.cli._output import as_json, difference_from, percent, print_lines, table
-from veneer.cli._parents import checked_base, parse_mix
+from veneer.cli._parents import checked_base, parse_mix, stops_of
 from veneer.cli._parser import add_force, add_json, add_sites, at_least
 from veneer.errors import ConfigError
 
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
         residual=args.residual,
         allow_rounding=args.allow_rounding,
         write_residual=lambda adapter, folder: _write_residual(adapter, folder, str(args.out)),
-        check=_finish(parents, compare),
+        check=_finish(parents, base.folder.path, compare),
     )
     if args.json:
         print(as_json(report.as_dict()))
@@ -113,16 +113,23 @@ def _dtype(name: str):  # type: ignore[no-untyped-def]
     return {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
 
 
-def _finish(parents: Sequence[Parent], compare: Check | None) -> Check:
-    """Return a function that adds the adapters' chat template to the merged folder and then compares logits."""
+def _finish(parents: Sequence[Parent], base: Path, compare: Check | None) -> Check:
+    """Return a function that adds the adapters' chat template and stop tokens to the merged folder and then compares logits."""
+
+    from veneer.checkpoints.model_folder import set_end_tokens
 
     def finish(folder: Path, report: MergeReport) -> None:
         templates = {meta["template"] for parent in parents if (meta := parent.adapter.meta).get("receipt")}
-        if len(templates) == 1 and (template := templates.pop()) is not None:
+        template = templates.pop() if len(templates) == 1 else None
+        if template is not None:
             (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
             report.notes.append("the chat template is that of the adapter")
-        elif len(templates) > 1:
+        elif templates:
             report.notes.append("the adapters were trained with different chat templates; kept that of the base")
+        stops, own = stops_of(parents, base, template)
+        if added := {text: token for text, token in stops.items() if token not in own}:
+            set_end_tokens(folder, [*own, *added.values()])
+            report.notes.append(f"generation also stops at {', '.join(added)}, as in training (generation_config.json)")
         if compare is not None:
             compare(folder, report)
 

@@ -119,6 +119,7 @@ class LoadReport:
         alike: number of bad rows by key and reason.
         dropped, cut, lost: rows dropped for their length, rows truncated, and the trained tokens lost by both.
         notes: number of rows by note (keys of ``rendered.NOTES``).
+        stops: number of trained turns (or texts) by the token that ends them.
     """
 
     notices: list[str] = field(default_factory=list)
@@ -132,6 +133,7 @@ class LoadReport:
     cut: int = 0
     lost: int = 0
     notes: Counter[str] = field(default_factory=Counter)
+    stops: Counter[int] = field(default_factory=Counter)
     alike: Counter[tuple[str, str]] = field(default_factory=Counter)
 
     def refuse(self, bad: BadRow) -> None:
@@ -228,6 +230,7 @@ def usable_parts(result: tuple[Row | None, Any], report: LoadReport) -> list[Ren
         report.refuse(BadRow(row.source, row.key, f"nothing to learn: {_why_nothing(row)}"))
         return []
     report.notes.update({note for part in parts for note in part.notes})
+    report.stops.update(token for part in parts for token in part.stops)
     return parts
 
 

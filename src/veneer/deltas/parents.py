@@ -29,6 +29,7 @@ from veneer.checkpoints.receipt import (
     rounding_between,
     sketch_distance,
     sketch_of,
+    stop_tokens,
     weight_record,
 )
 from veneer.deltas.delta import Weights
@@ -66,6 +67,9 @@ def origin_of(parents: Sequence[Parent]) -> dict[str, Any]:
         origin["notes"] = [f"the parents were trained with different chat templates or tokenizers ({each})"]
     elif (known := next(iter(hashes.values()), None)) is not None:
         origin["template_sha256"] = known
+    stops = [stop_tokens(parent.adapter) for parent in parents]
+    if stops and all(stops):
+        origin["stop_tokens"] = {text: token for record in stops for text, token in record.items()}
     return origin
 
 

@@ -15,10 +15,13 @@ from typing import Any
 import torch
 
 from veneer.adapters import Bank
-from veneer.adapters.runtime.route import RouteLike
+from veneer.adapters.runtime.route import Route, RouteLike
+from veneer.checkpoints.receipt import stop_tokens
 from veneer.data.chat.render import Renderer
+from veneer.data.chat.stops import stop_ids
 from veneer.data.chat.template import Conversation
 from veneer.errors import BaseModelError, DataError
+from veneer.models.load import own_ends
 
 Message = dict[str, Any]
 
@@ -70,9 +73,11 @@ class Generator:
     def write(self, prompt: str | Sequence[Message], route: RouteLike = None, sampling: Sampling | None = None) -> str:
         """Generate the complete answer to one prompt."""
         ids = torch.tensor([self.prompt_ids(prompt)])
+        stops = self.stops(route)
         with self._routed(route), _stream(sampling or Sampling()):
-            out = self.model.generate(ids, **self._options(ids, sampling or Sampling()))
-        return str(self.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+            out = self.model.generate(ids, **self._options(ids, sampling or Sampling(), stops))
+        answer = [token for token in out[0, ids.shape[1] :].tolist() if token not in stops]
+        return str(self.tokenizer.decode(answer, skip_special_tokens=True))
 
     def stream(
         self, prompt: str | Sequence[Message], route: RouteLike = None, sampling: Sampling | None = None
@@ -82,7 +87,16 @@ class Generator:
 
         sampling = sampling or Sampling()
         ids = torch.tensor([self.prompt_ids(prompt)])
-        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        stops = self.stops(route)
+
+        class Streamer(TextIteratorStreamer):
+            """Leaves out the stop token, which need not be one of the tokenizer's special tokens."""
+
+            def put(self, value: torch.Tensor) -> None:
+                if self.next_tokens_are_prompt or int(value) not in stops:
+                    super().put(value)  # type: ignore[no-untyped-call]
+
+        streamer: Any = Streamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         stopped = threading.Event()
         failure: list[BaseException] = []
 
@@ -93,7 +107,7 @@ class Generator:
                         ids,
                         streamer=streamer,
                         stopping_criteria=StoppingCriteriaList([lambda *_, **__: stopped.is_set()]),
-                        **self._options(ids, sampling),
+                        **self._options(ids, sampling, stops),
                     )
             except BaseException as error:  # handed to the reader, who is waiting for text
                 failure.append(error)
@@ -113,27 +127,26 @@ class Generator:
     def _routed(self, route: RouteLike) -> AbstractContextManager[object]:
         return nullcontext() if self.bank is None else self.bank.use(route, training=False)
 
-    def _options(self, ids: torch.Tensor, sampling: Sampling) -> dict[str, Any]:
+    def stops(self, route: RouteLike = None) -> tuple[int, ...]:
+        """The ids of the tokens that end an answer under a route: those that its adapters were trained with, and the base's own."""
+        names = sorted({name for mix in Route.parse(route).mixes for name, _ in mix})
+        recorded = [stop_tokens(self.bank[name]) for name in names] if self.bank is not None else []
+        return stop_ids(self.renderer, own_ends(self.model), recorded)
+
+    def _options(self, ids: torch.Tensor, sampling: Sampling, stops: tuple[int, ...]) -> dict[str, Any]:
         pad = self.tokenizer.pad_token_id
         options: dict[str, Any] = {
             "attention_mask": torch.ones_like(ids),
             "max_new_tokens": sampling.max_new_tokens,
             "do_sample": sampling.temperature > 0,
             "pad_token_id": self.tokenizer.eos_token_id if pad is None else pad,
-            "eos_token_id": self._ends(),
+            "eos_token_id": list(stops) or [-1],
         }
         if sampling.temperature > 0:
             options |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
         else:
             options |= {"temperature": None, "top_p": None, "top_k": None}
         return options
-
-    def _ends(self) -> list[int]:
-        """Every token that ends an answer: the tokenizer's and the model's own."""
-        config = getattr(self.model, "generation_config", None)
-        found = [self.tokenizer.eos_token_id, getattr(config, "eos_token_id", None)]
-        flat = [end for entry in found if entry is not None for end in (entry if isinstance(entry, list) else [entry])]
-        return list(dict.fromkeys(flat)) or [-1]
 
 
 class _stream:

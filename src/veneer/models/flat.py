@@ -217,12 +217,23 @@ class FlatRunner:
 
 
 def _body(model: Any) -> torch.nn.Module:
-    """The part whose output the head sees: the decoder inside, where it is a model of its own (as in OPT)."""
+    """The part whose output the head sees: the decoder inside, where it is a model of its own (as in OPT). A decoder may itself be a
+    language model with a head (as in Llama 4); then it is the part inside that."""
     decoder: Any = model.get_decoder() if hasattr(model, "get_decoder") else None
     found: torch.nn.Module = getattr(model, "base_model", model)
     if hasattr(decoder, "config") and "input_ids" in inspect.signature(decoder.forward).parameters:
         found = decoder
+    while (inside := _below_head(found)) is not None:
+        found = inside
     return found
+
+
+def _below_head(model: Any) -> torch.nn.Module | None:
+    """The model inside one that has an output layer of its own; None for a model without."""
+    if not hasattr(model, "get_output_embeddings") or model.get_output_embeddings() is None:
+        return None
+    inner = (child for child in model.children() if hasattr(child, "config"))
+    return next((child for child in inner if "input_ids" in inspect.signature(child.forward).parameters), None)
 
 
 def _rope_limit(config: Any) -> int | None:

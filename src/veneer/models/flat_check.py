@@ -21,6 +21,7 @@ from veneer.models.flat_attention import NotFlat, Switch
 from veneer.models.layout import Flat, FlatLike
 
 _BOUND = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 6e-2, torch.float16: 2e-2}
+_FAILS = "call fails with"
 
 
 class CheckedRunner(Protocol):
@@ -61,6 +62,11 @@ def probe(runner: CheckedRunner) -> None:
                 runner._head = _find_head(runner, first, second)
                 return
             reasons.append(reason)
+    if all(_FAILS in reason for reason in reasons):
+        raise BaseModelError(
+            f"{type(runner.model).__name__} cannot be run on batches of text: {reasons[-1]}; use a language model that takes token "
+            "ids alone"
+        )
     raise BaseModelError(
         f"{type(runner.model).__name__} gives other results in a batch than for each text alone ({'; '.join(reasons)}), so "
         f"it can be neither trained nor measured in batches; use another base"
@@ -88,7 +94,7 @@ def _try(
         except BaseModelError as error:
             return str(error.__cause__ if isinstance(error.__cause__, NotFlat) else error)
         except Exception as error:  # as above
-            return f"the {kind} call fails with {type(error).__name__}: {error}"
+            return f"the {kind} {_FAILS} {type(error).__name__}: {error}"
         bound = _bound(runner.model)
         if worst <= bound and moved <= bound:
             return None

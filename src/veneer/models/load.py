@@ -23,7 +23,7 @@ import torch
 from veneer.errors import BaseModelError, Problems
 from veneer.models.cache import build_once
 from veneer.models.precision import fast_dtype
-from veneer.models.sources import Source, read_config, resolve
+from veneer.models.sources import Source, read_config, read_generation_config, resolve
 
 _log = logging.getLogger(__name__)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -102,6 +102,23 @@ def context_length(name: str | Path, *, revision: str | None = None) -> int | No
 def vocab_size(name: str | Path, *, revision: str | None = None) -> int | None:
     """The number of rows of a base's embedding according to its config; None if the config does not say."""
     return _number(read_config(_folder_of(name, revision)), "vocab_size")
+
+
+def end_ids(name: str | Path, *, revision: str | None = None) -> list[int]:
+    """The ids of a base's end tokens according to its generation_config.json, or else its config.json; names as for ``load_base``."""
+    folder = _folder_of(name, revision)
+    config = read_config(folder)
+    parts = [read_generation_config(folder), config, *(config[key] for key in ("text_config",) if key in config)]
+    return next((found for part in parts if isinstance(part, dict) and (found := _flat(part.get("eos_token_id")))), [])
+
+
+def own_ends(model: Any) -> list[int]:
+    """The ids of the end tokens in a model's generation config; empty if it has none."""
+    return _flat(getattr(getattr(model, "generation_config", None), "eos_token_id", None))
+
+
+def _flat(found: Any) -> list[int]:
+    return [token for token in (found if isinstance(found, list) else [found]) if type(token) is int]
 
 
 def _number(config: dict[str, Any], *keys: str) -> int | None:

@@ -62,7 +62,16 @@ def resolve(name: str, revision: str | None = None) -> Source:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The content of a folder's config.json; raises BaseModelError where it is no JSON object."""
-    file = folder / "config.json"
+    return _json_object(folder / "config.json")
+
+
+def read_generation_config(folder: Path) -> dict[str, Any]:
+    """The content of a folder's generation_config.json, empty without one; raises BaseModelError where it is no JSON object."""
+    file = folder / "generation_config.json"
+    return _json_object(file) if file.is_file() else {}
+
+
+def _json_object(file: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, ValueError) as error:

@@ -15,6 +15,7 @@ Boundary: LoRA at linear layers. Names and orders are known for the families bel
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,8 +41,16 @@ FAMILIES: Mapping[str, tuple[str, bool]] = {
     "Gemma3ForCausalLM": ("gemma3", False),
     "Phi3ForCausalLM": ("phi3", False),
     "GPT2LMHeadModel": ("gpt2", False),
+    "Gemma3ForConditionalGeneration": ("gemma3", False),
+    "LlavaForConditionalGeneration": ("llama", True),
+    "Qwen2VLForConditionalGeneration": ("qwen2vl", False),
+    "Qwen2_5_VLForConditionalGeneration": ("qwen2vl", False),
+    "Qwen3VLForConditionalGeneration": ("qwen3vl", False),
 }
 """Model class -> (GGUF's name of the family, the rows of q and k are reordered)."""
+_TEXT_PARTS = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+"""Model type of the text part in a multimodal model of several families -> the class whose layout it has."""
+_TEXT_PREFIX = re.compile(r"^(model\.)?(language_model|text_model)\.(model\.)?")
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -57,9 +66,10 @@ class GgufLayout:
     tied: bool
 
     def name(self, site: str) -> str | None:
-        """GGUF's name of a site's weight, or None where the family has none."""
+        """GGUF's name of a site's weight, or None where the family has none. The file of a multimodal model has its text part."""
         import gguf
 
+        site = _TEXT_PREFIX.sub("model.", site).replace("model.lm_head", "lm_head")
         family = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == self.family)
         found = gguf.get_tensor_name_map(family, self.blocks).get_name(f"{site}.weight", try_suffixes=(".weight",))
         return None if found is None else str(found)
@@ -77,13 +87,23 @@ def layout_of(config: Mapping[str, Any], *, tied: bool) -> GgufLayout:
 
     Raises ExportError for families that are not known here.
     """
-    named = config.get("architectures") or ["a model of no class"]
-    if named[0] not in FAMILIES:
+    name = (config.get("architectures") or ["a model of no class"])[0]
+    if name not in FAMILIES:
         raise ExportError(
-            f"{named[0]} is not one of the supported GGUF families ({', '.join(FAMILIES)}); merge the adapter "
+            f"{name} is not one of the supported GGUF families ({', '.join(FAMILIES)}); merge the adapter "
             "(veneer merge) and convert the whole model instead"
         )
-    family, reorders = FAMILIES[named[0]]
+    inner = config.get("text_config")
+    text = inner if isinstance(inner, Mapping) else config
+    if text is not config and FAMILIES[name][0] == "llama":  # a multimodal class with text parts of several families
+        name = (text.get("architectures") or [_TEXT_PARTS.get(str(text.get("model_type")), name)])[0]
+        if name not in FAMILIES:
+            raise ExportError(
+                f"the text part {name} is not one of the supported GGUF families; merge the adapter (veneer merge) and convert the "
+                "whole model instead"
+            )
+    family, reorders = FAMILIES[name]
+    config = text
     blocks = config.get("num_hidden_layers", config.get("n_layer"))
     heads = config.get("num_attention_heads", config.get("n_head"))
     if not isinstance(blocks, int) or not isinstance(heads, int):

@@ -54,7 +54,7 @@ def model_card(
         lines += [f"| {_cell(name)} | {_cell(value)} |" for name, value in metrics.items()] + [""]
     if command:
         lines += ["## Command", "", "```", command, "```", ""]
-    return "\n".join([*lines, *_use(adapter, base, folder)])
+    return "\n".join([*lines, *_use(adapter, base, folder, receipt)])
 
 
 def _front_matter(adapter: Adapter, base: str | None) -> list[str]:
@@ -91,7 +91,18 @@ def _cell(value: object) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-def _use(adapter: Adapter, base: str | None, folder: str) -> list[str]:
+def _stops(receipt: Mapping[str, Any]) -> list[str]:
+    stops = receipt.get("stop_tokens")
+    if not isinstance(stops, Mapping) or not stops:
+        return []
+    named = ", ".join(f"`{text}` ({token})" for text, token in stops.items())
+    return [
+        f"Answers end with {named}. Tell programs that only know the base: `eos_token_id={list(stops.values())}`.",
+        "",
+    ]
+
+
+def _use(adapter: Adapter, base: str | None, folder: str, receipt: Mapping[str, Any]) -> list[str]:
     named = json.dumps(base or "the base's name or folder")
     return [
         "## Use",
@@ -106,6 +117,7 @@ def _use(adapter: Adapter, base: str | None, folder: str) -> list[str]:
         "    ...",
         "```",
         "",
+        *_stops(receipt),
         f"Card written by Veneer {__version__}.",
         "",
     ]

@@ -46,6 +46,14 @@ class Renderer:
         self._coverage: dict[str, Coverage] = {}
         self._before, self._eos = _frame(tokenizer, self.encoder)
 
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """The token that ends a conversation's last turn by the template; without a template, the end-of-text token."""
+        if self.template is None:
+            return () if self._eos is None else (self._eos,)
+        ends = self._turn_finder(self.template.source).end_tokens[:1]
+        return tuple(int(self.tokenizer.convert_tokens_to_ids(text)) for text in ends)
+
     def notices(self, format: str) -> list[str]:
         """Describe how rows of a format are rendered, one line each; empty if it goes without saying."""
         if format not in ("prompt", "alpaca"):
@@ -165,6 +173,9 @@ class Renderer:
         source = self.template.source
         if row.tools:  # some tokenizers have a separate template for rows with tools
             source = template_source(self.tokenizer, row.tools, self.options.chat_template) or source
+        return self._turn_finder(source)
+
+    def _turn_finder(self, source: str) -> TurnFinder:
         found = self._turns.get(source)
         if found is None:
             found = TurnFinder(Template(self.tokenizer, source, self.options.template_options), self.encoder)
@@ -185,8 +196,10 @@ class Renderer:
             i, j = self._verified(text, encoded, a, b)
             weights[i:j] = [1.0] * (j - i)
         ids, starts, ends = encoded.ids, encoded.starts, encoded.ends
+        last = [] if "no_end_token" in notes else [encoded.token_range(0, turn.end)[1] - 1 for turn in draft.turns]
         if not draft.turns and not (row.kind == "chat" or (row.kind == "pair" and self._pairs_chat())):
             ids, weights, starts, ends = self._framed(text, ids, weights, starts, ends, notes)
+            last = [] if self._eos is None else [len(ids) - 1]
         if not ids:
             raise DataError("the row has no tokens")
         if self.options.vocab_size is not None and max(ids) >= self.options.vocab_size:
@@ -204,6 +217,7 @@ class Renderer:
             notes=tuple(notes),
             length=len(ids),
             lost=len(weights[keep:]) - weights[keep:].count(0.0),
+            stops=tuple(ids[i] for i in last if i < keep),
             typed=tuple(text[a:b] for a, b in draft.text.guards),
         )
 

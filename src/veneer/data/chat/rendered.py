@@ -77,6 +77,7 @@ class Rendered:
         notes: keys of ``NOTES``.
         length: number of tokens before truncation.
         lost: number of trained tokens that were cut off.
+        stops: the token at the end of each trained turn, or of a text, after which generation has to stop.
         typed: control strings that are part of the row's own text and stay text.
     """
 
@@ -90,6 +91,7 @@ class Rendered:
     notes: tuple[str, ...]
     length: int
     lost: int
+    stops: tuple[int, ...] = ()
     typed: tuple[str, ...] = ()
 
     @property

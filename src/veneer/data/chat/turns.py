@@ -70,14 +70,15 @@ class TurnFinder:
 
     Attributes:
         opening: the template's generation prompt, "" if it has none.
-        end_token: the control token right after a plain answer, None if the template writes none.
+        end_tokens: the control tokens right after a plain answer: that of the last message, then that of earlier messages if it
+            differs. Empty if the template writes none.
     """
 
     def __init__(self, template: Template, encoder: Encoder) -> None:
         self.template = template
         self.encoder = encoder
         self.opening = ""
-        self.end_token: str | None = None
+        self.end_tokens: tuple[str, ...] = ()
         self._header = ""  # what the generation prompt and a finished turn both begin with
         self._learn()
 
@@ -111,14 +112,14 @@ class TurnFinder:
         return self._behind_prompt(conversation, i, finished, prompt)
 
     def _turn_from(self, conversation: Conversation, i: int, finished: GuardedText, start: int, *notes: str) -> Turn:
-        end, found = self._end(finished, start)
-        if not found:
+        end, end_token = self._end(finished, start)
+        if not end_token:
             notes = (*notes, "no_end_token")
         spans: tuple[tuple[int, int], ...] = ((start, end),)
         if self.template.marks:
             marked = [(max(a, start), min(b, end)) for a, b in conversation.generated(i + 1) if b > start and a < end]
             if marked:
-                spans = _up_to_end(finished.text, marked, end, self.end_token)
+                spans = _up_to_end(finished.text, marked, end, end_token)
             else:
                 notes = (*notes, "unmarked")
         return Turn(i, finished, start, end, spans, notes)
@@ -152,15 +153,20 @@ class TurnFinder:
         spans = tuple((a + shift, b + shift) for a, b in turn.spans)
         return Turn(i, text, turn.start + shift, turn.end + shift, spans, (*turn.notes, "behind_prompt"), alone=True)
 
-    def _end(self, finished: GuardedText, start: int) -> tuple[int, bool]:
-        """The end of the turn that begins at ``start``, the last in its text, and True if an end token marks it."""
+    def _end(self, finished: GuardedText, start: int) -> tuple[int, str]:
+        """The end of the turn that begins at ``start``, the last in its text, and the control token that marks it ("": none)."""
+        known = self.encoder.specials.union(self.end_tokens)
         ends = [
-            m for m in self.encoder.special_pattern.finditer(finished.text, start) if not _guarded(finished, m.start())
+            (m.group(), m.end())
+            for m in self.encoder.control_pattern.finditer(finished.text, start)
+            if m.group() in known and not _guarded(finished, m.start())
         ]
-        if ends:
-            same = [m for m in ends if m.group() == self.end_token]
-            return (same or ends)[-1].end(), True
-        return len(finished.text), False
+        for token in self.end_tokens:
+            place = next((end for found, end in reversed(ends) if found == token), None)
+            # A turn may hold messages that end alike, and close with another token, such as that of a tool call.
+            if place is not None and not self.encoder.control_pattern.sub("", finished.text[place:]).strip():
+                return place, token
+        return (ends[-1][1], ends[-1][0]) if ends else (len(finished.text), "")
 
     def _last_control(self, text: GuardedText, a: int, b: int, *, begin: bool = False) -> int:
         """The end (or begin) of the template's last control token in [a, b); ``a`` if there is none."""
@@ -189,10 +195,10 @@ class TurnFinder:
             places.append(whole.find(_PROBE, places[-1] + 1))
         if len(places) != 5:
             return
-        between = whole[places[1] + len(_PROBE) : places[2]]
-        match = self.encoder.special_pattern.search(between)
-        if match is not None and not between[: match.start()].strip():
-            self.end_token = match.group()
+        after = (whole[places[3] + len(_PROBE) :], whole[places[1] + len(_PROBE) : places[2]])
+        found = [(text, self.encoder.control_pattern.search(text)) for text in after]
+        tokens = [match.group() for text, match in found if match is not None and not text[: match.start()].strip()]
+        self.end_tokens = tuple(dict.fromkeys(tokens))
 
 
 def _grouped(whole: GuardedText, turns: list[Turn]) -> list[Draft]:
@@ -220,15 +226,13 @@ def _grouped(whole: GuardedText, turns: list[Turn]) -> list[Draft]:
     return drafts
 
 
-def _up_to_end(
-    text: str, marked: list[tuple[int, int]], end: int, end_token: str | None
-) -> tuple[tuple[int, int], ...]:
+def _up_to_end(text: str, marked: list[tuple[int, int]], end: int, end_token: str) -> tuple[tuple[int, int], ...]:
     """Add the end token to the marked spans; some templates write it after the mark."""
     a, b = marked[-1]
     if b == end:
         return tuple(marked)
     behind = text[b:end]
-    if end_token is not None and behind.endswith(end_token) and behind[: -len(end_token)].strip():
+    if end_token and behind.endswith(end_token) and behind[: -len(end_token)].strip():
         return (*marked, (end - len(end_token), end))
     return (*marked[:-1], (a, end))
 

@@ -21,6 +21,7 @@ from veneer.adapters.targets import select
 from veneer.checkpoints import attach
 from veneer.config import FULL, DataOptions, LowRankOptions, TrainOptions, default_learning_rate
 from veneer.data.chat.render import Renderer, RenderOptions
+from veneer.data.chat.stops import other_ends, taught_stops
 from veneer.data.chat.template import read_template
 from veneer.data.check import CheckReport, RowChecks, warning_lines
 from veneer.data.dataset import Examples, LoadReport, Subset, load_examples
@@ -31,7 +32,7 @@ from veneer.errors import BaseModelError, DataError
 from veneer.evaluate.general import general_text, pieces
 from veneer.models.fast_modules import fast_modules
 from veneer.models.flat import FlatRunner
-from veneer.models.load import Base, load_base
+from veneer.models.load import Base, load_base, own_ends
 from veneer.training.acceleration import cpp_kernels
 from veneer.training.loop.job import Job
 from veneer.training.loop.step import Stepper
@@ -41,7 +42,8 @@ from veneer.training.run.parent_adapters import load_parents, seed_of, start_fro
 
 @dataclass(frozen=True)
 class JobData:
-    """The examples of a job. ``remarks``: notes about the rows. ``template``: a chat template in place of the base's."""
+    """The examples of a job. ``remarks``: notes about the rows. ``template``: a chat template in place of the base's. ``stops``: the
+    tokens that end the trained turns."""
 
     train: Examples | Subset
     held_out: list[Example]
@@ -51,6 +53,7 @@ class JobData:
     general: list[Example] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
     template: str | None = None
+    stops: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ class Setup:
             "veneer_version": __version__,
             "data_sha256": data.data_hash,
             "template_sha256": data.template_hash,
+            "stop_tokens": data.stops,
             "seed": job.options.seed,
             **job.built_on,
             "steps": job.progress.step,
@@ -161,6 +165,8 @@ def load_data(options: TrainOptions, base: Base, limit: int) -> JobData:
     elif options.valid_fraction:
         held_out, learn = _split(train, options.valid_fraction)
     general = pieces(general_text(), base.tokenizer, length=min(256, limit), count=16) if options.watch_general else []
+    stops = taught_stops(renderer, report.stops)
+    ends = other_ends(base.tokenizer, stops, own_ends(base.model))
     return JobData(
         train=learn,
         held_out=held_out,
@@ -168,8 +174,9 @@ def load_data(options: TrainOptions, base: Base, limit: int) -> JobData:
         data_hash=data_hash(learn),
         template_hash=template_hash(base.tokenizer, template),
         general=general,
-        remarks=[*_truncation_remarks(report, length), *warning_lines(checked)],
+        remarks=[*_truncation_remarks(report, length), *warning_lines(checked), *([ends] if ends else [])],
         template=template,
+        stops=stops,
     )
 
 
