@@ -145,7 +145,7 @@ def merged_model(bank: Bank, route: Any) -> nn.Module:
     if inner is not None:
         inner.detach()
     for site in bank.sites.values():
-        for path in site.names:
+        for path in site.names if site.stack is None else ():
             # A shared weight comes apart in merging.
             module = plain.get_submodule(path)
             module.weight = nn.Parameter(module.weight.detach().clone())

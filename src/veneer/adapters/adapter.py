@@ -35,6 +35,7 @@ class Adapter:
         kinds: the layer kind of each site.
         seed: seed of the initialiser and of dropout.
         draws: number of training passes that have drawn dropout so far.
+        expert_tokens: number of tokens that each expert of a stack was trained on, by the stack's name, int64 [experts].
         meta: what its file says of its origin.
     """
 
@@ -60,6 +61,7 @@ class Adapter:
         self._alphas = dict(alphas or {})
         self.seed = seed
         self.draws = 0
+        self.expert_tokens: dict[str, Tensor] = {}
         self.meta: dict[str, Any] = dict(meta or {})
 
     def __repr__(self) -> str:
@@ -108,6 +110,22 @@ class Adapter:
         """Number of trainable values."""
         return sum(parameter.numel() for parameter in self.parameters())
 
+    @property
+    def counters(self) -> tuple[int, dict[str, Tensor]]:
+        """(draws, expert_tokens): what training passes have counted. Assign it to undo passes."""
+        return self.draws, dict(self.expert_tokens)
+
+    @counters.setter
+    def counters(self, values: tuple[int, Mapping[str, Tensor]]) -> None:
+        self.draws, tokens = values
+        self.expert_tokens = dict(tokens)
+
+    def tokens_at(self, site: str) -> int | None:
+        """Number of tokens that the expert which a site belongs to was trained on; None for a site of no stack of experts."""
+        stack, _, expert = site.rpartition(".")[0].rpartition(".")
+        tokens = self.expert_tokens.get(stack)
+        return None if tokens is None or not expert.isdigit() else int(tokens[int(expert)])
+
     def requires_grad_(self, on: bool = True) -> Adapter:
         """Let gradients reach the adapter's tensors, or not."""
         for parameter in self.parameters():
@@ -141,7 +159,7 @@ def new_adapter(
     """
     tensors: dict[str, dict[str, Tensor]] = {}
     for site in sites:
-        r = by_pattern(method.rank_pattern, site.name, method.r)
+        r = by_pattern(method.rank_pattern, site.name, max(1, method.r // site.active_experts))
         dtype = torch.promote_types(site.weight.dtype, torch.float32)
         if site.weight.is_meta:
             # A base without values: shapes are enough for counting and planning.

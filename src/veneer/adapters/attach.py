@@ -63,11 +63,12 @@ def _try_out(model: nn.Module, found: Survey, example: dict[str, Any] | None) ->
         except Exception:
             # The guess was wrong; then the first real batch is used instead.
             return False, False
-    for site in found.every():
+    every = [*found.every(), *found.stacks.values()]
+    for site in every:
         if not site.layout:
             site.reason = NEVER_CALLED
     if rows > 1:
         return True, True
-    for site in found.every():
+    for site in every:
         site.layout = ""
     return True, False

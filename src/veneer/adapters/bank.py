@@ -78,7 +78,7 @@ class Bank:
         self._adapters: dict[str, Adapter] = {}
         monitor = CallMonitor(model, survey, self._adapters, called=called, rows_known=rows_known)
         self.runtime = Runtime(self._adapters, RouteTracker(self._adapters, monitor), self)
-        self._patches = Patches(model, self.runtime, survey.sites)
+        self._patches = Patches(model, self.runtime, {**survey.sites, **survey.stacks})
         self._folders = folders
         self._detached = False
 

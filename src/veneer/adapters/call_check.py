@@ -70,7 +70,8 @@ class CallMonitor:
         self._calls_at_start.pop(name, None)
 
     def _sites(self, name: str) -> Iterator[Site]:
-        return (site for site in self.adapters[name].sites(self.survey) if not is_selected(site))
+        hosts = {site.host.name: site.host for site in self.adapters[name].sites(self.survey)}
+        return (site for site in hosts.values() if not is_selected(site))
 
     def _require_calls(self, name: str, before: Mapping[str, int]) -> None:
         silent = [site.name for site in self._sites(name) if site.calls <= before.get(site.name, 0)]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.adapters.adapter import Adapter
+from veneer.adapters.layers.experts import ExpertLinear
 from veneer.adapters.layers.site import Site, Survey
 from veneer.adapters.overrides import matrix_deltas, override_matrix, vector_deltas
 from veneer.errors import AdapterError
@@ -47,18 +48,27 @@ def merged_state_dict(model: nn.Module, survey: Survey, mix: Weighted) -> dict[s
     A module that the model has under several names is written under each. Raises AdapterError where the state_dict has no such name.
     """
     state: dict[str, Tensor] = {name: value.detach() for name, value in model.state_dict().items()}
+    stacks: set[str] = set()
     for site in survey.sites.values():
         merged = merged_weight(site, mix)
         if merged is None:
             continue
-        for path in site.names:
-            key = f"{path}.weight" if path else "weight"
+        for path in site.host.names:
+            parameter = site.module.part.parameter if isinstance(site.module, ExpertLinear) else "weight"
+            key = f"{path}.{parameter}" if path else parameter
             if key not in state:
                 raise AdapterError(
                     f'the model\'s state_dict has no "{key}", so the merged weight of {path} would be lost; a hook renames the '
                     "model's tensors: merge before it is installed"
                 )
-            state[key] = merged
+            if isinstance(site.module, ExpertLinear):
+                # Written into a copy of the stack, which all its experts share.
+                if key not in stacks:
+                    stacks.add(key)
+                    state[key] = state[key].clone()
+                site.module.view_of(state[key]).copy_(merged)
+            else:
+                state[key] = merged
     for key, value in _merged_vectors(survey, mix).items():
         if key not in state:
             raise AdapterError(

@@ -39,6 +39,10 @@ def problems_of(adapter: Adapter, name: str, site: Site | None) -> list[str]:
     tensors = adapter.overrides[name]
     if site is None:
         return [f"{name}: the base has no layer here that an adapter can override"]
+    if site.stack is not None:
+        return [
+            f"{name}: overrides of stacked experts are not supported; leave them out of bias, lora_bias and modules_to_save"
+        ]
     found = [f"{name}: {site.reason}"] if site.reason else []
     module: Any = site.module
     for key, value in tensors.items():
@@ -144,6 +148,11 @@ def fresh_overrides(
     )
     for site in biased:
         if isinstance(getattr(site.module, BIAS, None), Tensor) and not site.reason:
+            if site.stack is not None:
+                problems.add(
+                    f'bias: "{method.bias}" names {site.name}, and biases of stacked experts cannot be trained'
+                )
+                break
             found.setdefault(site.name, {}).setdefault(BIAS, fresh_values(site.module, (BIAS,))[BIAS])
     for name in chosen if method.lora_bias else ():
         site = survey.sites[name]

@@ -14,8 +14,8 @@ from torch import nn
 
 from veneer.adapters.adapter import Adapter
 from veneer.adapters.layers.site import Site
+from veneer.adapters.runtime.experts import AdaptedExperts
 from veneer.adapters.runtime.forward import AdaptedForward
-from veneer.adapters.runtime.layer import adapter_at
 from veneer.adapters.runtime.runtime import Runtime
 from veneer.adapters.runtime.tracker import RouteTracker
 from veneer.errors import AdapterError
@@ -46,31 +46,33 @@ class Patches:
 
     def install(self, site: Site, adapter: Adapter) -> None:
         """Let an adapter act at a site."""
-        layers = self.runtime.layers
-        layer = layers.get(site.name)
+        layers, host = self.runtime.layers, site.host
+        layer = layers.get(host.name)
         if layer is None:
             if not layers:
                 self._freeze()
-            site.calls = 0
-            layer = layers[site.name] = AdaptedForward(site, self.runtime, site.module.__dict__.get("forward"))
-            site.module.forward = layer
-            for path in _ancestors(site.name):
+            host.calls = 0
+            forward = AdaptedForward if site.stack is None else AdaptedExperts
+            layer = layers[host.name] = forward(host, self.runtime, host.module.__dict__.get("forward"))
+            host.module.forward = layer
+            for path in _ancestors(host.name):
                 self._containers[path] = self._containers.get(path, 0) + 1
                 if self._containers[path] == 1:
                     self._hook(path)
-        layer.adapters[adapter.name] = adapter_at(adapter, site)
+        layer.admit(site, adapter)
 
     def uninstall(self, site: Site, name: str) -> None:
         """Remove an adapter from a site; when the last one leaves, the layer is restored."""
-        layer = self.runtime.layers.get(site.name)
+        host = site.host
+        layer = self.runtime.layers.get(host.name)
         if layer is None:
             return
-        layer.adapters.pop(name, None)
+        layer.release(site, name)
         if layer.adapters:
             return
-        del self.runtime.layers[site.name]
-        _put_back(site.module, "forward", layer)
-        for path in _ancestors(site.name):
+        del self.runtime.layers[host.name]
+        _put_back(host.module, "forward", layer)
+        for path in _ancestors(host.name):
             self._containers[path] -= 1
             if not self._containers[path]:
                 del self._containers[path]

@@ -4,6 +4,8 @@
     q_proj              a name: the last part of a path, or any tail of it ("self_attn.q_proj")
     model.layers.*.mlp.*   a glob over the whole path or a tail of it
     re:.*\\.(q|v)_proj   a regular expression that must match the whole path
+    mlp.experts        a module of stacked experts: all its experts' layers (mlp.experts.7.up_proj is one of them)
+    experts.gate_up_proj   a fused parameter of stacked experts: its parts in every expert
 
 A pattern that matches nothing is an error which lists near misses and what the model has; all such patterns are told at once.
 """
@@ -49,7 +51,7 @@ def select(survey: Survey, options: LowRankOptions, kinds: tuple[str, ...]) -> l
     for pattern in _valid(as_list(options.target_modules), problems):
         chosen |= _one(pattern, survey, kinds, problems)
     for pattern in _valid(as_list(options.exclude_modules), problems):
-        excluded = {name for name in chosen if matches(pattern, name)}
+        excluded = {name for name in chosen if _names(pattern, survey.sites[name])}
         if not excluded:
             near = _near(pattern, {name: survey.sites[name] for name in chosen})
             problems.add(f'exclude_modules: "{pattern}" matches none of the sites that target_modules chose{near}')
@@ -74,13 +76,17 @@ def by_pattern(table: Mapping[str, T], path: str, default: T) -> T:
 def _one(pattern: str, survey: Survey, kinds: tuple[str, ...], problems: Problems) -> set[str]:
     sites = survey.sites
     if pattern == ALL_LINEAR:
-        linear = [site for site in sites.values() if site.kind in ("linear", "conv1d") and not site.is_head]
+        linear = [
+            site
+            for site in sites.values()
+            if site.kind in ("linear", "conv1d") and not (site.is_head or site.is_router)
+        ]
         in_blocks = [site for site in linear if site.in_block] or linear
         found = {site.name for site in in_blocks if not site.reason}
         if not found:
             problems.add(f'target_modules: "{ALL_LINEAR}" finds no linear layer; the model has {_inventory(sites)}')
         return found
-    found = {name for name in sites if matches(pattern, name)}
+    found = {name for name, site in sites.items() if _names(pattern, site)}
     for name in sorted(found):
         if sites[name].reason:
             problems.add(f'target_modules: "{pattern}" names {name}, which cannot be adapted: {sites[name].reason}')
@@ -96,6 +102,11 @@ def _one(pattern: str, survey: Survey, kinds: tuple[str, ...], problems: Problem
             f'target_modules: "{pattern}" matches nothing{_near(pattern, sites)}; the model has {_inventory(sites)}'
         )
     return found
+
+
+def _names(pattern: str, site: Site) -> bool:
+    """True if a pattern matches a site, or the module of stacked experts or the fused parameter that it is a part of."""
+    return any(matches(pattern, path) for path in (site.name, *site.within))
 
 
 def _valid(patterns: Iterable[str], problems: Problems) -> Iterator[str]:

@@ -36,7 +36,7 @@ NEVER_CALLED = (
 
 def is_selected(site: Site) -> bool:
     """True if a router chooses the tokens of this layer (an expert of a mixture); a small batch may have none."""
-    return _SELECTED.search(site.name) is not None
+    return site.stack is not None or _SELECTED.search(site.name) is not None
 
 
 def dry_run(model: nn.Module, survey: Survey, args: tuple[Any, ...], kwargs: Mapping[str, Any], rows: int) -> None:
@@ -48,9 +48,13 @@ def dry_run(model: nn.Module, survey: Survey, args: tuple[Any, ...], kwargs: Map
     order: list[tuple[Site, bool]] = []
     outputs: list[tuple[Site, Tensor, int]] = []
     note = partial(_note, layouts, order, [], rows)
-    handles = [site.module.register_forward_pre_hook(partial(note, site), with_kwargs=True) for site in survey.every()]
+    handles = [
+        site.module.register_forward_pre_hook(partial(note, site), with_kwargs=True) for site in survey.modules()
+    ]
     handles += [
-        site.module.register_forward_hook(partial(_note_output, outputs, site)) for site in survey.sites.values()
+        site.module.register_forward_hook(partial(_note_output, outputs, site))
+        for site in survey.sites.values()
+        if site.stack is None
     ]
     try:
         with undisturbed(model), warnings.catch_warnings():
@@ -61,7 +65,7 @@ def dry_run(model: nn.Module, survey: Survey, args: tuple[Any, ...], kwargs: Map
         for handle in handles:
             handle.remove()
     changed = {site.name for site, y, version in outputs if y._version > version}
-    for site in survey.every():
+    for site in survey.modules():
         found = layouts.get(site.name, set())
         if is_selected(site):
             site.layout = "constant"
@@ -69,6 +73,9 @@ def dry_run(model: nn.Module, survey: Survey, args: tuple[Any, ...], kwargs: Map
             # A layer may be called with different layouts in one forward; the least useful one counts.
             site.layout = next(kind for kind in ("constant", "blocks", "tokens", "rows") if kind in found)
         site.overwritten = not found or site.name in changed
+    for site in survey.sites.values():
+        if site.stack is not None:
+            site.layout = site.stack.layout
     _group(order)
 
 
@@ -113,7 +120,8 @@ def _note(
     if site.kind != "vector_layer":
         order.append((site, bool(last) and last[0] is x))
         last[:] = [x]
-    layouts.setdefault(site.name, set()).add(layout_of(x, site.layer_kind.batch_shape(module, x), rows))
+    kind = site.layer_kind
+    layouts.setdefault(site.name, set()).add(layout_of(kind.by_token(module, x), kind.batch_shape(module, x), rows))
 
 
 def _note_output(

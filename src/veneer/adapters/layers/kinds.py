@@ -73,6 +73,10 @@ class LayerKind:
         """The leading sizes of an input, which a route's rows or tokens are matched with."""
         return tuple(x.shape[:-1])
 
+    def by_token(self, module: Any, x: Tensor) -> Tensor:
+        """An input with its tokens in the first dimensions."""
+        return x
+
     def flatten(self, x: Tensor) -> Tensor:
         """An input as [N, ...], one token a row."""
         return x.reshape(-1, x.shape[-1])

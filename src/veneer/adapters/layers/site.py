@@ -43,11 +43,24 @@ class Site:
     """Every path under which the model has this module; the first is ``name``."""
     calls: int = 0
     """Number of times that the layer was called since adapters act here."""
+    within: tuple[str, ...] = ()
+    """Names that mean this layer among others: of its stack of experts, and of the fused parameter there."""
+    stack: Site | None = None
+    """The module of stacked experts that this layer is a part of (``experts.py``); its forward computes this layer."""
+    active_experts: int = 1
+    """Number of experts that compute a token, for a layer of an expert: each has this share of an adapter's rank."""
+    is_router: bool = False
+    """True for a linear layer that chooses a token's experts; all-linear leaves it out."""
     _squared: tuple[object, Tensor, StorageWeakRef] | None = field(default=None, repr=False)
 
     @property
+    def host(self) -> Site:
+        """The site of the module whose forward computes this layer: itself, or the stack of an expert."""
+        return self if self.stack is None else self.stack
+
+    @property
     def kind(self) -> str:
-        """Name of the layer kind: linear, conv1d, embedding, conv2d, vector_layer."""
+        """Name of the layer kind: linear, conv1d, embedding, conv2d, vector_layer, experts."""
         return self.layer_kind.kind
 
     @property
@@ -84,6 +97,8 @@ class Site:
 
     def is_current(self) -> bool:
         """True if the model still has this module here, with a weight of the same shape."""
+        if self.stack is not None:
+            return self.stack.is_current()
         if self.parent is not None and self.parent._modules.get(self.name.rpartition(".")[2]) is not self.module:
             return False
         return getattr(self.module._parameters.get("weight"), "shape", None) == self._shape
@@ -96,16 +111,24 @@ class Site:
 @dataclass(frozen=True)
 class Survey:
     """Sites of a model by name, unsupported layers with their reasons, groups of modules that share one weight, and vector layers (norms),
-    where an adapter can have overrides but no low-rank change."""
+    where an adapter can have overrides but no low-rank change. Modules of stacked experts are in ``stacks``, their experts' layers among
+    the sites."""
 
     sites: dict[str, Site]
     uncovered: dict[str, str]
     tied: dict[str, tuple[str, ...]]
     vector_layers: dict[str, Site]
+    stacks: dict[str, Site]
 
     def every(self) -> Iterator[Site]:
         """Sites, then vector layers."""
         yield from self.sites.values()
+        yield from self.vector_layers.values()
+
+    def modules(self) -> Iterator[Site]:
+        """The sites of modules that the model calls: a stack in place of its experts' layers."""
+        yield from (site for site in self.sites.values() if site.stack is None)
+        yield from self.stacks.values()
         yield from self.vector_layers.values()
 
     def find(self, name: str) -> Site | None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from veneer.adapters.layers.experts import ExpertLinear, ExpertsKind, active_experts, experts_kind_for
 from veneer.adapters.layers.kinds import (
     Conv1DKind,
     Conv2dKind,
@@ -40,12 +41,17 @@ def survey(model: nn.Module) -> Survey:
         names.setdefault(module, []).append(name)
     sites: dict[str, Site] = {}
     vector_layers: dict[str, Site] = {}
+    stacks: dict[str, Site] = {}
     uncovered: dict[str, str] = {}
     by_weight: dict[int, list[str]] = {}
     for module, (name, *others) in names.items():
         kind, reason = layer_kind_for(module)
         if reason:
             uncovered[name] = reason
+        elif isinstance(kind, ExpertsKind):
+            stacks[name] = stack = _stack_site(name, module, kind, model, blocks, tuple(others))
+            sites.update(_expert_sites(stack, active_experts(module, model)))
+            continue
         elif kind is None:
             uncovered.update(_weights_without_kind(name, module))
             kind = _VECTOR if is_vector_layer(module) else None
@@ -64,7 +70,43 @@ def survey(model: nn.Module) -> Survey:
     for name, group in tied.items():
         if sites[name].kind == "linear":
             sites[name].tied_to = next((other for other in group if sites[other].kind == "embedding"), None)
-    return Survey(sites, uncovered, tied, vector_layers)
+    _mark_routers(sites, stacks)
+    return Survey(sites, uncovered, tied, vector_layers, stacks)
+
+
+def _stack_site(
+    name: str, module: nn.Module, kind: ExpertsKind, model: nn.Module, blocks: dict[str, int], others: tuple[str, ...]
+) -> Site:
+    block = _block_of(name, blocks)
+    parent = model.get_submodule(name.rpartition(".")[0]) if name else None
+    return Site(name, module, kind, block is not None, block, False, parent=parent, names=(name, *others))
+
+
+def _expert_sites(stack: Site, active: int) -> dict[str, Site]:
+    """The sites of a stack's experts: ``mlp.experts.7.gate_proj``."""
+    kind, module = stack.layer_kind, stack.module
+    assert isinstance(kind, ExpertsKind)
+    found: dict[str, Site] = {}
+    for expert in range(kind.count(module)):
+        for part in kind.parts(module):
+            names = [f"{path}.{expert}.{part.name}".lstrip(".") for path in stack.names]
+            layer = ExpertLinear(module, kind, expert, part)
+            site = Site(names[0], layer, _KINDS["linear"], stack.in_block, stack.block, False, names=tuple(names))
+            site.stack, site.active_experts = stack, active
+            site.within = (stack.name, f"{stack.name}.{part.parameter}".lstrip("."))
+            found[site.name] = site
+    return found
+
+
+def _mark_routers(sites: dict[str, Site], stacks: dict[str, Site]) -> None:
+    """Mark the linear layers that choose experts: beside them, with one output for each of them."""
+    counts = {name.rpartition(".")[0]: site.layer_kind.count(site.module) for name, site in stacks.items()}  # type: ignore[attr-defined]
+    for site in sites.values():
+        if site.stack is None and site.kind == "linear" and site.parent is not None:
+            experts = getattr(site.parent, "experts", None)
+            count = len(experts) if isinstance(experts, (nn.ModuleList, nn.ModuleDict)) else None
+            count = counts.get(site.name.rpartition(".")[0], count)
+            site.is_router = count is not None and site.geometry.out == count
 
 
 def _weights_without_kind(name: str, module: nn.Module) -> dict[str, str]:
@@ -123,7 +165,7 @@ def layer_kind_for(module: nn.Module) -> tuple[LayerKind | None, str]:
     """The layer kind of a module, or None with the reason why a layer with a weight cannot be adapted (empty: not a layer)."""
     kind, reason = _by_class(module)
     if kind is None:
-        return None, reason
+        return (None, reason) if reason else experts_kind_for(module)
     weight = module._parameters.get("weight")
     if weight is None:
         return None, "its weight is computed from other parameters (a parametrization, weight norm or pruning)"

@@ -71,6 +71,14 @@ class AdaptedLayer:
         self.inner = inner
         self.adapters: dict[str, AdapterAtSite] = {}
 
+    def admit(self, site: Site, adapter: Adapter) -> None:
+        """Let an adapter act at a site that this layer computes."""
+        self.adapters[adapter.name] = adapter_at(adapter, site)
+
+    def release(self, site: Site, name: str) -> None:
+        """Take an adapter off such a site."""
+        self.adapters.pop(name, None)
+
     def base_call(self, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's own output."""
         if self.inner is not None:

@@ -64,7 +64,7 @@ class Stepper:
         flat = self.runner.prepare(batch)
         route = self._route(batch, jobs, flat.layout.index)
         adapters = [self.bank[name] for name in route.names]
-        draws = [adapter.draws for adapter in adapters]
+        counters = [adapter.counters for adapter in adapters]
         trained = [p for adapter in adapters for p in adapter.parameters() if p.requires_grad]
         try:
             with self.bank.use(route, keep=self.runner.head_cells(flat, keep), training=True):
@@ -74,8 +74,8 @@ class Stepper:
                 # Not backward(): if it failed halfway, the gradients of some layers would stay behind.
                 grads = torch.autograd.grad(total, trained, allow_unused=True) if total.requires_grad else ()
         except BaseException:
-            for adapter, number in zip(adapters, draws, strict=True):
-                adapter.draws = number
+            for adapter, before in zip(adapters, counters, strict=True):
+                adapter.counters = before
             raise
         for parameter, grad in zip(trained, grads, strict=bool(grads)):
             if grad is not None:

@@ -283,9 +283,9 @@ def _squares(examples: Sequence[Example] | Pass) -> int:
 
 @contextmanager
 def untouched(bank: Bank, jobs: Sequence[Job]) -> Iterator[None]:
-    """Restore jobs that have not begun: tensors, gradients, optimizers, counters, dropout streams."""
+    """Restore jobs that have not begun: tensors, gradients, optimizers, counters, dropout streams, tokens by expert."""
     tensors = [(parameter, parameter.detach().clone()) for job in jobs for parameter in job.parameters]
-    draws = {name: bank[name].draws for name in bank}
+    counters = {name: bank[name].counters for name in bank}
     progress = [copy.deepcopy(job.progress) for job in jobs]
     rates = [[group["lr"] for group in job.optimizer.param_groups] for job in jobs]
     try:
@@ -300,8 +300,8 @@ def untouched(bank: Bank, jobs: Sequence[Job]) -> Iterator[None]:
             job.progress = numbers
             for group, rate in zip(job.optimizer.param_groups, job_rates, strict=True):
                 group["lr"] = rate
-        for name, number in draws.items():
-            bank[name].draws = number
+        for name, counted in counters.items():
+            bank[name].counters = counted
 
 
 def adapter_bytes(job: Job) -> int:

@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from veneer._files import sync
@@ -64,6 +65,7 @@ class Saver:
         return {
             "progress": {_STORED_NAMES.get(key, key): value for key, value in asdict(job.progress).items()},
             "draws": self.bank[job.name].draws,
+            "expert_tokens": {stack: n.tolist() for stack, n in self.bank[job.name].expert_tokens.items()},
             "state": job.state.value,
             "code": job.code,
             "reason": job.reason,
@@ -124,7 +126,8 @@ class Saver:
         for key in ("evaluations", "general"):
             progress[key] = [(int(step), float(loss)) for step, loss in progress.get(key, [])]
         job.progress = Progress(**progress)
-        self.bank[job.name].draws = saved["draws"]
+        tokens = {stack: torch.tensor(counts) for stack, counts in saved.get("expert_tokens", {}).items()}
+        self.bank[job.name].counters = saved["draws"], self.bank[job.name].expert_tokens | tokens
 
     def roll_back(self, job: Job) -> None:
         """Put a failed job back to its last good checkpoint, if there is one."""

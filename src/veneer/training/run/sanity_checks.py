@@ -5,7 +5,8 @@ a tensor that does not move      stops: the update is below the resolution of th
 a first loss far above chance    warns: the mask, the template or the base may not fit the examples, or the base is overfitted to others
 
 A has no gradient while B is zero, so it is checked from the second step on. Embedding rows must move only after a gradient has reached
-them, since tokens that the first examples do not contain have none.
+them, since tokens that the first examples do not contain have none; so must the tensors of an expert, which has no gradient until a
+token is routed to it.
 """
 
 from __future__ import annotations
@@ -75,7 +76,11 @@ class SanityChecks:
                 "still",
             )
         lookups = self._lookup_factors | {ROWS}
-        missing = [key for key, value in tensors.items() if value.grad is None and _name(key) not in lookups]
+        missing = [
+            key
+            for key, value in tensors.items()
+            if value.grad is None and _name(key) not in lookups and self._trained(key)
+        ]
         if missing:
             raise TrainingError(
                 f"no gradient reached {_some(missing)}; leave these sites out (exclude_modules)", "still"
@@ -110,13 +115,21 @@ class SanityChecks:
         still = [key for key, value in _tensors(self.adapter).items() if torch.equal(value.detach(), self._start[key])]
         self._start.clear()
         may_stay = self._lookup_factors | (set() if adaptive and step > 1 else self._late)
-        stuck = [key for key in still if _name(key) not in may_stay and (_name(key) != ROWS or key in self._reached)]
+        stuck = [
+            key
+            for key in still
+            if _name(key) not in may_stay and (_name(key) != ROWS or key in self._reached) and self._trained(key)
+        ]
         if stuck:
             raise TrainingError(
                 f"{_some(stuck)} did not move in {step} step{'s' if step > 1 else ''} at a learning rate of {learning_rate:g}: the "
                 "update is below the resolution of the data type, or no gradient arrives; raise learning_rate, or leave these sites out",
                 "still",
             )
+
+    def _trained(self, key: str) -> bool:
+        """False for a tensor of an expert that no token was routed to."""
+        return self.adapter.tokens_at(key.rpartition(".")[0]) != 0
 
 
 def _tensors(adapter: Adapter) -> dict[str, Tensor]:
