@@ -47,11 +47,11 @@ def adapted(folder: Path, mix: dict[str, float], *adapters: Adapter) -> Tensor:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("arch", ["llama", "gpt2", "bert", "gemma3", "phi3", "gpt_neox"])
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "bert", "gemma3", "phi3", "gpt_neox", "mixtral", "gpt_oss"])
 def test_merged_model_computes_the_adapted_one(tmp_path: Path, arch: str, method: str) -> None:
     """A merge in fp32, loaded by transformers, has the adapted model's logits within 1e-5."""
     settings = METHODS[method]
-    if method == "pattern" and arch in ("gpt2", "bert", "phi3", "gpt_neox"):
+    if method == "pattern" and arch not in ("llama", "gemma3"):
         settings = LoRA(r=4, lora_alpha=8, rank_pattern={"*.0.*": 2}, alpha_pattern={"*.1.*": 20.0})
     model = saved(tmp_path / "base", arch)
     adapter = trained(model, settings)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +62,18 @@ class Skeleton:
 
     def weight_2d(self, site: str) -> Tensor:
         """A site's base weight as [out, in], in the stored dtype; read now."""
-        return as_2d(self.folder.get(self.key(site)), self.sites[site].kind)
+        stored = self.folder.get(self.key(site))
+        return self.view_of(site, stored) if self.stacked(site) else as_2d(stored, self.sites[site].kind)
+
+    def stacked(self, site: str) -> bool:
+        """True if the files hold the weight of an expert in one tensor with others."""
+        return self.sites[site].stack is not None and f"{site}.weight" not in self.names
+
+    def view_of(self, site: str, stacked: Tensor) -> Tensor:
+        """The weight of an expert [out, in] in the stacked tensor that holds it."""
+        module: Any = self.sites[site].module
+        weight: Tensor = module.view_of(stacked)
+        return weight
 
     def parameter_key(self, name: str) -> str | None:
         """Name in the files of a parameter of the model, or of a parameter that shares its tensor; None if the files have neither."""
@@ -72,7 +84,8 @@ class Skeleton:
         return next((self.names[other] for other in shared if other in self.names), None)
 
     def _find(self, site: str) -> str | None:
-        return self.names.get(f"{site}.weight" if site else "weight")
+        found = self.names.get(f"{site}.weight" if site else "weight")
+        return self.names.get(self.sites[site].parameter) if found is None and site in self.sites else found
 
 
 def base_folder(name: str | Path, revision: str | None = None) -> Path:

@@ -35,7 +35,7 @@ from veneer.checkpoints.base_view import BaseView, named
 from veneer.checkpoints.findings import Findings, listed, shown
 from veneer.checkpoints.tensors import dtype_name
 from veneer.errors import BaseModelError
-from veneer.models.fingerprint import weight_fingerprints
+from veneer.models.fingerprint import tensor_fingerprint, weight_fingerprints
 from veneer.models.load import Base
 
 KEY = "veneer"
@@ -170,15 +170,18 @@ def _fingerprints(model: nn.Module | None, sites: Mapping[str, Site]) -> dict[st
     names = {name: f"{name}.weight" if name else "weight" for name in sites}
     source = named(model)
     folder = Path(source) if source and Path(source).is_dir() else None
+    experts = {
+        name: tensor_fingerprint(names.pop(name), s.weight_2d) for name, s in sites.items() if s.stack is not None
+    }
     found: dict[str, str] = {}
     if model is None:
-        return found
+        return experts
     if names and folder is not None:
         with contextlib.suppress(BaseModelError):  # files that have changed or gone since: what is in memory counts
             found = weight_fingerprints(Base(model, None, str(source), folder, torch.float32), names.values())
     if names and not found:
         found = weight_fingerprints(model, names.values())
-    return {name: found[path] for name, path in names.items()}
+    return experts | {name: found[path] for name, path in names.items()}
 
 
 def probe(adapter: Adapter, name: str, weight_OK: Tensor | None = None) -> list[float]:

@@ -33,8 +33,8 @@ from veneer.checkpoints.files import parse_json, read_exactly
 from veneer.checkpoints.findings import shown
 from veneer.errors import CheckpointError, Problems
 
-MAX_HEADER = 4 << 20
-MAX_TENSORS = 20_000
+MAX_HEADER = 32 << 20
+MAX_TENSORS = 100_000
 MAX_DIMS = 4
 MAX_BYTES = 16 << 30
 

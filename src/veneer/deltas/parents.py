@@ -34,7 +34,7 @@ from veneer.checkpoints.receipt import (
 )
 from veneer.deltas.delta import Weights
 from veneer.errors import ComposeError
-from veneer.models.fingerprint import weight_fingerprints
+from veneer.models.fingerprint import tensor_fingerprint, weight_fingerprints
 from veneer.models.load import Base
 
 
@@ -191,8 +191,12 @@ def records_of(base: Skeleton, sites: Iterable[str]) -> dict[str, dict[str, Any]
     for site in names:
         base.key(site)  # report a name that the files do not have before its hash is computed
     files = Base(base.model, None, str(base.folder.path), base.folder.path, torch.float32)
-    hashes = weight_fingerprints(files, names.values())
-    return {site: weight_record(base.weight_2d(site), site, hashes[name]) for site, name in names.items()}
+    hashes = weight_fingerprints(files, [name for site, name in names.items() if base.sites[site].stack is None])
+    records = {}
+    for site, name in names.items():
+        weight_OK = base.weight_2d(site)
+        records[site] = weight_record(weight_OK, site, hashes.get(name) or tensor_fingerprint(name, weight_OK))
+    return records
 
 
 def base_name(adapters: Iterable[Adapter]) -> str | None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -167,13 +167,26 @@ class _Merger:
                 continue
             target = self.dtype if self.dtype is not None and tensor.is_floating_point() else tensor.dtype
             for planned in self.plan.tensors.get(key, (MergedTensor(key, ""),)):
-                merged = self._merge(planned, tensor, target) if planned.changes else tensor.to(target)
+                merged = tensor.to(target)
+                if planned.experts:
+                    merged = self._merge_experts(planned, tensor, target)
+                elif planned.changes:
+                    merged = self._merge(planned, tensor, target)
                 # a second name for an unchanged tensor needs memory of its own to be stored
                 writer.put(planned.key, merged.clone() if planned.key != key and merged is tensor else merged)
         report, total = self.report, self.total
         report.error, report.kept, report.ratio = total.error, total.kept, total.ratio
         if self.residual and total.delta:
             report.left, report.kept_with_residual = total.left, total.kept_with_residual
+
+    def _merge_experts(self, planned: MergedTensor, stored: Tensor, target: torch.dtype) -> Tensor:
+        """A stack of experts with the changes of its sites, one expert after the other."""
+        check_float(planned.key, stored)
+        merged = stored.to(target, copy=True)
+        for site, changes in planned.experts.items():
+            one = replace(planned, key=site, site=site, kind="linear", changes=changes)
+            self.base.view_of(site, merged).copy_(self._merge(one, self.base.view_of(site, stored), target))
+        return merged
 
     def _merge(self, planned: MergedTensor, stored: Tensor, target: torch.dtype) -> Tensor:
         check_float(planned.key, stored)

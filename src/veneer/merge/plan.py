@@ -9,7 +9,7 @@ Low-rank deltas, replaced weights and biases, and token rows have one interface:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -89,12 +89,13 @@ def _token_rows(rows_nD: Tensor, tokens: tuple[int, ...], weight: float, *, colu
 @dataclass(frozen=True)
 class MergedTensor:
     """One tensor to write: its name in the new files, the site or parameter that reads it, the layer's kind ("vector" for biases and
-    norms) and its changes."""
+    norms) and its changes. A stack of experts has the changes of each of its sites in ``experts``."""
 
     key: str
     site: str
     kind: str = ""
     changes: tuple[WeightChange, ...] = ()
+    experts: Mapping[str, tuple[WeightChange, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -170,6 +171,10 @@ def _matrices(
     replaced: set[str] = set()
     for site in changes:
         key = base.key(site)
+        if base.stacked(site):
+            known = tensors.get(key, (MergedTensor(key, base.sites[site].parameter),))[0]
+            tensors[key] = (replace(known, experts={**known.experts, site: tuple(changes[site])}),)
+            continue
         if key in tensors:
             continue
         group = base.survey.tied.get(site, (site,))

@@ -91,6 +91,11 @@ def weight_fingerprints(base: Base | torch.nn.Module, names: Iterable[str]) -> d
     return found
 
 
+def tensor_fingerprint(name: str, weight: torch.Tensor) -> str:
+    """The fingerprint of a tensor in memory under a name: that of a file which stores these numbers under it."""
+    return _of_memory(name, weight)
+
+
 def _find(
     stored: dict[str, _Stored], parameters: dict[str, torch.nn.Parameter], spelt: dict[str, str], name: str
 ) -> _Stored | None:

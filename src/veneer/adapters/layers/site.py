@@ -59,6 +59,12 @@ class Site:
         return self if self.stack is None else self.stack
 
     @property
+    def parameter(self) -> str:
+        """Name in the model of the parameter that holds the weight: of an expert, the fused parameter of its stack."""
+        name = getattr(self.module, "part").parameter if self.stack is not None else "weight"  # noqa: B009
+        return f"{self.host.name}.{name}".lstrip(".")
+
+    @property
     def kind(self) -> str:
         """Name of the layer kind: linear, conv1d, embedding, conv2d, vector_layer, experts."""
         return self.layer_kind.kind

@@ -118,6 +118,6 @@ def earlier_decisions(folder: RunFolder, manifest: Manifest) -> Manifest:
 
 def _hash_of_base(setup: Setup) -> str:
     """One hash of the base weights at all sites."""
-    names = [f"{site}.weight" if site else "weight" for site in setup.bank.sites]
+    names = list(dict.fromkeys(site.parameter for site in setup.bank.sites.values()))
     found = weight_fingerprints(setup.base, names)
     return hashlib.sha256(json.dumps([found[name] for name in names]).encode()).hexdigest()
