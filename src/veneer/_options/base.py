@@ -18,6 +18,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, 
 
 from veneer._options.document import Keys, shorten
 from veneer._options.synonyms import near_miss, similar
+from veneer._options.text import WHOLE
 from veneer.errors import ConfigError, Problems
 
 if TYPE_CHECKING:
@@ -39,6 +40,10 @@ Fraction = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0, lt=1)]
 
 Texts = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
 """A list of strings; a single one needs no brackets."""
+Prompts = Annotated[
+    tuple[Annotated[str, WHOLE], ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)
+]
+"""A list of texts with commas; on the command line the flag is repeated."""
 Paths = Annotated[tuple[Path, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str | Path) else value)]
 """A list of paths; a single one needs no brackets."""
 

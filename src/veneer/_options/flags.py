@@ -75,7 +75,8 @@ def _metavar(kinds: Kinds) -> str:
     if kinds.entry is not None:
         return "KEY=VALUE,..."
     if kinds.item is not None:
-        return f"{_metavar(kinds_of(kinds.item))},..."
+        item = kinds_of(kinds.item)
+        return _metavar(item) if item.whole else f"{_metavar(item)},..."
     names = {"int": "N", "float": "X", "str": "TEXT", "Path": "PATH", "bool": "true|false"}
     parts = [str(word) for word in kinds.words] + [
         names[kind.__name__] for kind in kinds.plain if kind.__name__ in names

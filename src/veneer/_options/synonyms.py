@@ -83,6 +83,8 @@ _TABLE: Mapping[str, str] = {
     # run
     "output output_dir out_dir save_path save_dir adapter_path": "out",
     "eval_steps steps_per_eval eval_interval val_every evals_per_epoch eval_strategy evaluation_strategy": "eval_every",
+    "eval_table_size num_eval_samples sample_every": "samples",
+    "eval_prompts": "sample_prompts",
     "save_steps save_interval saves_per_epoch save_strategy checkpoint_every": "save_every",
     "logging_steps steps_per_report log_every log_interval logging_strategy plot_loss logging_dir": _ALWAYS
     + ": every step is written to metrics/ in the run folder",

@@ -17,6 +17,9 @@ from pydantic import BaseModel
 from veneer._options.document import Keys, parse_yaml
 from veneer._options.scalars import resolve_scalar
 
+WHOLE = "text that is not split at commas"
+"""Marks the items of a list whose texts may have commas."""
+
 
 @dataclass
 class Kinds:
@@ -28,6 +31,7 @@ class Kinds:
     entry: Any = None
     model: type[BaseModel] | None = None
     none: bool = False
+    whole: bool = False
 
 
 def kinds_of(annotation: Any) -> Kinds:
@@ -38,6 +42,7 @@ def kinds_of(annotation: Any) -> Kinds:
         kind = waiting.pop(0)
         origin, inner = get_origin(kind), get_args(kind)
         if origin is Annotated:
+            found.whole |= WHOLE in inner[1:]
             waiting.insert(0, inner[0])
         elif origin in (Union, types.UnionType):
             waiting.extend(inner)
@@ -96,6 +101,8 @@ def read(given: Any, annotation: Any) -> Any:
 def _read_text(text: str, kinds: Kinds) -> Any:
     if text in kinds.words:
         return text
+    if kinds.item is not None and kinds_of(kinds.item).whole:
+        return [text]
     if kinds.none and text.lower() in ("none", "null", "~"):
         return None
     if text[:1] in "[{" and (kinds.item is not None or kinds.entry is not None or kinds.model is not None):

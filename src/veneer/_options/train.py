@@ -17,7 +17,19 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from veneer._options.base import PER_RUN, Count, Flag, Fraction, NotNegative, Options, Paths, PerRun, Positive, Whole
+from veneer._options.base import (
+    PER_RUN,
+    Count,
+    Flag,
+    Fraction,
+    NotNegative,
+    Options,
+    Paths,
+    PerRun,
+    Positive,
+    Prompts,
+    Whole,
+)
 from veneer._options.low_rank import LowRankOptions
 from veneer._options.text import kinds_of, read
 
@@ -159,6 +171,12 @@ class RunOptions(Options):
     """Random seed."""
     eval_every: Count | None = None
     """Evaluate every N steps (default: about ten evaluations per run)."""
+    samples: Whole = 0
+    """Answers to generate and print at each evaluation, for the prompts of so many held-out examples (or else training examples)."""
+    sample_prompts: Prompts = ()
+    """Prompts to answer at each evaluation; repeat the flag for several."""
+    sample_tokens: Count = 64
+    """Maximum tokens of each of these answers."""
     save_every: PerRun[Count | None] = None
     """Save a checkpoint every N steps, in addition to those by time."""
     checkpoint_minutes: PerRun[Positive | None] = 10.0

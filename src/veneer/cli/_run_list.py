@@ -187,6 +187,12 @@ def _job(folder: Path, name: str, saved: dict[str, Any], base: str) -> dict[str,
     }
 
 
+def latest_samples(run: Path, job: str) -> list[dict[str, Any]]:
+    """Return the sample answers of a job's latest evaluation, with step, prompt, answer and expected; empty if there are none."""
+    found = [line for line in _tail(run / "samples" / f"{job}.jsonl") if {"step", "prompt", "answer"} <= line.keys()]
+    return [line for line in found if line["step"] == found[-1]["step"]]
+
+
 def _saved(folder: Path) -> dict[str, dict[str, Any]]:
     """Return the jobs in the newest readable checkpoint; empty before the first one."""
     checkpoints = folder / "checkpoints"

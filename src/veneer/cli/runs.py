@@ -1,4 +1,4 @@
-"""``veneer runs [DIR]``: list the runs below a folder with their state, steps, losses and adapters.
+"""``veneer runs [DIR]``: list the runs below a folder with their state, steps, losses and adapters; for one run, its latest samples too.
 
 ``veneer runs runs/both --pause sql`` requests a change of one job of a run (without a job: of all jobs). The run applies
 it between two steps, or when it is resumed.
@@ -9,11 +9,13 @@ from __future__ import annotations
 import argparse
 import math
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from veneer.cli._output import as_json, table
 from veneer.cli._parser import add_json
-from veneer.cli._run_list import JobStatus, as_dict, list_runs
+from veneer.cli._run_list import JobStatus, as_dict, latest_samples, list_runs
 from veneer.errors import CheckpointError
 
 _ALL = "*"
@@ -39,8 +41,13 @@ def run(args: argparse.Namespace) -> int:
     requests = {request: job for request in _REQUESTS if (job := getattr(args, request)) is not None}
     if requests:
         return _request(Path(args.folder), statuses, requests)
+    samples = {
+        status.job: latest_samples(Path(args.folder), status.job)
+        for status in statuses
+        if Path(status.run) == Path(args.folder)
+    }
     if args.json:
-        print(as_json([as_dict(status) for status in statuses]))
+        print(as_json([{**as_dict(status), "samples": samples.get(status.job, [])} for status in statuses]))
         return 0
     if not statuses:
         print(f"{args.folder} contains no runs; start one with veneer train DATA --out {Path(args.folder) / 'NAME'}")
@@ -51,7 +58,17 @@ def run(args: argparse.Namespace) -> int:
     for status in statuses:
         if status.reason:
             print(f"{status.run} {status.job}: {status.reason}")
+    for job, found in samples.items():
+        if found:
+            print(f"\nsamples of {job} at step {found[-1]['step']}:")
+            print("\n\n".join("\n".join(sample_lines(sample)) for sample in found))
     return 0
+
+
+def sample_lines(sample: Mapping[str, Any]) -> list[str]:
+    """Format a sample answer for a terminal."""
+    shown = [(key, " ".join(str(sample.get(key) or "").split())) for key in ("prompt", "expected", "answer")]
+    return [f"  {key:<8}  {text}" for key, text in shown if text or key == "answer"]
 
 
 def _request(out: Path, statuses: list[JobStatus], requests: dict[str, str]) -> int:

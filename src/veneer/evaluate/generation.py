@@ -39,7 +39,7 @@ class Sampling:
 class Generator:
     """Generates text with one model, under the routes of a bank."""
 
-    def __init__(self, model: Any, tokenizer: Any, bank: Bank | None = None) -> None:
+    def __init__(self, model: Any, tokenizer: Any, bank: Bank | None = None, renderer: Renderer | None = None) -> None:
         if tokenizer is None:
             raise BaseModelError(
                 "the base has no tokenizer, so it cannot be given text; add its tokenizer's files to the folder"
@@ -49,7 +49,7 @@ class Generator:
         self.model = model
         self.tokenizer = tokenizer
         self.bank = bank
-        self.renderer = Renderer(tokenizer)
+        self.renderer = renderer or Renderer(tokenizer)
 
     @property
     def chats(self) -> bool:
@@ -72,7 +72,11 @@ class Generator:
 
     def write(self, prompt: str | Sequence[Message], route: RouteLike = None, sampling: Sampling | None = None) -> str:
         """Generate the complete answer to one prompt."""
-        ids = torch.tensor([self.prompt_ids(prompt)])
+        return self.complete(self.prompt_ids(prompt), route, sampling)
+
+    def complete(self, prompt: Sequence[int], route: RouteLike = None, sampling: Sampling | None = None) -> str:
+        """Generate the complete answer to a prompt of token ids."""
+        ids = torch.tensor([list(prompt)])
         stops = self.stops(route)
         with self._routed(route), _stream(sampling or Sampling()):
             out = self.model.generate(ids, **self._options(ids, sampling or Sampling(), stops))
@@ -153,12 +157,13 @@ class _stream:
     """A separate random stream for sampling; the process's own is restored afterwards."""
 
     def __init__(self, sampling: Sampling) -> None:
-        self._seed = sampling.seed
-        self._fork = torch.random.fork_rng(devices=[], enabled=sampling.temperature > 0)
+        self._seed = sampling.seed if sampling.temperature > 0 else None
+        self._fork = torch.random.fork_rng(devices=[], enabled=self._seed is not None)
 
     def __enter__(self) -> None:
         self._fork.__enter__()
-        torch.manual_seed(self._seed)
+        if self._seed is not None:
+            torch.manual_seed(self._seed)
 
     def __exit__(self, *error: Any) -> None:
         self._fork.__exit__(*error)

@@ -54,6 +54,11 @@ class Renderer:
         ends = self._turn_finder(self.template.source).end_tokens[:1]
         return tuple(int(self.tokenizer.convert_tokens_to_ids(text)) for text in ends)
 
+    @property
+    def opening(self) -> str:
+        """The template's generation prompt; "" where there is none."""
+        return "" if self.template is None else self._turn_finder(self.template.source).opening
+
     def notices(self, format: str) -> list[str]:
         """Describe how rows of a format are rendered, one line each; empty if it goes without saying."""
         if format not in ("prompt", "alpaca"):

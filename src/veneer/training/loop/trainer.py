@@ -70,6 +70,9 @@ class Listener:
     def evaluated(self, job: Job, loss: float, *, best: bool) -> None:
         """A job was evaluated on its held-out examples."""
 
+    def sampling(self, job: Job) -> None:
+        """An evaluation is due, or over where there are held-out examples: the time for sample answers."""
+
     def changed(self, job: Job) -> None:
         """A job was added, paused or resumed."""
 
@@ -226,6 +229,7 @@ class Trainer:
 
     def _evaluate(self, job: Job) -> None:
         if not job.held_out:
+            self.listener.sampling(job)
             return
         progress = job.progress
         try:
@@ -242,6 +246,7 @@ class Trainer:
         else:
             progress.evaluations_without_gain += 1
         self.listener.evaluated(job, loss, best=better)
+        self.listener.sampling(job)
         patience = job.options.early_stop_patience
         if patience is not None and progress.evaluations_without_gain >= patience and job.running:
             job.end(

@@ -9,6 +9,8 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -23,6 +25,7 @@ from veneer.training.run.control import Control
 from veneer.training.run.run_folder import RunFolder, append_line, now
 from veneer.training.run.sanity_checks import SanityChecks
 from veneer.training.run.trackers import ExperimentTracker
+from veneer.training.samples import Sampler, wants_samples
 
 _LATEST = 20
 """Steps over which the speed is averaged."""
@@ -41,6 +44,7 @@ class Recorder(Listener):
         rounds: int = 0,
         checks: Mapping[str, SanityChecks] | None = None,
         halving: Halving | None = None,
+        sampler: Sampler | None = None,
     ) -> None:
         """``rounds`` is the number of rounds that the run has completed; ``checks`` are the sanity checks by job."""
         self.folder = folder
@@ -50,6 +54,7 @@ class Recorder(Listener):
         self.rounds = rounds
         self.checks = checks or {}
         self.halving = halving
+        self.sampler = sampler
         self.tracker: ExperimentTracker | None = None
         self.stopped = False
         self.saved = True
@@ -108,6 +113,31 @@ class Recorder(Listener):
             problem = self.saver.save_adapter(job, best=True)
             if problem is not None:
                 self.console.line(f"{self._prefix(job)}the best adapter was not saved: {problem}")
+
+    def sampling(self, job: Job) -> None:
+        """Generate, print and store the sample answers of a job. A failure costs the samples only."""
+        if self.sampler is None or not wants_samples(job):
+            return
+        began = time.monotonic()
+        try:
+            for sample in self.sampler.samples(job, partial(self._show_sampling, job)):
+                line = {"step": job.progress.step, **asdict(sample), "time": now()}
+                self.folder.samples(job.name).parent.mkdir(exist_ok=True)
+                append_line(self.folder.samples(job.name), line)
+                self.console.line("\n".join([f"{self._prefix(job)}step {job.progress.step}: sample", *sample.lines()]))
+        except Exception as error:  # whatever the base's generation raises, the training is not to end with it
+            self.console.line(
+                f"{self._prefix(job)}step {job.progress.step}: no more samples, because generation failed: {error}"
+            )
+            self.event("samples_failed", job=job.name, reason=str(error))
+            self.sampler = None
+        # Generation is no part of the speed of training.
+        took = time.monotonic() - began
+        self._recent = deque(((at + took, tokens) for at, tokens in self._recent), maxlen=_LATEST)
+
+    def _show_sampling(self, job: Job, done: int, total: int) -> None:
+        if self.console.live:
+            self.console.progress(f"{self._prefix(job)}step {job.progress.step}: generated {done} of {total} samples")
 
     def changed(self, job: Job) -> None:
         """A job was added, paused or resumed."""

@@ -36,6 +36,7 @@ from veneer.training.run.result import RunResult, result_of
 from veneer.training.run.run_folder import CONFIG, MANIFEST, RunFolder
 from veneer.training.run.sanity_checks import SanityChecks
 from veneer.training.run.setup import Setup, describe, set_up
+from veneer.training.samples import Sampler, wants_samples
 
 
 def train(
@@ -119,6 +120,7 @@ def _run(
         rounds=rounds or 0,
         checks={job.name: checks[job.name] for job in jobs if checks[job.name].needed(job.progress.step)},
         halving=halving,
+        sampler=Sampler(setup.base, bank) if any(map(wants_samples, jobs)) else None,
     )
     _announce(setup, manifest, recorder, gone_on, restored=rounds is not None)
     if unfinished:  # also if all jobs are paused: a request may resume them

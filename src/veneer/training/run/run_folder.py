@@ -3,6 +3,7 @@
 runs/a/config.yaml            the resolved options
 runs/a/run.json               the manifest: versions, threads, hashes of data and template, decisions made from measurements
 runs/a/metrics/<job>.jsonl    a line for each step and each evaluation
+runs/a/samples/<job>.jsonl    a line for each sample answer, if the options ask for them
 runs/a/events.jsonl           starts, ends, checkpoints, failures
 runs/a/control.json           requests to the running process (see control.py), deleted when they are applied
 runs/a/checkpoints/           the states from which a run resumes
@@ -23,7 +24,7 @@ from typing import Any
 from veneer._files import replace_text
 from veneer.checkpoints.commit import LATEST, candidates, sweep
 
-CONFIG, MANIFEST = "config.yaml", "run.json"
+CONFIG, MANIFEST, SAMPLES = "config.yaml", "run.json", "samples"
 
 
 class RunFolder:
@@ -38,6 +39,10 @@ class RunFolder:
     def metrics(self, job: str) -> Path:
         """The file of a job's metrics."""
         return self.out / "metrics" / f"{job}.jsonl"
+
+    def samples(self, job: str) -> Path:
+        """The file of a job's sample answers."""
+        return self.out / SAMPLES / f"{job}.jsonl"
 
     def adapter(self, job: str) -> Path:
         """The folder of a job's last adapter."""
@@ -66,7 +71,7 @@ class RunFolder:
             aside = self.checkpoints.with_name(f"checkpoints.tmp-{secrets.token_hex(4)}")
             self.checkpoints.rename(aside)
             shutil.rmtree(aside, ignore_errors=True)
-        for name in ("metrics", "adapter", "adapters", "best"):
+        for name in ("metrics", SAMPLES, "adapter", "adapters", "best"):
             shutil.rmtree(self.out / name, ignore_errors=True)
         for name in (CONFIG, MANIFEST, self.events.name, *(f.name for f in self.out.glob("control*.json"))):
             (self.out / name).unlink(missing_ok=True)
@@ -81,7 +86,9 @@ class RunFolder:
 
     def growing(self, jobs: list[str]) -> dict[str, Path]:
         """The files that grow line by line, by the name under which a checkpoint records their length."""
-        return {"events": self.events, **{f"metrics/{job}": self.metrics(job) for job in jobs}}
+        metrics = {f"metrics/{job}": self.metrics(job) for job in jobs}
+        samples = {f"{SAMPLES}/{job}": self.samples(job) for job in jobs if self.samples(job).exists()}
+        return {"events": self.events, **metrics, **samples}
 
     def lengths(self, jobs: list[str]) -> dict[str, int]:
         """The length of each growing file."""
