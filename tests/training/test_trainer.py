@@ -227,6 +227,7 @@ def test_a_pass_that_raises_is_run_again_job_by_job(monkeypatch: pytest.MonkeyPa
     world.trainer(jobs, ear).run()
     assert raised == [3, 1]
     assert ear.ends == {"a": "finished", "c": "memory", "d": "finished"}
-    assert 'job "c": its forward or backward pass failed: cannot allocate memory' in jobs[1].reason
+    assert 'job "c": its forward or backward pass failed: a pass of 29 tokens' in jobs[1].reason
+    assert "a pass of 28 tokens fitted; use tokens_per_pass 28, or activation_checkpointing" in jobs[1].reason
     for name in ("a", "d"):
         assert apart(values(world, name), alone(name, optimizer="sgd", steps=4)[0]) < 1e-5

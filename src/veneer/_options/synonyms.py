@@ -33,7 +33,7 @@ _TABLE: Mapping[str, str] = {
     "flash_attention flash_attn attn_implementation flash_attn_2 sdp_attention xformers_attention": _ALWAYS
     + ": attention runs per example, without padding",
     "use_liger_kernel liger_kernel enable_liger_kernel use_unsloth unsloth_lora_mlp": _ALWAYS + ": see compile",
-    "device device_map cuda gpu gpus n_gpu": "not an option yet: commands use the CPU",
+    "device_map cuda gpu gpus n_gpu no_cuda use_cpu": "device",
     "deepspeed fsdp fsdp_config ddp num_processes nproc_per_node": _LAUNCHER,
     "num_threads n_threads omp_num_threads": "threads",
     # data

@@ -12,6 +12,7 @@ Without Regret" (Schulman and Thinking Machines Lab, 2025), whose published fit 
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -60,6 +61,15 @@ def _name(value: str) -> str:
 Name = Annotated[str, Field(max_length=100), AfterValidator(_name)]
 
 
+def _device(value: str) -> str:
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,4})?", value):
+        raise ValueError(f"expected auto, cpu, cuda, cuda:N or mps, found {value!r}")
+    return value
+
+
+Device = Annotated[str, AfterValidator(_device)]
+
+
 class BaseOptions(Options):
     """Base model."""
 
@@ -69,6 +79,8 @@ class BaseOptions(Options):
     """Commit, tag or branch of a Hub model."""
     dtype: PerRun[Literal["auto", "float32", "bfloat16"]] = "auto"
     """Data type of the base weights; auto uses bfloat16 where the hardware is fast at it."""
+    device: PerRun[Device] = "auto"
+    """Device: cpu, cuda, cuda:N, mps, or auto, a GPU where there is one."""
     threads: PerRun[Count | None] = None
     """Number of CPU threads (default: PyTorch's choice)."""
     compile: PerRun[Flag | Literal["auto"]] = "auto"

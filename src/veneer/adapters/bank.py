@@ -153,7 +153,15 @@ class Bank:
         self.runtime.tracker.mapping.clear()
         for site in adapter.sites(self.survey):
             self._patches.install(site, adapter)
+        self._place(adapter)
         return adapter
+
+    def _place(self, adapter: Adapter) -> None:
+        """Move a new adapter's tensors to its layers at once, so that an optimizer's state is made and restored there."""
+        devices = {name: self._device(name, adapter) for name in (*adapter.tensors, *adapter.overrides)}
+        places = (*devices.values(), *(parameter.device for parameter in adapter.parameters()))
+        if not any(place.type == "meta" for place in places):
+            self._ready(adapter, devices)
 
     def check_fit(self, adapter: Adapter) -> None:
         """Raise AdapterError unless every tensor of the adapter fits the site that it names; TargetError where its tying cannot be."""

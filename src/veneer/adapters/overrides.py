@@ -203,7 +203,9 @@ def _fresh_rows(
             f"trainable_token_indices: expected distinct tokens below {site.weight.shape[0]:,}, found {list(ids)[:8]}"
         )
         return {}
-    rows = site.weight.detach()[list(ids)].to("cpu", torch.promote_types(site.weight.dtype, torch.float32), copy=True)
+    rows = site.weight.detach()[torch.tensor(ids, device=site.weight.device)].to(
+        "cpu", torch.promote_types(site.weight.dtype, torch.float32), copy=True
+    )
     shared = [site.name, *(other.name for other in survey.sites.values() if other.tied_to == site.name)]
     names = [name for name in shared if WEIGHT not in overrides.get(name, {})]
     for name in names:

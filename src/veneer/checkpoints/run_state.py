@@ -92,11 +92,11 @@ def job_tensors(name: str, adapter: Adapter, optimizer: torch.optim.Optimizer) -
     """
     found: dict[str, Tensor] = {}
     for site, key, parameter in adapter.named_tensors():
-        found[f"adapter/{name}/{site}/{key}"] = parameter.detach()
+        found[f"adapter/{name}/{site}/{key}"] = parameter.detach().cpu()
     for number, moments in optimizer.state_dict()["state"].items():
         for key, value in moments.items():
             if isinstance(value, Tensor):
-                found[f"optimizer/{name}/{number}/{key}"] = value.detach()
+                found[f"optimizer/{name}/{number}/{key}"] = value.detach().cpu()
     for key, value in found.items():
         if not bool(torch.isfinite(value).all()):
             raise CheckpointError(f'{key} is not finite; the state of job "{name}" is not saved over its last good one')

@@ -102,6 +102,16 @@ def add_dtype(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_device(parser: argparse.ArgumentParser, what: str = "device of the base") -> None:
+    """Declare ``--device``."""
+    parser.add_argument(
+        "--device",
+        default="auto",
+        metavar="DEVICE",
+        help=f"{what}: cpu, cuda, cuda:N, mps, or auto, a GPU where there is one (default: auto)",
+    )
+
+
 def add_force(parser: argparse.ArgumentParser) -> None:
     """Declare ``--force``."""
     parser.add_argument(

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veneer._terminal import note, status
 from veneer.checkpoints.locate import CONFIG, adapters_at, is_run
-from veneer.cli._parser import add_dtype, add_force
+from veneer.cli._parser import add_device, add_dtype, add_force
 from veneer.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     import argparse
+
+    import torch
 
     from veneer.adapters import Bank
     from veneer.models.load import Base
@@ -49,6 +50,7 @@ def add_target_arguments(parser: argparse.ArgumentParser, *, several: bool = Fal
     parser.add_argument("--base", metavar="MODEL", help="base model (default: the one named in the adapter folder)")
     add_force(parser)
     add_dtype(parser)
+    add_device(parser)
 
 
 def adapter_folders(target: str) -> dict[str, Path]:
@@ -95,17 +97,23 @@ def not_an_adapter(target: str) -> CheckpointError:
     return CheckpointError(f"{target}: {problem}; give an adapter folder, or a run that has written one")
 
 
-def load_targets(
-    targets: Sequence[str], base: str | None, dtype: str, *, purpose: str = "generate", force: Sequence[str] = ()
-) -> LoadedTargets:
+def load_targets(args: argparse.Namespace, *, purpose: str = "generate") -> LoadedTargets:
     """Load the base once, and every adapter of the targets, frozen and on the fast path.
 
+    Args:
+        args: the arguments of ``add_target_arguments``.
+        purpose: "generate" or "train", for the data type that is fastest.
+
     Raises:
-        ConfigError: The targets name different bases, or two adapters have the same name.
+        ConfigError: The targets name different bases, two adapters have the same name, or there is no such device.
     """
+    from veneer.models.devices import resolve_device
+
+    base: str | None = args.base
+    device = resolve_device(args.device)
     folders: dict[str, Path] = {}
     bases: dict[str, str] = {} if base is None else {base: "--base"}
-    for target in targets:
+    for target in args.target:
         found = adapter_folders(target)
         if not found:
             if base not in (None, target):
@@ -123,10 +131,12 @@ def load_targets(
         sources = "; ".join(f"{model} (from {source})" for model, source in bases.items())
         raise ConfigError(f"the targets name different bases: {sources}; choose one with --base")
     with status(f"loading {next(iter(bases))}"):
-        return _load(next(iter(bases)), folders, dtype, purpose, force)
+        return _load(next(iter(bases)), folders, args, purpose, device)
 
 
-def _load(model: str, folders: dict[str, Path], dtype: str, purpose: str, force: Sequence[str]) -> LoadedTargets:
+def _load(
+    model: str, folders: dict[str, Path], args: argparse.Namespace, purpose: str, device: torch.device
+) -> LoadedTargets:
     from veneer.checkpoints import attach
     from veneer.checkpoints.receipt import ROUNDED
     from veneer.models.fast_modules import fuse
@@ -134,18 +144,19 @@ def _load(model: str, folders: dict[str, Path], dtype: str, purpose: str, force:
     from veneer.models.precision import fast_dtype
     from veneer.training.acceleration import use_cpp_kernels
 
-    requested: Any = dtype
-    if dtype == "auto" and purpose == "generate":
-        requested = str(fast_dtype("cpu", "generate")).removeprefix("torch.")
-    loaded = load_base(model, dtype=requested)
+    requested: Any = args.dtype
+    if args.dtype == "auto" and purpose == "generate":
+        requested = str(fast_dtype(device, "generate")).removeprefix("torch.")
+    loaded = load_base(model, dtype=requested, device=device)
     bank = attach(loaded.model)
     for name, folder in folders.items():
-        for remark in bank.load(folder, name=name, force=tuple(force)).meta.get("notes", ()):
-            if dtype != "auto" or not remark.endswith(ROUNDED):  # the user did not choose this data type
+        for remark in bank.load(folder, name=name, force=tuple(args.force)).meta.get("notes", ()):
+            if args.dtype != "auto" or not remark.endswith(ROUNDED):  # the user did not choose this data type
                 note(f"{folder}: {remark}")
         bank[name].requires_grad_(False)
     use_adapter_template(loaded.tokenizer, bank)
-    use_cpp_kernels(note)
+    if device.type == "cpu":
+        use_cpp_kernels(note)
     fuse(loaded.model)
     return LoadedTargets(loaded, bank, list(folders))
 

@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     """Chat until the user ends the conversation."""
     from veneer.evaluate.generation import Generator
 
-    loaded = load_targets(args.target, args.base, args.dtype, force=args.force)
+    loaded = load_targets(args)
     generator = Generator(loaded.base.model, loaded.base.tokenizer, loaded.bank)
     chat = Chat(generator, loaded.names, sampling_of(args), args.system)
     interactive = sys.stdin.isatty()

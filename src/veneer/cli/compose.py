@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from veneer._terminal import status
 from veneer.cli._output import as_json, difference_from, percent, print_lines, table
 from veneer.cli._parents import base_of, checked_base, needs_base_weights, parse_mix
-from veneer.cli._parser import add_force, add_json, add_sites, at_least
+from veneer.cli._parser import add_device, add_force, add_json, add_sites, at_least
 from veneer.errors import ComposeError, ConfigError
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--budget", type=at_least(1), default=40, metavar="N", help="evaluations that --search may use (default: 40)"
     )
     parser.add_argument("--limit", type=at_least(1), metavar="N", help="use only the first N examples of --data")
+    add_device(parser, "device on which --data is evaluated")
     add_force(parser)
     add_sites(parser, "least accurate")
     add_json(parser)
@@ -154,7 +155,7 @@ class _MixEvaluator:
         from veneer.models.load import load_base
 
         # In bfloat16, rounding is as large as the differences between mixes.
-        loaded = load_base(base, dtype="float32")
+        loaded = load_base(base, dtype="float32", device=args.device)
         renderer = Renderer(loaded.tokenizer, RenderOptions())
         self.examples = load_examples([args.data], renderer, truncate="end")[0][: args.limit]
         self.bank, self.runner = attach(loaded.model), FlatRunner(loaded.model)

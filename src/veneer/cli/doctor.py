@@ -105,8 +105,29 @@ def _processor() -> Iterator[Check]:
     yield Check("cores", f"{cores} available, torch uses {torch.get_num_threads()} threads")
     dtype = str(fast_dtype()).removeprefix("torch.")
     yield Check("base weights", f"{dtype} on the CPU" + (" (no fast bfloat16)" if dtype == "float32" else ""))
-    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    yield Check("GPU", ", ".join(names) or "none")
+    yield from _devices()
+
+
+def _devices() -> Iterator[Check]:
+    """Every device besides the CPU, with its memory and the data type that it is fast in."""
+    import torch
+
+    from veneer.models.devices import resolve_device
+    from veneer.models.precision import fast_dtype
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    for number in range(count):
+        device = torch.device("cuda", number)
+        free, total = torch.cuda.mem_get_info(device)
+        dtype = str(fast_dtype(device)).removeprefix("torch.")
+        memory = f"{_gigabytes(free)} of {_gigabytes(total)} free"
+        yield Check(str(device), f"{torch.cuda.get_device_name(device)}, {memory}, base weights in {dtype}")
+    if torch.backends.mps.is_available():
+        yield Check("mps", "Apple's GPU, which shares the machine's memory")
+    elif not count:
+        built = "" if torch.backends.cuda.is_built() else f" (PyTorch {torch.__version__} is built without CUDA)"
+        yield Check("GPU", f"none{built}")
+    yield Check("device", f"{resolve_device('auto')} is used unless --device says otherwise")
 
 
 def _memory() -> Check:

@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("no examples given; use --data FILE or --general")
     from veneer.models.flat import FlatRunner
 
-    loaded = load_targets(args.target, args.base, args.dtype, purpose="train", force=args.force)
+    loaded = load_targets(args, purpose="train")
     routes: dict[str, RouteLike] = {
         "base": None,
         **{name: name for name in loaded.names},

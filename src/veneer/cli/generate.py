@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     prompts = _prompts(args)
     from veneer.evaluate.generation import Generator
 
-    loaded = load_targets(args.target, args.base, args.dtype, force=args.force)
+    loaded = load_targets(args)
     generator = Generator(loaded.base.model, loaded.base.tokenizer, loaded.bank)
     sampling = sampling_of(args)
     routes: list[str | None] = [*loaded.names] or [None]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from veneer._terminal import status
 from veneer.cli._output import table
-from veneer.cli._parser import add_dtype, add_force, add_json
+from veneer.cli._parser import add_device, add_dtype, add_force, add_json
 from veneer.cli._spectra import add_spectra_arguments, run_spectra, spectra_requested
 from veneer.cli._targets import adapter_folders, not_an_adapter
 from veneer.errors import ConfigError
@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--verify", action="store_true", help="run the base: compare logits with merged weights and with the receipt"
     )
     add_dtype(parser)
+    add_device(parser)
     parser.add_argument("--sites", action="store_true", help="show every site, not groups of sites")
     add_force(parser)
     add_json(parser)
@@ -65,7 +66,7 @@ def _views(folders: dict[str, Path], args: argparse.Namespace) -> list[View]:
     from veneer.checkpoints.logit_check import verify_logits
     from veneer.models.load import load_base
 
-    bank = attach(load_base(args.base, dtype=args.dtype).model)
+    bank = attach(load_base(args.base, dtype=args.dtype, device=args.device).model)
     found = []
     for name, folder in folders.items():
         one = view(bank.load(folder, name=name, force=args.force), bank)

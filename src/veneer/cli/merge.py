@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING
 from veneer._terminal import status
 from veneer.cli._output import as_json, difference_from, percent, print_lines, table
 from veneer.cli._parents import checked_base, parse_mix, stops_of
-from veneer.cli._parser import add_force, add_json, add_sites, at_least
+from veneer.cli._parser import add_device, add_force, add_json, add_sites, at_least
 from veneer.errors import ConfigError
 
 if TYPE_CHECKING:
+    import torch
+
     from veneer.adapters import Adapter
     from veneer.deltas.parents import Parent
     from veneer.merge.folder import MergeReport
@@ -58,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow-rounding", action="store_true", help="write the model even if rounding loses most of the change"
     )
+    add_device(parser, "device on which the logits are compared")
     add_force(parser)
     parser.add_argument("--no-probe", action="store_true", help="do not run the merged model to compare logits")
     add_sites(parser, "least accurate")
@@ -69,12 +72,13 @@ def run(args: argparse.Namespace) -> int:
     from veneer.checkpoints.model_folder import check_free
     from veneer.deltas.parents import read_parents
     from veneer.merge.folder import merge_to_folder
+    from veneer.models.devices import resolve_device
 
-    shard_bytes = parse_size(args.shard_size)
+    shard_bytes, device = parse_size(args.shard_size), resolve_device(args.device)
     check_free(args.out)
     parents = read_parents(parse_mix(args.adapter), force=args.force)
     _, base = checked_base(parents, args.base, args.force)
-    compare = None if args.no_probe else _logit_check(parents, base.folder.path, base.folder.bytes())
+    compare = None if args.no_probe else _logit_check(parents, base.folder.path, base.folder.bytes(), device)
     report = status("merging")(merge_to_folder)(
         [(parent.adapter, parent.weight) for parent in parents],
         base,
@@ -136,7 +140,7 @@ def _finish(parents: Sequence[Parent], base: Path, compare: Check | None) -> Che
     return finish
 
 
-def _logit_check(parents: Sequence[Parent], base: Path, stored_bytes: int) -> Check:
+def _logit_check(parents: Sequence[Parent], base: Path, stored_bytes: int, device: torch.device) -> Check:
     """Return a function that compares the logits of the merged model with those of the adapted base."""
     from veneer.checkpoints import read_adapter
     from veneer.merge.fidelity import compare_logits, fits_in_memory
@@ -147,7 +151,8 @@ def _logit_check(parents: Sequence[Parent], base: Path, stored_bytes: int) -> Ch
             return
         residual = folder / "residual"
         adapter = read_adapter(residual) if residual.is_dir() else None
-        found = compare_logits(base, folder, [(p.adapter, p.weight) for p in parents], residual=adapter)
+        mix = [(p.adapter, p.weight) for p in parents]
+        found = compare_logits(base, folder, mix, residual=adapter, device=device)
         if found is None:
             report.notes.append("logits were not compared: this model needs more inputs than token ids")
         else:

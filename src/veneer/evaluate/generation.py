@@ -21,6 +21,7 @@ from veneer.data.chat.render import Renderer
 from veneer.data.chat.stops import stop_ids
 from veneer.data.chat.template import Conversation
 from veneer.errors import BaseModelError, DataError
+from veneer.models.devices import device_of
 from veneer.models.load import own_ends
 
 Message = dict[str, Any]
@@ -76,9 +77,9 @@ class Generator:
 
     def complete(self, prompt: Sequence[int], route: RouteLike = None, sampling: Sampling | None = None) -> str:
         """Generate the complete answer to a prompt of token ids."""
-        ids = torch.tensor([list(prompt)])
+        ids = torch.tensor([list(prompt)], device=device_of(self.model))
         stops = self.stops(route)
-        with self._routed(route), _stream(sampling or Sampling()):
+        with self._routed(route), _stream(sampling or Sampling(), ids.device):
             out = self.model.generate(ids, **self._options(ids, sampling or Sampling(), stops))
         answer = [token for token in out[0, ids.shape[1] :].tolist() if token not in stops]
         return str(self.tokenizer.decode(answer, skip_special_tokens=True))
@@ -90,7 +91,7 @@ class Generator:
         from transformers import StoppingCriteriaList, TextIteratorStreamer
 
         sampling = sampling or Sampling()
-        ids = torch.tensor([self.prompt_ids(prompt)])
+        ids = self._ids(prompt)
         stops = self.stops(route)
 
         class Streamer(TextIteratorStreamer):
@@ -106,7 +107,7 @@ class Generator:
 
         def work() -> None:
             try:
-                with _stream(sampling):
+                with _stream(sampling, ids.device):
                     self.model.generate(
                         ids,
                         streamer=streamer,
@@ -127,6 +128,10 @@ class Generator:
                 worker.join()
         if failure:
             raise failure[0]
+
+    def _ids(self, prompt: str | Sequence[Message]) -> torch.Tensor:
+        """[1, n] on the model's device."""
+        return torch.tensor([self.prompt_ids(prompt)], device=device_of(self.model))
 
     def _routed(self, route: RouteLike) -> AbstractContextManager[object]:
         return nullcontext() if self.bank is None else self.bank.use(route, training=False)
@@ -156,9 +161,10 @@ class Generator:
 class _stream:
     """A separate random stream for sampling; the process's own is restored afterwards."""
 
-    def __init__(self, sampling: Sampling) -> None:
+    def __init__(self, sampling: Sampling, device: torch.device) -> None:
         self._seed = sampling.seed if sampling.temperature > 0 else None
-        self._fork = torch.random.fork_rng(devices=[], enabled=self._seed is not None)
+        devices = [device] if device.type == "cuda" else []
+        self._fork = torch.random.fork_rng(devices=devices, enabled=self._seed is not None)
 
     def __enter__(self) -> None:
         self._fork.__enter__()

@@ -132,14 +132,13 @@ def _token_losses(runner: FlatRunner, batch: Batch) -> tuple[Tensor, Tensor, Ten
     """(example number, loss, weight) of each weighted token, the last two in fp64."""
     keep = batch.weights.nonzero().squeeze(1)
     owner = torch.searchsorted(batch.offsets, keep, right=True) - 1
-    logits = runner.logits(batch, keep)
+    flat, (targets_K,) = runner.send(batch, batch.targets[keep])
+    logits = runner.logits(flat, keep)
     losses = [
         F.cross_entropy(logits_kV.float(), target_k, reduction="none")
-        for logits_kV, target_k in zip(
-            logits.split(_LOGITS_AT_ONCE), batch.targets[keep].split(_LOGITS_AT_ONCE), strict=True
-        )
+        for logits_kV, target_k in zip(logits.split(_LOGITS_AT_ONCE), targets_K.split(_LOGITS_AT_ONCE), strict=True)
     ]
-    return owner, torch.cat(losses).double().cpu(), batch.weights[keep].double().cpu()
+    return owner, torch.cat(losses).cpu().double(), batch.weights[keep].double()
 
 
 def _t95(degrees: int) -> float:

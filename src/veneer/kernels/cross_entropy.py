@@ -29,12 +29,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from veneer.kernels.cpp_library import KINDS, library
+from veneer.kernels.device_bytes import device_bytes
 from veneer.kernels.frozen_linear import linear
 from veneer.kernels.tuning import (
     CROSS_ENTROPY_BLOCK_BYTES,
     CROSS_ENTROPY_CHUNK_BYTES,
     CROSS_ENTROPY_CHUNK_TOKENS,
     EXACT_SUM_ROWS,
+    GPU_CHUNK_SHARE,
+    GPU_CROSS_ENTROPY_CHUNK_BYTES,
 )
 
 __all__ = ["linear_cross_entropy", "plain"]
@@ -56,7 +59,13 @@ def plain(
 
 
 def linear_cross_entropy(
-    hidden_KD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_K: Tensor, weights_K: Tensor
+    hidden_KD: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    targets_K: Tensor,
+    weights_K: Tensor,
+    *,
+    all_count: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Compute the weighted sum of the tokens' cross-entropies.
 
@@ -65,16 +74,17 @@ def linear_cross_entropy(
         weight_VD, bias_V: the head.
         targets_K: token ids, long.
         weights_K: factor of each token's loss, a constant; 0 skips the token.
+        all_count: no weight is 0, so the host need not wait for the device to look for them.
 
     Returns:
         (total, losses_K): the sum of weight times loss in nats, which can be backpropagated once; and the unweighted losses of the
         tokens, detached, 0 where the weight is 0. Both fp32 (fp64 for fp64).
     """
-    live = (weights_K != 0).nonzero().squeeze(1)
     enabled = torch.is_grad_enabled()
     needs_grad = tuple(enabled and t is not None and t.requires_grad for t in (hidden_KD, weight_VD, bias_V))
     fused: Any = _Fused.apply
-    if len(live) == len(targets_K):
+    live = None if all_count else (weights_K != 0).nonzero().squeeze(1)
+    if live is None or len(live) == len(targets_K):
         return fused(hidden_KD, weight_VD, bias_V, targets_K, weights_K, needs_grad)  # type: ignore[no-any-return]
     chosen = [t.index_select(0, live) for t in (hidden_KD, targets_K, weights_K)]
     total, losses = fused(chosen[0], weight_VD, bias_V, chosen[1], chosen[2], needs_grad)
@@ -96,7 +106,7 @@ class _Fused(torch.autograd.Function):
         weights_K = weights_K.detach().to(wide)
         losses_K = torch.empty(len(targets_K), dtype=wide, device=hidden_KD.device)
         sums = _empty_like(hidden_KD, weight_VD, bias_V, needs_grad)
-        step = _chunk(len(targets_K), weight_VD.shape[0], hidden_KD.element_size())
+        step = _chunk(len(targets_K), weight_VD.shape[0], hidden_KD.element_size(), hidden_KD.device)
         for at in range(0, len(targets_K), step):
             part = slice(at, at + step)
             logits = linear(hidden_KD[part], weight_VD, bias_V)
@@ -186,8 +196,17 @@ def _blocks(logits: Tensor) -> list[slice]:
     return [slice(at, at + rows) for at in range(0, len(logits), rows)]
 
 
-def _chunk(tokens: int, vocabulary: int, itemsize: int) -> int:
+def _chunk(tokens: int, vocabulary: int, itemsize: int, device: torch.device) -> int:
     """Return the number of tokens per chunk: even chunks within the limit."""
-    most = max(CROSS_ENTROPY_CHUNK_TOKENS, CROSS_ENTROPY_CHUNK_BYTES // (vocabulary * itemsize))
+    most = max(CROSS_ENTROPY_CHUNK_TOKENS, _chunk_bytes(device) // (vocabulary * itemsize))
     chunks = max(1, -(-tokens // most))
     return max(1, -(-tokens // chunks))
+
+
+def _chunk_bytes(device: torch.device) -> int:
+    """Return the limit of a chunk's logits. On a GPU it follows the memory of the device and not what is free now, so that a run and its
+    resumption cut alike."""
+    if device.type == "cpu":
+        return CROSS_ENTROPY_CHUNK_BYTES
+    total = device_bytes(device)
+    return CROSS_ENTROPY_CHUNK_BYTES if total is None else min(GPU_CROSS_ENTROPY_CHUNK_BYTES, total // GPU_CHUNK_SHARE)

@@ -7,6 +7,8 @@ __all__ = [
     "CROSS_ENTROPY_CHUNK_BYTES",
     "CROSS_ENTROPY_CHUNK_TOKENS",
     "EXACT_SUM_ROWS",
+    "GPU_CHUNK_SHARE",
+    "GPU_CROSS_ENTROPY_CHUNK_BYTES",
     "LONGEST_NATIVE_SEGMENT",
     "ONE_THREAD_NUMBERS",
 ]
@@ -22,6 +24,12 @@ CROSS_ENTROPY_CHUNK_BYTES = 48 * 2**20
 
 CROSS_ENTROPY_CHUNK_TOKENS = 64
 """Smallest chunk of tokens: below it, the product with the output head is no longer efficient."""
+
+GPU_CROSS_ENTROPY_CHUNK_BYTES = 2**30
+"""The same limit on a GPU, where a small chunk reads the head's weight again for little work; an estimate, not yet measured."""
+
+GPU_CHUNK_SHARE = 32
+"""A chunk takes at most this part of a GPU's memory."""
 
 CROSS_ENTROPY_BLOCK_BYTES = 2**21
 """Size of the rows that the softmax in torch takes at once on a CPU: about the second-level cache of one core."""

@@ -22,6 +22,7 @@ from veneer.checkpoints.model_folder import ModelFolder
 from veneer.deltas.parents import copy_as
 from veneer.errors import ComposeError
 from veneer.merge.plan import Mix
+from veneer.models.devices import device_of
 from veneer.models.load import load_base
 
 PROBE_TEXT = (
@@ -59,7 +60,13 @@ def fits_in_memory(weight_bytes: int) -> bool:
 
 
 def compare_logits(
-    base: Path, merged: Path, mix: Mix, *, text: str = PROBE_TEXT, residual: Adapter | None = None
+    base: Path,
+    merged: Path,
+    mix: Mix,
+    *,
+    text: str = PROBE_TEXT,
+    residual: Adapter | None = None,
+    device: str | torch.device = "cpu",
 ) -> LogitComparison | None:
     """Compare the logits of the base, the base with ``mix`` and the merged model on a text, in fp32.
 
@@ -69,7 +76,7 @@ def compare_logits(
     Raises:
         ComposeError: a merged model stored in fp32 computes something else than the adapted one.
     """
-    loaded = load_base(base, dtype="float32")
+    loaded = load_base(base, dtype="float32", device=device)
     config: Any = loaded.model.config
     if config.is_encoder_decoder or "input_ids" not in inspect.signature(loaded.model.forward).parameters:
         return None
@@ -77,7 +84,7 @@ def compare_logits(
     plain = _logits(loaded.model, ids)
     adapted = _adapted(loaded.model, ids, mix)
     del loaded
-    again = load_base(merged, dtype="float32")
+    again = load_base(merged, dtype="float32", device=device)
     found = _logits(again.model, ids)
     with_residual = None
     if residual is not None:
@@ -110,8 +117,8 @@ def _ids(tokenizer: Any, model: Any, text: str) -> Tensor:
 
 def _logits(model: Any, ids: Tensor) -> Tensor:
     with torch.inference_mode():
-        output: Tensor = model(input_ids=ids)[0]
-    return output.float()
+        output: Tensor = model(input_ids=ids.to(device_of(model)))[0]
+    return output.float().cpu()
 
 
 def _adapted(model: Any, ids: Tensor, mix: Mix) -> Tensor:

@@ -24,6 +24,7 @@ import torch
 
 from veneer.errors import BaseModelError
 from veneer.kernels.attention.segments import Segments
+from veneer.models.devices import device_of, together
 from veneer.models.flat_attention import NotFlat, Switch
 from veneer.models.flat_check import probe as run_probe
 from veneer.models.layout import Flat, FlatLike, Layout, PreparedBatch
@@ -75,11 +76,15 @@ class FlatRunner:
             )
 
     def prepare(self, flat: FlatLike) -> PreparedBatch:
-        """The batch with its layout. A prepared batch is returned as it is, so a caller that prepares one computes the layout once."""
-        if isinstance(flat, PreparedBatch):
-            return flat
+        """The batch on the model's device, with its layout. A prepared batch is returned as it is, so a caller that prepares one moves
+        it once."""
+        return flat if isinstance(flat, PreparedBatch) else self.send(flat)[0]
+
+    def send(self, flat: FlatLike, *more: torch.Tensor) -> tuple[PreparedBatch, list[torch.Tensor]]:
+        """`prepare` a batch and move other tensors of it to the model's device, all in one copy."""
         layout = Layout.flat(flat) if self.kind == "flat" else Layout.padded(flat)
-        return PreparedBatch(flat.ids, flat.positions, flat.offsets, layout)
+        ids, positions, *others = together(device_of(self.model), flat.ids, flat.positions, *more)
+        return PreparedBatch(ids, positions, flat.offsets, layout), others
 
     def logits(self, flat: FlatLike, keep: torch.Tensor | None = None) -> torch.Tensor:
         """Logits [K, V] at the tokens ``keep`` (flat indices, [K]; None means all), from the model's own head.
@@ -89,30 +94,33 @@ class FlatRunner:
         """
         batch = self.prepare(flat)
         columns, row, at = self._head_columns(batch, keep)
-        out = self._run(batch) if columns is None else self._run(batch, logits_to_keep=columns)
+        options = {} if columns is None else {"logits_to_keep": columns.to(batch.ids.device)}
+        out = self._run(batch, **options)
         logits = getattr(out, "logits", None)
         if logits is None or logits.dim() != 3:
             raise BaseModelError(
                 f"{type(self.model).__name__} has no logits per token; load the base as a language model for this use"
             )
-        kept: torch.Tensor = logits[0] if columns is at else logits[row, at]  # the first spares a copy
-        return kept
+        if columns is at:  # spares a copy
+            return logits[0]  # type: ignore[no-any-return]
+        row, at = together(logits.device, row, at)
+        return logits[row, at]  # type: ignore[no-any-return]
 
     def head_cells(self, flat: FlatLike, keep: torch.Tensor | None = None) -> torch.Tensor:
-        """The cells of ``layout`` that the head is given when ``logits(flat, keep)`` is called, in its order."""
+        """The cells of ``layout`` that the head is given when ``logits(flat, keep)`` is called, in its order; on the CPU."""
         batch = self.prepare(flat)
         columns, _, _ = self._head_columns(batch, keep)
         rows, width = batch.layout.shape
-        every = torch.arange(width, device=batch.ids.device) if columns is None else columns
-        return (torch.arange(rows, device=batch.ids.device)[:, None] * width + every).flatten()
+        every = torch.arange(width) if columns is None else columns
+        return (torch.arange(rows)[:, None] * width + every).flatten()
 
     def _head_columns(
         self, batch: PreparedBatch, keep: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
-        """(columns that go through the head, None for all; row of each kept token; its place among the columns)."""
+        """(columns that go through the head, None for all; row of each kept token; its place among the columns), on the CPU."""
         layout = batch.layout
         width = max(1, layout.shape[1])
-        cells = layout.cell if keep is None else layout.cell[keep.to(batch.ids.device)]
+        cells = layout.cell if keep is None else layout.cell[keep.cpu()]
         row, column = cells // width, cells % width
         if "logits_to_keep" not in self._takes:
             return None, row, column
@@ -130,7 +138,7 @@ class FlatRunner:
         batch = self.prepare(flat)
         states = self._run(batch).last_hidden_state if self._body is self.model else self._caught(batch)
         rows: torch.Tensor = states.flatten(0, 1)
-        return rows if self.kind == "flat" else rows[batch.layout.cell]
+        return rows if self.kind == "flat" else rows[batch.layout.cell.to(rows.device)]
 
     def _caught(self, batch: PreparedBatch) -> torch.Tensor:
         """The output of the body, or the input of the output layer if other layers precede it."""
@@ -170,7 +178,7 @@ class FlatRunner:
 
     def _run(self, batch: PreparedBatch, **options: Any) -> Any:
         inputs = self._inputs(batch)
-        self._check_rope(batch)
+        self._check_rope(batch.offsets)
         if self.kind == "padded":
             return self.model(**inputs, **options)
         segments = Segments.of(batch.offsets)
@@ -190,8 +198,9 @@ class FlatRunner:
     def _inputs(self, batch: PreparedBatch) -> dict[str, Any]:
         layout, ids, positions = batch.layout, batch.ids, batch.positions + self.first_position
         if self.kind == "padded":
-            real = layout.index >= 0
-            token = layout.index.clamp_min(0)
+            index = layout.index.to(ids.device)
+            real = index >= 0
+            token = index.clamp_min(0)
             ids, positions = ids[token] * real, positions[token] * real
             mask = real.long().view(layout.shape)
         else:
@@ -206,10 +215,10 @@ class FlatRunner:
             return {**inputs, "use_cache": False}
         return inputs
 
-    def _check_rope(self, flat: FlatLike) -> None:
+    def _check_rope(self, offsets: torch.Tensor) -> None:
         """Refuse what would be wrong in silence: rotary scales that follow the longest segment of a batch."""
         limit = _rope_limit(self._config)
-        if limit is not None and len(flat.offsets) > 2 and int(flat.positions.max()) >= limit:
+        if limit is not None and len(offsets) > 2 and int(offsets.diff().max()) > limit:
             raise BaseModelError(
                 f"{type(self.model).__name__} rescales its positions for the whole batch once a segment is longer than {limit} "
                 f"tokens, so its neighbours would change; keep segments within {limit} tokens, or run this one alone"

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 
 from veneer.errors import BaseModelError
+from veneer.models.devices import device_of
 from veneer.models.flat_attention import NotFlat, Switch
 from veneer.models.layout import Flat, FlatLike
 
@@ -83,14 +84,14 @@ def _try(
     for start in _position_starts(runner):
         runner.first_position = start
         try:
-            together = runner.hidden(_on_device(runner, flat))
+            together = runner.hidden(flat)
             if kind == "flat" and runner._switch.attention_calls == 0:
                 return "its attention does not go through transformers' attention interface"
             worst = max(
                 _error(together[: len(first)], alone[0]),
                 _error(together[len(first) :], alone[1]),
             )
-            moved = _error(runner.hidden(_on_device(runner, changed))[len(other) :], together[len(first) :])
+            moved = _error(runner.hidden(changed)[len(other) :], together[len(first) :])
         except BaseModelError as error:
             return str(error.__cause__ if isinstance(error.__cause__, NotFlat) else error)
         except Exception as error:  # as above
@@ -130,8 +131,7 @@ def _samples(model: torch.nn.Module) -> tuple[list[int], list[int], list[int]]:
 
 def _alone(runner: CheckedRunner, tokens: list[int]) -> torch.Tensor:
     """Final states [L, D] of one segment by the model's ordinary call, with the positions of its own choice."""
-    device = next(runner.model.parameters()).device
-    ids = torch.tensor([tokens], device=device)
+    ids = torch.tensor([tokens], device=device_of(runner.model))
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if "use_cache" in inspect.signature(runner._body.forward).parameters:
         inputs["use_cache"] = False
@@ -145,11 +145,6 @@ def _alone(runner: CheckedRunner, tokens: list[int]) -> torch.Tensor:
     return states
 
 
-def _on_device(runner: CheckedRunner, flat: Flat) -> Flat:
-    device = next(runner.model.parameters()).device
-    return Flat(flat.ids.to(device), flat.positions.to(device), flat.offsets)
-
-
 def _find_head(
     runner: CheckedRunner, first: list[int], second: list[int]
 ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
@@ -159,7 +154,7 @@ def _find_head(
     weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
     if runner._body is runner.model or weight is None or weight.dim() != 2:
         return None
-    flat = _on_device(runner, Flat.of([first, second]))
+    flat = Flat.of([first, second])
     try:
         logits = runner.logits(flat)
     except BaseModelError:

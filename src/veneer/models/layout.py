@@ -71,24 +71,27 @@ class Layout:
     @classmethod
     def flat(cls, batch: FlatLike) -> Layout:
         """One row, every cell a token."""
-        index = torch.arange(batch.ids.numel(), device=batch.ids.device)
+        index = torch.arange(batch.ids.numel())
         return cls((1, len(index)), index, index)
 
     @classmethod
     def padded(cls, batch: FlatLike) -> Layout:
         """A row for each segment, filled up at its end."""
-        total, device = batch.ids.numel(), batch.ids.device
+        total = batch.ids.numel()
         lengths = batch.offsets.diff()
         rows, width = len(lengths), int(lengths.max()) if len(lengths) else 0
         row = torch.repeat_interleave(torch.arange(rows), lengths)
-        cell = (row * width + torch.arange(total) - batch.offsets[:-1][row]).to(device)
-        index = torch.full((rows * width,), -1, dtype=torch.long, device=device)
-        index[cell] = torch.arange(total, device=device)
+        cell = row * width + torch.arange(total) - batch.offsets[:-1][row]
+        index = torch.full((rows * width,), -1, dtype=torch.long)
+        index[cell] = torch.arange(total)
         return cls((rows, width), index, cell)
 
 
 @dataclass(frozen=True)
 class PreparedBatch(Flat):
-    """A flat batch with its layout for one runner, computed once: `FlatRunner.prepare` makes it and every call of the runner takes it."""
+    """A flat batch with its layout for one runner, computed once: `FlatRunner.prepare` makes it and every call of the runner takes it.
+
+    ``ids`` and ``positions`` are on the model's device; the layout stays on the CPU, where it is read.
+    """
 
     layout: Layout

@@ -22,7 +22,8 @@ import torch
 
 from veneer.errors import BaseModelError, Problems
 from veneer.models.cache import build_once
-from veneer.models.precision import fast_dtype
+from veneer.models.devices import resolve_device
+from veneer.models.precision import fast_dtype, slow_dtype_notes
 from veneer.models.sources import Source, read_config, read_generation_config, resolve
 
 _log = logging.getLogger(__name__)
@@ -61,11 +62,13 @@ def load_base(
         name: for example ``"smollm2-135m"``, ``"./my-model"``, ``"model.gguf"`` or ``"organisation/model"``.
         dtype: "float32", "bfloat16", or "auto": what this device is fast at.
         revision: a hub model's branch, tag or commit.
-        device: where the weights go.
+        device: where the weights go: "cpu", "cuda", "cuda:N", "mps", or "auto": a GPU where there is one.
 
     Raises:
         BaseModelError: not found, refused, or files and model do not fit; with the remedy.
+        ConfigError: this machine does not have the device.
     """
+    device = resolve_device(device)
     torch_dtype = fast_dtype(device) if dtype == "auto" else _DTYPES.get(dtype)
     if torch_dtype is None:
         raise BaseModelError(f"the dtype {dtype!r} is not one of 'auto', 'float32' and 'bfloat16'")
@@ -75,8 +78,9 @@ def load_base(
         tokenizer = _load_tokenizer(folder)
     model.requires_grad_(False)
     model.eval()
-    if torch.device(device).type != "cpu":
+    if device.type != "cpu":
         model.to(device)
+    notes += slow_dtype_notes(torch_dtype, device)
     return Base(model, tokenizer, str(name), folder, torch_dtype, notes)
 
 

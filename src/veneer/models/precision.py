@@ -31,6 +31,13 @@ def fast_dtype(device: str | torch.device = "cpu", purpose: Purpose = "train") -
     return torch.bfloat16 if kind == "cpu" and _cpu_flags() & _NATIVE[purpose] else torch.float32
 
 
+def slow_dtype_notes(dtype: torch.dtype, device: torch.device) -> tuple[str, ...]:
+    """A note if a GPU only emulates the dtype that was asked for."""
+    if device.type == "cpu" or dtype == torch.float32 or fast_dtype(device) == dtype:
+        return ()
+    return (f"{device} has no units for bfloat16 and emulates it slowly; use dtype float32",)
+
+
 @lru_cache(maxsize=1)
 def _cpu_flags() -> frozenset[str]:
     """The CPU's feature flags in Linux's spelling; where there is no /proc, what torch can tell."""

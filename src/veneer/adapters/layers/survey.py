@@ -229,7 +229,7 @@ def _twin(module: nn.Module) -> Any:
     values = {"weight": torch.outer(torch.linspace(1, 2, 4), vector).sin(), "bias": vector}
     parameters = {name: None if value is None else values[name] for name, value in module._parameters.items()}
     buffers = {
-        name: torch.full_like(value, 1.5, device="cpu") if value is not None and value.is_meta else value
+        name: value if value is None else torch.full_like(value, 1.5, device="cpu") if value.is_meta else value.cpu()
         for name, value in module._buffers.items()
     }
     twin.__dict__.update(_parameters=parameters, _buffers=buffers)

@@ -41,8 +41,8 @@ _PLANS = 4
 class Assignment(NamedTuple):
     """One adapter's tokens in a layer's input.
 
-    tokens: their indices [n], None for all. weight: a float, or a tensor [n]. span: the same tokens as a slice, where they are
-    consecutive. fast: whether the fast path supports the adapter's method with this weight.
+    tokens: their indices [n] on the layer's device, None for all. weight: a float, or a tensor [n]. span: the same tokens as a slice,
+    where they are consecutive. fast: whether the fast path supports the adapter's method with this weight. on_cpu: the tokens on the CPU.
     """
 
     adapter: str
@@ -50,6 +50,7 @@ class Assignment(NamedTuple):
     weight: float | Tensor
     span: slice | None
     fast: str
+    on_cpu: Tensor | None = None
 
 
 class RoutePlan:
@@ -85,10 +86,16 @@ class RoutePlan:
         return found
 
     def _assignment(
-        self, name: str, tokens: Tensor | None, weight: float | Tensor, span: slice | None = None
+        self,
+        name: str,
+        tokens: Tensor | None,
+        weight: float | Tensor,
+        span: slice | None = None,
+        device: torch.device | None = None,
     ) -> Assignment:
         fast = self.adapters[name].method.fast_support(weight, exclusive=self.exclusive)
-        return Assignment(name, tokens, weight, span, fast)
+        there = tokens if tokens is None or device is None else tokens.to(device)
+        return Assignment(name, there, weight, span, fast, tokens)
 
     def _compile(self, mix_N: Tensor, device: torch.device) -> tuple[Assignment, ...]:
         found: list[Assignment] = []
@@ -104,7 +111,7 @@ class RoutePlan:
             everywhere = tokens.numel() == mix_N.numel()
             consecutive = not everywhere and last - first + 1 == tokens.numel()
             span = slice(first, last + 1) if consecutive else None
-            found.append(self._assignment(name, None if everywhere else tokens.to(device), weight, span))
+            found.append(self._assignment(name, None if everywhere else tokens, weight, span, device))
         return tuple(found)
 
     def _mix_of_token(self, batch_shape: tuple[int, ...], site: Site) -> Tensor:

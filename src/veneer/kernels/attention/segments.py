@@ -29,6 +29,9 @@ class Segments:
 
     bounds: tuple[int, ...]
     _masks: dict[Any, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
+    _orders: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
 
     @classmethod
     def of(cls, offsets: torch.Tensor) -> Segments:
@@ -74,11 +77,23 @@ class Segments:
 
     def grouped(self, x: torch.Tensor, dim: int) -> torch.Tensor:
         """``x`` with its token dimension in ``order``."""
-        return x if self.order is None else x.index_select(dim, self.order[0].to(x.device))
+        order = self._order_on(x.device)
+        return x if order is None else x.index_select(dim, order[0])
 
     def ungrouped(self, x: torch.Tensor, dim: int) -> torch.Tensor:
         """The inverse of ``grouped``."""
-        return x if self.order is None else x.index_select(dim, self.order[1].to(x.device))
+        order = self._order_on(x.device)
+        return x if order is None else x.index_select(dim, order[1])
+
+    def _order_on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """``order`` on a device, moved there once per batch."""
+        if self.order is None or device.type == "cpu":
+            return self.order
+        found = self._orders.get(device)
+        if found is None:
+            moved = torch.stack(self.order).to(device)
+            found = self._orders[device] = (moved[0], moved[1])
+        return found
 
     def mask(self, pattern: Pattern, length: int, like: torch.Tensor) -> torch.Tensor | None:
         """[length, length] with 0 where a query sees a key and -inf elsewhere, in the dtype of ``like``; None if all see all.

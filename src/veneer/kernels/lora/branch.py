@@ -24,6 +24,8 @@ Layer = tuple[Tensor, Tensor | None]
 Gradients = list[Tensor | None]
 _WEAK = 1e-20
 """Magnitude scales below this cannot be divided out of an output again."""
+_WEAKEST = 32
+"""Outputs that are computed again on a device where looking for weak ones would cost more."""
 
 
 class PreparedFactors(NamedTuple):
@@ -64,8 +66,8 @@ class Factors:
         """Ascending indices that dropout sets to zero in an input of ``count`` numbers, in int32 if they fit; None without dropout."""
         if self.dropout is None:
             return None
-        indices = dropped(count, *self.dropout, device)
-        return indices.to(torch.int32) if count < 2**31 else indices
+        indices = dropped(count, *self.dropout)
+        return (indices.to(torch.int32) if count < 2**31 else indices).to(device)
 
     def magnitude_scale(self) -> Tensor | None:
         """S [O] in the norm's dtype."""
@@ -196,7 +198,12 @@ def magnitude_gradient(part: Reduction, dots_O: Tensor | None = None) -> Tensor:
     m = part.factors.magnitude
     assert m is not None
     dm = dots_O.to(part.s_O.dtype) / m.detach().to(part.s_O.dtype)
-    if not math.isfinite(float(dm.sum())):  # one sum finds any, in a third of the time
+    if not dm.is_cpu:
+        # Looking for weak ones would make the host wait once a layer, so the smallest few are computed again whatever they are.
+        # Of more than these the gradient stays NaN, which ends the job with an error.
+        weak = part.s_O.abs().topk(min(_WEAKEST, len(dm)), largest=False).indices
+        dm[weak] = torch.where(part.s_O[weak].abs() < _WEAK, _weak_gradients(part, weak), dm[weak])
+    elif not math.isfinite(float(dm.sum())):  # one sum finds any, in a third of the time
         weak = (part.s_O.abs() < _WEAK).nonzero().squeeze(1)
         if len(weak):
             dm[weak] = _weak_gradients(part, weak)

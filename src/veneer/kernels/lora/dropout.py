@@ -7,7 +7,8 @@ product in bf16. With p small, the dropped elements are few, and the gaps betwee
 drawn instead, about p numbers per element, and their running sum says which elements are dropped. That is the same distribution,
 exactly, and what has to be kept for backward is a short list of indices. Above `_SPARSE` one number per element is the cheaper way.
 
-The generator is made from the seed on the spot: no global random state is read, and the same seed and size give the same mask again.
+The generator is made from the seed on the spot: no global random state is read, and the same seed and size give the same mask again. It
+is always the CPU's, so that every device drops the same elements; the indices are then moved.
 """
 
 from __future__ import annotations
@@ -24,21 +25,21 @@ _SPARSE = 0.2
 
 def dropped(count: int, p: float, seed: int, device: torch.device | str = "cpu") -> Tensor:
     """Ascending indices, of ``count``, that dropout with probability ``p`` sets to zero: int64 [about p * count]."""
-    generator = torch.Generator(device=device).manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     if p > _SPARSE:
-        mask = torch.empty(count, dtype=torch.bool, device=device).bernoulli_(p, generator=generator)
-        return mask.nonzero().squeeze(1)
+        mask = torch.empty(count, dtype=torch.bool).bernoulli_(p, generator=generator)
+        return mask.nonzero().squeeze(1).to(device)
     # Six standard deviations more than expected: one draw in a thousand million is too short, and is drawn on.
     draws = int(count * p + 6 * math.sqrt(count * p) + 16)
-    indices = _gaps(draws, p, generator, device).cumsum(0) - 1
+    indices = _gaps(draws, p, generator).cumsum(0) - 1
     while int(indices[-1]) < count:
-        indices = torch.cat((indices, _gaps(draws, p, generator, device).cumsum(0) + indices[-1]))
-    return indices[: int(torch.searchsorted(indices, count))]
+        indices = torch.cat((indices, _gaps(draws, p, generator).cumsum(0) + indices[-1]))
+    return indices[: int(torch.searchsorted(indices, count))].to(device)
 
 
-def _gaps(draws: int, p: float, generator: torch.Generator, device: torch.device | str) -> Tensor:
+def _gaps(draws: int, p: float, generator: torch.Generator) -> Tensor:
     """Steps from one dropped element to the next, 1 or more. By the logarithm of uniform numbers, which is quicker than `geometric_`."""
-    u = torch.empty(draws, dtype=torch.float64, device=device).uniform_(generator=generator)
+    u = torch.empty(draws, dtype=torch.float64).uniform_(generator=generator)
     return u.neg_().log1p_().mul_(1 / math.log1p(-p)).to(torch.int64).add_(1)
 
 

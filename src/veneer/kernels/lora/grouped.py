@@ -32,10 +32,13 @@ _FEW = 4
 class TokenGrid:
     """The indices in [N] of the tokens of J adapters, laid out as [J, n].
 
-    Made once for a batch and used by every layer of the same sizes. ``tokens``: each adapter's tokens, LongTensor [n_j], all distinct.
+    Made once for a batch and used by every layer of the same sizes. ``tokens``: each adapter's tokens, LongTensor [n_j] on the CPU, all
+    distinct. The grid's own indices are on ``device``.
     """
 
-    def __init__(self, tokens: Sequence[Tensor], weights: Sequence[float | Tensor]) -> None:
+    def __init__(
+        self, tokens: Sequence[Tensor], weights: Sequence[float | Tensor], device: torch.device | str = "cpu"
+    ) -> None:
         sizes = [len(indices) for indices in tokens]
         self.sizes = sizes
         self.shape = (len(tokens), max(sizes))
@@ -43,15 +46,14 @@ class TokenGrid:
         padded = min(sizes) < self.shape[1]
         self.real: Tensor | None = None
         """Flat grid positions that are no padding [M], or None if all are."""
-        self.rows = joined
+        self.rows = joined.to(device)
         """The token at each of these positions, [M]."""
-        self.index = joined
+        self.index = self.rows
         """The token at every position, [J * n]."""
         if padded:
-            self.index = torch.cat([torch.cat((one, one[:1].expand(self.shape[1] - len(one)))) for one in tokens])
-            self.real = torch.cat([torch.arange(size) + j * self.shape[1] for j, size in enumerate(sizes)]).to(
-                joined.device
-            )
+            index = torch.cat([torch.cat((one, one[:1].expand(self.shape[1] - len(one)))) for one in tokens])
+            real = torch.cat([torch.arange(size) + j * self.shape[1] for j, size in enumerate(sizes)])
+            self.index, self.real = index.to(device), real.to(device)
         first, last = int(joined[0]), int(joined[-1])
         runs = not padded and last - first + 1 == len(joined) and bool((joined.diff() == 1).all())
         self.span = slice(first, last + 1) if runs else None

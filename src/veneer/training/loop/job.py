@@ -22,7 +22,7 @@ from veneer.data.example import Example
 from veneer.errors import TrainingError
 from veneer.training.loop.orthogonal import Orthogonality
 from veneer.training.loop.schedule import learning_rate_at
-from veneer.training.loop.step import JobLoss
+from veneer.training.loop.step import JobLoss, read
 
 _SHOWN = 3
 
@@ -121,7 +121,8 @@ class Job:
     @property
     def loss(self) -> float:
         """Mean loss of the current step's examples so far."""
-        return self._loss / self._weight if self._weight else math.nan
+        weight = sum(part.weight for part in self._parts)
+        return sum(part.loss for part in self._parts) / weight if weight else math.nan
 
     def next_examples(self) -> list[Example]:
         """The examples of the next optimizer step. The cursor moves when the step is taken."""
@@ -136,11 +137,8 @@ class Job:
         )
 
     def add(self, loss: JobLoss) -> None:
-        """Add the job's part of a batch to its current step."""
-        self._loss += loss.loss
-        self._weight += loss.weight
-        self._tokens += loss.tokens
-        self._faults += loss.faults
+        """Add the job's part of a pass to its current step."""
+        self._parts.append(loss)
 
     def optim_step(self) -> dict[str, float]:
         """Divide the gradient by the job's weight count, check it, clip it and take the optimizer step.
@@ -151,21 +149,29 @@ class Job:
         Raises:
             TrainingError: the loss or the gradient is not finite. Nothing was updated.
         """
-        loss, weight, tokens, faults = self._loss, self._weight, self._tokens, self._faults
+        parts = self._parts
         self._reset()
+        weight, tokens = sum(part.weight for part in parts), sum(part.tokens for part in parts)
+        metrics: dict[str, float] = {}
         grads = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         try:
+            if grads and weight:
+                torch._foreach_mul_(grads, 1 / weight)
+                metrics = self.orthogonality.adjust_gradients() if self.orthogonality is not None else {}
+            # All that the host must know comes back from the device at once.
+            norms = self._norms()
+            norms, lengths = read([part.losses for part in parts], norms, _norms(grads) if grads else norms[:0])
+            loss = sum(part.loss for part in parts)
             if not math.isfinite(loss):
-                raise self._not_finite("the loss", loss, faults)
+                raise self._not_finite("the loss", loss, [source for part in parts for source in part.faults])
             # A NaN in a tensor need not show in the loss: attention on a CPU can turn it into numbers again.
-            self.check_finite()
+            if not bool(torch.isfinite(norms).all()):
+                self._check_values()
             if not grads:
                 raise TrainingError(
                     f'job "{self.name}": no gradient reached the adapter; choose other target_modules', "still"
                 )
-            torch._foreach_mul_(grads, 1 / weight)
-            metrics = self.orthogonality.adjust_gradients() if self.orthogonality is not None else {}
-            norm = _norm(grads)
+            norm = math.sqrt(sum(lengths.double().square().tolist()))
             if not math.isfinite(norm):
                 raise self._not_finite("the gradient norm", norm)
             clip = self.options.clip
@@ -188,10 +194,15 @@ class Job:
 
     def check_finite(self) -> None:
         """Raise TrainingError if a tensor of the adapter has a value that is not finite."""
-        # A finite norm settles it; an overflow is checked value by value. Taking the maximum would be eight times slower.
-        norms = torch.stack(torch._foreach_norm([parameter.detach() for parameter in self.parameters]))
-        if bool(torch.isfinite(norms).all()):
-            return
+        if not bool(torch.isfinite(self._norms()).all()):
+            self._check_values()
+
+    def _norms(self) -> Tensor:
+        """The norm of each tensor. A finite one shows that all values are; taking the maximum would be eight times slower."""
+        return _norms([parameter.detach() for parameter in self.parameters])
+
+    def _check_values(self) -> None:
+        """`check_finite`, value by value: a norm can overflow."""
         for site, key, parameter in self.bank[self.name].named_tensors():
             if not bool(torch.isfinite(parameter.detach()).all()):
                 raise TrainingError(
@@ -205,9 +216,7 @@ class Job:
         self._reset()
 
     def _reset(self) -> None:
-        self._loss = self._weight = 0.0
-        self._tokens = 0
-        self._faults: tuple[str, ...] = ()
+        self._parts: list[JobLoss] = []
 
     def end(self, state: JobState, code: str = "", reason: str = "") -> None:
         """End the job."""
@@ -238,6 +247,6 @@ def make_optimizer(bank: Bank, name: str, options: TrainOptions) -> torch.optim.
     )
 
 
-def _norm(grads: list[Tensor]) -> float:
-    """L2 norm over all tensors, summed in fp64."""
-    return math.sqrt(sum(float(square) for square in torch.stack(torch._foreach_norm(grads)).double().square()))
+def _norms(tensors: list[Tensor]) -> Tensor:
+    """The L2 norm of each tensor, [n]."""
+    return torch.stack(torch._foreach_norm(tensors))

@@ -52,14 +52,14 @@ class Penalty:
 
     def adjust_gradients(self) -> dict[str, float]:
         """Add the penalty's gradient; returns the overlap, sum_i ||A_i A^T||_F^2 over all sites."""
-        total = 0.0
+        squares = []
         for a, old_RI in self._pairs:
             if a.grad is None:
                 a.grad = torch.zeros_like(a)
             overlap_rR = a.detach().flatten(1) @ old_RI.T
-            total += float(overlap_rR.double().square().sum())
+            squares.append(overlap_rR.double().square().sum())
             a.grad.add_((overlap_rR @ old_RI).view_as(a), alpha=2 * self.weight)
-        return {"overlap": total}
+        return {"overlap": _total(squares)}
 
     def after_step(self) -> None:
         """Does nothing."""
@@ -86,18 +86,23 @@ class Projection:
 
     def adjust_gradients(self) -> dict[str, float]:
         """Remove the old directions from the gradients; returns the remaining overlap of A, in the units of `Penalty`."""
-        total = 0.0
+        squares = []
         for a, basis_IQ in self._pairs:
-            total += float((a.detach().flatten(1) @ basis_IQ).double().square().sum())
+            squares.append((a.detach().flatten(1) @ basis_IQ).double().square().sum())
             if a.grad is not None:
                 _remove_(a.grad, basis_IQ)
-        return {"overlap": total}
+        return {"overlap": _total(squares)}
 
     def after_step(self) -> None:
         """Remove the old directions from A."""
         with torch.no_grad():
             for a, basis_IQ in self._pairs:
                 _remove_(a, basis_IQ)
+
+
+def _total(squares: Sequence[Tensor]) -> float:
+    """The sum of numbers that may be on a device, read at once."""
+    return float(sum(torch.stack(list(squares)).tolist()))
 
 
 def _common_sites(adapter: Adapter, old: Sequence[Adapter]) -> list[tuple[str, nn.Parameter, Tensor]]:

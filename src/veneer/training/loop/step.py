@@ -6,12 +6,14 @@ The loss of job j is a weighted sum over its tokens, divided once by the job's w
 
 The backward pass starts from the sum of the undivided losses of all jobs in the batch. Their graphs meet only in the frozen base, so each
 adapter receives the gradient of its own job. The job divides by N_j last, so neither micro-batches nor other jobs change the mathematics.
+
+A batch is made on the CPU and sent to the base's device in one copy. The losses stay on the device until the step needs them: `read` gets
+those of all its passes at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -24,17 +26,80 @@ from veneer.kernels.cross_entropy import linear_cross_entropy
 from veneer.models.flat import FlatRunner, PreparedBatch
 
 
-@dataclass(frozen=True)
-class JobLoss:
-    """One job's part of a batch: the sums of its weighted losses and of its weights (in fp64), and its tokens.
+class PassLosses:
+    """The loss of each supervised token of a pass, [K], on the base's device until it is read."""
 
-    ``faults`` are the sources of the examples whose loss is not finite.
+    def __init__(self, batch: Batch, jobs: list[str], keep: Tensor, losses_K: Tensor) -> None:
+        self.losses_K: Tensor | None = losses_K
+        self._batch = batch
+        self._number = torch.tensor([jobs.index(job) for job in batch.jobs])
+        self._owner_K = torch.searchsorted(batch.offsets, keep, right=True) - 1
+        self._weights_K = batch.weights[keep].double()
+        self._weighted_K = self._weights_K
+        self._tokens = self._sums(self._number, batch.offsets.diff())
+        self._weight = self._sums(self._number[self._owner_K], self._weights_K)
+        self._loss = self._weight
+
+    def take(self, losses_K: Tensor) -> None:
+        """Set the losses as read, on the CPU."""
+        self.losses_K = None
+        self._weighted_K = losses_K.double() * self._weights_K
+        self._loss = self._sums(self._number[self._owner_K], self._weighted_K)
+
+    def of(self, job: int, name: str) -> JobLoss:
+        """The part of one job, by its number in the batch."""
+        return JobLoss(self, job, name, float(self._weight[job]), int(self._tokens[job]))
+
+    def loss(self, job: int) -> float:
+        """A job's sum of weighted losses, in fp64."""
+        read([self])
+        return float(self._loss[job])
+
+    def faults(self, name: str) -> tuple[str, ...]:
+        """Sources of the job's examples whose loss is not finite."""
+        read([self])
+        broken = {int(s) for s in self._owner_K[~torch.isfinite(self._weighted_K)]}
+        return tuple(self._batch.sources[s] for s in sorted(broken) if self._batch.jobs[s] == name)
+
+    def _sums(self, number: Tensor, values: Tensor) -> Tensor:
+        count = 1 + int(self._number.max())
+        return torch.zeros(count, dtype=values.dtype).index_add_(0, number, values)
+
+
+class JobLoss:
+    """One job's part of a pass: the sums of its weighted losses and of its weights (in fp64), and its tokens.
+
+    The loss and ``faults``, the sources of the examples whose loss is not finite, are read from the device when they are first asked for.
     """
 
-    loss: float
-    weight: float
-    tokens: int
-    faults: tuple[str, ...] = ()
+    def __init__(self, losses: PassLosses, number: int, name: str, weight: float, tokens: int) -> None:
+        self.losses = losses
+        self.weight = weight
+        self.tokens = tokens
+        self._number = number
+        self._name = name
+
+    @property
+    def loss(self) -> float:
+        """Sum of the weighted losses."""
+        return self.losses.loss(self._number)
+
+    @property
+    def faults(self) -> tuple[str, ...]:
+        """Sources of the examples whose loss is not finite."""
+        return self.losses.faults(self._name)
+
+
+def read(passes: Sequence[PassLosses], *more: Tensor) -> list[Tensor]:
+    """Read the losses of passes that are not read yet and other tensors [n] from their device, in one copy; returns the others."""
+    left = [one for one in dict.fromkeys(passes) if one.losses_K is not None]
+    found = [*(one.losses_K for one in left if one.losses_K is not None), *more]
+    if found and not found[0].is_cpu:
+        joined = torch.cat([t.to(found[0].dtype) for t in found]).cpu()
+        found = list(joined.split([len(t) for t in found]))
+    for one, losses_K in zip(left, found, strict=False):
+        one.take(losses_K)
+    return found[len(left) :]
 
 
 class Stepper:
@@ -61,14 +126,14 @@ class Stepper:
         """
         keep = (batch.weights != 0).nonzero().squeeze(1)
         jobs = list(dict.fromkeys(batch.jobs))
-        flat = self.runner.prepare(batch)
+        flat, supervised = self.runner.send(batch, keep, batch.targets[keep], batch.weights[keep])
         route = self._route(batch, jobs, flat.layout.index)
         adapters = [self.bank[name] for name in route.names]
         counters = [adapter.counters for adapter in adapters]
         trained = [p for adapter in adapters for p in adapter.parameters() if p.requires_grad]
         try:
             with self.bank.use(route, keep=self.runner.head_cells(flat, keep), training=True):
-                total, losses_K = self._loss(batch, flat, keep)
+                total, losses_K = self._loss(batch.jobs, flat, keep, supervised)
                 if between is not None:
                     between()
                 # Not backward(): if it failed halfway, the gradients of some layers would stay behind.
@@ -81,7 +146,8 @@ class Stepper:
             if grad is not None:
                 # torch's fused optimizers read a gradient in the parameter's memory order, whatever its strides.
                 parameter.grad = grad.contiguous() if parameter.grad is None else parameter.grad.add_(grad)
-        return _job_losses(batch, jobs, keep, losses_K)
+        losses = PassLosses(batch, jobs, keep, losses_K)
+        return {job: losses.of(number, job) for number, job in enumerate(jobs)}
 
     def _route(self, batch: Batch, jobs: list[str], cells: Tensor) -> Route:
         mixes: list[MixLike] = [None, *(self.routes.get(job, job) for job in jobs)]
@@ -95,13 +161,15 @@ class Stepper:
     def _drops(self, job: str) -> bool:
         return any(self.bank[name].method.lora_dropout for name in Route.parse(self.routes.get(job, job)).names)
 
-    def _loss(self, batch: Batch, flat: PreparedBatch, keep: Tensor) -> tuple[Tensor, Tensor]:
-        """(sum of weight times loss, loss of each token [K])."""
-        targets_K, weights_K = batch.targets[keep], batch.weights[keep]
-        head = None if self._head_is_adapted(batch.jobs) else self.runner.head()
+    def _loss(
+        self, jobs: tuple[str, ...], flat: PreparedBatch, keep: Tensor, supervised: list[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """(sum of weight times loss, loss of each token [K]). ``supervised``: on the device, their indices, targets and weights."""
+        index_K, targets_K, weights_K = supervised
+        head = None if self._head_is_adapted(jobs) else self.runner.head()
         if head is not None:
-            hidden_KD = self.runner.hidden(flat)[keep]
-            return linear_cross_entropy(hidden_KD, head[0], head[1], targets_K, weights_K)
+            hidden_KD = self.runner.hidden(flat)[index_K]
+            return linear_cross_entropy(hidden_KD, head[0], head[1], targets_K, weights_K, all_count=True)
         logits_KV = self.runner.logits(flat, keep)
         losses_K = F.cross_entropy(logits_KV.float(), targets_K, reduction="none")
         return (losses_K * weights_K).sum(), losses_K.detach()
@@ -109,17 +177,3 @@ class Stepper:
     def _head_is_adapted(self, jobs: tuple[str, ...]) -> bool:
         names = {name for job in set(jobs) for name in Route.parse(self.routes.get(job, job)).names}
         return any(site.is_head for name in names for site in self.bank.sites_of(name))
-
-
-def _job_losses(batch: Batch, jobs: list[str], keep: Tensor, losses_K: Tensor) -> dict[str, JobLoss]:
-    owner_K = torch.searchsorted(batch.offsets, keep, right=True) - 1
-    number = torch.tensor([jobs.index(job) for job in batch.jobs])
-    lengths = torch.zeros(len(jobs), dtype=torch.long).index_add_(0, number, batch.offsets.diff())
-    job_K = number[owner_K]
-    weights_K = batch.weights[keep].double()
-    weighted_K = losses_K.double().cpu() * weights_K
-    loss = torch.zeros(len(jobs), dtype=torch.float64).index_add_(0, job_K, weighted_K)
-    weight = torch.zeros(len(jobs), dtype=torch.float64).index_add_(0, job_K, weights_K)
-    broken = {int(s) for s in owner_K[~torch.isfinite(weighted_K)]}
-    faults = {job: tuple(batch.sources[s] for s in sorted(broken) if batch.jobs[s] == job) for job in jobs}
-    return {job: JobLoss(float(loss[i]), float(weight[i]), int(lengths[i]), faults[job]) for i, job in enumerate(jobs)}

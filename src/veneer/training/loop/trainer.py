@@ -15,6 +15,7 @@ Boundary: the trainer knows jobs and batches. Files, the console and the clock b
 
 from __future__ import annotations
 
+import traceback
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from veneer.data.batch import make_batch
 from veneer.data.example import Example
 from veneer.errors import DataError, TrainingError
 from veneer.evaluate.losses import example_losses
+from veneer.models.devices import device_of
+from veneer.training.device_memory import DeviceMemory, memory_of
 from veneer.training.loop.job import Job, JobState
 from veneer.training.loop.step import Stepper
 from veneer.training.process_memory import Heap
@@ -119,6 +122,8 @@ class Trainer:
         self.tokens_per_pass = tokens_per_pass
         self.tokens_per_shared_pass = tokens_per_shared_pass
         self._heap = Heap()
+        self._fitted = 0
+        """Tokens of the largest pass so far."""
         self._vocabulary = _vocabulary_size(stepper)
 
     def run(self) -> None:
@@ -195,11 +200,10 @@ class Trainer:
                     if piece.job.running:
                         self._pass([piece], left)
             else:
-                self._fail(
-                    pieces[0].job, _code(error), f"its forward or backward pass failed: {_message(error)}", error
-                )
+                self._fail_in_pass(pieces[0], error)
             return
         self._heap.after_pass()
+        self._fitted = max(self._fitted, sum(piece.tokens for piece in pieces))
         jobs = list({piece.job.name: piece.job for piece in pieces}.values())
         for job in jobs:
             job.add(losses[job.name])
@@ -207,6 +211,31 @@ class Trainer:
         for job in jobs:
             if left[job.name] == 0:
                 self._step(job)
+
+    def _fail_in_pass(self, piece: MicroBatch[Example], error: Exception) -> None:
+        """End the job whose pass raised. If memory was short, its tensors are freed, so that the other jobs go on."""
+        code, cause = _code(error), _message(error)
+        if code == "memory":
+            # The traceback's frames hold the activations of the pass.
+            traceback.clear_frames(error.__traceback__)
+            memory = memory_of(device_of(self.stepper.runner.model))
+            memory.give_back()
+            cause = self._shortage(piece, memory)
+        self._fail(piece.job, code, f"its forward or backward pass failed: {cause}", error)
+
+    def _shortage(self, piece: MicroBatch[Example], memory: DeviceMemory) -> str:
+        """What did not fit and what would have."""
+        left, on = memory.free(), f" on {memory.name}" if memory.name else ""
+        have = "" if left is None else f", where {left / 1e9:.1f} GB are free"
+        longest = max(map(len, piece.examples))
+        fitted = min(self._fitted, piece.tokens - 1)
+        tokens = max(longest, fitted or piece.tokens // 2)
+        passes = f"tokens_per_pass {tokens}" if tokens < piece.tokens else f"max_length {longest // 2}"
+        known = f"a pass of {fitted} tokens fitted; " if fitted else ""
+        return (
+            f"a pass of {piece.tokens} tokens, the longest example {longest}, does not fit in memory{on}{have}; {known}use {passes}, or "
+            "activation_checkpointing"
+        )
 
     def _step(self, job: Job) -> None:
         last = job.progress.step + 1 >= job.steps

@@ -1,6 +1,6 @@
 """The memory and time that a run will need, estimated before it begins.
 
-    peak = max(startup, training, evaluation, saving)          resident memory of the whole process
+    peak = max(startup, training, evaluation, saving)          resident memory of the whole process; on a GPU, memory of the device
 
 Training and evaluation are measured on passes of the run (``profile.py``). Saving is computed: the state, a private copy of it, and the
 bytes written. A run whose peak exceeds what the process may use is refused, with each single option that would make it fit.
@@ -19,9 +19,10 @@ import torch
 from veneer.config import TrainOptions
 from veneer.data.example import Example
 from veneer.errors import MemoryPlanError
+from veneer.models.devices import device_of
 from veneer.models.load import Base
-from veneer.training import process_memory
 from veneer.training.activation_checkpointing import activation_checkpointing, layers_of
+from veneer.training.device_memory import memory_of
 from veneer.training.loop.job import Job
 from veneer.training.loop.step import Stepper
 from veneer.training.planning.profile import Profile, Profiler, adapter_bytes, memory_at
@@ -35,7 +36,7 @@ class TrainingPlan:
 
     free: bytes that the process may use in all, None if nothing reports it. seconds_per_step: of a round in which every job takes its
     step. seconds: of the whole run with its evaluations. tokens: of the largest pass. recompute: with activation checkpointing.
-    extrapolated: the largest pass was not run.
+    extrapolated: the largest pass was not run. device: the GPU whose memory this is, "" for the machine's own.
     """
 
     startup: int
@@ -49,6 +50,7 @@ class TrainingPlan:
     tokens: int
     recompute: bool
     extrapolated: bool
+    device: str = ""
 
     @property
     def peak(self) -> int:
@@ -69,6 +71,7 @@ class TrainingPlan:
     def lines(self) -> list[str]:
         """The plan in two lines."""
         available = "" if self.free is None else f" of {_gb(self.free)} available"
+        available += f" on {self.device}" if self.device else ""
         step = f"{self.seconds_per_step:.2f} s" if self.seconds_per_step < 10 else duration(self.seconds_per_step)
         return [
             f"plan: peak memory {_gb(self.peak)}{available} ({self.parts}); the largest pass has {self.tokens:,} tokens",
@@ -84,9 +87,10 @@ class TrainingPlan:
         """The lines of the plan in a run's manifest, for its ``steps`` of today; [] if it has none."""
         found = manifest.get("plan") or {}
         names = {field.name for field in fields(cls)}
-        if not names <= set(found):
+        known = {name: found[name] for name in names & set(found)}
+        if not names - {"device"} <= set(known):
             return []
-        plan = cls(**{name: found[name] for name in names})
+        plan = cls(**known)
         return replace(plan, steps=steps, seconds=plan.seconds * steps / plan.steps).lines()
 
 
@@ -111,6 +115,7 @@ class Planner:
         self.base = base
         self.tokens_per_shared_pass = tokens_per_shared_pass
         self.thorough = thorough
+        self.memory = memory_of(device_of(base.model))
         self._profile: Profile | None = None
 
     def make(self) -> TrainingPlan:
@@ -126,9 +131,10 @@ class Planner:
         if plan.fits:
             return
         remedies = ", or ".join(self.remedies(plan))
+        on = f" on {plan.device}" if plan.device else ""
         advice = f"it would fit with {remedies}" if remedies else "no single option makes it fit: take a smaller base"
         raise MemoryPlanError(
-            f"the run needs {_gb(plan.peak)} of memory at its peak ({plan.parts}), and the process may use {_gb(plan.free or 0)}; "
+            f"the run needs {_gb(plan.peak)} of memory at its peak{on} ({plan.parts}), and the process may use {_gb(plan.free or 0)}; "
             f"{advice}; --no-plan starts it anyway"
         )
 
@@ -163,8 +169,8 @@ class Planner:
         return []
 
     def _make(self, *, recompute: bool) -> tuple[TrainingPlan, Profile]:
-        startup, left = process_memory.highest(), process_memory.free()
-        limit = None if left is None else process_memory.resident() + left
+        startup, left = self.memory.highest(), self.memory.free()
+        limit = None if left is None else self.memory.used() + left
         with activation_checkpointing(self.base.model, recompute):
             profile = Profiler(
                 self.stepper,
@@ -174,6 +180,7 @@ class Planner:
                 held_out=self.held_out,
                 limit=limit,
                 thorough=self.thorough,
+                memory=self.memory,
             ).measure()
         seconds_per_step = profile.seconds_of_round(sum(map(tokens_per_round, self.jobs)))
         steps = max(job.steps for job in self.jobs)
@@ -181,7 +188,7 @@ class Planner:
             startup=startup,
             training=profile.training_peak,
             evaluation=profile.evaluation_peak,
-            saving=profile.start + 2 * self._state_bytes(),
+            saving=self.memory.saving(profile.start, self._state_bytes()),
             free=limit,
             seconds_per_step=seconds_per_step,
             seconds=steps * seconds_per_step + self._evaluation_seconds(profile),
@@ -189,6 +196,7 @@ class Planner:
             tokens=profile.tokens,
             recompute=recompute,
             extrapolated=profile.training[-1].tokens < profile.tokens,
+            device=self.memory.name,
         )
         return plan, profile
 

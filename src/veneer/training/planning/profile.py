@@ -25,6 +25,7 @@ from veneer.data.batch import make_batch
 from veneer.data.example import Example
 from veneer.errors import TrainingError
 from veneer.evaluate.losses import example_losses
+from veneer.training.device_memory import DeviceMemory, ProcessMemory
 from veneer.training.loop.job import Job
 from veneer.training.loop.step import Stepper
 from veneer.training.loop.trainer import cut
@@ -38,7 +39,6 @@ from veneer.training.planning.workload import (
     smaller,
     tokens_per_round,
 )
-from veneer.training.process_memory import give_back, peak_of, resident
 
 _SMALLEST = 64
 """Tokens below which a pass predicts little about larger ones."""
@@ -63,7 +63,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Profile:
-    """Measurements of a run. Bytes are resident memory of the process, less the copies that the profiler holds.
+    """Measurements of a run. Bytes are memory of the device (of a CPU, resident memory of the process), less the profiler's copies.
 
     start: bytes before. training, evaluation: passes, the smallest first. rounds: (tokens, seconds) of whole rounds. update: seconds of
     the optimizer steps of all jobs. tokens, squares: of the run's largest pass. evaluated: tokens of the largest evaluation pass.
@@ -111,6 +111,7 @@ class Profiler:
         held_out: Sequence[Example] = (),
         limit: int | None = None,
         thorough: bool = False,
+        memory: DeviceMemory | None = None,
     ) -> None:
         """Plan the passes.
 
@@ -122,6 +123,7 @@ class Profiler:
             held_out: examples of all evaluations.
             limit: bytes that the process may use.
             thorough: measure the largest pass and whole rounds whatever their time.
+            memory: of the base's device (default: the process's).
         """
         self.stepper = stepper
         self.jobs = [job for job in jobs if job.running]
@@ -131,23 +133,24 @@ class Profiler:
         self.evaluated = max(cut(usable, tokens_per_pass), key=size, default=[])
         self.limit = limit
         self.thorough = thorough
+        self.memory = memory or ProcessMemory()
         self._spent, self._allowed = 0.0, math.inf if thorough else _LEAST_SECONDS
         self._copies = sum(map(adapter_bytes, self.jobs))
         self._start = 0
 
     def measure(self) -> Profile:
         """Run the passes and restore everything. Raises whatever a pass raises."""
-        give_back()
-        self._start = resident()
+        self.memory.give_back()
+        self._start = self.memory.used()
         with untouched(self.stepper.bank, self.jobs):
             rows = load(self.largest)
             self._train(smaller(rows, _WARM_UP))
             update = sum(self._update(job) for job in self.jobs)
             training = self._climb(rows, self._train)
-            give_back()
+            self.memory.give_back()
             evaluation = self._climb([(self.jobs[0], example) for example in self.evaluated], self._evaluate)
             rounds, peak = self._whole_rounds(training, update)
-        give_back()
+        self.memory.give_back()
         return Profile(
             start=self._start,
             training=tuple(training),
@@ -215,7 +218,7 @@ class Profiler:
     def _measured(self, rows: JobExamples, run: Callable[[], object]) -> Measurement:
         examples = [example for _, example in rows]
         before = time.perf_counter()
-        with peak_of() as peak:
+        with self.memory.peak_of() as peak:
             run()
         seconds = time.perf_counter() - before
         self._spent += seconds

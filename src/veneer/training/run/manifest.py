@@ -18,6 +18,7 @@ from veneer._version import __version__
 from veneer.data.hashing import data_hash
 from veneer.errors import CheckpointError
 from veneer.kernels import cpp_library
+from veneer.models.devices import device_name
 from veneer.models.fingerprint import weight_fingerprints
 from veneer.training.run.run_folder import MANIFEST, RunFolder
 from veneer.training.run.setup import Setup
@@ -28,6 +29,8 @@ _CONTENT = {
     "template": "the chat template",
     "built_on": "the parent adapters",
 }
+_BEFORE = {"device": "cpu"}
+"""Entries that earlier versions did not write, with what they meant."""
 _DECISIONS = ("share", "sharing", "plan", "recompute")
 
 Manifest = dict[str, Any]
@@ -46,6 +49,7 @@ def manifest_of(setup: Setup) -> Manifest:
         "machine": platform.machine(),
         "processor": str(torch.backends.cpu.get_cpu_capability()),
         "kernels": "python" if kernels is None else f"C++ {kernels.name}",
+        "device": device_name(setup.device),
         "threads": torch.get_num_threads(),
         "dtype": str(setup.base.dtype).removeprefix("torch."),
         "base": _hash_of_base(setup),
@@ -78,7 +82,7 @@ def compare(folder: RunFolder, manifest: Manifest, known: list[str]) -> tuple[Ma
         CheckpointError: the run cannot resume with these changes, or its manifest cannot be read.
     """
     try:
-        before: Manifest = json.loads((folder.out / MANIFEST).read_text(encoding="utf-8"))
+        before: Manifest = {**_BEFORE, **json.loads((folder.out / MANIFEST).read_text(encoding="utf-8"))}
         kept = {**before, **{key: {**manifest[key], **before.get(key, {})} for key in _CONTENT}}
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(
@@ -112,7 +116,7 @@ def earlier_decisions(folder: RunFolder, manifest: Manifest) -> Manifest:
         before: Manifest = json.loads((folder.out / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    alike = isinstance(before, dict) and all(before.get(key) == value for key, value in manifest.items())
+    alike = isinstance(before, dict) and all({**_BEFORE, **before}.get(key) == value for key, value in manifest.items())
     return {key: before[key] for key in _DECISIONS if key in before} if alike else {}
 
 

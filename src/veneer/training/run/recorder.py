@@ -15,10 +15,10 @@ from types import FrameType
 from typing import Any
 
 from veneer.errors import CheckpointError, TrainingError
+from veneer.training.device_memory import DeviceMemory, ProcessMemory
 from veneer.training.loop.halving import Halving
 from veneer.training.loop.job import Job, JobState
 from veneer.training.loop.trainer import Listener, Request
-from veneer.training.process_memory import resident
 from veneer.training.run.checkpointing import Saver
 from veneer.training.run.console import Console, duration
 from veneer.training.run.control import Control
@@ -45,8 +45,10 @@ class Recorder(Listener):
         checks: Mapping[str, SanityChecks] | None = None,
         halving: Halving | None = None,
         sampler: Sampler | None = None,
+        memory: DeviceMemory | None = None,
     ) -> None:
-        """``rounds`` is the number of rounds that the run has completed; ``checks`` are the sanity checks by job."""
+        """``rounds`` is the number of rounds that the run has completed; ``checks`` are the sanity checks by job; ``memory`` is that of
+        the base's device."""
         self.folder = folder
         self.jobs = list(jobs)
         self.saver = saver
@@ -55,6 +57,7 @@ class Recorder(Listener):
         self.checks = checks or {}
         self.halving = halving
         self.sampler = sampler
+        self.memory = memory or ProcessMemory()
         self.tracker: ExperimentTracker | None = None
         self.stopped = False
         self.saved = True
@@ -68,13 +71,16 @@ class Recorder(Listener):
 
     def stepping(self, job: Job) -> None:
         """A job's gradient is complete, and its step not yet taken."""
-        if job.name in self.checks:
-            self.checks[job.name].before_step(job.progress.step, job.loss)
+        checks = self.checks.get(job.name)
+        if (
+            checks is not None and not checks.done
+        ):  # the loss is on the base's device, and reading it makes the host wait
+            checks.before_step(job.progress.step, job.loss)
 
     def stepped(self, job: Job, metrics: dict[str, float]) -> None:
         """A job took a step."""
         seconds, speed = self._speed(int(metrics["tokens"]))
-        measured = {"tokens_per_second": round(speed, 1), "memory_gb": round(resident() / 1e9, 3)}
+        measured = {"tokens_per_second": round(speed, 1), "memory_gb": round(self.memory.used() / 1e9, 3)}
         self._append(job, {"step": job.progress.step, **metrics, **measured})
         if (checks := self.checks.get(job.name)) is not None:
             warning = checks.warning(job.progress.step, metrics["loss"])
@@ -233,9 +239,16 @@ class Recorder(Listener):
         self.console.advance(1 - left / max(1, left + sum(other.progress.step for other in self.jobs)))
         self.console.progress(
             f"{self._prefix(job)}step {job.progress.step}/{job.steps}  loss {metrics['loss']:.4f}{remaining}  "
-            f"{speed:,.0f} tokens/s  lr {metrics['lr']:.2e}  {resident() / 1e9:.2f} GB",
+            f"{speed:,.0f} tokens/s  lr {metrics['lr']:.2e}  {self._memory()}",
             important=job.progress.step in (1, job.steps),
         )
+
+    def _memory(self) -> str:
+        """Memory in use; on a GPU its peak, and what is left."""
+        left = self.memory.free() if self.memory.name else None
+        if left is None:
+            return f"{self.memory.used() / 1e9:.2f} GB"
+        return f"peak {self.memory.highest() / 1e9:.1f} GB, {left / 1e9:.1f} GB free on {self.memory.name}"
 
     def _prefix(self, job: Job) -> str:
         return "" if len(self.jobs) == 1 else f"[{job.name}] "

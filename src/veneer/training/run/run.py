@@ -18,6 +18,7 @@ from veneer.config import TrainOptions, given, plain, resolve, to_yaml
 from veneer.errors import CheckpointError, ConfigError, TrainingError
 from veneer.models.load import Base
 from veneer.training.activation_checkpointing import activation_checkpointing
+from veneer.training.device_memory import memory_of
 from veneer.training.loop.halving import Halving
 from veneer.training.loop.job import JobState
 from veneer.training.loop.trainer import Trainer
@@ -121,6 +122,7 @@ def _run(
         checks={job.name: checks[job.name] for job in jobs if checks[job.name].needed(job.progress.step)},
         halving=halving,
         sampler=Sampler(setup.base, bank) if any(map(wants_samples, jobs)) else None,
+        memory=memory_of(setup.device),
     )
     _announce(setup, manifest, recorder, gone_on, restored=rounds is not None)
     if unfinished:  # also if all jobs are paused: a request may resume them

@@ -101,7 +101,7 @@ def set_up(
     """
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    base = base or load_base(options.base, dtype=options.dtype, revision=options.revision)
+    base = base or load_base(options.base, dtype=options.dtype, revision=options.revision, device=options.device)
     with cpp_kernels(options.compile, next(base.model.parameters()).device, say):
         data = load_all(jobs, base, context_of(base))
         bank = attach(base.model)

@@ -1,0 +1,130 @@
+"""The memory that a run's device has: of a CPU the process's resident memory, of a GPU what PyTorch holds there.
+
+    memory = memory_of(device)
+    with memory.peak_of() as peak:
+        step()
+    peak.bytes
+
+Planning, the live line and the message about a pass that did not fit ask this interface and never a device by its name.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
+
+import torch
+
+from veneer.training import process_memory
+from veneer.training.process_memory import PeakMemory
+
+
+class DeviceMemory(Protocol):
+    """Memory of the device that a base is on, in bytes."""
+
+    name: str
+    """The device in messages; empty for the machine's own memory."""
+
+    def used(self) -> int:
+        """Bytes in use now."""
+        ...
+
+    def highest(self) -> int:
+        """The peak so far."""
+        ...
+
+    def free(self) -> int | None:
+        """Bytes that this process may still use; None if nothing reports it."""
+        ...
+
+    def peak_of(self) -> AbstractContextManager[PeakMemory]:
+        """Measure the peak inside a context."""
+        ...
+
+    def give_back(self) -> None:
+        """Return freed memory."""
+        ...
+
+    def saving(self, start: int, state: int) -> int:
+        """The peak while a state of so many bytes is saved, from ``start`` bytes in use."""
+        ...
+
+
+class ProcessMemory:
+    """Resident memory of this process."""
+
+    name = ""
+
+    def used(self) -> int:
+        """Resident memory."""
+        return process_memory.resident()
+
+    def highest(self) -> int:
+        """The peak of resident memory since the process began."""
+        return process_memory.highest()
+
+    def free(self) -> int | None:
+        """What the machine and the process's control groups leave."""
+        return process_memory.free()
+
+    def peak_of(self) -> AbstractContextManager[PeakMemory]:
+        """Measure the peak of resident memory."""
+        return process_memory.peak_of()
+
+    def give_back(self) -> None:
+        """Return freed memory to the system."""
+        process_memory.give_back()
+
+    def saving(self, start: int, state: int) -> int:
+        """The state is copied, and then written from the copy."""
+        return start + 2 * state
+
+
+class CudaMemory:
+    """What PyTorch holds of one CUDA device. Freed blocks that its allocator keeps count as free."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.name = str(device)
+        self._device = device
+        self._before = 0
+
+    def used(self) -> int:
+        """Bytes of live tensors."""
+        return int(torch.cuda.memory_allocated(self._device))
+
+    def highest(self) -> int:
+        """The peak of live tensors since the process began."""
+        return max(self._before, int(torch.cuda.max_memory_allocated(self._device)))
+
+    def free(self) -> int:
+        """What the driver has left, and what the allocator keeps without using it."""
+        left, _ = torch.cuda.mem_get_info(self._device)
+        kept = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
+        return int(left) + max(0, int(kept))
+
+    @contextmanager
+    def peak_of(self) -> Iterator[PeakMemory]:
+        """Measure the peak of live tensors; the host waits for the device, so that times are right too."""
+        found = PeakMemory()
+        torch.cuda.synchronize(self._device)
+        self._before = self.highest()
+        torch.cuda.reset_peak_memory_stats(self._device)
+        yield found
+        torch.cuda.synchronize(self._device)
+        found.bytes = int(torch.cuda.max_memory_allocated(self._device))
+
+    def give_back(self) -> None:
+        """Return the allocator's unused blocks to the driver."""
+        gc.collect()
+        torch.cuda.empty_cache()
+
+    def saving(self, start: int, state: int) -> int:
+        """The state is copied to the host, which takes nothing here."""
+        return start
+
+
+def memory_of(device: torch.device) -> DeviceMemory:
+    """The memory of a device. Apple's GPUs share the machine's."""
+    return CudaMemory(device) if device.type == "cuda" else ProcessMemory()
