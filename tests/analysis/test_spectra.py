@@ -23,8 +23,9 @@ from veneer.analysis.plots import HEAT_MAPS, figures, write_plots
 from veneer.analysis.report import html_report
 from veneer.analysis.spectra import adapter_spectra, pearson, position_of
 from veneer.analysis.subspace import phi
-from veneer.checkpoints import attach, read_adapter
+from veneer.checkpoints import attach, read_adapter, write_adapter
 from veneer.cli._spectra import add_spectra_arguments, run_spectra, spectra_requested
+from veneer.cli.main import main
 from veneer.errors import ComposeError
 
 SITE = "model.layers.1.mlp.up_proj"
@@ -124,6 +125,29 @@ def test_overlaps_of_adapters(model: nn.Module) -> None:
     one, two = dense(a, SITE, model), dense(other, SITE, model)
     assert mixed.cosine == pytest.approx(float((one * two).sum() / (one.norm() * two.norm())), abs=1e-5)
     assert (len(mixed.phi_in), len(mixed.phi_in[0])) == (4, 3)
+
+
+def test_the_base_is_compared_with_where_that_is_asked_for(
+    model: nn.Module, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An overlap of DoRA adapters needs the base's weights and does not decompose them; --base and --spectra do. Adapters of one seed
+    are told apart from learnt overlap."""
+    saved(tmp_path / "base")
+    for name, seed, recorded in (("a", 1, 0), ("b", 2, 0), ("c", 3, 7)):
+        adapter = trained(model, METHODS["dora"], name=name, seed=seed)
+        adapter.seed = recorded
+        write_adapter(adapter, tmp_path / name, base_name=str(tmp_path / "base"))
+    command = ["inspect", f"{tmp_path}/a", "--against"]
+    for other, more, compared, one_seed in (
+        ("b", [], False, True),
+        ("c", [], False, False),
+        ("b", ["--spectra"], True, True),
+        ("c", ["--base", f"{tmp_path}/base"], True, False),
+    ):
+        assert main([*command, f"{tmp_path}/{other}", *more]) == 0
+        shown = capsys.readouterr().out
+        assert "phi read" in shown and ("intruders" in shown) == compared
+        assert ("initialised from one seed" in shown) == one_seed
 
 
 def planted(rows: int = 64, columns: int = 48, size: float = 3.0, count: int = 2) -> tuple[Tensor, Tensor]:

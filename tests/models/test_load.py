@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from tests.models.gguf_file import write_gguf
 from tests.tiny import tiny, tiny_tokenizer
 
+from veneer.checkpoints.base_files import base_folder
 from veneer.errors import BaseModelError
 from veneer.models.load import load_base
 
@@ -154,6 +155,9 @@ def test_a_gguf_file_is_converted_once_and_exactly(tmp_path: Path, own_cache: Pa
     again = load_base(path.parent, dtype="float32")
     assert again.path == base.path and (base.path / "model.safetensors").stat().st_mtime_ns == made
     assert sorted(p.name for p in base.path.parent.iterdir()) == [base.path.name, base.path.name + ".lock"]
+    with pytest.MonkeyPatch.context() as patched:  # whoever needs the folder alone loads no model
+        patched.delattr("transformers.PreTrainedModel.from_pretrained")
+        assert base_folder(str(path)) == base.path
 
 
 def test_a_changed_gguf_file_is_converted_anew(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -39,6 +39,8 @@ SAME_SEED = (
     "not learnt. Compare output directions and cosine."
 )
 """The note on the overlap of two adapters of one seed."""
+Compare = Callable[["SiteSpectrum", SiteDelta, Tensor, tuple[Tensor, Tensor]], tuple["SiteSpectrum", tuple[float, ...]]]
+"""Adds the values that compare with the base weight, given the delta's singular vectors; also returns the relative magnitude changes."""
 _BLOCK = re.compile(r"(?:^|\.)(\d+)\.(.+)$")
 
 
@@ -97,6 +99,7 @@ def adapter_spectra(
     weights: Weights | None = None,
     *,
     against: Adapter | None = None,
+    against_base: bool = True,
     top_k: int = 10,
     threshold: float = 0.5,
 ) -> AdapterSpectra:
@@ -104,7 +107,8 @@ def adapter_spectra(
 
     Args:
         adapter: the adapter.
-        weights: the base's weights; without them the values that need the base are None.
+        weights: the base's weights; without them the values that compare with the base are None.
+        against_base: compute these values. They cost as much as the rest, which needs the weights too if the delta depends on them.
         against: another adapter, whose subspaces are compared at the sites that both have.
         top_k: number of leading directions that are checked for intruders.
         threshold: cosine below which a direction is an intruder.
@@ -112,7 +116,8 @@ def adapter_spectra(
     Raises:
         ComposeError: the delta depends on the base weights and ``weights`` is not given.
     """
-    work = partial(_site, adapter=adapter, weights=weights, against=against, top_k=top_k, threshold=threshold)
+    compare = partial(_against_base, top_k=top_k, threshold=threshold) if weights is not None and against_base else None
+    work = partial(_site, adapter=adapter, weights=weights, against=against, compare=compare)
     found = dict(zip(adapter.tensors, map_sites(work, list(adapter.tensors)), strict=True))
     sites = [spectrum for spectrum, _, _ in found.values()]
     pairs = {site: overlap for site, (_, _, overlap) in found.items() if overlap is not None}
@@ -130,7 +135,7 @@ def adapter_spectra(
 
 
 def _site(
-    site: str, *, adapter: Adapter, weights: Weights | None, against: Adapter | None, top_k: int, threshold: float
+    site: str, *, adapter: Adapter, weights: Weights | None, against: Adapter | None, compare: Compare | None
 ) -> tuple[SiteSpectrum, tuple[float, ...] | None, Subspaces | None]:
     """One site: its spectrum, the relative magnitude change of each output, and the overlap with the other adapter."""
     weight_OK = None if weights is None else weights(site).double()
@@ -138,9 +143,8 @@ def _site(
     u, s, vt = spectrum_of(delta, weight_OK, adapter.rank(site))
     keep = min(int(nonzero(s).sum()), u.shape[1])
     spectrum, relative, overlap = _spectrum(site, delta, s), None, None
-    if weight_OK is not None:
-        directions = u[:, :keep], vt[:keep]
-        spectrum, relative = _against_base(spectrum, delta, weight_OK, directions, top_k, threshold)
+    if weight_OK is not None and compare is not None:
+        spectrum, relative = compare(spectrum, delta, weight_OK, (u[:, :keep], vt[:keep]))
     if against is not None and site in against.tensors:
         other = _resolved(against, site, weight_OK)
         leading = svd_of(other, weight_OK, against.rank(site))
@@ -205,6 +209,7 @@ def _against_base(
     delta: SiteDelta,
     weight_OK: Tensor,
     directions: tuple[Tensor, Tensor],
+    *,
     top_k: int,
     threshold: float,
 ) -> tuple[SiteSpectrum, tuple[float, ...]]:

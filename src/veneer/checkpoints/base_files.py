@@ -23,9 +23,8 @@ from veneer.adapters.layers.survey import survey
 from veneer.checkpoints.findings import listed
 from veneer.checkpoints.model_folder import ModelFolder
 from veneer.errors import ComposeError, Problems
-from veneer.models.load import load_base, model_class
+from veneer.models.load import folder_of, model_class
 from veneer.models.names import stored_names
-from veneer.models.sources import resolve
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -93,12 +92,7 @@ def base_folder(name: str | Path, revision: str | None = None) -> Path:
 
     Raises BaseModelError where there is none.
     """
-    source = resolve(str(name), revision)
-    if not source.gguf:
-        return source.path
-    path = load_base(name, revision=revision).path
-    assert path is not None
-    return path
+    return folder_of(name, revision)
 
 
 def skeleton(folder: Path) -> Skeleton:

@@ -72,7 +72,12 @@ def run_spectra(args: argparse.Namespace) -> int:
         return _reduce(args, parents[0], weights)
     other = parents[1].adapter if len(parents) > 1 else None
     found = status("computing spectra")(adapter_spectra)(
-        adapter, weights, against=other, top_k=args.top_k, threshold=args.threshold
+        adapter,
+        weights,
+        against=other,
+        against_base=bool(args.base or args.spectra or args.html or args.plots),
+        top_k=args.top_k,
+        threshold=args.threshold,
     )
     written = _write(args, found)
     if args.json:

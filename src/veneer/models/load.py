@@ -72,7 +72,7 @@ def load_base(
     torch_dtype = fast_dtype(device) if dtype == "auto" else _DTYPES.get(dtype)
     if torch_dtype is None:
         raise BaseModelError(f"the dtype {dtype!r} is not one of 'auto', 'float32' and 'bfloat16'")
-    folder = _folder_of(name, revision)
+    folder = folder_of(name, revision)
     with _quiet():
         model, notes = _load_model(folder, torch_dtype)
         tokenizer = _load_tokenizer(folder)
@@ -90,7 +90,7 @@ def load_tokenizer(name: str | Path, *, revision: str | None = None) -> Any:
     Raises:
         BaseModelError: not found, refused, or the base has no tokenizer.
     """
-    folder = _folder_of(name, revision)
+    folder = folder_of(name, revision)
     with _quiet():
         tokenizer = _load_tokenizer(folder)
     if tokenizer is None:
@@ -100,17 +100,17 @@ def load_tokenizer(name: str | Path, *, revision: str | None = None) -> Any:
 
 def context_length(name: str | Path, *, revision: str | None = None) -> int | None:
     """The context length of a base in tokens; None if its config does not have it."""
-    return _number(read_config(_folder_of(name, revision)), "max_position_embeddings", "n_positions")
+    return _number(read_config(folder_of(name, revision)), "max_position_embeddings", "n_positions")
 
 
 def vocab_size(name: str | Path, *, revision: str | None = None) -> int | None:
     """The number of rows of a base's embedding according to its config; None if the config does not say."""
-    return _number(read_config(_folder_of(name, revision)), "vocab_size")
+    return _number(read_config(folder_of(name, revision)), "vocab_size")
 
 
 def end_ids(name: str | Path, *, revision: str | None = None) -> list[int]:
     """The ids of a base's end tokens according to its generation_config.json, or else its config.json; names as for ``load_base``."""
-    folder = _folder_of(name, revision)
+    folder = folder_of(name, revision)
     config = read_config(folder)
     parts = [read_generation_config(folder), config, *(config[key] for key in ("text_config",) if key in config)]
     return next((found for part in parts if isinstance(part, dict) and (found := _flat(part.get("eos_token_id")))), [])
@@ -221,7 +221,7 @@ def _load_tokenizer(folder: Path) -> Any | None:
         ) from error
 
 
-def _folder_of(name: str | Path, revision: str | None) -> Path:
+def folder_of(name: str | Path, revision: str | None) -> Path:
     """The folder of a base with config, safetensors and tokenizer; that of a GGUF file is built in the cache."""
     source = resolve(str(name), revision)
     if not source.gguf:
