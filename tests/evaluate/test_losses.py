@@ -11,7 +11,7 @@ from tests.tiny import tiny
 from veneer.adapters import LoRA, attach
 from veneer.data.example import Example
 from veneer.errors import DataError
-from veneer.evaluate.losses import Losses, _t95, compare, example_losses
+from veneer.evaluate.losses import Losses, compare, example_losses, t95
 from veneer.models.flat import FlatRunner
 
 
@@ -87,4 +87,4 @@ def test_comparison_needs_the_same_examples() -> None:
 @pytest.mark.parametrize(("degrees", "quantile"), [(1, 12.706), (3, 3.182), (10, 2.228), (30, 2.042), (1000, 1.962)])
 def test_quantiles_of_t(degrees: int, quantile: float) -> None:
     """The approximation is within 1 % of the tables."""
-    assert math.isclose(_t95(degrees), quantile, rel_tol=0.01)
+    assert math.isclose(t95(degrees), quantile, rel_tol=0.01)

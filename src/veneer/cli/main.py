@@ -35,6 +35,7 @@ COMMANDS = {
     "chat": "chat with an adapter or a base in the terminal",
     "generate": "generate answers to prompts",
     "evaluate": "compare the held-out loss of adapters with that of their base",
+    "compare": "compare methods and options on your data, with searched learning rates and several seeds",
     "merge": "merge adapters into the base weights and write the model",
     "compose": "combine several adapters into one",
     "extract": "extract an adapter from the difference between two models",

@@ -109,7 +109,7 @@ def compare(one: Losses, other: Losses) -> LossDifference:
     if n < 2:
         return LossDifference(mean, -math.inf, math.inf)
     spread = float(((apart - mean * one.weights) ** 2).sum())
-    half = _t95(n - 1) * math.sqrt(n / (n - 1) * spread) / total
+    half = t95(n - 1) * math.sqrt(n / (n - 1) * spread) / total
     return LossDifference(mean, mean - half, mean + half)
 
 
@@ -141,7 +141,7 @@ def _token_losses(runner: FlatRunner, batch: Batch) -> tuple[Tensor, Tensor, Ten
     return owner, torch.cat(losses).cpu().double(), batch.weights[keep].double()
 
 
-def _t95(degrees: int) -> float:
+def t95(degrees: int) -> float:
     """Two-sided 95 % quantile of Student's t, by Cornish and Fisher's expansion in 1/degrees (within 1 % from 3 on)."""
     if degrees == 1:
         return 12.706

@@ -236,14 +236,19 @@ def make_job(name: str, options: TrainOptions, base: Base, bank: Bank, data: Job
     else:
         options = start_from_adapter(name, options, method, bank)
     check_tokens(options.trainable_token_indices, data.train, base.tokenizer)
-    text = _text_config(base)
-    usual = default_learning_rate(getattr(text, "hidden_size", 2000), getattr(text, "model_type", ""))
-    peak = options.learning_rate or (usual / 10 if options.method == FULL else usual)
+    peak = options.learning_rate or default_rate(base, options.method)
     steps = number_of_steps(options, len(data.train))
     job = Job(name, options, bank, data.train, data.held_out, peak=peak, steps=steps)
     job.general = data.general
     job.template = data.template
     return job
+
+
+def default_rate(base: Base, method: str) -> float:
+    """The learning rate of a method on a base: by the size of the base, and a tenth of an adapter's for full fine-tuning."""
+    text = _text_config(base)
+    usual = default_learning_rate(getattr(text, "hidden_size", 2000), getattr(text, "model_type", ""))
+    return usual / 10 if method == FULL else usual
 
 
 def method_of(options: TrainOptions, bank: Bank) -> Method:

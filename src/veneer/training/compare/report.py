@@ -1,0 +1,182 @@
+"""The result of a comparison as a table for the terminal and as one HTML page without scripts or external resources."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+from veneer._files import replace_text
+from veneer._version import __version__
+from veneer.training.compare.study import Comparison, Row, Score
+
+PAGE = "compare.html"
+HEADER = (
+    "method",
+    "parameters",
+    "rate",
+    "test loss (best)",
+    "test loss (last)",
+    "forgetting",
+    "ms/pass",
+    "memory",
+    "latency",
+    "disk",
+)
+LEGEND = {
+    "parameters": "trainable parameters",
+    "rate": "learning rate with the lowest held-out loss in the search",
+    "test loss": "mean loss per token on the test rows, over seeds, with a 95 % interval; at the best and at the last step",
+    "forgetting": "increase of the loss on a general text over the base's",
+    "ms/pass": "forward and backward of one pass of at most 1,024 tokens",
+    "memory": "memory that a pass adds, with AdamW's state",
+    "latency": "time that the adapter adds to a forward of one row while it is not merged; merged, it adds nothing",
+    "disk": "size of the adapter's folder",
+}
+"""Column -> its meaning."""
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _EDGE = 720, 400, 70, 46, 24
+_STYLE = """
+body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#1a1a1a;background:#fff}
+table{border-collapse:collapse;margin:1rem 0;font-size:13px}
+td,th{padding:.2rem .6rem;text-align:right;border-bottom:1px solid #ddd}
+td:first-child,th:first-child{text-align:left}
+td:nth-child(-n+3){white-space:nowrap}
+svg{max-width:100%;height:auto}
+dt{font-weight:600} dd{margin:0 0 .3rem 1.5rem;color:#555}
+"""
+
+
+def cells(comparison: Comparison) -> list[list[str]]:
+    """The rows of the table, the base last."""
+    rows = [_cells(row) for row in comparison.rows]
+    return [
+        *rows,
+        ["base", "0", "-", f"{comparison.base_loss:.4f}", f"{comparison.base_loss:.4f}", "-", "-", "-", "-", "-"],
+    ]
+
+
+def _cells(row: Row) -> list[str]:
+    return [
+        row.label,
+        f"{row.parameters:,}",
+        f"{row.learning_rate:.1e}",
+        _score(row.best),
+        _score(row.last),
+        _score(row.forgetting, sign="+"),
+        f"{row.step_ms:,.0f}",
+        f"{row.step_bytes / 1e6:,.0f} MB",
+        f"{row.latency_ms:+.1f} ms",
+        f"{row.disk_bytes / 1e6:,.2f} MB",
+    ]
+
+
+def _score(score: Score, sign: str = "") -> str:
+    interval = "" if score.low is None or score.high is None else f" ({score.low:{sign}.3f} to {score.high:{sign}.3f})"
+    return f"{score.mean:{sign}.4f}{interval}"
+
+
+def notes(comparison: Comparison) -> list[str]:
+    """Sentences about results that need care: a rate at the edge of the search, intervals that overlap."""
+    lines = []
+    for row in comparison.rows:
+        rates = sorted(row.rates)
+        if len(rates) > 1 and row.learning_rate in (rates[0], rates[-1]):
+            side = "lower" if row.learning_rate == rates[0] else "higher"
+            lines.append(f"{row.label}: the best rate is the edge of the search; try {side} ones with --learning-rate")
+    first, *others = comparison.rows
+    for other in others:
+        if None not in (first.best.high, other.best.low) and other.best.low <= first.best.high:  # type: ignore[operator]
+            lines.append(f"{first.label} and {other.label} cannot be told apart with {len(first.seeds)} seeds")
+    if len(first.seeds) == 1:
+        lines.append("one seed shows no spread; give --seed 0,1,2 for intervals")
+    return lines
+
+
+def write_html(comparison: Comparison) -> Path:
+    """Write the page into the comparison's folder."""
+    path = comparison.out / PAGE
+    replace_text(path, html(comparison))
+    return path
+
+
+def html(comparison: Comparison) -> str:
+    """The page as text."""
+    head = "".join(f"<th>{escape(name)}</th>" for name in HEADER)
+    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in cells(comparison))
+    legend = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in LEGEND.items())
+    remarks = "".join(f"<li>{escape(line)}</li>" for line in notes(comparison))
+    return (
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>Veneer: comparison</title><style>{_STYLE}</style>"
+        f"<h1>Comparison on {escape(comparison.base)}</h1>"
+        f"<p>{comparison.examples['test']:,} test rows, seeds {', '.join(map(str, comparison.rows[0].seeds))}. "
+        f"Lower is better.</p>{plot(comparison.rows, comparison.base_loss)}"
+        f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        f"<ul>{remarks}</ul><dl>{legend}</dl><p>Veneer {__version__}</p></html>\n"
+    )
+
+
+def plot(rows: Sequence[Row], base_loss: float) -> str:
+    """An SVG of the test loss against the number of trainable parameters, with the base as a dashed line."""
+    low = min([row.best.low if row.best.low is not None else row.best.mean for row in rows] + [base_loss])
+    high = max([row.best.high if row.best.high is not None else row.best.mean for row in rows] + [base_loss])
+    margin = 0.08 * (high - low) or 0.1
+    low, high = low - margin, high + margin
+    first, last = (math.log10(count(row.parameters for row in rows)) for count in (min, max))
+    first, last = first - 0.2, last + 0.2
+
+    def x(parameters: float) -> float:
+        return _LEFT + (_WIDTH - _LEFT - _EDGE) * (math.log10(parameters) - first) / (last - first)
+
+    def y(loss: float) -> float:
+        return _EDGE + (_HEIGHT - _EDGE - _BOTTOM) * (high - loss) / (high - low)
+
+    right, bottom = _WIDTH - _EDGE, _HEIGHT - _BOTTOM
+    parts = [
+        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" font-family="system-ui,sans-serif" font-size="12" role="img" '
+        f'aria-label="Test loss against trainable parameters">',
+        f'<path d="M{_LEFT} {_EDGE}V{bottom}H{right}" fill="none" stroke="#888"/>',
+        f'<path d="M{_LEFT} {y(base_loss):.1f}H{right}" stroke="#888" stroke-dasharray="5 4"/>',
+        f'<text x="{right}" y="{y(base_loss) - 5:.1f}" text-anchor="end" fill="#666">base {base_loss:.3f}</text>',
+        f'<text x="{(_LEFT + right) / 2}" y="{_HEIGHT - 8}" text-anchor="middle">trainable parameters</text>',
+        f'<text x="14" y="{(_EDGE + bottom) / 2}" transform="rotate(-90 14 {(_EDGE + bottom) / 2})" '
+        f'text-anchor="middle">test loss</text>',
+    ]
+    for power in range(math.ceil(first), math.floor(last) + 1):
+        parts.append(
+            f'<text x="{x(10.0**power):.1f}" y="{bottom + 16}" text-anchor="middle">{_count(10**power)}</text>'
+        )
+    for step in range(5):
+        loss = low + (high - low) * step / 4
+        parts.append(f'<text x="{_LEFT - 6}" y="{y(loss) + 4:.1f}" text-anchor="end">{loss:.3f}</text>')
+    labels = _labels([(row.label, x(row.parameters), y(row.best.mean)) for row in rows], (_LEFT + right) / 2)
+    for row in rows:
+        at, middle = x(row.parameters), y(row.best.mean)
+        if row.best.low is not None and row.best.high is not None:
+            parts.append(f'<path d="M{at:.1f} {y(row.best.low):.1f}V{y(row.best.high):.1f}" stroke="#0072B2"/>')
+        parts.append(f'<circle cx="{at:.1f}" cy="{middle:.1f}" r="4" fill="#0072B2"/>')
+        side, label_x, label_y = labels[row.label]
+        parts.append(f'<text x="{label_x:.1f}" y="{label_y:.1f}" text-anchor="{side}">{escape(row.label)}</text>')
+    return "".join([*parts, "</svg>"])
+
+
+def _labels(points: Sequence[tuple[str, float, float]], middle: float) -> dict[str, tuple[str, float, float]]:
+    """{label: (anchor, x, y)} of labels beside their points, moved down where two would overlap."""
+    found: dict[str, tuple[str, float, float]] = {}
+    taken: list[tuple[float, float, float]] = []
+    for label, x, y in sorted(points, key=lambda point: point[2]):
+        width, side = 7.0 * len(label), "end" if x > middle else "start"
+        left = x - 8 - width if side == "end" else x + 8
+        top = y + 4
+        while any(left < other + span and other < left + width and abs(top - at) < 14 for other, span, at in taken):
+            top += 14
+        taken.append((left, width, top))
+        found[label] = (side, x - 8 if side == "end" else x + 8, top)
+    return found
+
+
+def _count(number: int) -> str:
+    for size, suffix in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
+        if number >= size:
+            return f"{number // size}{suffix}"
+    return str(number)

@@ -1,0 +1,366 @@
+"""Train contestants with searched learning rates over several seeds, and measure each on test rows that the search never reads.
+
+    search    every contestant at every learning rate, with the first seed; the lowest held-out loss selects the rate
+    seeds     every contestant at its rate, with the other seeds
+    measure   loss on the test rows at the best and the last step, forgetting, time and memory of a pass, latency, size on disk
+
+Search and seeds are ordinary runs below ``out``, so the same call resumes them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from veneer._files import replace_text
+from veneer.adapters import Bank
+from veneer.checkpoints import attach
+from veneer.config import FULL, TrainOptions, given
+from veneer.data.batch import make_batch
+from veneer.data.example import Example
+from veneer.errors import ConfigError
+from veneer.evaluate.general import general_text, pieces
+from veneer.evaluate.losses import example_losses, t95
+from veneer.models.fast_modules import fast_modules
+from veneer.models.flat import FlatRunner
+from veneer.models.load import Base, load_base
+from veneer.training.acceleration import cpp_kernels
+from veneer.training.loop.step import Stepper
+from veneer.training.process_memory import peak_of, resident
+from veneer.training.run.console import Console
+from veneer.training.run.result import JobResult
+from veneer.training.run.run import train
+from veneer.training.run.setup import context_of, default_rate, load_data
+
+RESULT = "compare.json"
+FACTORS = (0.3, 1.0, 3.0)
+"""Learning rates that are tried by default, relative to the method's default."""
+_REPEATS = 5
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A method with its options, such as ``lora r=16``; ``options`` differ between the contestants."""
+
+    label: str
+    options: Mapping[str, Any]
+
+
+@dataclass
+class Score:
+    """Mean over seeds with a 95 % interval (Student's t; none for one seed)."""
+
+    mean: float
+    low: float | None
+    high: float | None
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Score:
+        """The score of one value per seed."""
+        mean = statistics.fmean(values)
+        if len(values) < 2:
+            return cls(mean, None, None)
+        half = t95(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+        return cls(mean, mean - half, mean + half)
+
+
+@dataclass
+class Row:
+    """The measurements of a contestant. Losses in nats per token, times in milliseconds, sizes in bytes.
+
+    Attributes:
+        rates: held-out loss by learning rate, from the search.
+        best, last: loss on the test rows at the step with the lowest held-out loss, and at the last step.
+        forgetting: increase of the loss on a general text, at the best step.
+        step_ms, step_bytes: forward and backward of one pass of test rows; memory that it adds, with optimizer state.
+        latency_ms: what the adapter adds to a forward of one row when it is not merged. Merged, it adds nothing.
+    """
+
+    label: str
+    method: str
+    r: int | None
+    parameters: int
+    learning_rate: float
+    rates: dict[float, float]
+    seeds: list[int]
+    best: Score
+    last: Score
+    forgetting: Score
+    step_ms: float
+    step_bytes: int
+    latency_ms: float
+    disk_bytes: int
+
+
+@dataclass
+class Comparison:
+    """The result of `compare`: one row per contestant, the lowest test loss first, and the base's own losses."""
+
+    out: Path
+    base: str
+    base_loss: float
+    base_general: float
+    base_latency_ms: float
+    examples: Mapping[str, int]
+    rows: list[Row] = field(default_factory=list)
+
+
+def compare(options: TrainOptions, test: Path, *, seeds: Sequence[int], console: Console | None = None) -> Comparison:
+    """Compare the contestants that the sweep in ``options`` describes.
+
+    Args:
+        options: options of the runs. Its sweep's ``learning_rate`` is searched (default: ``FACTORS`` times the method's default);
+            every other swept option makes contestants.
+        test: a file of rows that neither training nor the search reads.
+        seeds: random seeds; the first is the search's.
+        console: prints the progress.
+
+    Raises:
+        ConfigError: there is nothing to compare, or no held-out rows to search with.
+    """
+    console = console or Console()
+    contestants = contestants_of(options)
+    out = Path(options.out or Path("runs") / "compare")
+    base = load_base(options.base, dtype=options.dtype, revision=options.revision)
+    rates = options.sweep.get("learning_rate")
+    console.line(f"search: {len(contestants)} contestants at {len(rates or FACTORS)} learning rates")
+    found = train(
+        _run_options(options, out / "search", _search_jobs(contestants, rates, seeds[0], base)),
+        base=base,
+        console=console,
+    )
+    chosen = {one.label: _best_rate(one, found.jobs) for one in contestants}
+    results = {(one.label, seeds[0]): chosen[one.label] for one in contestants}
+    if len(seeds) > 1:
+        jobs = [
+            {
+                **one.options,
+                "name": f"{_slug(one)}-seed{seed}",
+                "learning_rate": chosen[one.label].learning_rate,
+                "seed": seed,
+            }
+            for one in contestants
+            for seed in seeds[1:]
+        ]
+        console.line(f"seeds: {len(jobs)} jobs at the rates that the search found")
+        more = train(_run_options(options, out / "seeds", jobs), base=base, console=console)
+        results |= {
+            (one.label, seed): more.jobs[f"{_slug(one)}-seed{seed}"] for one in contestants for seed in seeds[1:]
+        }
+    console.line(f"measuring on {test}")
+    comparison = _measure(options, base, test, contestants, found.jobs, results, seeds, out)
+    comparison.rows.sort(key=lambda row: row.best.mean)
+    replace_text(out / RESULT, json.dumps(as_dict(comparison), indent=2) + "\n")
+    return comparison
+
+
+def contestants_of(options: TrainOptions) -> list[Contestant]:
+    """The contestants of a sweep: every combination of its options except the learning rate; full fine-tuning has no rank."""
+    axes = {key: values for key, values in options.sweep.items() if key not in ("learning_rate", "seed")}
+    if options.jobs:
+        raise ConfigError("jobs cannot be compared; give lists of values, such as --method lora,dora --r 4,16")
+    if not options.valid and not options.valid_fraction:
+        raise ConfigError("the search of learning rates needs held-out rows; give --valid FILE or --valid-fraction 0.1")
+    combinations: list[dict[str, Any]] = [{}]
+    for key, values in axes.items():
+        combinations = [{**one, key: value} for one in combinations for value in values]
+    found: dict[str, Contestant] = {}
+    for one in combinations:
+        if one.get("method", options.method) == FULL:
+            one.pop("r", None)
+        method = one.get("method", options.method)
+        rank = "" if method == FULL else f" r={one.get('r', options.r)}"
+        others = "".join(f" {key}={value}" for key, value in one.items() if key not in ("method", "r"))
+        label = f"{method}{rank}{others}"
+        found.setdefault(label, Contestant(label, one))
+    if len(found) < 2:
+        raise ConfigError(
+            "one contestant cannot be compared; give lists of values, such as --method lora,dora,full or --r 4,16"
+        )
+    return list(found.values())
+
+
+def as_dict(comparison: Comparison) -> dict[str, Any]:
+    """The result as plain data."""
+    found = asdict(comparison)
+    found["out"] = str(comparison.out)
+    for row in found["rows"]:
+        row["rates"] = [[rate, loss if math.isfinite(loss) else None] for rate, loss in row["rates"].items()]
+    return found
+
+
+# Runs
+
+
+def _run_options(options: TrainOptions, out: Path, jobs: list[dict[str, Any]]) -> TrainOptions:
+    common = {
+        key: value
+        for key, value in given(options).items()
+        if key not in ("sweep", "out", "name", "seed", "learning_rate")
+    }
+    return TrainOptions(**{**common, "out": out, "jobs": jobs})
+
+
+def _search_jobs(
+    contestants: Sequence[Contestant], rates: Sequence[float] | None, seed: int, base: Base
+) -> list[dict[str, Any]]:
+    jobs = []
+    for one in contestants:
+        usual = default_rate(base, str(one.options.get("method", "lora")))
+        for number, rate in enumerate(rates or [factor * usual for factor in FACTORS]):
+            jobs.append(
+                {**one.options, "name": f"{_slug(one)}-rate{number + 1}", "learning_rate": float(rate), "seed": seed}
+            )
+    return jobs
+
+
+def _best_rate(one: Contestant, jobs: Mapping[str, JobResult]) -> JobResult:
+    """The job of a contestant with the lowest held-out loss."""
+    tried = _tried(one, jobs)
+    return min(tried, key=_lowest)
+
+
+def _tried(one: Contestant, jobs: Mapping[str, JobResult]) -> list[JobResult]:
+    return [job for name, job in jobs.items() if name.rpartition("-rate")[0] == _slug(one)]
+
+
+def _lowest(job: JobResult) -> float:
+    return min((loss for _, loss in job.losses if math.isfinite(loss)), default=math.inf)
+
+
+def _slug(one: Contestant) -> str:
+    return "".join(letter if letter.isalnum() or letter in ".-" else "-" for letter in one.label)
+
+
+# Measurements
+
+
+def _measure(
+    options: TrainOptions,
+    base: Base,
+    test: Path,
+    contestants: Sequence[Contestant],
+    searched: Mapping[str, JobResult],
+    results: Mapping[tuple[str, int], JobResult],
+    seeds: Sequence[int],
+    out: Path,
+) -> Comparison:
+    rows_of = options.model_copy(update={"data": (test,), "valid": (), "valid_fraction": 0.0, "watch_general": False})
+    data = load_data(rows_of, base, context_of(base))
+    examples = list(data.train)
+    general = pieces(general_text(), base.tokenizer, count=32)
+    bank = attach(base.model)
+    with cpp_kernels(options.compile, next(base.model.parameters()).device, lambda _: None), fast_modules(base.model):
+        try:
+            runner = FlatRunner(base.model)
+            comparison = Comparison(
+                out,
+                base.name,
+                example_losses(runner, examples).mean,
+                example_losses(runner, general).mean,
+                _forward_ms(runner, bank, examples[0], None),
+                {"test": len(examples)},
+            )
+            for one in contestants:
+                jobs = [results[one.label, seed] for seed in seeds]
+                comparison.rows.append(
+                    _row(one, jobs, seeds, _tried(one, searched), bank, runner, examples, general, comparison)
+                )
+        finally:
+            bank.detach()
+    return comparison
+
+
+def _row(
+    one: Contestant,
+    jobs: Sequence[JobResult],
+    seeds: Sequence[int],
+    tried: Sequence[JobResult],
+    bank: Bank,
+    runner: FlatRunner,
+    examples: Sequence[Example],
+    general: Sequence[Example],
+    base: Comparison,
+) -> Row:
+    best, last, forgetting = [], [], []
+    for job in jobs:
+        with _loaded(bank, job.best if job.best.is_dir() else job.adapter):
+            best.append(example_losses(runner, examples, bank=bank, route="best").mean)
+            forgetting.append(example_losses(runner, general, bank=bank, route="best").mean - base.base_general)
+        with _loaded(bank, job.adapter):
+            last.append(example_losses(runner, examples, bank=bank, route="best").mean)
+    with _loaded(bank, jobs[0].adapter):
+        parameters = bank["best"].num_parameters()
+        step_ms, step_bytes = _step(runner, bank, examples)
+        latency = _forward_ms(runner, bank, examples[0], "best") - base.base_latency_ms
+    return Row(
+        label=one.label,
+        method=jobs[0].method,
+        r=None if jobs[0].method == FULL else jobs[0].r,
+        parameters=parameters,
+        learning_rate=jobs[0].learning_rate,
+        rates={job.learning_rate: _lowest(job) for job in tried},
+        seeds=list(seeds),
+        best=Score.of(best),
+        last=Score.of(last),
+        forgetting=Score.of(forgetting),
+        step_ms=step_ms,
+        step_bytes=step_bytes + 8 * parameters,
+        latency_ms=latency,
+        disk_bytes=sum(file.stat().st_size for file in jobs[0].adapter.iterdir() if file.is_file()),
+    )
+
+
+class _loaded:
+    """An adapter in the bank, under the name "best", inside this context."""
+
+    def __init__(self, bank: Bank, folder: Path) -> None:
+        self.bank, self.folder = bank, folder
+
+    def __enter__(self) -> None:
+        self.bank.load(self.folder, "best")
+
+    def __exit__(self, *error: object) -> None:
+        self.bank.remove("best")
+
+
+def _step(runner: FlatRunner, bank: Bank, examples: Sequence[Example]) -> tuple[float, int]:
+    """(milliseconds, bytes) of a forward and backward pass over at most 1,024 tokens of the examples."""
+    chosen, used = [], 0
+    for example in examples:
+        if chosen and used + len(example) > 1024:
+            break
+        chosen.append(example)
+        used += len(example)
+    batch, stepper = make_batch(chosen, "best"), Stepper(runner, bank)
+    times, most = [], 0
+    for _ in range(_REPEATS):
+        for parameter in bank.parameters("best"):
+            parameter.grad = None
+        before, start = resident(), time.perf_counter()
+        with peak_of() as peak:
+            stepper.forward_backward(batch)
+        times.append(1e3 * (time.perf_counter() - start))
+        most = max(most, peak.bytes - before)
+    return statistics.median(times), most
+
+
+def _forward_ms(runner: FlatRunner, bank: Bank, example: Example, route: str | None) -> float:
+    """Milliseconds of a forward of one example."""
+    batch = make_batch([example], "best")
+    keep = torch.tensor([len(example) - 1])
+    times = []
+    with torch.no_grad(), bank.use(route, training=False):
+        for _ in range(3 * _REPEATS):
+            start = time.perf_counter()
+            runner.logits(batch, keep)
+            times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times)

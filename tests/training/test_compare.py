@@ -1,0 +1,105 @@
+"""``veneer compare``: learning rates are searched, winners run with every seed, and all are measured on rows of their own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tests.training.made import write_place, write_rows
+
+from veneer.cli.main import main
+from veneer.training.compare.report import _labels, html, notes
+from veneer.training.compare.study import Comparison, Row, Score
+
+FLAGS = [
+    *("compare", "train.jsonl", "--valid", "valid.jsonl", "--test", "test.jsonl", "--base", "base", "--out", "cmp"),
+    *("--method", "lora,full", "--r", "2", "--learning-rate", "1e-9,1e-2", "--seed", "0,1"),
+    *("--steps", "4", "--batch-size", "2", "--no-plan", "--dtype", "float32", "--json"),
+]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny base, rows for training, for the search and for the test."""
+    torch.set_num_threads(1)
+    folder = write_place(tmp_path_factory.mktemp("compare"))
+    write_rows(folder / "test.jsonl", 7, seed=2)
+    return folder
+
+
+def test_the_command_searches_trains_and_measures(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The rate that learns wins, both seeds are measured, and the same command again finds the same without training."""
+    monkeypatch.chdir(place)
+    assert main(FLAGS) == 0
+    first = json.loads(capsys.readouterr().out)
+    rows = {row["label"]: row for row in first["rows"]}
+    assert set(rows) == {"lora r=2", "full"}
+    for row in rows.values():
+        assert row["learning_rate"] == 1e-2 and [rate for rate, _ in row["rates"]] == [1e-9, 1e-2]
+        assert row["rates"][0][1] > row["rates"][1][1]
+        assert row["best"]["mean"] < first["base_loss"] and row["best"]["low"] <= row["best"]["mean"]
+        assert row["seeds"] == [0, 1] and row["disk_bytes"] > 0 and row["step_bytes"] >= 8 * row["parameters"]
+    assert rows["full"]["parameters"] > rows["lora r=2"]["parameters"] and rows["full"]["r"] is None
+    assert [row["label"] for row in first["rows"]] == sorted(rows, key=lambda label: rows[label]["best"]["mean"])
+    assert "full" in (place / "cmp" / "compare.html").read_text(encoding="utf-8")
+
+    metrics = {file: file.read_bytes() for file in (place / "cmp").glob("*/metrics/*.jsonl")}
+    assert len(metrics) == 4 + 2
+    assert main(FLAGS) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert [row["best"] for row in again["rows"]] == [row["best"] for row in first["rows"]]
+    assert {file: file.read_bytes() for file in metrics} == metrics
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--method", "lora,dora"], "give --test FILE"),
+        (["--method", "lora,dora", "--test", "absent.jsonl"], "there is no such file"),
+        (["--test", "test.jsonl", "--valid", "valid.jsonl"], "one contestant cannot be compared"),
+        (["--method", "lora,dora", "--test", "test.jsonl"], "needs held-out rows"),
+    ],
+)
+def test_incomplete_requests_are_refused(
+    place: Path, words: list[str], expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A comparison needs two contestants, rows for the search and rows for the test; nothing is written without them."""
+    monkeypatch.chdir(place)
+    assert main(["compare", "train.jsonl", "--base", "base", "--out", "none", *words]) == 2
+    assert expected in capsys.readouterr().err
+    assert not (place / "none").exists()
+
+
+def row(label: str, mean: float, half: float, rate: float) -> Row:
+    """A row with an interval of ``half`` on both sides."""
+    score = Score(mean, mean - half, mean + half)
+    rates = {1e-4: 2.0, 1e-3: 1.0, 1e-2: 3.0}
+    return Row(label, "lora", 4, 1000, rate, rates, [0, 1], score, score, score, 1.0, 1, 1.0, 1)
+
+
+def test_notes_name_results_that_need_care() -> None:
+    """A rate at the edge of the search and overlapping intervals are named; clear results are not."""
+    base = Comparison(Path(), "base", 2.0, 1.0, 1.0, {"test": 3})
+    base.rows = [row("a", 1.0, 0.1, 1e-3), row("b", 1.15, 0.1, 1e-2), row("c", 1.5, 0.1, 1e-3)]
+    lines = notes(base)
+    assert [line for line in lines if "cannot be told apart" in line] == ["a and b cannot be told apart with 2 seeds"]
+    assert [line.split(":")[0] for line in lines if "edge of the search" in line] == ["b"]
+    assert html(base).count("<circle") == 3
+
+
+def test_the_interval_is_students() -> None:
+    """Three values: mean and 4.303 standard errors; one value has no interval."""
+    found = Score.of([1.0, 2.0, 3.0])
+    assert found.mean == 2.0 and found.high == pytest.approx(2 + 4.303 / 3**0.5)
+    assert Score.of([1.0]) == Score(1.0, None, None)
+
+
+def test_labels_do_not_overlap() -> None:
+    """Labels at one place are moved apart."""
+    found = _labels([("lora r=4", 100.0, 50.0), ("dora r=4", 104.0, 52.0), ("full", 500.0, 50.0)], 300.0)
+    assert abs(found["lora r=4"][2] - found["dora r=4"][2]) >= 14
+    assert found["full"][0] == "end"
