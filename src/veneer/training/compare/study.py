@@ -334,14 +334,16 @@ class _loaded:
 
 def _step(runner: FlatRunner, bank: Bank, examples: Sequence[Example]) -> tuple[float, int]:
     """(milliseconds, bytes) of a forward and backward pass over at most 1,024 tokens of the examples."""
-    chosen, used = [], 0
+    chosen: list[Example] = []
+    used = 0
     for example in examples:
         if chosen and used + len(example) > 1024:
             break
         chosen.append(example)
         used += len(example)
     batch, stepper = make_batch(chosen, "best"), Stepper(runner, bank)
-    times, most = [], 0
+    times: list[float] = []
+    most = 0
     for _ in range(_REPEATS):
         for parameter in bank.parameters("best"):
             parameter.grad = None
