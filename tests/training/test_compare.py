@@ -11,7 +11,7 @@ from tests.training.made import write_place, write_rows
 
 from veneer.cli.main import main
 from veneer.training.compare.report import _labels, html, notes
-from veneer.training.compare.study import Comparison, Row, Score
+from veneer.training.compare.study import Comparison, ContestantRow, Score
 
 FLAGS = [
     *("compare", "train.jsonl", "--valid", "valid.jsonl", "--test", "test.jsonl", "--base", "base", "--out", "cmp"),
@@ -74,11 +74,11 @@ def test_incomplete_requests_are_refused(
     assert not (place / "none").exists()
 
 
-def row(label: str, mean: float, half: float, rate: float) -> Row:
+def row(label: str, mean: float, half: float, rate: float) -> ContestantRow:
     """A row with an interval of ``half`` on both sides."""
     score = Score(mean, mean - half, mean + half)
     rates = {1e-4: 2.0, 1e-3: 1.0, 1e-2: 3.0}
-    return Row(label, "lora", 4, 1000, rate, rates, [0, 1], score, score, score, 1.0, 1, 1.0, 1)
+    return ContestantRow(label, "lora", 4, 1000, rate, rates, [0, 1], score, score, score, 1.0, 1, 1.0, 1)
 
 
 def test_notes_name_results_that_need_care() -> None:

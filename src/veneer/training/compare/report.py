@@ -9,7 +9,7 @@ from pathlib import Path
 
 from veneer._files import replace_text
 from veneer._version import __version__
-from veneer.training.compare.study import Comparison, Row, Score
+from veneer.training.compare.study import Comparison, ContestantRow, Score
 
 PAGE = "compare.html"
 HEADER = (
@@ -56,7 +56,7 @@ def cells(comparison: Comparison) -> list[list[str]]:
     ]
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: ContestantRow) -> list[str]:
     return [
         row.label,
         f"{row.parameters:,}",
@@ -116,7 +116,7 @@ def html(comparison: Comparison) -> str:
     )
 
 
-def plot(rows: Sequence[Row], base_loss: float) -> str:
+def plot(rows: Sequence[ContestantRow], base_loss: float) -> str:
     """An SVG of the test loss against the number of trainable parameters, with the base as a dashed line."""
     low = min([row.best.low if row.best.low is not None else row.best.mean for row in rows] + [base_loss])
     high = max([row.best.high if row.best.high is not None else row.best.mean for row in rows] + [base_loss])

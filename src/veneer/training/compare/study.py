@@ -73,7 +73,7 @@ class Score:
 
 
 @dataclass
-class Row:
+class ContestantRow:
     """The measurements of a contestant. Losses in nats per token, times in milliseconds, sizes in bytes.
 
     Attributes:
@@ -110,7 +110,7 @@ class Comparison:
     base_general: float
     base_latency_ms: float
     examples: Mapping[str, int]
-    rows: list[Row] = field(default_factory=list)
+    rows: list[ContestantRow] = field(default_factory=list)
 
 
 def compare(options: TrainOptions, test: Path, *, seeds: Sequence[int], console: Console | None = None) -> Comparison:
@@ -289,7 +289,7 @@ def _row(
     examples: Sequence[Example],
     general: Sequence[Example],
     base: Comparison,
-) -> Row:
+) -> ContestantRow:
     best, last, forgetting = [], [], []
     for job in jobs:
         with _loaded(bank, job.best if job.best.is_dir() else job.adapter):
@@ -301,7 +301,7 @@ def _row(
         parameters = bank["best"].num_parameters()
         step_ms, step_bytes = _step(runner, bank, examples)
         latency = _forward_ms(runner, bank, examples[0], "best") - base.base_latency_ms
-    return Row(
+    return ContestantRow(
         label=one.label,
         method=jobs[0].method,
         r=None if jobs[0].method == FULL else jobs[0].r,
