@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from tests.adapters.made import nudge, portrait, values
 from tests.adapters.peers import inputs_of, peft_twin
 from tests.adapters.test_peft_parity import text_to_learn
-from tests.tiny import tiny
+from tests.tiny import tiny, tiny_tokenizer
 from torch import nn
 
 import veneer
@@ -119,6 +120,119 @@ def test_the_model_itself_can_be_given_to_trainer_with_an_optimizer(tmp_path: Pa
     )
     assert course(trainer) == pytest.approx(course(again), abs=1e-5)
     assert course(trainer)[-1] < 0.8 * course(trainer)[0]
+
+
+def test_the_model_itself_without_an_optimizer_is_refused(tmp_path: Path) -> None:
+    """Trainer builds an optimizer of the frozen base: the first step is an error that names the module, and nothing has changed."""
+    bank = veneer.attach(tiny("llama"))
+    bank.add("a", METHODS["dora"], seed=1)
+    before = values(bank.model)
+    with (
+        pytest.raises(AdapterError, match=r'inside bank\.use\("a"\) holds no parameter.*bank\.module\("a"\)'),
+        bank.use("a"),
+    ):
+        run(bank.model, tmp_path)
+    assert values(bank.model) == before
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "bert"])
+def test_an_optimizer_of_the_frozen_base_is_refused(arch: str) -> None:
+    """In a loop of one's own too, in a mix and beside the base; outside the context, or without an adapter to train, nothing is said."""
+    model: Any = tiny(arch)
+    frozen = torch.optim.SGD(model.parameters(), lr=0.1)
+    bank = veneer.attach(model)
+    for name in "ab":
+        bank.add(name, LoRA(r=2))
+    with (
+        bank.use([None, {"a": 0.5, "b": 0.5}]),
+        pytest.raises(AdapterError, match="holds no parameter that can be trained"),
+    ):
+        frozen.step()
+    frozen.step()
+    other = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    own = torch.optim.AdamW(bank.parameters("a"), lr=0.1)
+    with bank.use("a"):
+        other.step()
+        own.step()
+    bank["a"].requires_grad_(False)
+    with bank.use("a"):
+        frozen.step()
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        LoRA(r=2),
+        DoRA(r=2),
+        LoRA(r=2, init_lora_weights="gaussian", target_modules=("embed_tokens", "q_proj"), use_rslora=True),
+        LoRA(r=2, modules_to_save=("lm_head",), trainable_token_indices=(3, 4), bias="all"),
+    ],
+    ids=["lora", "dora", "embedding", "overrides"],
+)
+def test_an_adapter_that_nothing_has_moved_is_told(method: Any, tmp_path: Path) -> None:
+    """Saving warns; after one tensor has moved, whichever, it does not."""
+    bank = veneer.attach(tiny("llama"))
+    adapter = bank.add("a", method, seed=3)
+    with pytest.warns(UserWarning, match=r'adapter "a" is as bank\.add made it, .*bank\.parameters\("a"\)'):
+        bank.save("a", tmp_path / "a")
+    keys = dict.fromkeys(key for _, key, _ in adapter.named_tensors())
+    for number, key in enumerate(keys):
+        bank = veneer.attach(tiny("llama"))
+        parameter = next(value for _, name, value in bank.add("a", method, seed=3).named_tensors() if name == key)
+        with torch.no_grad():
+            parameter.view(-1)[-1] += 0.1
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            bank.save("a", tmp_path / str(number))
+
+
+def sft(model: Any, folder: Path, *, resume: str | None = None, **options: Any) -> Any:
+    """Six steps of trl's SFTTrainer on conversations with the defaults of its own; returns it."""
+    datasets, trl = pytest.importorskip("datasets"), pytest.importorskip("trl")
+    pairs = [({"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"it is {i}"}) for i in range(12)]
+    arguments = trl.SFTConfig(
+        str(folder),
+        **{"learning_rate": 1e-2, "max_steps": 6, "per_device_train_batch_size": 4, "save_strategy": "no", **options},
+        logging_steps=1,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        bf16=False,
+    )
+    rows = datasets.Dataset.from_list([{"messages": list(pair)} for pair in pairs])
+    trainer = trl.SFTTrainer(model, args=arguments, train_dataset=rows, processing_class=tiny_tokenizer())
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("arch", "kind"), [("llama", "lora"), ("gemma3", "dora")])
+def test_sft_trainer_does_with_it_what_it_does_with_peft(arch: str, kind: str, tmp_path: Path) -> None:
+    """trl computes the output layer itself, from the body of the model: under the adapter, with PEFT's losses; it resumes."""
+    model: Any = tiny(arch)
+    plain = copy.deepcopy(model)
+    bank = veneer.attach(model)
+    bank.add("a", METHODS[kind], seed=1)
+    theirs = peft_twin(plain, bank["a"])
+    before = values(model)
+    ours = sft(bank.module("a"), tmp_path / "ours", save_strategy="steps", save_steps=3)
+    other = sft(theirs, tmp_path / "theirs")
+    assert course(ours) == pytest.approx(course(other), abs=1e-4) and course(ours)[-1] < 0.9 * course(ours)[0]
+    assert values(model) == before
+    again = veneer.attach(tiny(arch))
+    again.add("a", METHODS[kind], seed=1)
+    resumed = sft(again.module("a"), tmp_path / "ours", resume=str(tmp_path / "ours" / "checkpoint-3"))
+    assert course(resumed)[-1] == pytest.approx(course(ours)[-1], abs=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_sft_trainer_cannot_train_the_output_layer(tmp_path: Path) -> None:
+    """Its loss would not see an adapter there, which is an error; transformers' Trainer sees it."""
+    bank = veneer.attach(tiny("llama", tie_word_embeddings=False))
+    bank.add("a", LoRA(r=2, target_modules=("q_proj", "lm_head")))
+    with pytest.raises(AdapterError, match=r'"a" acts on the output layer'):
+        sft(bank.module("a"), tmp_path)
+    assert course(run(bank.module("a"), tmp_path, max_steps=2))[1] > 0
 
 
 @pytest.mark.parametrize("to_none", [True, False])

@@ -11,6 +11,7 @@ in the model changes. Adding, loading and removing cost in proportion to the ada
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +33,7 @@ from veneer.adapters.runtime.route import Route, RouteLike
 from veneer.adapters.runtime.runtime import Runtime
 from veneer.adapters.runtime.tracker import RouteTracker
 from veneer.adapters.targets import select
+from veneer.adapters.training_checks import is_untouched, optimizers_checked
 from veneer.errors import AdapterError, RouteError
 
 
@@ -196,7 +198,13 @@ class Bank:
         return self.insert(self._format().read(folder, name, self, **options))
 
     def save(self, name: str, path: str | Path, **options: Any) -> None:
-        """Write an adapter as a folder that PEFT can load, with a receipt."""
+        """Write an adapter as a folder that PEFT can load, with a receipt. Warns if nothing has trained it since `add`."""
+        if is_untouched(self[name], self.model, self.survey):
+            warnings.warn(
+                f'adapter "{name}" is as bank.add made it, so the folder {path} will change nothing: no optimizer step has moved any of '
+                f'its tensors; give your optimizer bank.parameters("{name}"), or the training loop of a library bank.module("{name}")',
+                stacklevel=2,
+            )
         self._format().write(self[name], Path(path), self, **options)
 
     # Training
@@ -236,7 +244,7 @@ class Bank:
 
         Raises:
             RouteError: another thread's route is active.
-            AdapterError: a name is not in the bank.
+            AdapterError: a name is not in the bank, or an optimizer that holds nothing to train takes a step in the context.
         """
         parsed = Route.parse(route, repeat)
         if self._detached and parsed.names:
@@ -244,7 +252,10 @@ class Bank:
         devices: dict[str, torch.device] = {}
         for name in parsed.names:
             self._ready(self[name], devices)
-        with self.runtime.tracker.hold(parsed, keep, training):
+        with (
+            optimizers_checked([self[name] for name in parsed.names]),
+            self.runtime.tracker.hold(parsed, keep, training),
+        ):
             yield self
 
     # The end

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from veneer.adapters.adapter import Adapter
+from veneer.adapters.layers.site import Site
 from veneer.adapters.runtime.route import RouteLike
 from veneer.errors import AdapterError
 
@@ -41,6 +42,10 @@ class ModuleBank(Protocol):
     model: nn.Module
 
     def __getitem__(self, name: str) -> Adapter: ...
+
+    def sites_of(self, name: str) -> list[Site]:
+        """Sites whose forward an adapter takes part in."""
+        ...
 
     def use(self, route: RouteLike) -> Any:
         """Run the model under a route."""
@@ -87,6 +92,34 @@ class AdapterModule(nn.Module):
     def save_pretrained(self, path: str | Path, **others: Any) -> None:
         """Write the adapter as a folder, as `Bank.save` does; other arguments concern whole models and are ignored."""
         self.bank.save(self.name, path)
+
+    @property
+    def base_model(self) -> Callable[..., Any]:
+        """The body of the base, without its output layer, under the adapter. trl's trainers call it and compute the output layer from its
+        weight.
+
+        Raises:
+            AdapterError: the adapter acts on the output layer, where such a loss would not see it.
+        """
+        model: Any = self.bank.model
+        head = model.get_output_embeddings()
+        if any(site.module is head for site in self.bank.sites_of(self.name)):
+            raise AdapterError(
+                f'adapter "{self.name}" acts on the output layer, and the training loop computes the loss from the base weight of that '
+                "layer, so the adapter would not be trained there; leave the layer out (exclude_modules, modules_to_save), or use "
+                "transformers' Trainer"
+            )
+
+        def body(*args: Any, **kwargs: Any) -> Any:
+            with self._routed():
+                return model.base_model(*args, **kwargs)
+
+        return body
+
+    def add_model_tags(self, tags: str | list[str]) -> None:
+        """Remember tags for a model card, as trl's trainers ask. The card of `Bank.save` has its own, so they are not written."""
+        found = self.__dict__.setdefault("model_tags", [])
+        found += [tag for tag in ([tags] if isinstance(tags, str) else tags) if tag not in found]
 
     def train(self, mode: bool = True) -> AdapterModule:
         """Switch the base too: the mode of its layers decides about dropout."""
