@@ -19,7 +19,8 @@ from veneer.config import similar
 from veneer.errors import VeneerError
 
 if TYPE_CHECKING:
-    from veneer.evaluate.generation import Generator, Sampling
+    from veneer.serve.engine.request import SamplingParams
+    from veneer.serve.generation import TextGenerator
 
 _HELP = __doc__.split("\n\n", 1)[1].rstrip()
 
@@ -33,10 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Chat until the user ends the conversation."""
-    from veneer.evaluate.generation import Generator
+    from veneer.serve.generation import TextGenerator
 
     loaded = load_targets(args)
-    generator = Generator(loaded.base.model, loaded.base.tokenizer, loaded.bank)
+    generator = TextGenerator(loaded.base.model, loaded.base.tokenizer, loaded.bank)
     chat = Chat(generator, loaded.names, sampling_of(args), args.system)
     interactive = sys.stdin.isatty()
     if interactive:
@@ -53,7 +54,9 @@ def run(args: argparse.Namespace) -> int:
 class Chat:
     """A conversation: the messages so far, and the adapter that answers."""
 
-    def __init__(self, generator: Generator, names: list[str], sampling: Sampling, system: str | None) -> None:
+    def __init__(
+        self, generator: TextGenerator, names: list[str], sampling: SamplingParams, system: str | None
+    ) -> None:
         self.generator = generator
         self.names = names
         self.route: str | None = names[0] if names else None

@@ -21,9 +21,9 @@ from veneer.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from veneer.adapters import Bank
-    from veneer.evaluate.generation import Generator
     from veneer.evaluate.losses import LossDifference, Losses
     from veneer.models.load import Base
+    from veneer.serve.generation import TextGenerator
 
 NAME = "docstrings"
 _SHOWN_ROWS, _SHOWN_ANSWERS = 2, 3
@@ -214,9 +214,10 @@ def _evaluate(base: Base, bank: Bank, file: Path) -> tuple[Losses, Losses, LossD
 
 
 def _side_by_side(base: Base, bank: Bank, file: Path) -> None:
-    from veneer.evaluate.generation import Generator, Sampling
+    from veneer.serve.engine.request import SamplingParams
+    from veneer.serve.generation import TextGenerator
 
-    generator = Generator(base.model, base.tokenizer, bank)
+    generator = TextGenerator(base.model, base.tokenizer, bank)
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     rows.sort(key=lambda row: len(row["messages"][0]["content"]))
     step = len(rows) // (_SHOWN_ANSWERS + 1)
@@ -224,11 +225,11 @@ def _side_by_side(base: Base, bank: Bank, file: Path) -> None:
         code = row["messages"][0]["content"].split("\n\n", 1)[1]
         print("\n" + "\n".join(f"    {line}" for line in code.splitlines()[:6]))
         for who, route in (("base", None), ("adapter", NAME)):
-            print(f"  {who:<8} {_one_line(generator, row, route, Sampling(max_new_tokens=40))}")
+            print(f"  {who:<8} {_one_line(generator, row, route, SamplingParams(max_tokens=40))}")
         print(f"  {'truth':<8} {row['messages'][1]['content']}")
 
 
-def _one_line(generator: Generator, row: dict[str, Any], route: str | None, sampling: Any) -> str:
+def _one_line(generator: TextGenerator, row: dict[str, Any], route: str | None, sampling: Any) -> str:
     text = " ".join(generator.write(row["messages"][:1], route, sampling).split())
     return text if len(text) <= 100 else text[:97] + "..."
 

@@ -14,7 +14,8 @@ from veneer.cli._targets import add_target_arguments, load_targets
 from veneer.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from veneer.evaluate.generation import Generator, Sampling
+    from veneer.serve.engine.request import SamplingParams
+    from veneer.serve.generation import TextGenerator
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,20 +51,20 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed for sampling (default: 0)")
 
 
-def sampling_of(args: argparse.Namespace) -> Sampling:
+def sampling_of(args: argparse.Namespace) -> SamplingParams:
     """Return the sampling settings that the arguments ask for."""
-    from veneer.evaluate.generation import Sampling
+    from veneer.serve.engine.request import SamplingParams
 
-    return Sampling(args.max_tokens, args.temperature, args.top_p, args.seed)
+    return SamplingParams(max_tokens=args.max_tokens, temperature=args.temperature, top_p=args.top_p, seed=args.seed)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the answers, one prompt after another."""
     prompts = _prompts(args)
-    from veneer.evaluate.generation import Generator
+    from veneer.serve.generation import TextGenerator
 
     loaded = load_targets(args)
-    generator = Generator(loaded.base.model, loaded.base.tokenizer, loaded.bank)
+    generator = TextGenerator(loaded.base.model, loaded.base.tokenizer, loaded.bank)
     sampling = sampling_of(args)
     routes: list[str | None] = [*loaded.names] or [None]
     if args.compare and loaded.names:
@@ -83,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _answer(generator: Generator, prompt: Any, route: str | None, sampling: Sampling, *, quiet: bool) -> str:
+def _answer(generator: TextGenerator, prompt: Any, route: str | None, sampling: SamplingParams, *, quiet: bool) -> str:
     pieces = []
     for piece in generator.stream(prompt, route, sampling):
         pieces.append(piece)

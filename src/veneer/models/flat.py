@@ -25,7 +25,7 @@ import torch
 from veneer.errors import BaseModelError
 from veneer.kernels.attention.segments import Segments
 from veneer.models.devices import device_of, together
-from veneer.models.flat_attention import NotFlat, Switch
+from veneer.models.flat_attention import Attend, NotFlat, Switch
 from veneer.models.flat_check import probe as run_probe
 from veneer.models.layout import Flat, FlatLike, Layout, PreparedBatch
 
@@ -86,16 +86,17 @@ class FlatRunner:
         ids, positions, *others = together(device_of(self.model), flat.ids, flat.positions, *more)
         return PreparedBatch(ids, positions, flat.offsets, layout), others
 
-    def logits(self, flat: FlatLike, keep: torch.Tensor | None = None) -> torch.Tensor:
+    def logits(self, flat: FlatLike, keep: torch.Tensor | None = None, *, attend: Attend | None = None) -> torch.Tensor:
         """Logits [K, V] at the tokens ``keep`` (flat indices, [K]; None means all), from the model's own head.
 
         Only the kept positions go through the head where the model can be told so; soft caps and scales are the
-        model's.
+        model's. ``attend`` replaces attention inside segments, for keys and values that come from a cache; it takes a runner of the kind
+        "flat".
         """
         batch = self.prepare(flat)
         columns, row, at = self._head_columns(batch, keep)
         options = {} if columns is None else {"logits_to_keep": columns.to(batch.ids.device)}
-        out = self._run(batch, **options)
+        out = self._run(batch, attend, **options)
         logits = getattr(out, "logits", None)
         if logits is None or logits.dim() != 3:
             raise BaseModelError(
@@ -176,7 +177,12 @@ class FlatRunner:
         """
         return self._head
 
-    def _run(self, batch: PreparedBatch, **options: Any) -> Any:
+    @property
+    def longest_position(self) -> int | None:
+        """The number of tokens from which on positions of a batch would depend on each other; None if they never do."""
+        return _rope_limit(self._config)
+
+    def _run(self, batch: PreparedBatch, attend: Attend | None = None, **options: Any) -> Any:
         inputs = self._inputs(batch)
         self._check_rope(batch.offsets)
         if self.kind == "padded":
@@ -187,7 +193,7 @@ class FlatRunner:
                 f"the offsets of a flat batch end at {segments.tokens}, and it has {batch.ids.numel()} tokens"
             )
         try:
-            with self._switch.flat(segments):
+            with self._switch.flat(segments, attend):
                 return self.model(**inputs, **options)
         except NotFlat as error:
             raise BaseModelError(

@@ -30,6 +30,11 @@ NAME = "veneer_flat"
 _HARMLESS = ("position_ids", "cache_position")  # tensors that attention functions are handed and need not use
 
 
+Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, Pattern, float, "torch.Tensor | None"], torch.Tensor]
+"""Attention in place of the segments' own: (number of the call in the pass, q [H, T, D], k [G, T, D], v [G, T, E], pattern, scale,
+sinks [H]) -> [T, H, E]."""
+
+
 class NotFlat(BaseModelError):
     """This model's attention carries something that cannot be run inside segments; the probe turns it into a reason."""
 
@@ -62,6 +67,7 @@ class _Local(threading.local):
 
     segments: Segments | None = None
     calls: int = 0
+    attend: Attend | None = None
 
 
 _local = _Local()
@@ -83,15 +89,15 @@ class Switch:
         self._replaced: list[tuple[torch.nn.Module, Any]] = []
 
     @contextlib.contextmanager
-    def flat(self, segments: Segments) -> Iterator[None]:
-        """Run the model on ``segments`` in this block and this thread."""
-        before = _local.segments
+    def flat(self, segments: Segments, attend: Attend | None = None) -> Iterator[None]:
+        """Run the model on ``segments`` in this block and this thread; ``attend`` replaces attention inside them."""
+        before = _local.segments, _local.attend
         with self._named():
-            _local.segments, _local.calls = segments, 0
+            _local.segments, _local.attend, _local.calls = segments, attend, 0
             try:
                 yield
             finally:
-                _local.segments = before
+                _local.segments, _local.attend = before
 
     @property
     def attention_calls(self) -> int:
@@ -228,14 +234,18 @@ def _attention(
     for name, extra in kwargs.items():
         if isinstance(extra, torch.Tensor) and name not in _HARMLESS:
             raise NotFlat(f"its attention carries {name}, which has no form inside segments")
-    scale = kwargs.get("scaling")
+    given = kwargs.get("scaling")
+    scale = query.shape[-1] ** -0.5 if given is None else float(given)
+    pattern = Pattern(pattern.before, pattern.after, kwargs.get("softcap"))
+    if _local.attend is not None:
+        return _local.attend(_local.calls - 1, query[0], key[0], value[0], pattern, scale, sinks)[None], None
     out_THD = segment_attention(
         query[0],
         key[0],
         value[0],
         attention_mask.segments,
-        Pattern(pattern.before, pattern.after, kwargs.get("softcap")),
-        scale=query.shape[-1] ** -0.5 if scale is None else float(scale),
+        pattern,
+        scale=scale,
         sinks_H=sinks,
         dropout=float(kwargs.get("dropout") or 0.0),
     )

@@ -229,6 +229,13 @@ class RequestStream:
         self._ended = isinstance(event, Finished)
         return event
 
+    def poll(self) -> Event | None:
+        """The next event, or None if there is none yet."""
+        try:
+            return self.get(timeout=0)
+        except queue.Empty:
+            return None
+
     def __iter__(self) -> Iterator[Event]:
         while not self._ended:
             yield self.get()

@@ -1,0 +1,80 @@
+"""Text for the command line: prompts of text or messages, answered by an engine in the caller's thread.
+
+Chat prompts go through the renderer of the data package, so control strings in a user's text stay text, as in training. Sampling has its
+own random numbers: the same seed gives the same text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import count
+from typing import Any
+
+from veneer.adapters import Bank
+from veneer.data.chat.render import Renderer
+from veneer.data.chat.template import Conversation
+from veneer.errors import BaseModelError, DataError
+from veneer.serve.engine.engine import Engine
+from veneer.serve.engine.request import Finished, GenerationRequest, Mix, SamplingParams, TextDelta
+
+Message = dict[str, Any]
+
+
+class TextGenerator:
+    """Generates text with one model, under the adapters of a bank.
+
+    Raises:
+        BaseModelError: the base has no tokenizer, or does not generate text.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, bank: Bank | None = None) -> None:
+        if not hasattr(model, "config"):
+            raise BaseModelError(f"{type(model).__name__} does not generate text; use a causal language model")
+        self.engine = Engine(model, tokenizer, bank)
+        self.tokenizer = tokenizer
+        self.renderer = Renderer(tokenizer)
+        self._numbers = count()
+
+    @property
+    def chats(self) -> bool:
+        """The tokenizer has a chat template."""
+        return self.renderer.template is not None
+
+    def prompt_ids(self, prompt: str | Sequence[Message]) -> list[int]:
+        """Token ids of a prompt: a conversation, or a text (a user's turn where the base chats, else the plain text).
+
+        Raises DataError where messages are given and the base has no chat template.
+        """
+        encoder, template = self.renderer.encoder, self.renderer.template
+        if isinstance(prompt, str) and template is None:
+            return list(self.tokenizer(prompt)["input_ids"])
+        if template is None:
+            raise DataError("the base has no chat template, so it takes plain text and no conversation")
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        guarded = Conversation(template, encoder, messages).text(prompt=True)
+        return encoder.encode([guarded])[0].ids
+
+    def write(
+        self,
+        prompt: str | Sequence[Message],
+        route: str | Mapping[str, float] | None = None,
+        sampling: SamplingParams | None = None,
+    ) -> str:
+        """Generate the complete answer to one prompt."""
+        return "".join(self.stream(prompt, route, sampling))
+
+    def stream(
+        self,
+        prompt: str | Sequence[Message],
+        route: str | Mapping[str, float] | None = None,
+        sampling: SamplingParams | None = None,
+    ) -> Iterator[str]:
+        """Generate the answer to one prompt in pieces. Ending the iteration early ends the generation."""
+        mix: Mix = () if route is None else ((route, 1.0),) if isinstance(route, str) else tuple(route.items())
+        ids = tuple(self.prompt_ids(prompt))
+        request = GenerationRequest(f"text-{next(self._numbers)}", ids, mix, sampling or SamplingParams(seed=0))
+        for event in self.engine.run(request):
+            if isinstance(event, TextDelta) and event.text:
+                yield event.text
+            elif isinstance(event, Finished) and event.error is not None:
+                raise event.error
