@@ -82,6 +82,18 @@ class Adapter:
         """s in W + s B A at a site."""
         return self.method.scaling(self.rank(site), self.alpha(site))
 
+    def rename(self, sites: Mapping[str, Mapping[str, Mapping[str, Tensor]]]) -> None:
+        """Put other sites in the place of some: {site: {new site: its tensors}}. Scales and kinds go along."""
+        tensors: dict[str, Mapping[str, Tensor]] = {}
+        for site, held in self.tensors.items():
+            if site not in sites:
+                tensors[site] = held
+                continue
+            alpha, kind = self.alpha(site), self.kinds.pop(site)
+            for name, values in sites[site].items():
+                tensors[name], self._alphas[name], self.kinds[name] = values, alpha, kind
+        self.tensors = _parameters(tensors)
+
     def follows_at(self, site: Site) -> bool:
         """True if the adapter acts on an output head through the factors of the embedding that the head is tied to."""
         return self.method.ensure_weight_tying and site.tied_to in self.tensors and site.name not in self.tensors

@@ -20,8 +20,10 @@ from veneer.adapters.adapter import Adapter
 from veneer.adapters.compatibility import fit_problems
 from veneer.adapters.layers.site import Site, Survey
 from veneer.adapters.layers.survey import survey
+from veneer.checkpoints.base_view import SkeletonView
 from veneer.checkpoints.findings import listed
 from veneer.checkpoints.model_folder import ModelFolder
+from veneer.checkpoints.peft.expert_layouts import fit_experts
 from veneer.errors import ComposeError, Problems
 from veneer.models.load import folder_of, model_class
 from veneer.models.names import stored_names
@@ -135,6 +137,8 @@ def fit(adapter: Adapter, base: Skeleton) -> Adapter:
 
     Raises ComposeError that lists every site which the base lacks or which has another shape.
     """
+    if base.survey.stacks:
+        fit_experts(adapter, SkeletonView(base.model, base.survey))
     adapter.kinds = adapter.kinds | {name: base.sites[name].kind for name in adapter.tensors if name in base.sites}
     problems = Problems()
     for problem in fit_problems(adapter, base.survey):

@@ -7,7 +7,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,12 +17,38 @@ from torch import Tensor, nn
 
 from veneer.adapters.adapter import Adapter
 from veneer.adapters.bank import Bank
+from veneer.adapters.layers.experts import ExpertsKind, Part
 from veneer.adapters.layers.kinds import Geometry
-from veneer.adapters.layers.site import Site
+from veneer.adapters.layers.site import Site, Survey
 from veneer.adapters.overrides import BIAS, LORA_BIAS, WEIGHT, problems_of
 from veneer.checkpoints.findings import shown
+from veneer.models.names import expert_names
 
 Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class StackLayout:
+    """Shapes of stacked experts: their number, and of each fused parameter (out, in, parts), in the order of their declaration.
+
+    exchanged: the weights are stored [in, out] and the module does not say so, whereupon PEFT takes inputs for outputs.
+    """
+
+    count: int
+    parameters: Mapping[str, tuple[int, int, tuple[Part, ...]]]
+    exchanged: bool = False
+
+    def parts(self, parameter: str) -> tuple[Part, ...]:
+        """The parts of a fused parameter; none if the stack has no such parameter."""
+        return self.parameters[parameter][2] if parameter in self.parameters else ()
+
+    def has(self, part: str) -> bool:
+        """True if the experts have this projection."""
+        return any(part == one.name for _, _, parts in self.parameters.values() for one in parts)
+
+    def size(self, part: Part) -> int:
+        """Number of outputs of a part."""
+        return len(range(self.parameters[part.parameter][0])[part.columns])
 
 
 class BaseView:
@@ -63,6 +91,32 @@ class BaseView:
     def is_vocabulary(self, site: str) -> bool:
         """A layer is an embedding or output head, whose weight PEFT may write without being asked to."""
         return site.rpartition(".")[2] in ("embed_tokens", "lm_head")
+
+    def is_expert(self, site: str) -> bool:
+        """True if a site is a part of stacked experts."""
+        return site in self.sites and self.sites[site].stack is not None
+
+    def stack_layout(self, path: str) -> StackLayout | None:
+        """The layout of the stacked experts at a path; None where there are none, or where the base is not known."""
+        return None
+
+    def site_of(self, name: str) -> str:
+        """The site that a file means by a name: the name itself, or what the base's own files call an expert's layer."""
+        return name
+
+    def written_name(self, site: str) -> str:
+        """The name of a site in adapter files: that of its weight in the base's own files, for an expert's layer."""
+        return site
+
+    def expert_names(self, sites: Iterable[str]) -> dict[str, dict[str, str]]:
+        """Names of experts in an adapter file, by which a receipt finds their sites; empty where they are the model's own."""
+        stacks, parts = {}, {}
+        for site in sites:
+            written = self.written_name(site)
+            if written != site:
+                stacks[written.rsplit(".", 2)[0]] = site.rsplit(".", 2)[0]
+                parts[written.rpartition(".")[2]] = site.rpartition(".")[2]
+        return {"stacks": stacks, "parts": parts} if stacks else {}
 
     def holds(self, site: str, weight: Tensor) -> bool | None:
         """The base's weight equals this one; None if that is not known."""
@@ -108,16 +162,55 @@ class BaseView:
         return tuple(names)
 
 
-class AttachedBase(BaseView):
+class SkeletonView(BaseView):
+    """A base whose sites are known, with or without weights in memory."""
+
+    model: nn.Module
+
+    def __init__(self, model: nn.Module, survey: Survey) -> None:
+        self.model = model
+        self.sites = survey.sites
+        self.vector_layers = survey.vector_layers
+        self.tied = survey.tied
+        self.paths = tuple(path for path, _ in model.named_modules())
+        self._uncovered = survey.uncovered
+        self._stacks = survey.stacks
+
+    def stack_layout(self, path: str) -> StackLayout | None:
+        stack = self._stacks.get(path)
+        if stack is None or not isinstance(stack.layer_kind, ExpertsKind):
+            return None
+        kind, module = stack.layer_kind, stack.module
+        parts: dict[str, tuple[Part, ...]] = {}
+        for part in kind.parts(module):
+            parts[part.parameter] = (*parts.get(part.parameter, ()), part)
+        weights = {name: kind.fused(module, name, 0) for name in parts}
+        shapes = {name: (w.shape[0], w.shape[1], parts[name]) for name, w in weights.items()}
+        exchanged = kind.transposed(module) and not getattr(module, "is_transposed", False)
+        return StackLayout(kind.count(module), shapes, exchanged)
+
+    def site_of(self, name: str) -> str:
+        return name if name in self.sites or not self._stacks else self._names_in_files[1].get(name, name)
+
+    def written_name(self, site: str) -> str:
+        return self._names_in_files[0].get(site, site) if self._stacks else site
+
+    @cached_property
+    def _names_in_files(self) -> tuple[dict[str, str], dict[str, str]]:
+        """({site of an expert: its name in the base's own files}, the inverse)."""
+        written = {
+            name.removesuffix(".weight"): file.removesuffix(".weight")
+            for name, file in expert_names(self.model, [stack.name for stack in self._stacks.values()]).items()
+        }
+        written = {site: file for site, file in written.items() if site in self.sites}
+        return written, {file: site for site, file in written.items()}
+
+
+class AttachedBase(SkeletonView):
     """The base of a bank."""
 
     def __init__(self, bank: Bank) -> None:
-        self.model: nn.Module = bank.model
-        self.sites = bank.sites
-        self.vector_layers = bank.vector_layers
-        self.tied = bank.tied
-        self.paths = tuple(path for path, _ in bank.model.named_modules())
-        self._uncovered = bank.uncovered
+        super().__init__(bank.model, bank.survey)
 
     def holder(self, layer: str, tensor: str) -> str:
         if self.layer(layer) is not None:

@@ -67,6 +67,8 @@ def make_receipt(adapter: Adapter, base: BaseView, digest: str, extra: Mapping[s
     receipt["options"] = _options_beyond_peft(adapter)
     if adapter.overrides:
         receipt["own"] = _override_record(adapter)
+    if names := base.expert_names(adapter.tensors):
+        receipt["experts"] = names
     receipt["kinds"] = {site: kind for site, kind in adapter.kinds.items() if kind == "conv1d"}
     if base.sites:
         receipt["base"] = weight_records(base, adapter.tensors)
@@ -90,6 +92,8 @@ def verify(receipt: Receipt, adapter: Adapter, digest: str, base: BaseView, base
             "receipt",
         )
         return
+    if adapter.meta.get("unsplit"):
+        return  # its probes are of parts that only the base can tell apart
     records = receipt.get("base")
     bare = [name for name in adapter.tensors if not (isinstance(records, dict) and _is_record(records.get(name)))]
     if bare and base.sites and isinstance(records, dict):

@@ -47,6 +47,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="gguf, ollama: write the best LoRA approximation of this rank; needed for DoRA",
     )
     parser.add_argument(
+        "--experts",
+        choices=("separate", "fused"),
+        default="separate",
+        help="peft: tensors of each expert, as vLLM and SGLang read them, or fused ones for PEFT's target_parameters "
+        "(default: separate)",
+    )
+    parser.add_argument(
         "--from",
         dest="source",
         metavar="MODEL",
@@ -90,7 +97,7 @@ def _peft(args: argparse.Namespace, entries: Sequence[Entry]) -> dict[str, Any]:
     bank = attach(load_base(model, dtype="float32").model)
     adapter = bank.load(folder, name=name, force=args.force, convert=True)
     origin = {key: value for key, value in (adapter.meta["receipt"] or {}).items() if key not in receipt.MADE_ANEW}
-    bank.save(name, args.out, base_name=model, receipt=origin, template=adapter.meta["template"])
+    bank.save(name, args.out, base_name=model, receipt=origin, template=adapter.meta["template"], experts=args.experts)
     return {
         "to": "peft",
         "file": str(args.out),

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -41,6 +42,24 @@ def stored_names(model: nn.Module, keys: Iterable[str]) -> dict[str, str]:
         if spelt is not None and (spelt == key or spelt not in found):
             found[spelt] = key
     return found
+
+
+def expert_names(model: nn.Module, stacks: Iterable[str]) -> dict[str, str]:
+    """{an expert's layer in the model: its name in the model's own files} of the experts in these stacks, both with ``.weight``.
+
+    Empty for models that are not transformers' own, and without the experts that files hold stacked.
+    """
+    try:
+        from transformers import PreTrainedModel
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:
+        return {}
+    if not isinstance(model, PreTrainedModel):
+        return {}
+    inside = tuple(f"{stack}." for stack in stacks)
+    shapes = {name: value.shape for name, value in model.named_parameters() if name.startswith(inside)}
+    files = revert_weight_conversion(model, {name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
+    return {name: file for name, file in stored_names(model, files).items() if name not in shapes}
 
 
 def _expert_name(converter: Any, target: str, source: str, name: str) -> str | None:

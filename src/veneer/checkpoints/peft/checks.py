@@ -50,7 +50,7 @@ def check_agreement(placement: Placement, settings: Settings, base: BaseView, fo
                 f"has {len(placement.ranks)} sites"
             )
     elif targets is not None:
-        _check_targets(placement.ranks, targets, settings, base, found)
+        _check_targets(placement, targets, settings, base, found)
 
 
 def _check_patterns(placement: Placement, settings: Settings, found: Findings) -> None:
@@ -63,12 +63,13 @@ def _check_patterns(placement: Placement, settings: Settings, found: Findings) -
     wrong: dict[tuple[int, int], list[str]] = {}
     unread: dict[str, None] = {}
     for site, rank in placement.ranks.items():
-        declared, unclear = ranks.get(site, settings.r)
+        name = placement.named.get(site, site)
+        declared, unclear = ranks.get(name, settings.r)
         if unclear:
             found.note(f'rank_pattern: "{shown(unclear[0], 60)}" is not evaluated; ranks are those of the tensors')
         elif declared != rank:
             wrong.setdefault((declared, rank), []).append(site)
-        placement.alphas[site], unclear = alphas.get(site, settings.lora_alpha)
+        placement.alphas[site], unclear = alphas.get(name, settings.lora_alpha)
         unread |= dict.fromkeys(unclear[:1])
     for pattern in unread:
         found.refuse(
@@ -82,11 +83,13 @@ def _check_patterns(placement: Placement, settings: Settings, found: Findings) -
 
 
 def _check_targets(
-    ranks: Mapping[str, int], targets: list[str], settings: Settings, base: BaseView, found: Findings
+    placement: Placement, targets: list[str], settings: Settings, base: BaseView, found: Findings
 ) -> None:
-    names = frozenset(targets)
+    names, ranks = frozenset(targets), placement.ranks
     parameters = {name.rpartition(".")[0] for name in settings.target_parameters or ()}
-    stray = [site for site in ranks if names.isdisjoint(tails(site)) and parameters.isdisjoint(tails(site))]
+    meant = names | {*parameters, *(settings.target_parameters or ())}
+    named = {site: placement.named.get(site, site) for site in ranks}
+    stray = [site for site in ranks if meant.isdisjoint(tails(named[site]))]
     if settings.ensure_weight_tying:
         # The head that follows an embedding is not named; its tensors show whether it follows.
         stray = [site for site in stray if base.sites and base.tied_to(site) is None]
@@ -95,14 +98,22 @@ def _check_targets(
             f"target_modules in adapter_config.json does not name {listed(stray)}, which the file has tensors for",
             "config",
         )
-    asked = [site.name for site in base.sites.values() if not site.reason and _asked_for(site.name, names, settings)]
+    # PEFT has no modules inside of stacks: names without a tensor there mean layers elsewhere.
+    stacks = {id(base.sites[site].stack) for site in ranks if site in base.sites}
+    asked = [
+        site.name
+        for site in base.sites.values()
+        if not site.reason
+        and (site.stack is None or id(site.stack) in stacks)
+        and any(_asked_for(path, names, settings) for path in {site.name, base.written_name(site.name)})
+    ]
     missing = [name for name in asked if name not in ranks]
     if missing:
         found.refuse(
             f"target_modules in adapter_config.json names {listed(missing)}, which the file has no tensors for: it is incomplete",
             "config",
         )
-    idle = names.difference(*(tails(site) for site in ranks)) if not base.sites else ()
+    idle = names.difference(*(tails(name) for name in named.values())) if not base.sites else ()
     if idle:
         found.note(f"target_modules names {listed(sorted(idle))}, which the file has no tensors for")
 

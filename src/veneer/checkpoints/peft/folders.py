@@ -53,7 +53,7 @@ class PeftFolders:
 
         Raises CheckpointError when it cannot be written or does not read back equal.
         """
-        _check_options("save", options, ("base_name", "task_type", "receipt", "logits", "template"))
+        _check_options("save", options, ("base_name", "task_type", "receipt", "logits", "template", "experts"))
         receipt = dict(options.pop("receipt", None) or {})
         if options.pop("logits", False):
             receipt["logits"] = logits_record(bank, adapter.name)
@@ -94,7 +94,7 @@ def write_adapter(adapter: Adapter, path: str | Path, *, bank: Bank | None = Non
         adapter: the adapter.
         path: the folder.
         bank: the bank whose base the adapter acts on.
-        options: those of `write_adapter_folder`: ``base_name``, ``task_type``, ``receipt`` and ``template``.
+        options: those of `write_adapter_folder`: ``base_name``, ``task_type``, ``receipt``, ``template`` and ``experts``.
 
     Raises:
         CheckpointError: the folder cannot be written, or does not read back equal.

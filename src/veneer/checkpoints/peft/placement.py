@@ -15,6 +15,7 @@ parameter for the tokens of that adapter only (``adapters/overrides.py``).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from veneer.adapters.methods import Method, method_class_for
@@ -40,6 +41,8 @@ class Placement:
     alphas: dict[str, float] = field(default_factory=dict)
     overrides: dict[str, dict[str, Entry]] = field(default_factory=dict)
     tokens: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    named: Mapping[str, str] = field(default_factory=dict)
+    """Names under which the settings mean sites of experts."""
     copies: dict[str, Entry] = field(default_factory=dict)
     """Weights that must equal the base's."""
 
@@ -50,9 +53,16 @@ class Placement:
         return {site: a.shape[0] for site, a in factors.items() if a is not None}
 
 
-def place(keys: list[tuple[Key, Entry]], settings: Settings, base: BaseView, found: Findings) -> Placement:
-    """Give every tensor its layer; what has none, or does not fit, is refused."""
-    placement = Placement(method_class_for(settings)())
+def place(
+    keys: list[tuple[Key, Entry]],
+    settings: Settings,
+    base: BaseView,
+    found: Findings,
+    *,
+    named: Mapping[str, str] | None = None,
+) -> Placement:
+    """Give every tensor its layer; what has none, or does not fit, is refused. named: names of sites in the settings."""
+    placement = Placement(method_class_for(settings)(), named=named or {})
     for key, entry in keys:
         if key.kind == "low_rank":
             placement.sites.setdefault(key.site, {})[key.tensor] = entry

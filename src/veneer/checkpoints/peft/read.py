@@ -1,6 +1,7 @@
 """Reads a PEFT folder as an adapter, strictly: every tensor lands at a layer of the base, or the folder is refused.
 
     parse     settings and header, a few kilobytes
+    expand    factors of stacked experts, as those of each expert
     place     the layer of each tensor; names, shapes and ranks against the base
     check     settings against tensors; one pass over the numbers; the base against the receipt
     build     only now are numbers kept, and checked against the receipt
@@ -23,6 +24,7 @@ from veneer.checkpoints.findings import Findings, shown
 from veneer.checkpoints.locate import CONFIG, WEIGHTS
 from veneer.checkpoints.peft.build import build, check_init
 from veneer.checkpoints.peft.checks import check_agreement, check_stored, check_values
+from veneer.checkpoints.peft.expert_layouts import expand_experts
 from veneer.checkpoints.peft.placement import place
 from veneer.checkpoints.peft.settings import read_settings
 from veneer.checkpoints.peft.tensor_names import read_keys
@@ -67,7 +69,13 @@ def read_adapter_folder(
             if settings is None:
                 found.raise_if_any(headline)
             assert settings is not None
-            placement = place(keys, settings, base, found)
+            receipt = (
+                _receipt(header, Findings(found.force))
+                if '"experts"' in header.metadata.get(receipts.KEY, "")
+                else None
+            )
+            keys, expansion = expand_experts(keys, settings, base, receipt, found)
+            placement = place(keys, settings, base, found, named=expansion.named)
             check_init(settings, placement, base, convert, found)
             check_agreement(placement, settings, base, found)
             found.raise_if_any(headline)
@@ -78,7 +86,9 @@ def read_adapter_folder(
             base_agrees = receipt is not None and receipts.verify_base(receipt, placement.sites, base, found)
             found.raise_if_any(headline)
             stored, digest = read_tensors(file, header, str(path / WEIGHTS))
+    expansion.apply(stored)
     adapter = build(name, placement, settings, stored, receipt or {}, base, found)
+    adapter.meta["unsplit"] = tuple(expansion.unsplit)
     check_values(adapter, found)
     if receipt is None:
         found.note("no receipt: whether this is the base that the adapter was trained on is not known")

@@ -24,7 +24,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from torch import Tensor
 
@@ -36,6 +36,7 @@ from veneer.checkpoints.base_view import BaseView, inside, named
 from veneer.checkpoints.files import Folder, write_folder
 from veneer.checkpoints.locate import CONFIG, WEIGHTS
 from veneer.checkpoints.peft.card import model_card
+from veneer.checkpoints.peft.fused_experts import FusedExperts, fuse_experts
 from veneer.checkpoints.peft.patterns import names_for, table_for
 from veneer.checkpoints.peft.placement import stored_shape
 from veneer.checkpoints.peft.read import MAX_CONFIG, TEMPLATE
@@ -62,6 +63,7 @@ def write_adapter_folder(
     task_type: str | None = None,
     receipt: Mapping[str, Any] | None = None,
     template: str | None = None,
+    experts: Literal["separate", "fused"] = "separate",
 ) -> None:
     """Write ``adapter`` as the folder ``path``, or over the adapter that is there.
 
@@ -73,13 +75,15 @@ def write_adapter_folder(
         task_type: PEFT's task_type, with the same defaults.
         receipt: more entries for the receipt, such as the hashes of template, tokenizer and data.
         template: a chat template that is not the base's own, stored beside the tensors.
+        experts: "separate" tensors of each expert, which servers read, or "fused" for PEFT's target_parameters.
 
     Raises:
         CheckpointError: the folder cannot be written, or does not read back equal.
     """
-    tensors = stored_tensors(adapter, base)
+    fused = fuse_experts(adapter, base) if experts == "fused" else FusedExperts()
+    tensors = stored_tensors(adapter, base, fused)
     checksum = digest(tensors)
-    settings = _settings(adapter, base, base_name, task_type)
+    settings = _settings(adapter, base, base_name, task_type, fused)
     note = receipts.make_receipt(adapter, base, checksum, receipt)
     metadata = {"format": "pt", receipts.KEY: json.dumps(note, sort_keys=True, separators=(",", ":"))}
     config = (json.dumps(settings, indent=2, sort_keys=True) + "\n").encode()
@@ -94,12 +98,17 @@ def write_adapter_folder(
     _read_back(path, config, checksum)
 
 
-def stored_tensors(adapter: Adapter, base: BaseView) -> dict[str, Tensor]:
+def stored_tensors(adapter: Adapter, base: BaseView, fused: FusedExperts | None = None) -> dict[str, Tensor]:
     """The adapter's tensors under PEFT's names and in PEFT's shapes, fp32 (an fp64 master is rounded)."""
-    stored: dict[str, Tensor] = {}
+    fused = fused or FusedExperts()
+    stored = {key_of(name, key): _fp32(value) for name, held in fused.tensors.items() for key, value in held.items()}
     for site, tensors in adapter.tensors.items():
+        if site in fused.sites:
+            continue
         for name, value in tensors.items():
-            stored[key_of(site, name)] = _fp32(value).reshape(stored_shape(tuple(value.shape), adapter.kinds[site]))
+            stored[key_of(base.written_name(site), name)] = _fp32(value).reshape(
+                stored_shape(tuple(value.shape), adapter.kinds[site])
+            )
         for head in _tied_heads(adapter, site, base):
             # PEFT keeps the head's factors beside the embedding's, transposed.
             stored[key_of(head, "lora_A")] = _fp32(tensors["lora_embedding_B"].T)
@@ -138,21 +147,27 @@ def _stored_overrides(adapter: Adapter, base: BaseView) -> dict[str, Tensor]:
     return stored
 
 
-def _settings(adapter: Adapter, base: BaseView, base_name: str | None, task_type: str | None) -> dict[str, Any]:
-    method, sites = adapter.method, list(adapter.tensors)
-    ranks = {site: adapter.rank(site) for site in sites}
-    alphas = {site: adapter.alpha(site) for site in sites}
-    r = _usual(method.r, ranks.values())
+def _settings(
+    adapter: Adapter, base: BaseView, base_name: str | None, task_type: str | None, fused: FusedExperts
+) -> dict[str, Any]:
+    method = adapter.method
+    names = {site: base.written_name(site) for site in adapter.tensors if site not in fused.sites}
+    ranks = {name: adapter.rank(site) for site, name in names.items()} | fused.ranks
+    alphas = {name: adapter.alpha(site) for site, name in names.items()} | fused.alphas
+    # PEFT takes the rank of separately stored experts from r alone.
+    experts = [adapter.rank(site) for site in names if base.is_expert(site)]
+    r = _usual(0, experts) if experts else _usual(method.r, ranks.values())
     alpha = _usual(method.lora_alpha, alphas.values())
     before = adapter.meta.get("settings") or {}
     return written_settings(
         r=r,
         lora_alpha=alpha,
-        lora_dropout=method.lora_dropout,
+        lora_dropout=0.0 if fused.sites else method.lora_dropout,
         use_rslora=method.use_rslora,
         **method.peft_flags(),
         init_lora_weights="gaussian" if method.init_lora_weights == "gaussian" else True,
-        target_modules=names_for(sites, base.paths),
+        target_modules=names_for(names.values(), base.paths),
+        target_parameters=_parameters(fused, base) if fused.sites else None,
         rank_pattern=table_for(ranks, r),
         alpha_pattern=table_for(alphas, alpha),
         fan_in_fan_out="conv1d" in adapter.kinds.values() and "linear" not in adapter.kinds.values(),
@@ -161,6 +176,18 @@ def _settings(adapter: Adapter, base: BaseView, base_name: str | None, task_type
         base_model_name_or_path=base_name or named(base.model) or before.get("base_model_name_or_path"),
         task_type=task_type or _task(base) or _task_before(adapter, before),
     )
+
+
+def _parameters(fused: FusedExperts, base: BaseView) -> list[str]:
+    """``target_parameters`` that mean exactly the fused parameters."""
+    model = base.model
+    every = [] if model is None else [name for name, _ in model.named_parameters()]
+    names = names_for(fused.ranks, every)
+    if isinstance(names, str):
+        return sorted(fused.ranks)
+    # With the stack's own name, by which readers without the base tell stacks from layers.
+    stacks = {name.rsplit(".", 2)[-2] for name in fused.ranks}
+    return [f"{stack}.{name}" if "." not in name else name for name in names for stack in sorted(stacks)]
 
 
 def _override_settings(adapter: Adapter, base: BaseView) -> dict[str, Any]:
