@@ -31,6 +31,8 @@ from veneer.checkpoints.receipt import Receipt
 
 _EXPERT = re.compile(r"\bexperts\.\d+\b")
 
+_EXPERT = re.compile(r"\bexperts\.\d+\b")
+
 
 @dataclass(frozen=True)
 class SiteView:
