@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tests.tiny import tiny
 from torch import Tensor
@@ -18,6 +19,7 @@ import veneer
 from veneer import DoRA, LoRA
 from veneer.checkpoints import read_adapter
 from veneer.checkpoints.base_files import skeleton
+from veneer.checkpoints.tensors import digest
 from veneer.errors import CheckpointError
 from veneer.merge.folder import merge_to_folder
 
@@ -95,7 +97,7 @@ def test_target_parameters_come_in(arch: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_target_parameters_go_out(arch: str, tmp_path: Path) -> None:
-    """An adapter with factors for each part loads in PEFT as fused ones, and comes back; the base's files take it unread by a model."""
+    """Factors of each part load in PEFT as fused ones, and come back; read without a base, they can be merged into its files."""
     model, bank, expected = banked(arch, LoRA(r=6, lora_alpha=5))
     bank.save("a", tmp_path / "fused", experts="fused")
     assert (with_peft(arch, tmp_path / "fused") - expected).abs().max() <= LIMIT
@@ -213,8 +215,6 @@ def test_the_other_interleaving_is_refused(tmp_path: Path) -> None:
     model, bank, _ = banked("qwen3_moe", LoRA(r=4))
     bank.save("a", tmp_path / "a", experts="fused")
     file = tmp_path / "a" / "adapter_model.safetensors"
-    from safetensors import safe_open
-
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata()
     tensors = load_file(file)
@@ -224,8 +224,6 @@ def test_the_other_interleaving_is_refused(tmp_path: Path) -> None:
     save_file(tensors, file, metadata)
     with pytest.raises(CheckpointError, match="checksum differs"):
         veneer.attach(tiny("qwen3_moe")).load(tmp_path / "a")
-    from veneer.checkpoints.tensors import digest
-
     receipt = json.loads(metadata["veneer"])
     receipt["tensors"] = digest(tensors)
     save_file(tensors, file, metadata | {"veneer": json.dumps(receipt)})

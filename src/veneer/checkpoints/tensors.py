@@ -33,8 +33,10 @@ from veneer.checkpoints.files import parse_json, read_exactly
 from veneer.checkpoints.findings import shown
 from veneer.errors import CheckpointError, Problems
 
-MAX_HEADER = 32 << 20
-MAX_TENSORS = 100_000
+MAX_HEADER = 4 << 20
+MAX_TENSORS = 20_000
+EXPERTS = 8
+"""Factor of both limits for a file whose tensors are mostly those of experts: a layer of a mixture has hundreds of them."""
 MAX_DIMS = 4
 MAX_BYTES = 16 << 30
 
@@ -83,13 +85,18 @@ def read_header(file: BinaryIO, size: int, where: str) -> Header:
         )
     _refuse_other_formats(first, where)
     length = int.from_bytes(first, "little")
-    if length > MAX_HEADER:
-        raise CheckpointError(f"{where}: its header claims {length:,} bytes; at most {MAX_HEADER:,} are read")
+    too_long = CheckpointError(f"{where}: its header claims {length:,} bytes; at most {MAX_HEADER:,} are read")
+    if length > MAX_HEADER * EXPERTS:
+        raise too_long
     if length > size - 8:
         raise CheckpointError(f"{where} is cut off: its header claims {length:,} bytes, the file has {size - 8:,} left")
     raw = read_exactly(file, length, where)
-    if raw.count(b'"data_offsets"') > MAX_TENSORS or any(raw.count(mark) > most for mark, most in _MARKS.items()):
-        raise CheckpointError(f"{where} names more than {MAX_TENSORS:,} tensors, or its header is too complex")
+    count = raw.count(b'"data_offsets"')
+    factor = EXPERTS if 2 * raw.count(b".experts.") > count else 1
+    if length > MAX_HEADER * factor:
+        raise too_long
+    if count > MAX_TENSORS * factor or any(raw.count(mark) > most * factor for mark, most in _MARKS.items()):
+        raise CheckpointError(f"{where} names more than {MAX_TENSORS * factor:,} tensors, or its header is too complex")
     if not raw.startswith(b"{"):
         raise CheckpointError(f"{where} is not a safetensors file: its header does not begin with a brace")
     parsed = parse_json(raw, f"the header of {where}")
@@ -174,7 +181,7 @@ def _refuse_other_formats(first: bytes, where: str) -> None:
     kinds |= {bytes([0x80, protocol]): "a pickle" for protocol in range(2, 6)}
     kind = next((text for magic, text in kinds.items() if first.startswith(magic)), None)
     # A header of 0x0280 bytes begins like a pickle; but the bytes after a pickle's mark make a length that is never read.
-    if kind is not None and int.from_bytes(first, "little") > MAX_HEADER:
+    if kind is not None and int.from_bytes(first, "little") > MAX_HEADER * EXPERTS:
         raise CheckpointError(f"{where} is {kind}, in spite of its name; expected a safetensors file")
 
 

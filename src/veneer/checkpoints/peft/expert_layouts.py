@@ -80,7 +80,7 @@ def expand_experts(
         if site != key.site:
             expansion.named[site] = key.site
             key = Key(site, key.tensor, key.kind, key.beside, key.adapter, key.prefixed)
-        if _stack_of(site, base, settings) is not None or (len(entry.shape) == 3 and "lora_" in key.tensor):
+        if _stack_of(site, base, settings) is not None or _is_three_dimensional(site, entry, base):
             stacked.setdefault(site, {})[key.tensor] = (key, entry)
         else:
             kept += _split(key, entry, base, expansion)
@@ -162,6 +162,12 @@ def _stack_of(site: str, base: BaseView, settings: Settings) -> str | None:
     return stack if any(ends_with(stack, name) for name in named) else None
 
 
+def _is_three_dimensional(site: str, entry: Entry, base: BaseView) -> bool:
+    stack, _, role = site.rpartition(".")
+    known = base.stack_layout(stack) is not None if base.sites else ends_with(stack, "experts") and role in _ROLES
+    return known and len(entry.shape) == 3
+
+
 def _split(key: Key, entry: Entry, base: BaseView, expansion: Expansion) -> Keys:
     """The keys of one expert's tensor: of a fused parameter, one for each of its parts."""
     stack, _, parameter = key.site.rpartition(".")
@@ -195,8 +201,8 @@ def _three_dimensional(
             f"{shown(site)}: expected lora_A [{experts} or 1, r, in] and lora_B [{experts} or 1, out, r], found {a.shape} and {b.shape}"
         )
         return []
-    if base.sites and (layout is None or not layout.has(role)):
-        found.refuse(f"{shown(site)}: the base has no stack of experts with a {role} here")
+    if layout is not None and not layout.has(role):
+        found.refuse(f"{shown(site)}: the base's experts have no {role}")
         return []
     keys: Keys = []
     for expert in range(experts):
