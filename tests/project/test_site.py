@@ -59,3 +59,15 @@ def test_the_python_tutorial_runs() -> None:
     names: dict[str, object] = {}
     exec(compile("\n".join(blocks[:2]), "tutorial", "exec"), names)
     assert names["loss"].detach() < 0.5  # type: ignore[attr-defined]
+
+
+def test_options_of_the_migration_guide_exist() -> None:
+    """Every option in the right column of a table of options is an option of a run."""
+    text = (ROOT / "docs" / "guides" / "coming_from.md").read_text(encoding="utf-8")
+    found = {
+        word
+        for row in re.findall(r"^\|[^|]*\|([^|]*)\|$", text, re.M)
+        for word in re.findall(r"`([a-z_]+)(?::[^`]*)?`", row)
+    }
+    assert len(found) > 15
+    assert found <= set(TrainOptions.model_fields) | {"messages"}, found - set(TrainOptions.model_fields)

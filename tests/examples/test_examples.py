@@ -1,0 +1,69 @@
+"""Every script in ``examples/`` runs, on a tiny base, and does what it says."""
+
+from __future__ import annotations
+
+import runpy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.project.source import ROOT
+from tests.tiny import tiny, tiny_tokenizer
+from tests.training.made import SIZES
+
+EXAMPLES = ROOT / "examples"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a tiny base."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("base")
+    tiny("llama", num_key_value_heads=1, **SIZES).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def entry(name: str) -> Callable[..., Any]:
+    """The ``main`` function of an example."""
+    return runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"]  # type: ignore[no-any-return]
+
+
+def test_own_loop() -> None:
+    """The adapter learns in the user's loop."""
+    assert entry("own_loop")(steps=120) < 0.1
+
+
+def test_mixed_batch(base: str) -> None:
+    """Each row of a mixed batch equals the row alone."""
+    assert entry("mixed_batch")(base) < 1e-4
+
+
+def test_many_jobs_and_compose(base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Three jobs train in one run; two of their adapters are composed and inspected."""
+    losses = entry("many_jobs")(base, str(tmp_path / "jobs"), 8)
+    assert set(losses) == {"sums", "upper", "upper-dora"} and all(after < before for before, after in losses.values())
+    adapters = tmp_path / "jobs" / "adapters"
+    entry("compose_inspect")(str(adapters / "sums"), str(adapters / "upper"), str(tmp_path / "both"))
+    assert (tmp_path / "both" / "adapter_config.json").is_file() and "stable rank" in capsys.readouterr().out
+
+
+def test_flat_loop(base: str) -> None:
+    """Both jobs of the hand-written loop learn."""
+    assert all(values[-1] < values[0] for values in entry("flat_loop")(base, 6).values())
+
+
+def test_trainer(base: str, tmp_path: Path) -> None:
+    """transformers' Trainer trains the adapter, which is saved."""
+    assert entry("trainer")(base, str(tmp_path / "trainer"), 2) > 0
+    assert (tmp_path / "trainer" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_every_example_is_tested() -> None:
+    """Each script has a test above."""
+    tested = Path(__file__).read_text(encoding="utf-8")
+    scripts = [path.stem for path in EXAMPLES.glob("*.py")]
+    assert len(scripts) >= 6
+    assert [name for name in scripts if f'entry("{name}")' not in tested] == []
