@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 from tests.checkpoints.helpers import make_folder
 from tests.tiny import tiny
 
 import veneer
 from veneer.checkpoints import read_adapter
-from veneer.checkpoints.locate import adapter_of_job, adapters_at, find_adapter
+from veneer.checkpoints.locate import adapter_of_job, adapters_at, choice_note, find_adapter
 from veneer.cli._targets import adapter_folders
 from veneer.errors import CheckpointError
 
@@ -19,6 +22,7 @@ def run(folder: Path, *adapters: str) -> Path:
     """The folder of a run with these adapters."""
     for adapter in adapters:
         make_folder(folder / adapter)
+    folder.mkdir(exist_ok=True)
     (folder / "config.yaml").write_text("base: x\n")
     return folder
 
@@ -72,3 +76,49 @@ def test_a_path_may_mean_none(tmp_path: Path) -> None:
             find_adapter(tmp_path / name)
         with pytest.raises(CheckpointError, match=says):
             veneer.attach(tiny("llama")).load(tmp_path / name)
+
+
+def receipt(folder: Path, **entries: Any) -> Path:
+    """A PEFT folder whose receipt has these entries."""
+    make_folder(folder)
+    file = folder / "adapter_model.safetensors"
+    save_file(load_file(file), file, {"format": "pt", "veneer": json.dumps(entries)})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("best", "last", "taken"),
+    [
+        ({"steps": 4, "held_out_loss": 0.5}, {"steps": 9, "held_out_loss": 0.6}, "best"),
+        ({"steps": 4, "held_out_loss": 0.5}, {"steps": 9, "held_out_loss": None}, "best"),
+        ({"steps": 4, "held_out_loss": 0.6}, {"steps": 9, "held_out_loss": 0.5}, "adapter"),
+        ({"steps": 9, "held_out_loss": 0.5}, {"steps": 9, "held_out_loss": 0.5}, "adapter"),
+        ({"steps": 4, "held_out_loss": "0.5"}, {"steps": 9, "held_out_loss": 0.6}, "adapter"),
+        ({}, {"steps": 9, "held_out_loss": 0.6}, "adapter"),
+    ],
+)
+def test_a_run_means_its_best_adapter(tmp_path: Path, best: dict[str, Any], last: dict[str, Any], taken: str) -> None:
+    """The one with the lower held-out loss, of one job and of several, and commands say so; a folder means itself."""
+    one, two = run(tmp_path / "one"), run(tmp_path / "two")
+    receipt(one / "best", **best)
+    receipt(one / "adapter", **last)
+    receipt(two / "best" / "a", **best)
+    receipt(two / "adapters" / "a", **last)
+    assert find_adapter(one) == ("one", one / taken) and adapter_of_job(one, "one") == one / taken
+    inside = {"best": two / "best" / "a", "adapter": two / "adapters" / "a"}[taken]
+    assert adapters_at(two) == {"a": inside} and adapter_of_job(two, "a") == inside
+    note = choice_note(one, find_adapter(one)[1])
+    assert (note is not None) == (taken == "best") == (choice_note(two, inside) is not None)
+    if note is not None:
+        assert "step 4 with a held-out loss of 0.5000" in note and str(one / "adapter") in note
+    for folder in (one / "best", one / "adapter"):
+        assert find_adapter(folder)[1] == folder and choice_note(folder, folder) is None
+
+
+def test_a_damaged_best_adapter_is_not_taken(tmp_path: Path) -> None:
+    """A file that cannot be read says nothing of its loss."""
+    one = run(tmp_path / "one", "best")
+    receipt(one / "adapter", steps=9, held_out_loss=0.6)
+    for content in (b"", b"\xff" * 8, b"\x02\0\0\0\0\0\0\0[]", b"\x10\0\0\0\0\0\0\0{"):
+        (one / "best" / "adapter_model.safetensors").write_bytes(content)
+        assert find_adapter(one)[1] == one / "adapter"

@@ -15,6 +15,7 @@ from tests.tiny import tiny
 from tests.training.made import QUIET, digest, figures, options
 
 from veneer.checkpoints import attach, read_adapter
+from veneer.cli.main import main
 from veneer.errors import CheckpointError, ConfigError
 from veneer.models.load import Base
 from veneer.training import RunResult, train
@@ -231,3 +232,42 @@ def test_an_overfitted_start_is_no_fault(place: Path, base: Base, tmp_path: Path
     assert "warning: the first loss is" in said and "overfitted" in said
     events = [json.loads(line) for line in (tmp_path / "second" / "events.jsonl").read_text().splitlines()]
     assert [event["job"] for event in events if event["event"] == "warning"] == ["second"]
+
+
+# The best adapter
+
+
+def test_the_closing_lines_name_the_best_adapter(
+    place: Path, base: Base, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where the last adapter is not the best, the best one is named with both losses, and the run means it everywhere."""
+    out, answers = tmp_path / "a", {"train": "yes", "valid": "yen"}
+    for part, answer in answers.items():
+        rows = [
+            {"messages": [{"role": "user", "content": f"{a}+{a}"}, {"role": "assistant", "content": answer}]}
+            for a in range(6)
+        ]
+        (tmp_path / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = "--dtype float32 --compile false --eval-every 5 --steps 40 --r 8 --set plan=false --learning-rate 0.1 --warmup-steps 3"
+    paths = {"--base": place / "base", "--valid": tmp_path / "valid.jsonl", "--out": out}
+    command = ["train", str(tmp_path / "train.jsonl"), *flags.split(), "--schedule", "constant", "--batch-size", "2"]
+    command += [str(part) for pair in paths.items() for part in pair]
+    assert main(command) == 0
+    losses = {
+        line["step"]: line["held_out_loss"] for line in figures(out / "metrics" / "a.jsonl") if "held_out_loss" in line
+    }
+    step = min((s for s in losses if s), key=lambda s: losses[s])
+    assert 0 < step < 40
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"best adapter: {out / 'best'} (step {step}, held-out loss {losses[step]:.4f})" in said
+    assert f"last: {out / 'adapter'} ({losses[40]:.4f})" in said
+    bank = attach(base.model)
+    try:
+        assert bank.load(out).meta["path"] == str(out / "best")
+        assert bank.load(out / "adapter", name="last").meta["receipt"]["steps"] == 40
+    finally:
+        bank.detach()
+    result, _ = run(place, base, tmp_path / "child", init_from=out, r=8, steps=1)
+    assert read_adapter(result.adapter).meta["receipt"]["init_from"]["folder"] == str(out / "best")
+    assert main(["inspect", str(out)]) == 0
+    assert "this is its best adapter" in capsys.readouterr().err

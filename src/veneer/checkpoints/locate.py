@@ -2,22 +2,27 @@
 
     out/                               a PEFT folder                        out
     out/adapter_model.safetensors      a file of one                        out
-    runs/a/                            a run of one job (runs/a/adapter)    a
-    runs/a/best/                       a folder of a run                    a
+    runs/a/                            a run of one job                     a
+    runs/a/adapter/, runs/a/best/      a folder of a run                    a
     runs/a/, runs/a/best/              a run of several jobs                one adapter per job, named after it
     parts/                             a folder of PEFT folders             one adapter per folder
 
-Boundary: looks at names only, and imports no torch.
+A run means its best adapter where that has a lower held-out loss than the last one, and else the last.
+
+Boundary: looks at names and receipts only, and imports no torch.
 """
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 
 from veneer.errors import CheckpointError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_LARGEST_HEADER = 16 << 20
 _IN_A_RUN = ("adapter", "best", "last", "final")
 
 
@@ -37,9 +42,9 @@ def _adapters_at(path: Path) -> dict[str, Path]:
     if (path / WEIGHTS).is_file():
         return {}  # a damaged adapter folder; an adapter inside it is another one
     if is_adapter(path / "adapter"):
-        return {path.resolve().name: path / "adapter"}
+        return {path.resolve().name: better_adapter(path / "adapter", path / "best")}
     if below := _named(path.glob(f"adapters/*/{CONFIG}")):
-        return below
+        return {name: better_adapter(last, path / "best" / name) for name, last in below.items()}
     holds_else = is_run(path) or (path / "config.json").is_file()
     return {} if holds_else else _named(path.glob(f"*/{CONFIG}"))
 
@@ -64,8 +69,51 @@ def find_adapter(path: Path) -> tuple[str, Path]:
 
 
 def adapter_of_job(run: Path, job: str) -> Path | None:
-    """The folder of the last adapter of one job of a run, or None before it is written."""
-    return next((folder for folder in (run / "adapters" / job, run / "adapter") if is_adapter(folder)), None)
+    """The folder of the adapter that one job of a run means, or None before its last one is written."""
+    folders = ((run / "adapters" / job, run / "best" / job), (run / "adapter", run / "best"))
+    return next((better_adapter(last, best) for last, best in folders if is_adapter(last)), None)
+
+
+def better_adapter(last: Path, best: Path) -> Path:
+    """``best`` if its held-out loss is known and lower than that of ``last``, else ``last``."""
+    steps, loss = trained(best)
+    last_steps, last_loss = trained(last)
+    lower = loss is not None and steps != last_steps and (last_loss is None or loss < last_loss)
+    return best if lower else last
+
+
+def choice_note(path: Path, folder: Path) -> str | None:
+    """A remark if ``path`` is a run that means ``folder``, its best adapter and not the last one."""
+    if folder == path:
+        return None
+    last = next(
+        (one for one in (folder.parent / "adapter", folder.parents[1] / "adapters" / folder.name) if is_adapter(one)),
+        None,
+    )
+    if last is None or last == folder:
+        return None
+    (steps, loss), (last_steps, last_loss) = trained(folder), trained(last)
+    if steps == last_steps:
+        return None
+    end = "" if last_loss is None else f": {last_loss:.4f}"
+    return (
+        f"{path}: this is its best adapter, of step {steps} with a held-out loss of {loss:.4f}; the last one, of step {last_steps}{end}, "
+        f"is {last}"
+    )
+
+
+def trained(folder: Path) -> tuple[int | None, float | None]:
+    """(steps, held-out loss) in the receipt of an adapter; None for what it does not say."""
+    try:
+        with (folder / WEIGHTS).open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size)) if size <= _LARGEST_HEADER else {}
+        receipt = json.loads(header["__metadata__"]["veneer"])
+        steps, loss = receipt.get("steps"), receipt.get("held_out_loss")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None, None
+    finite = isinstance(loss, int | float) and math.isfinite(loss)
+    return steps if isinstance(steps, int) else None, float(loss) if finite else None
 
 
 def adapter_name(folder: Path) -> str:

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from veneer._terminal import status
-from veneer.checkpoints.locate import adapters_at, find_adapter, is_run
+from veneer._terminal import note, status
+from veneer.checkpoints.locate import adapters_at, choice_note, find_adapter, is_run
 from veneer.cli._targets import not_an_adapter
 from veneer.errors import ConfigError, VeneerError
 
@@ -122,4 +122,6 @@ def _entry(text: str) -> Entry:
     if not adapters_at(Path(path)) and not is_run(Path(path)):
         raise not_an_adapter(path)
     name, folder = find_adapter(Path(path))
+    if (remark := choice_note(Path(path), folder)) is not None:
+        note(remark)
     return folder, name, weight

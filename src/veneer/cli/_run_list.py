@@ -136,7 +136,11 @@ def _signature(folder: Path) -> str:
     """Return a text that changes whenever a file of the run changes that its status is read from."""
     files = [folder / "config.yaml", folder / "checkpoints" / "LATEST", *sorted((folder / "metrics").glob("*.jsonl"))]
     files += [
-        adapter / "adapter_config.json" for adapter in (folder / "adapter", *sorted((folder / "adapters").glob("*")))
+        adapter / "adapter_config.json"
+        for adapter in (
+            *(folder / "adapter", folder / "best", *sorted((folder / "adapters").glob("*"))),
+            *sorted((folder / "best").glob("*")),
+        )
     ]
     parts = []
     for file in files:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veneer._terminal import note, status
-from veneer.checkpoints.locate import CONFIG, adapters_at, is_run
+from veneer.checkpoints.locate import CONFIG, adapters_at, choice_note, is_run
 from veneer.cli._parser import add_device, add_dtype, add_force
 from veneer.errors import CheckpointError, ConfigError
 
@@ -62,6 +62,8 @@ def adapter_folders(target: str) -> dict[str, Path]:
     name, _, typed = target.rpartition("=")
     path = Path(typed)
     found = adapters_at(path)
+    for remark in filter(None, (choice_note(path, folder) for folder in found.values())):
+        note(remark)
     if found:
         return {name: next(iter(found.values()))} if name and len(found) == 1 else found
     if not path.is_dir():

@@ -190,7 +190,7 @@ def _train(args: argparse.Namespace, out: Path, files: dict[str, Path], base: Ba
         },
         base=base,
     )
-    return result.adapter
+    return result.best
 
 
 def _evaluate(base: Base, bank: Bank, file: Path) -> tuple[Losses, Losses, LossDifference]:

@@ -6,6 +6,7 @@ Several YAML files are several jobs on one base: ``veneer train sql.yaml style.y
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ from veneer.errors import ConfigError, Problems
 
 if TYPE_CHECKING:
     from veneer.training import RunResult
+    from veneer.training.run.result import JobResult
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,11 +75,24 @@ def _print_result(result: RunResult) -> None:
             print(f"{job.name}: {job.state} after {job.steps} steps")
     if done:
         best = done[0]
-        target = result.out if len(result.jobs) == 1 else best.adapter
+        target = result.out if len(result.jobs) == 1 else best.better
         print(
-            f"\n{best.name}: {best.state} after {best.steps} steps; adapter: {best.adapter}\n"
+            f"\n{best.name}: {best.state} after {best.steps} steps; {_adapters(best)}\n"
             f"  veneer chat {target}\n  veneer evaluate {target} --data FILE\n  veneer merge {target} --out {result.out}-merged"
         )
+
+
+def _adapters(job: JobResult) -> str:
+    """The adapter that commands take, and the last one if it is another, with their held-out losses."""
+    if not math.isfinite(job.best_loss):
+        return f"adapter: {job.adapter}"
+    base = job.losses[0][1] if job.losses[0][0] == 0 and job.init_from is None else math.inf
+    worse = f"; the base alone has {base:.4f}, which is lower" if base < job.best_loss else ""
+    if job.better == job.adapter:
+        return f"adapter: {job.adapter} (held-out loss {job.final_loss:.4f}){worse}"
+    step = next(step for step, loss in job.losses if loss == job.best_loss)
+    last = f"{job.final_loss:.4f}" if math.isfinite(job.final_loss) else "not finite"
+    return f"best adapter: {job.better} (step {step}, held-out loss {job.best_loss:.4f}); last: {job.adapter} ({last}){worse}"
 
 
 def resolve_source(args: argparse.Namespace) -> tuple[TrainOptions, Any]:

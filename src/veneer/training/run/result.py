@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer._files import replace_text, replacing
+from veneer.checkpoints.locate import better_adapter
 from veneer.config import FULL, PER_RUN_OPTIONS, plain
 from veneer.training.loop.job import Job
 from veneer.training.run.run_folder import RunFolder
@@ -40,6 +41,17 @@ class JobResult:
     init_from: Path | None = None
 
     @property
+    def best_loss(self) -> float:
+        """The lowest held-out loss that an adapter of the job had; infinite if there is none."""
+        own = self.losses[self.init_from is None :] if self.losses and self.losses[0][0] == 0 else self.losses
+        return min((loss for _, loss in own if math.isfinite(loss)), default=math.inf)
+
+    @property
+    def better(self) -> Path:
+        """The folder of the best adapter, or of the last one if none has a lower held-out loss: what commands take."""
+        return better_adapter(self.adapter, self.best)
+
+    @property
     def final_loss(self) -> float:
         """The last held-out loss; infinite if there is none."""
         loss = self.losses[-1][1] if self.losses else math.inf
@@ -57,6 +69,11 @@ class RunResult:
     def adapter(self) -> Path:
         """The folder of the final adapter of the first (or only) job."""
         return next(iter(self.jobs.values())).adapter
+
+    @property
+    def best(self) -> Path:
+        """The folder of the best adapter of the first (or only) job: the one with the lowest held-out loss, or the final one."""
+        return next(iter(self.jobs.values())).better
 
 
 def result_of(folder: RunFolder, jobs: list[Job]) -> RunResult:
@@ -97,8 +114,8 @@ def base_loss(jobs: Sequence[JobResult]) -> float | None:
 
 
 def ranked(result: RunResult) -> list[JobResult]:
-    """Jobs by final held-out loss, the lowest first; jobs that stopped early come after those that finished."""
-    return sorted(result.jobs.values(), key=lambda job: (job.state != "finished", job.final_loss))
+    """Jobs by the held-out loss of their best adapter, the lowest first; jobs that stopped early come after those that finished."""
+    return sorted(result.jobs.values(), key=lambda job: (job.state != "finished", job.best_loss, job.final_loss))
 
 
 def table_of(result: RunResult) -> tuple[list[str], list[list[str]]]:
