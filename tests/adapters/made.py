@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from veneer.adapters import Adapter, Bank, DoRA, LoRA, attach, bank_of
+from veneer.kernels.quantized.module import QuantizedLinear
+from veneer.kernels.quantized.state import quantize
 
 METHODS: dict[str, LoRA | DoRA] = {
     "lora": LoRA(r=3, lora_alpha=6, target_modules="layer"),
@@ -59,6 +61,8 @@ class Case:
     make: Callable[[], nn.Module]
     shape: tuple[int, ...]
     vocabulary: int = 0
+    quantized: Mapping[str, Any] | None = None
+    """Arguments of `quantize`, for a linear layer."""
 
     def model(self, dtype: torch.dtype = torch.float32, seed: int = 0) -> Alone:
         with torch.random.fork_rng(devices=[]):
@@ -66,6 +70,9 @@ class Case:
             model = Alone(self.make())
             for parameter in model.parameters():
                 nn.init.normal_(parameter, std=0.5)
+        if self.quantized:
+            weight, bias = model.layer.weight.detach(), model.layer.bias.detach()
+            model.layer = QuantizedLinear(quantize(weight, **self.quantized), bias)
         return model.to(dtype).eval()
 
     def input(self, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:
@@ -92,6 +99,15 @@ CASES: dict[str, Case] = {
     "conv2d-reflect": Case(lambda: nn.Conv2d(2, 3, 3, padding=1, padding_mode="reflect"), (2, 2, 5, 6)),
     "conv2d-circular": Case(lambda: nn.Conv2d(2, 3, (3, 2), padding="same", padding_mode="circular"), (2, 2, 5, 6)),
     "conv2d-one-image": Case(lambda: nn.Conv2d(2, 3, 3, padding=1), (2, 5, 6)),
+    **{
+        f"linear-{name}": Case(lambda: nn.Linear(37, 7), (2, 4, 37), quantized=arguments)
+        for name, arguments in {
+            "nf4": {"format": "nf4"},
+            "nf4-single": {"format": "nf4", "double": False, "block": 32},
+            "fp4": {"format": "fp4"},
+            "int8": {"format": "int8"},
+        }.items()
+    },
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
@@ -148,7 +164,7 @@ def merged_model(bank: Bank, route: Any) -> nn.Module:
         for path in site.names if site.stack is None else ():
             # A shared weight comes apart in merging.
             module = plain.get_submodule(path)
-            module.weight = nn.Parameter(module.weight.detach().clone())
+            module.weight = nn.Parameter(module.weight.detach().clone(), module.weight.is_floating_point())
     plain.load_state_dict(bank.merged_state_dict(route))
     return plain
 

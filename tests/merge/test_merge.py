@@ -18,7 +18,7 @@ from torch import Tensor
 from veneer.adapters import Adapter, DoRA, LoRA, attach
 from veneer.checkpoints.base_files import skeleton
 from veneer.checkpoints.model_folder import ModelFolder, write_model
-from veneer.errors import CheckpointError, ComposeError
+from veneer.errors import BaseModelError, CheckpointError, ComposeError
 from veneer.merge.fidelity import compare_logits
 from veneer.merge.folder import MergeReport, merge_to_folder
 from veneer.models.load import load_base
@@ -308,7 +308,7 @@ def test_bad_inputs_are_one_error(tmp_path: Path) -> None:
         merge_to_folder([(huge, 1.0)], base, tmp_path / "out", dtype=torch.float16)
     config = tmp_path / "base" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "quantization_config": {"quant_method": "x"}}))
-    with pytest.raises(ComposeError, match="quantized"):
+    with pytest.raises(BaseModelError, match="quantized with x"):
         skeleton(tmp_path / "base")
 
 

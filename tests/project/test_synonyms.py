@@ -28,7 +28,7 @@ ANSWERED = {
     "logging_steps": "always on",
     "gradient_accumulation_steps": "batch_size counts the examples",
     "micro_batch_size": "batch_size counts the examples",
-    "load_in_4bit": "not supported",
+    "load_in_4bit": "with quantize: nf4, fp4 or int8",
     "bf16": "choose the data type of the base with dtype",
     "fp16": "choose the data type of the base with dtype",
     "trust_remote_code": "runs no code from model repositories",
@@ -80,7 +80,7 @@ def test_all_unknown_keys_of_a_file_are_answered_at_once(tmp_path: Path, capsys:
     assert main(["train", str(file)]) == 2
     err = capsys.readouterr().err
     assert "3 problems" in err and "line 1: base_model: unknown option; did you mean base?" in err
-    assert "line 3: load_in_4bit: unknown option; not supported" in err
+    assert "line 3: load_in_4bit: unknown option; not an option: choose the format" in err
 
 
 @pytest.mark.parametrize(

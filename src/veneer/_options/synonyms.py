@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 
 _ALWAYS = "always on"
 _NO_BATCHES = "not needed: batch_size counts the examples of an optimizer step, and tokens_per_pass bounds memory"
-_NO_QUANTIZATION = "not supported: base weights are held in float32 or bfloat16 (dtype)"
+_QUANTIZE = "not an option: choose the format of the base with quantize: nf4, fp4 or int8"
 _NO_HUB = "not supported: upload the adapter folder yourself, for example with hf upload"
 _PRECISION = "not an option: choose the data type of the base with dtype (adapters train in float32)"
 _NO_CODE = "not supported: Veneer runs no code from model repositories"
@@ -28,7 +28,7 @@ _TABLE: Mapping[str, str] = {
     "model_revision revision_of_model": "revision",
     "torch_dtype precision compute_dtype": "dtype",
     "bf16 fp16 tf32 half pure_bf16 bfloat16 float16": _PRECISION,
-    "load_in_4bit load_in_8bit quantization_bit quantization_method bnb_4bit_quant_type q_bits gptq qlora": _NO_QUANTIZATION,
+    "load_in_4bit load_in_8bit quantization_bit quantization_method quantization bnb_4bit_quant_type q_bits gptq qlora": _QUANTIZE,
     "trust_remote_code": _NO_CODE,
     "flash_attention flash_attn attn_implementation flash_attn_2 sdp_attention xformers_attention": _ALWAYS
     + ": attention runs per example, without padding",
@@ -134,8 +134,7 @@ COMMANDS: dict[str, str] = {
         "cli repl talk": "chat",
         "serve server api webui webchat": "there is no server yet; merge the adapter or export it, and serve it with "
         "vLLM, llama.cpp or Ollama",
-        "quantize awq dwq": "quantization is not supported; export the adapter, or quantize the merged model with another "
-        "program",
+        "awq dwq gptq quant": "quantize",
         "upload push publish": "uploads are not supported; use hf upload",
         "version": "use veneer --version",
     }.items()

@@ -81,6 +81,8 @@ class BaseOptions(Options):
     """Data type of the base weights; auto uses bfloat16 where the hardware is fast at it."""
     device: PerRun[Device] = "auto"
     """Device: cpu, cuda, cuda:N, mps, or auto, a GPU where there is one."""
+    quantize: PerRun[Literal["nf4", "fp4", "int8"] | None] = None
+    """Quantize the base's linear layers while it is read, to save memory; a base that is quantized already needs no option."""
     threads: PerRun[Count | None] = None
     """Number of CPU threads (default: PyTorch's choice)."""
     compile: PerRun[Flag | Literal["auto"]] = "auto"

@@ -172,7 +172,7 @@ def new_adapter(
     tensors: dict[str, dict[str, Tensor]] = {}
     for site in sites:
         r = by_pattern(method.rank_pattern, site.name, max(1, method.r // site.active_experts))
-        dtype = torch.promote_types(site.weight.dtype, torch.float32)
+        dtype = torch.promote_types(site.dtype, torch.float32)
         if site.weight.is_meta:
             # A base without values: shapes are enough for counting and planning.
             shapes = method.tensor_shapes(site.geometry, r)

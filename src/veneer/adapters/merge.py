@@ -18,6 +18,7 @@ from veneer.adapters.layers.experts import ExpertLinear
 from veneer.adapters.layers.site import Site, Survey
 from veneer.adapters.overrides import matrix_deltas, override_matrix, vector_deltas
 from veneer.errors import AdapterError
+from veneer.kernels.quantized.state import is_companion
 
 Weighted = Sequence[tuple[Adapter, float]]
 
@@ -45,6 +46,7 @@ def merged_weight(site: Site, mix: Weighted, dtype: torch.dtype | None = None) -
 def merged_state_dict(model: nn.Module, survey: Survey, mix: Weighted) -> dict[str, Tensor]:
     """The attached model's state_dict with merged weights in place of adapted ones; what is not adapted is the base's own tensor.
 
+    A merged weight is dense where the base's is quantized.
     A module that the model has under several names is written under each. Raises AdapterError where the state_dict has no such name.
     """
     state: dict[str, Tensor] = {name: value.detach() for name, value in model.state_dict().items()}
@@ -67,8 +69,10 @@ def merged_state_dict(model: nn.Module, survey: Survey, mix: Weighted) -> dict[s
                     stacks.add(key)
                     state[key] = state[key].clone()
                 site.module.view_of(state[key]).copy_(merged)
-            else:
-                state[key] = merged
+                continue
+            if site.layer_kind.quantized(site.module) is not None:
+                _drop_companions(state, path)
+            state[key] = merged
     for key, value in _merged_vectors(survey, mix).items():
         if key not in state:
             raise AdapterError(
@@ -76,6 +80,13 @@ def merged_state_dict(model: nn.Module, survey: Survey, mix: Weighted) -> dict[s
             )
         state[key] = value
     return state
+
+
+def _drop_companions(state: dict[str, Tensor], path: str) -> None:
+    """Remove the scales of a quantized weight, which its dense successor does not have."""
+    prefix = f"{path}." if path else ""
+    for key in [key for key in state if key.startswith(prefix) and is_companion(key.removeprefix(prefix))]:
+        del state[key]
 
 
 def _merged_vectors(survey: Survey, mix: Weighted) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from veneer.adapters.adapter import Adapter
@@ -19,6 +20,7 @@ from veneer.adapters.layers.site import Site, Survey
 from veneer.adapters.methods import Method
 from veneer.adapters.targets import as_list, matches
 from veneer.errors import Problems, TargetError
+from veneer.kernels.quantized.bitsandbytes import quantized_layer
 
 WEIGHT, BIAS, ROWS, LORA_BIAS = "weight", "bias", "rows", "lora_bias"
 KINDS = (WEIGHT, BIAS, ROWS, LORA_BIAS)
@@ -26,6 +28,11 @@ KINDS = (WEIGHT, BIAS, ROWS, LORA_BIAS)
 
 def computed_with(module: nn.Module, values: Mapping[str, Tensor], x: Tensor) -> Tensor:
     """The module's own computation with other parameters. The module itself is not touched: a shallow twin holds the new ones."""
+    if WEIGHT in values and quantized_layer(module):
+        # A layer of bitsandbytes cannot hold a dense weight.
+        bias: Any = values.get(BIAS, module.bias)
+        y: Tensor = F.linear(x, values[WEIGHT], None if bias is None else bias.to(x.dtype))
+        return y
     twin = copy.copy(module)
     twin.__dict__.pop("forward", None)
     parameters: dict[str, Any] = {**module._parameters, **values}
@@ -73,9 +80,11 @@ def problems_of(adapter: Adapter, name: str, site: Site | None) -> list[str]:
 def _expected(module: Any, site: Site, key: str, tokens: tuple[int, ...]) -> tuple[int, ...] | None:
     if key == ROWS:
         vocabulary = site.kind in ("embedding", "linear")
-        return (len(tokens), module.weight.shape[1]) if vocabulary else None
+        return (len(tokens), site.dense.shape[1]) if vocabulary else None
     if key == LORA_BIAS:
         return (site.geometry.out,)
+    if key == WEIGHT and site.layer_kind.quantized(module) is not None:
+        return (site.geometry.out, site.geometry.in_)
     parameter = getattr(module, key, None) if key in KINDS else None
     return tuple(parameter.shape) if isinstance(parameter, Tensor) else None
 
@@ -103,7 +112,7 @@ def override_matrix(adapter: Adapter, site: str) -> Tensor | None:
 def matrix_deltas(adapter: Adapter, site: Site) -> list[Tensor]:
     """The change of an adapter's overridden matrix or rows in the weight of a site, as [out, in], fp32 or wider."""
     tensors = adapter.overrides[site.name]
-    base = site.weight.detach()
+    base = site.dense
     wide = torch.promote_types(base.dtype, torch.float32)
     found = []
     if WEIGHT in tensors:
@@ -142,7 +151,7 @@ def fresh_overrides(
     found: dict[str, dict[str, Tensor]] = {}
     for pattern in as_list(method.modules_to_save):
         for site in _sites_of(pattern, model, survey, problems):
-            found.setdefault(site.name, fresh_values(site.module, (WEIGHT, BIAS)))
+            found.setdefault(site.name, _fresh_layer(site))
     biased = (
         survey.every() if method.bias == "all" else (survey.sites[name] for name in chosen if method.bias != "none")
     )
@@ -184,6 +193,14 @@ def _sites_of(pattern: str, model: nn.Module, survey: Survey, problems: Problems
             else:
                 found[full] = site
     return list(found.values())
+
+
+def _fresh_layer(site: Site) -> dict[str, Tensor]:
+    """Copies of all parameters of a layer, a quantized weight dequantized."""
+    values = fresh_values(site.module, (WEIGHT, BIAS))
+    if site.layer_kind.quantized(site.module) is not None:
+        values[WEIGHT] = site.dense.to("cpu", torch.promote_types(site.dtype, torch.float32))
+    return values
 
 
 def _fresh_rows(

@@ -21,12 +21,15 @@ from veneer.adapters.compatibility import fit_problems
 from veneer.adapters.layers.site import Site, Survey
 from veneer.adapters.layers.survey import survey
 from veneer.checkpoints.base_view import SkeletonView
+from veneer.checkpoints.dequantized_folder import DequantizedFolder
 from veneer.checkpoints.findings import listed
 from veneer.checkpoints.model_folder import ModelFolder
 from veneer.checkpoints.peft.expert_layouts import fit_experts
 from veneer.errors import ComposeError, Problems
-from veneer.models.load import folder_of, model_class
+from veneer.models.fingerprint import quantized_fingerprint, tensor_fingerprint, weight_fingerprints
+from veneer.models.load import Base, folder_of, model_class
 from veneer.models.names import stored_names
+from veneer.models.quantized.scheme import Scheme, read_scheme
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -76,6 +79,28 @@ class Skeleton:
         weight: Tensor = module.view_of(stacked)
         return weight
 
+    def fingerprints(self, sites: Iterable[str]) -> dict[str, str]:
+        """SHA-256 of the stored weights of these sites, as `weight_fingerprints` computes them."""
+        names = {site: f"{site}.weight" if site else "weight" for site in sites}
+        quantized = self.folder.parts if isinstance(self.folder, DequantizedFolder) else {}
+        found = {}
+        for site, name in names.items():
+            if (key := self.key(site)) in quantized:
+                assert isinstance(self.folder, DequantizedFolder)
+                found[site] = quantized_fingerprint(name, self.folder.quantized(key))
+            elif self.sites[site].stack is not None:
+                found[site] = tensor_fingerprint(name, self.weight_2d(site))
+        plain = {site: name for site, name in names.items() if site not in found}
+        files = Base(self.model, None, str(self.folder.path), self.folder.path, torch.float32)
+        hashes = weight_fingerprints(files, plain.values())
+        return found | {site: hashes[name] for site, name in plain.items()}
+
+    def format(self, site: str) -> str | None:
+        """The format of a site's weight where it is quantized, else None."""
+        if not isinstance(self.folder, DequantizedFolder) or self.key(site) not in self.folder.parts:
+            return None
+        return self.folder.quantized(self.key(site)).format
+
     def parameter_key(self, name: str) -> str | None:
         """Name in the files of a parameter of the model, or of a parameter that shares its tensor; None if the files have neither."""
         if name in self.names:
@@ -100,16 +125,20 @@ def base_folder(name: str | Path, revision: str | None = None) -> Path:
 def skeleton(folder: Path) -> Skeleton:
     """Read a model folder's names and build its model without weights.
 
-    Raises ComposeError for weights that are quantized: a delta cannot be added to them.
+    Weights that bitsandbytes quantized are dequantized when they are read. Raises ComposeError for others.
     """
     import transformers
 
     files = ModelFolder(folder)
     if files.config.get("quantization_config"):
-        raise ComposeError(
-            f"the weights in {folder} are quantized, and a change cannot be added to them; use the base they were made from"
-        )
+        if not isinstance(read_scheme(files.config, folder), Scheme):
+            raise ComposeError(
+                f"the weights in {folder} are quantized, and a change cannot be added to them; use the base they were made from"
+            )
+        files = DequantizedFolder(folder)
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
     with torch.device("meta"):
         cls = model_class(folder)
         model = getattr(cls, "from_config", cls)(config)  # an auto class, or the model's own

@@ -81,7 +81,7 @@ class BaseView:
 
     def master_dtype(self, sites: Iterable[str]) -> torch.dtype:
         """The dtype of an adapter's masters: fp32, or fp64 on an fp64 base."""
-        dtypes = {self.sites[site].weight.dtype for site in sites if site in self.sites}
+        dtypes = {self.sites[site].dtype for site in sites if site in self.sites}
         return torch.float64 if dtypes == {torch.float64} else torch.float32
 
     def holder(self, layer: str, tensor: str) -> str:
@@ -226,7 +226,7 @@ class AttachedBase(SkeletonView):
         return site in self.sites and (self.sites[site].kind == "embedding" or self.sites[site].is_head)
 
     def holds(self, site: str, weight: Tensor) -> bool | None:
-        base = self.sites[site].weight.detach()
+        base = self.sites[site].dense
         return torch.equal(weight.to(base), base)
 
     def site_problem(self, site: str, *, suggest: bool) -> str:

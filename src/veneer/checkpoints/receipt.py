@@ -48,6 +48,8 @@ MADE_ANEW = frozenset({"format", "version", "seed", "tensors", "options", "own",
 _ROWS = 1024
 _TOLERANCE = 1e-3
 _SUMS = 1e-5
+_QUANTIZED = {"nf4": 0.35, "fp4": 0.45, "int8": 0.05}
+"""Largest distance of sketches of a weight and its quantized form: eight sums differ by about as much as the weights, at most thrice."""
 _NARROW = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 Receipt = dict[str, Any]
@@ -136,13 +138,14 @@ def weight_records(base: BaseView, names: Iterable[str]) -> dict[str, Record]:
     fresh = {name: site for name, site in sites.items() if _WEIGHTS.get(site.module, (None,))[0] != _identity(site)}
     hashes = _fingerprints(base.model, fresh)
     for name, site in fresh.items():
-        _WEIGHTS[site.module] = (_identity(site), weight_record(site.weight_2d, name, hashes[name]))
+        record = weight_record(site.weight_2d, name, hashes[name], site.format)
+        _WEIGHTS[site.module] = (_identity(site), record)
     return {name: _WEIGHTS[site.module][1] for name, site in sites.items()}
 
 
-def weight_record(weight_OK: Tensor, name: str, sha256: str) -> Record:
-    """The record of one base weight, whose fingerprint is given."""
-    return {"sha256": sha256, "dtype": dtype_name(weight_OK.dtype), "sketch": sketch_of(weight_OK, name)}
+def weight_record(weight_OK: Tensor, name: str, sha256: str, format: str | None = None) -> Record:
+    """The record of one base weight, whose fingerprint is given. format: nf4 and so on, where it is quantized."""
+    return {"sha256": sha256, "dtype": format or dtype_name(weight_OK.dtype), "sketch": sketch_of(weight_OK, name)}
 
 
 def receipt_of(adapter: Adapter) -> Mapping[str, Any]:
@@ -269,16 +272,21 @@ def verify_base(receipt: Receipt, sites: Iterable[str], base: BaseView, found: F
         return True
     names = [name for name in sites if _is_record(recorded.get(name))]
     differs: dict[str, float] = {}
-    rounded: dict[str, str] = {}
+    rounded: dict[tuple[str, str], list[float]] = {}
     for name, now in weight_records(base, names).items():
         known = recorded[name]
-        distance = base_distance(known, now["sketch"], base.sites[name].weight_2d, name)
+        distance = base_distance(known, now["sketch"], base.sites[name].weight_2d, name, now["dtype"])
         if distance is not None:
             differs[name] = distance
         elif known.get("sha256") != now["sha256"] or known.get("dtype") != now["dtype"]:
-            rounded[str(known.get("dtype"))] = now["dtype"]
-    for there, here in rounded.items():
-        found.note(f"the base is in {here} here and was in {shown(there, 20)} where the adapter was made; {ROUNDED}")
+            apart = sketch_distance(known["sketch"], now["sketch"])
+            rounded.setdefault((str(known.get("dtype")), now["dtype"]), []).append(apart)
+    for (there, here), distances in rounded.items():
+        result = ROUNDED
+        if _QUANTIZED.keys() & {there, here}:
+            mean = math.sqrt(sum(apart * apart for apart in distances) / len(distances))
+            result = f"its weights differ by {mean:.1%} on average"
+        found.note(f"the base is in {here} here and was in {shown(there, 20)} where the adapter was made; {result}")
     if differs:
         _refuse_other_base(differs, len(names), base, found)
     return not differs
@@ -305,13 +313,17 @@ def _refuse_other_base(differs: dict[str, float], sites: int, base: BaseView, fo
         found.refuse(f"this is not the base that the adapter was made on: {count}", "base")
 
 
-def base_distance(known: Record, sketch: list[float], weight_OK: Tensor, name: str) -> float | None:
-    """Distance of a base weight from the recorded one, as a share of it; None if only the rounding of its dtype differs.
+def base_distance(
+    known: Record, sketch: list[float], weight_OK: Tensor, name: str, format: str | None = None
+) -> float | None:
+    """Distance of a base weight from the recorded one, as a share of it; None if only the rounding of its dtype or format differs.
 
-    known: the receipt's record of the weight. sketch: that of ``weight_OK`` as it is held here.
+    known: the receipt's record of the weight. sketch: that of ``weight_OK`` as it is held here. format: the one in which it is held.
     """
-    there, here = known.get("dtype"), dtype_name(weight_OK.dtype)
+    there, here = known.get("dtype"), format or dtype_name(weight_OK.dtype)
     apart, most = sketch_distance(known["sketch"], sketch), rounding_between(there, here)
+    if there == here:  # the blocks of one format may differ
+        most = max(most, _QUANTIZED.get(here, 0.0))
     if apart > _SUMS and there in _NARROW and here in ("float32", "float64"):
         apart, most = sketch_distance(known["sketch"], sketch_of(weight_OK, name, _NARROW[there])), _SUMS
     return apart if apart > most else None
@@ -331,6 +343,6 @@ def sketch_distance(known: list[float], now: list[float]) -> float:
 
 def rounding_between(one: object, other: object) -> float:
     """Largest distance of sketches of the same weights in two dtypes; for one dtype, the rounding of the sums."""
-    steps = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+    steps = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7, **_QUANTIZED}
     known = [steps[dtype] for dtype in (one, other) if isinstance(dtype, str) and dtype in steps]
     return max(_SUMS, *known) if one != other and len(known) == 2 else _SUMS

@@ -13,6 +13,7 @@ from veneer.config import near_miss
 from veneer.errors import ConfigError
 
 DTYPES = ("auto", "float32", "bfloat16")
+FORMATS = ("nf4", "fp4", "int8")
 
 
 class Parser(argparse.ArgumentParser):
@@ -109,6 +110,16 @@ def add_device(parser: argparse.ArgumentParser, what: str = "device of the base"
         default="auto",
         metavar="DEVICE",
         help=f"{what}: cpu, cuda, cuda:N, mps, or auto, a GPU where there is one (default: auto)",
+    )
+
+
+def add_quantize(parser: argparse.ArgumentParser) -> None:
+    """Declare ``--quantize`` for the base in memory."""
+    parser.add_argument(
+        "--quantize",
+        choices=("auto", "none", *FORMATS),
+        default="auto",
+        help="quantize the base while it is read (default: auto, as the adapters' base was in training)",
     )
 
 

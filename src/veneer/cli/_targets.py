@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from veneer._terminal import note, status
 from veneer.checkpoints.locate import CONFIG, adapters_at, choice_note, is_run
-from veneer.cli._parser import add_device, add_dtype, add_force
+from veneer.cli._parser import FORMATS, add_device, add_dtype, add_force, add_quantize
 from veneer.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ def add_target_arguments(parser: argparse.ArgumentParser, *, several: bool = Fal
     add_force(parser)
     add_dtype(parser)
     add_device(parser)
+    add_quantize(parser)
 
 
 def adapter_folders(target: str) -> dict[str, Path]:
@@ -136,6 +137,27 @@ def load_targets(args: argparse.Namespace, *, purpose: str = "generate") -> Load
         return _load(next(iter(bases)), folders, args, purpose, device)
 
 
+def _format(quantize: str, folders: dict[str, Path]) -> str | None:
+    """Return the format in which the base is loaded: the one that was asked for, or that of the base on which all adapters were trained."""
+    if quantize != "auto":
+        return None if quantize == "none" else quantize
+    found = {format_named_in(folder) for folder in folders.values()}
+    return found.pop() if len(found) == 1 else None
+
+
+def format_named_in(folder: Path) -> str | None:
+    """Return the quantized format of the base on which an adapter was trained, by its receipt; None if it was plain or is not known."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+            receipt = json.loads((file.metadata() or {}).get("veneer", "{}"))
+        formats = {record["dtype"] for record in receipt.get("base", {}).values()}
+    except (OSError, SafetensorError, ValueError, AttributeError, KeyError, TypeError):
+        return None  # reading the adapter reports what is wrong
+    return next((format for format in FORMATS if formats == {format}), None)
+
+
 def _load(
     model: str, folders: dict[str, Path], args: argparse.Namespace, purpose: str, device: torch.device
 ) -> LoadedTargets:
@@ -149,7 +171,7 @@ def _load(
     requested: Any = args.dtype
     if args.dtype == "auto" and purpose == "generate":
         requested = str(fast_dtype(device, "generate")).removeprefix("torch.")
-    loaded = load_base(model, dtype=requested, device=device)
+    loaded = load_base(model, dtype=requested, device=device, quantize=_format(args.quantize, folders))
     bank = attach(loaded.model)
     for name, folder in folders.items():
         for remark in bank.load(folder, name=name, force=tuple(args.force)).meta.get("notes", ()):

@@ -37,6 +37,7 @@ COMMANDS = {
     "evaluate": "compare the held-out loss of adapters with that of their base",
     "compare": "compare methods and options on your data, with searched learning rates and several seeds",
     "merge": "merge adapters into the base weights and write the model",
+    "quantize": "write a base with its weights quantized to nf4, fp4 or int8",
     "compose": "combine several adapters into one",
     "extract": "extract an adapter from the difference between two models",
     "inspect": "show and verify the contents of an adapter",

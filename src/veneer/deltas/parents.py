@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from veneer.adapters.adapter import Adapter
@@ -34,8 +33,6 @@ from veneer.checkpoints.receipt import (
 )
 from veneer.deltas.delta import Weights
 from veneer.errors import ComposeError
-from veneer.models.fingerprint import tensor_fingerprint, weight_fingerprints
-from veneer.models.load import Base
 
 
 @dataclass(frozen=True)
@@ -187,16 +184,8 @@ def check_base(adapter: Adapter, weights: Weights, where: str) -> None:
 
 def records_of(base: Skeleton, sites: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Records of base weights for a receipt, from the files alone: fingerprint, dtype and sketch by site."""
-    names = {site: f"{site}.weight" for site in sites}
-    for site in names:
-        base.key(site)  # report a name that the files do not have before its hash is computed
-    files = Base(base.model, None, str(base.folder.path), base.folder.path, torch.float32)
-    hashes = weight_fingerprints(files, [name for site, name in names.items() if base.sites[site].stack is None])
-    records = {}
-    for site, name in names.items():
-        weight_OK = base.weight_2d(site)
-        records[site] = weight_record(weight_OK, site, hashes.get(name) or tensor_fingerprint(name, weight_OK))
-    return records
+    hashes = base.fingerprints(sites)
+    return {site: weight_record(base.weight_2d(site), site, sha, base.format(site)) for site, sha in hashes.items()}
 
 
 def base_name(adapters: Iterable[Adapter]) -> str | None:

@@ -2,6 +2,10 @@
 
     digest = sha256(JSON of [name, dtype, shape] + newline + the bytes in little-endian row order)
 
+A quantized weight counts with its format, the numbers of its blocks and its scales:
+
+    digest = sha256(JSON of [name, format, shape, settings] + newline + the bytes of the packed numbers and of each scale)
+
 The stored tensor counts: a bf16 file has the same fingerprints when it is loaded as fp32. A weight that no file holds under its name and
 shape (tied, merged while loading, or a model without files) is hashed in memory. Digests are cached by path, size, time and inode of the
 file; an unusable cache costs only time.
@@ -22,6 +26,8 @@ import torch
 
 from veneer._files import replace_text
 from veneer.errors import BaseModelError
+from veneer.kernels.quantized.bitsandbytes import quantized_layer, quantized_weight
+from veneer.kernels.quantized.weight import QuantizedWeight
 from veneer.models.cache import cache_root
 from veneer.models.load import Base
 from veneer.models.names import stored_names
@@ -78,6 +84,10 @@ def weight_fingerprints(base: Base | torch.nn.Module, names: Iterable[str]) -> d
             raise BaseModelError(
                 f"{type(model).__name__} has no weight {name!r}, so it has no fingerprint; check the name"
             )
+        module = model.get_submodule(name.rpartition(".")[0])
+        if name.endswith("weight") and quantized_layer(module):
+            found[name] = quantized_fingerprint(name, quantized_weight(module))
+            continue
         entry = _find(stored, parameters, spelt, name)
         if entry is None:
             found[name] = _of_memory(name, parameters[name])
@@ -94,6 +104,14 @@ def weight_fingerprints(base: Base | torch.nn.Module, names: Iterable[str]) -> d
 def tensor_fingerprint(name: str, weight: torch.Tensor) -> str:
     """The fingerprint of a tensor in memory under a name: that of a file which stores these numbers under it."""
     return _of_memory(name, weight)
+
+
+def quantized_fingerprint(name: str, weight: QuantizedWeight) -> str:
+    """The fingerprint of a quantized weight, the same in memory and from a file."""
+    digest = _start(name, weight.format, tuple(weight.shape), weight.settings)
+    for tensor in (weight.stored, *weight.scales.values()):
+        _add(digest, tensor)
+    return str(digest.hexdigest())
 
 
 def _find(
@@ -137,8 +155,8 @@ def _header(file: Path) -> Iterator[tuple[str, _Stored]]:
         raise BaseModelError(f"{file} cannot be read as safetensors: {error}; get the file again") from error
 
 
-def _start(name: str, dtype: str, shape: tuple[int, ...]) -> Any:
-    return hashlib.sha256(json.dumps([name, dtype, list(shape)]).encode() + b"\n")
+def _start(name: str, dtype: str, shape: tuple[int, ...], *more: object) -> Any:
+    return hashlib.sha256(json.dumps([name, dtype, list(shape), *more]).encode() + b"\n")
 
 
 def _of_file(name: str, entry: _Stored) -> str:
@@ -158,11 +176,15 @@ def _of_file(name: str, entry: _Stored) -> str:
 def _of_memory(name: str, parameter: torch.Tensor) -> str:
     dtype = _NAMES.get(parameter.dtype, str(parameter.dtype).removeprefix("torch."))
     digest = _start(name, dtype, tuple(parameter.shape))
-    flat = parameter.detach().contiguous().view(-1)
+    _add(digest, parameter)
+    return str(digest.hexdigest())
+
+
+def _add(digest: Any, tensor: torch.Tensor) -> None:
+    flat = tensor.detach().contiguous().view(-1)
     size = max(1, _CHUNK // max(1, flat.element_size()))
     for chunk in flat.split(size):
         digest.update(chunk.cpu().view(torch.uint8).numpy().data)
-    return str(digest.hexdigest())
 
 
 def _cache_file(file: Path) -> Path:

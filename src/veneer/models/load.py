@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -24,7 +24,11 @@ from veneer.errors import BaseModelError, Problems
 from veneer.models.cache import build_once
 from veneer.models.devices import resolve_device
 from veneer.models.precision import fast_dtype, slow_dtype_notes
+from veneer.models.quantized.scheme import read_scheme, scheme_for
 from veneer.models.sources import Source, read_config, read_generation_config, resolve
+
+if TYPE_CHECKING:
+    from veneer.models.quantized.loading import Reading
 
 _log = logging.getLogger(__name__)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -54,7 +58,12 @@ class Base:
 
 
 def load_base(
-    name: str | Path, *, dtype: str = "auto", revision: str | None = None, device: str | torch.device = "cpu"
+    name: str | Path,
+    *,
+    dtype: str = "auto",
+    revision: str | None = None,
+    device: str | torch.device = "cpu",
+    quantize: str | None = None,
 ) -> Base:
     """Load a base by alias, folder, GGUF file or hub id (see ``sources.py``).
 
@@ -63,6 +72,8 @@ def load_base(
         dtype: "float32", "bfloat16", or "auto": what this device is fast at.
         revision: a hub model's branch, tag or commit.
         device: where the weights go: "cpu", "cuda", "cuda:N", "mps", or "auto": a GPU where there is one.
+        quantize: format in which linear layers are held, quantized while they are read: "nf4", "fp4" or "int8". Files that bitsandbytes
+            quantized need no format.
 
     Raises:
         BaseModelError: not found, refused, or files and model do not fit; with the remedy.
@@ -74,7 +85,7 @@ def load_base(
         raise BaseModelError(f"the dtype {dtype!r} is not one of 'auto', 'float32' and 'bfloat16'")
     folder = folder_of(name, revision)
     with _quiet():
-        model, notes = _load_model(folder, torch_dtype)
+        model, notes = _load_model(folder, torch_dtype, quantize)
         tokenizer = _load_tokenizer(folder)
     model.requires_grad_(False)
     model.eval()
@@ -134,7 +145,10 @@ def _number(config: dict[str, Any], *keys: str) -> int | None:
     return None
 
 
-def _load_model(folder: Path, dtype: torch.dtype) -> tuple[torch.nn.Module, tuple[str, ...]]:
+def _load_model(
+    folder: Path, dtype: torch.dtype, quantize: str | None = None
+) -> tuple[torch.nn.Module, tuple[str, ...]]:
+    reading, more, remarks = _quantization(folder, quantize)
     try:
         model, info = model_class(folder).from_pretrained(
             folder,
@@ -144,6 +158,7 @@ def _load_model(folder: Path, dtype: torch.dtype) -> tuple[torch.nn.Module, tupl
             local_files_only=True,
             ignore_mismatched_sizes=True,  # so that they are listed below with all the rest
             output_loading_info=True,
+            **more,
         )
     except BaseModelError:
         raise
@@ -151,7 +166,41 @@ def _load_model(folder: Path, dtype: torch.dtype) -> tuple[torch.nn.Module, tupl
         raise BaseModelError(
             f"the model in {folder} cannot be loaded: {_first_line(error)}; check that the files are complete"
         ) from error
-    return model, _account(model, info, folder)
+    if reading is not None:
+        problems = Problems()
+        for problem in reading.problems:
+            problems.add(problem)
+        problems.raise_if_any(BaseModelError, f"The quantized weights in {folder} cannot be used")
+        reading.finish(model)
+    return model, (*_account(model, info, folder), *remarks)
+
+
+def _quantization(folder: Path, quantize: str | None) -> tuple[Reading | None, dict[str, Any], tuple[str, ...]]:
+    """(the quantized load, arguments of ``from_pretrained``, notes) by the folder's config and what was asked for."""
+    stored = read_scheme(read_config(folder), folder)
+    if stored is None and quantize is None:
+        return None, {}, ()
+    import transformers
+
+    if isinstance(stored, str):
+        if quantize is not None:
+            raise BaseModelError(
+                f"the weights in {folder} are {stored} and are dequantized while they are read, so they cannot be quantized in the same "
+                "read; save them as bfloat16 first"
+            )
+        note = f"the weights of {folder} are {stored}; they were dequantized, and take the memory of plain ones"
+        return None, {"quantization_config": transformers.FineGrainedFP8Config(dequantize=True)}, (note,)
+    scheme = stored or scheme_for(quantize or "")
+    if quantize not in (None, scheme.format):
+        raise BaseModelError(
+            f"the weights in {folder} are quantized to {scheme.format}, and cannot be quantized to {quantize}; leave --quantize out, "
+            "or use the model that they were made from"
+        )
+    from veneer.models.quantized.loading import Reading
+
+    reading = Reading(scheme)
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False) if scheme.stored else None
+    return reading, reading.arguments(config), ()
 
 
 def model_class(folder: Path) -> Any:

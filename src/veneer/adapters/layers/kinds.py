@@ -10,6 +10,8 @@ methods x layer kinds is a sum: neither asks which the other is.
     conv2d         nn.Conv2d                 [out, in, kh, kw]  [r, in, kh, kw]   [out, r, 1, 1]   weight, flattened
     vector_layer   norms and the like        [d]                (overrides only)
 
+A linear layer may be quantized (`QuantizedLinearKind`): adapters see the same kind, and its weight is dequantized where it is needed.
+
 A layer kind reads the module at a site; it never copies or edits the base's tensors. Shapes in names: N tokens (or rows), K in, O out,
 R rank.
 """
@@ -23,6 +25,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from veneer.kernels.lora.dora_norm import squared_row_norms
+from veneer.kernels.quantized.bitsandbytes import quantized_weight
+from veneer.kernels.quantized.weight import QuantizedWeight
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,24 @@ class LayerKind:
         weight: Tensor = module.weight
         return weight
 
+    def dense(self, module: Any) -> Tensor:
+        """The base weight in its stored layout, [out, in] for a linear layer; no copy unless it is quantized."""
+        weight: Tensor = module.weight
+        return weight
+
+    def quantized(self, module: Any) -> QuantizedWeight | None:
+        """The quantized weight, or None for a dense one."""
+        return None
+
+    def squared_norms(self, module: Any) -> Tensor:
+        """||W_o||^2 of the base weight, [out]."""
+        return squared_row_norms(self.weight_2d(module).detach())
+
+    def dtype(self, module: Any) -> torch.dtype:
+        """The data type that the base weight is computed with."""
+        dtype: torch.dtype = module.weight.dtype
+        return dtype
+
     def bias(self, module: Any) -> Tensor | None:
         """The base bias [out], or None."""
         bias: Tensor | None = module.bias
@@ -92,6 +116,30 @@ class LayerKind:
     def stored(self, module: Any, delta_OK: Tensor) -> Tensor:
         """A dense change [out, in] in the layout of the stored weight."""
         return delta_OK
+
+
+class QuantizedLinearKind(LayerKind):
+    """A linear layer with a quantized weight: this package's own, or one of bitsandbytes.
+
+    `weight_2d` dequantizes all of it, for callers that need the matrix once (a merge, an SVD); the result must not outlive the call.
+    """
+
+    def weight_2d(self, module: Any) -> Tensor:
+        return self.dense(module)
+
+    def dense(self, module: Any) -> Tensor:
+        return quantized_weight(module).dequantize(dtype=self.dtype(module))
+
+    def quantized(self, module: Any) -> QuantizedWeight | None:
+        return quantized_weight(module)
+
+    def squared_norms(self, module: Any) -> Tensor:
+        return quantized_weight(module).squared_norms(self.dtype(module))
+
+    def dtype(self, module: Any) -> torch.dtype:
+        # A layer of bitsandbytes computes in the type of its values until its first call decides.
+        known = getattr(module, "dtype", None) or getattr(module, "compute_dtype", None)
+        return known if isinstance(known, torch.dtype) else quantized_weight(module).dtype
 
 
 class Conv1DKind(LayerKind):

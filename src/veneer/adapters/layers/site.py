@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from veneer.adapters.layers.kinds import Geometry, LayerKind
-from veneer.kernels.lora.dora_norm import squared_row_norms
 
 
 @dataclass(eq=False)
@@ -81,21 +80,38 @@ class Site:
 
     @property
     def weight_2d(self) -> Tensor:
-        """The base weight as a detached view [out, in]."""
+        """The base weight as a detached view [out, in]; where it is quantized, a new dense one that must not be kept."""
         return self.layer_kind.weight_2d(self.module).detach()
+
+    @property
+    def dense(self) -> Tensor:
+        """The base weight in its stored layout, detached; where it is quantized, a new dense one that must not be kept."""
+        return self.layer_kind.dense(self.module).detach()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The data type that the base weight is computed with."""
+        return self.layer_kind.dtype(self.module)
+
+    @property
+    def format(self) -> str:
+        """The format that the base weight is stored in: float32, bfloat16, nf4 and so on."""
+        quantized = self.layer_kind.quantized(self.module)
+        return str(self.dtype).removeprefix("torch.") if quantized is None else quantized.format
 
     def squared_norms(self) -> Tensor:
         """||W_o||^2 of the base weight, [out], computed once and again only if the weight itself is replaced or cast."""
         weight = self.weight
         storage = weight.untyped_storage()
         version = 0 if weight.is_inference() else weight._version
-        key = (storage._cdata, weight.storage_offset(), version, weight.dtype, weight.device)
+        key = (storage._cdata, weight.storage_offset(), version, self.dtype, weight.device)
         known = self._squared
         if known is None or known[0] != key:
             # Made outside of inference mode, or no later training step could use it. The weak reference keeps the storage's
             # address from standing for another one while this entry lives.
             with torch.inference_mode(False), torch.no_grad():
-                known = self._squared = (key, squared_row_norms(self.weight_2d), StorageWeakRef(storage))
+                squared = self.layer_kind.squared_norms(self.module)
+                known = self._squared = (key, squared, StorageWeakRef(storage))
         return known[1]
 
     def __post_init__(self) -> None:

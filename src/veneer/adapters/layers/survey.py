@@ -18,14 +18,17 @@ from veneer.adapters.layers.kinds import (
     Conv2dKind,
     EmbeddingKind,
     LayerKind,
+    QuantizedLinearKind,
     ScaledEmbeddingKind,
     VectorKind,
 )
 from veneer.adapters.layers.site import Site, Survey
+from veneer.kernels.quantized.bitsandbytes import keep_packing, quantized_layer
 
 HEAD_NAMES = ("lm_head", "embed_out", "score", "classifier", "qa_outputs", "output_layer")
 _KINDS: dict[str, LayerKind] = {kind.kind: kind for kind in (LayerKind(), Conv1DKind(), EmbeddingKind(), Conv2dKind())}
 _SCALED = ScaledEmbeddingKind()
+_QUANTIZED = QuantizedLinearKind()
 _VECTOR = VectorKind()
 
 
@@ -163,6 +166,9 @@ def is_vector_layer(module: nn.Module) -> bool:
 
 def layer_kind_for(module: nn.Module) -> tuple[LayerKind | None, str]:
     """The layer kind of a module, or None with the reason why a layer with a weight cannot be adapted (empty: not a layer)."""
+    if quantized_layer(module):
+        keep_packing(module)
+        return _QUANTIZED, ""
     kind, reason = _by_class(module)
     if kind is None:
         return (None, reason) if reason else experts_kind_for(module)
@@ -172,7 +178,7 @@ def layer_kind_for(module: nn.Module) -> tuple[LayerKind | None, str]:
     if isinstance(weight, nn.parameter.UninitializedParameter):
         return None, "its weight has no shape before the first forward; run the model once before attaching"
     if not weight.is_floating_point():
-        return None, f"its weight is stored as {weight.dtype}, which is not supported"
+        return None, f"its weight is stored as {weight.dtype}, in a quantized format that is not supported"
     return kind, ""
 
 

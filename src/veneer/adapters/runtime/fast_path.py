@@ -1,8 +1,9 @@
 """The fast path: layers that one kernel call computes, adapters included.
 
-The fast form (``kernels/lora/linear.py``) takes plain frozen linear layers (and Conv1D) with LoRA of any kind, and with DoRA whose norm
-is constant. Everything else takes the plain path: other layer kinds, layers with a forward of their own, weights that are trained or
-quantized, autocast, DoRA in a weighted mix or where the model writes over the output, PEFT's form of DoRA dropout, tied heads.
+The fast form (``kernels/lora/linear.py``) takes plain frozen linear layers (and Conv1D, and `QuantizedLinear`) with LoRA of any kind,
+and with DoRA whose norm is constant. Everything else takes the plain path: other layer kinds, layers with a forward of their own (those
+of bitsandbytes too), weights that are trained, autocast, DoRA in a weighted mix or where the model writes over the output, PEFT's form
+of DoRA dropout, tied heads.
 
 Layers that the dry run saw reading the same input one after the other (q, k, v; gate, up) are computed when the first of them is called;
 the others take their `SharedOutputs` if they are given the same tensor, unchanged. Hooks on each layer run as always, and a layer that
@@ -14,6 +15,7 @@ the adapters, the weights and the shapes are the same.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,15 +34,41 @@ from veneer.kernels.lora.linear import (
     Layer,
     NativeBranch,
     SingleBranch,
+    StoredLayer,
     TokenGrid,
     adapted_linear,
     fits,
+    opened,
+    outlined,
     pad_factors,
 )
+from veneer.kernels.quantized.module import QuantizedLinear
+from veneer.kernels.quantized.weight import QuantizedWeight
 
 _PLAIN = (Tensor, nn.Parameter)
 _FEW = {torch.float32: 64}
 """Largest number of tokens of a frozen adapter that kept factors compute faster than C++ (docs/log/mixed_batches.md)."""
+
+
+@dataclass(frozen=True, eq=False)
+class CallWeights:
+    """The base weights of one call: as modules hold them, dense, and as branches may keep them. All are one where nothing is quantized."""
+
+    stored: Sequence[StoredLayer]
+    dense: Sequence[Layer]
+    lasting: Sequence[Layer]
+
+    @classmethod
+    def of(cls, members: list[AdaptedLayer], dtype: torch.dtype) -> CallWeights:
+        """Of the layers of a call; what is quantized is dequantized now."""
+        stored = [_weights(each) for each in members]
+        dense = opened(stored, dtype)
+        return cls(stored, dense, outlined(stored, dense))
+
+    @property
+    def marks(self) -> tuple[object, ...]:
+        """Keys that change when a weight or a bias does."""
+        return _marks(self.stored)
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,12 +100,12 @@ def fast_forward(layer: AdaptedLayer, current: ForwardPass, assignments: list[As
     if found is not None:
         return found
     members = [layer, *_siblings(layer, assignments, x)]
-    weights = [_weights(each) for each in members]
+    weights = CallWeights.of(members, x.dtype)
     branches, left = _native(members, weights, current, assignments, x)
     for number, (group, grid) in enumerate(groups_of(layer, current.plan, left) if left else ()):
         branches += _branches(members, weights, current, group, grid, number)
-    _remember(members, current, x, branches, _marks(weights))
-    return _run(members, weights, branches, current, x)
+    _remember(members, current, x, branches, weights.marks)
+    return _run(members, weights.stored, branches, current, x, weights.dense)
 
 
 def reuse_call(layer: AdaptedLayer, current: ForwardPass, x: Tensor) -> Tensor | None:
@@ -128,9 +156,14 @@ def _shared_output(layer: AdaptedLayer, current: ForwardPass, x: Tensor) -> Tens
 
 
 def _run(
-    members: list[AdaptedLayer], weights: list[Layer], branches: list[Branch], current: ForwardPass, x: Tensor
+    members: list[AdaptedLayer],
+    weights: Sequence[StoredLayer],
+    branches: list[Branch],
+    current: ForwardPass,
+    x: Tensor,
+    dense: Sequence[Layer] | None = None,
 ) -> Tensor:
-    first, *others = adapted_linear(x, weights, branches)
+    first, *others = adapted_linear(x, weights, branches, dense)
     if others:
         names = [each.site.name for each in members[1:]]
         outputs = dict(zip(names, others, strict=True))
@@ -143,24 +176,27 @@ def _input_key(x: Tensor, current: ForwardPass) -> tuple[int, ...]:
     return id(x), -1 if x.is_inference() else x._version, id(current), torch.is_grad_enabled()
 
 
-def _marks(weights: list[Layer]) -> tuple[object, ...]:
+def _marks(weights: Sequence[StoredLayer]) -> tuple[object, ...]:
     """Keys that change when a weight or a bias does."""
-    return tuple(
-        (w.dtype, w.data_ptr(), -1 if w.is_inference() else w._version, None if b is None else b.data_ptr())
-        for w, b in weights
-    )
+    return tuple((_mark(w), None if b is None else b.data_ptr()) for w, b in weights)
 
 
-def _weights(layer: AdaptedLayer) -> Layer:
+def _mark(w: Tensor | QuantizedWeight) -> tuple[object, ...]:
+    return w.mark if isinstance(w, QuantizedWeight) else (w.dtype, w.data_ptr(), -1 if w.is_inference() else w._version)
+
+
+def _weights(layer: AdaptedLayer) -> StoredLayer:
     module: Any = layer.site.module
+    if type(module) is QuantizedLinear:
+        return module.quantized, module.bias
     return module.weight.T if layer.site.kind == "conv1d" else module.weight, module.bias
 
 
 def _native(
-    members: list[AdaptedLayer], weights: list[Layer], current: ForwardPass, assignments: list[Assignment], x: Tensor
+    members: list[AdaptedLayer], weights: CallWeights, current: ForwardPass, assignments: list[Assignment], x: Tensor
 ) -> tuple[list[Branch], list[Assignment]]:
     """The adapters that kernels in C++ can take, in one branch if they share no token, and the assignments that are left."""
-    if not fits(weights):
+    if not fits(weights.dense):
         return [], assignments
     frozen = members[0].runtime.frozen
     trains = torch.is_grad_enabled()
@@ -173,7 +209,7 @@ def _native(
             few and frozen.versions(current)[one.adapter] is not None
         ):
             factors = _factors(members, weights, current, one.adapter)
-            if fits(weights, factors, x.numel()):
+            if fits(weights.dense, factors, x.numel()):
                 spans.append(AdapterSpan(one.span, one.weight, factors))
                 continue
         left.append(one)
@@ -181,12 +217,12 @@ def _native(
         return [], left
     lasting = not trains and frozen.all_frozen(current) is not None
     groups = [spans] if current.plan.exclusive else [[span] for span in spans]
-    return [NativeBranch(weights, group, lasting=lasting) for group in groups], left
+    return [NativeBranch(weights.lasting, group, lasting=lasting) for group in groups], left
 
 
 def _branches(
     members: list[AdaptedLayer],
-    weights: list[Layer],
+    weights: CallWeights,
     current: ForwardPass,
     group: list[Assignment],
     grid: TokenGrid | None,
@@ -206,19 +242,19 @@ def _branches(
     version = _version(members, weights, current, names)
 
     def every() -> list[list[Factors | None]]:
-        return [[_factors_at(each, current, name) for each in members] for name in names]
+        return [_made(members, weights, current, name) for name in names]
 
     if version is None:
         factors = every()
-        return [GroupedBranch(grid, factors, pad_factors(factors, weights, grid))]
+        return [GroupedBranch(grid, factors, pad_factors(factors, weights.dense, grid))]
     padded = members[0].runtime.frozen.keep(
-        members[0].site.name, names, (*version, grid.few), lambda: pad_factors(every(), weights, grid), number
+        members[0].site.name, names, (*version, grid.few), lambda: pad_factors(every(), weights.dense, grid), number
     )
     return [GroupedBranch(grid, None, padded)]
 
 
 def _version(
-    members: list[AdaptedLayer], weights: list[Layer], current: ForwardPass, names: tuple[str, ...]
+    members: list[AdaptedLayer], weights: CallWeights, current: ForwardPass, names: tuple[str, ...]
 ) -> tuple[object, ...] | None:
     """Version of frozen adapters at these layers; None if one is trained or drops out."""
     first = members[0]
@@ -226,20 +262,20 @@ def _version(
         return None
     versions = first.runtime.frozen.versions(current)
     numbers = [versions[name] for name in names]
-    return None if None in numbers else (*numbers, *_marks(weights))
+    return None if None in numbers else (*numbers, *weights.marks)
 
 
 def _factors(
-    members: list[AdaptedLayer], weights: list[Layer], current: ForwardPass, name: str
+    members: list[AdaptedLayer], weights: CallWeights, current: ForwardPass, name: str
 ) -> list[Factors | None]:
     """An adapter's factors at the layers of a call; those of a frozen one are prepared and kept."""
     version = _version(members, weights, current, (name,))
     if version is None:
-        return [_factors_at(each, current, name) for each in members]
+        return _made(members, weights, current, name)
 
     def prepared() -> list[Factors | None]:
-        made = [_factors_at(each, current, name) for each in members]
-        for factors, (weight, _) in zip(made, weights, strict=True):
+        made = _made(members, weights, current, name)
+        for factors, (weight, _) in zip(made, weights.dense, strict=True):
             if factors is not None:
                 factors.prepared = factors.prepare(weight.dtype)
         return made
@@ -247,11 +283,15 @@ def _factors(
     return members[0].runtime.frozen.keep(members[0].site.name, (name,), version, prepared)
 
 
-def _factors_at(layer: AdaptedLayer, current: ForwardPass, name: str) -> Factors | None:
+def _made(members: list[AdaptedLayer], weights: CallWeights, current: ForwardPass, name: str) -> list[Factors | None]:
+    return [_factors_at(each, current, name, w) for each, (w, _) in zip(members, weights.dense, strict=True)]
+
+
+def _factors_at(layer: AdaptedLayer, current: ForwardPass, name: str, weight: Tensor) -> Factors | None:
     at = layer.adapters.get(name)
     if at is None or at.tensors is None or at.tied:
         return None
-    norm = None if at.norms == "none" else layer.norm(current, at)
+    norm = None if at.norms == "none" else layer.norm(current, at, weight)
     magnitude = None if norm is None else at.adapter.method.magnitude(at.tensors)
     return Factors(at.tensors[at.a], at.tensors[at.b], at.scale, magnitude, norm, layer.dropout(current, at.adapter))
 
@@ -259,19 +299,34 @@ def _factors_at(layer: AdaptedLayer, current: ForwardPass, name: str) -> Factors
 def _fits(layer: AdaptedLayer, x: Tensor) -> bool:
     """True if a layer is now a plain frozen linear one, or transformers' Conv1D."""
     turned = layer.site.kind == "conv1d"
+    if type(layer.site.module) is QuantizedLinear:
+        return (
+            layer.inner is None
+            and _plain_call(x)
+            and x.is_floating_point()
+            and not layer.site.weight.is_floating_point()
+        )
     if layer.inner is not None or not (turned or type(layer.site.module).forward is nn.Linear.forward):
         return False
     weight, bias = _weights(layer)
+    assert not isinstance(weight, QuantizedWeight)
     if weight.is_contiguous() == turned and min(weight.shape) > 1:
         return False
     frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
     return (
         frozen
         and type(weight) in _PLAIN
-        and type(x) in _PLAIN
+        and _plain_call(x)
         and weight.dtype == x.dtype
         and weight.is_floating_point()
         and weight.layout == torch.strided
+    )
+
+
+def _plain_call(x: Tensor) -> bool:
+    """True for a plain tensor outside of autocast and of functorch's transforms."""
+    return (
+        type(x) in _PLAIN
         and (x.is_meta or not torch.is_autocast_enabled(x.device.type))
         and torch._C._functorch.peek_interpreter_stack() is None
     )

@@ -30,7 +30,8 @@ def groups_of(layer: AdaptedLayer, plan: RoutePlan, assignments: list[Assignment
         return [(assignments, None)]
     adapters = [layer.adapters[one.adapter] for one in assignments]
     ranks = tuple(len(at.tensors[at.a]) for at in adapters if at.tensors is not None)
-    width = sum(layer.site.weight.shape)
+    geometry = layer.site.geometry
+    width = geometry.out + geometry.in_
     trains = torch.is_grad_enabled()
     key = (tuple((one.adapter, id(one.tokens)) for one in assignments), ranks, width, trains)
     known: list[Group] | None = plan.groups.get(key)

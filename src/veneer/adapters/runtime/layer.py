@@ -87,28 +87,31 @@ class AdaptedLayer:
         forward: Callable[..., Tensor] = type(module).forward
         return forward(module, *args, **kwargs)
 
-    def norm(self, current: ForwardPass, at: AdapterAtSite) -> Tensor | None:
+    def norm(self, current: ForwardPass, at: AdapterAtSite, weight_2d: Tensor | None = None) -> Tensor | None:
         """||W + s B A||_row for a method with a magnitude, else None.
 
         A norm that is constant in backward is computed once a pass, however often the layer runs in it, and for all adapters of the
-        pass in one read of the base weight.
+        pass in one read of the base weight. ``weight_2d``: that weight as [out, in], where the caller has it.
         """
         if at.norms == "none":
             return None
         name = self.site.name
         norm = current.norms.get((at.adapter.name, name))
-        if norm is None and current.lasting and at.norms == "constant":
+        if norm is not None:
+            return norm
+        weight_2d = self.site.weight_2d if weight_2d is None else weight_2d
+        if current.lasting and at.norms == "constant":
             others = [self.adapters[one] for one in current.route.names if one in self.adapters]
             same = type(at.adapter.method)  # each method computes its own norms
             here = [
                 one for one in others if type(one.adapter.method) is same and one.norms == "constant" and one.tensors
             ]
             each = [(one.tensors or {}, one.scale) for one in here]
-            norms = at.adapter.method.constant_norms(self.site.weight_2d, self.site.squared_norms(), each)
+            norms = at.adapter.method.constant_norms(weight_2d, self.site.squared_norms(), each)
             current.norms.update({(one.adapter.name, name): norm for one, norm in zip(here, norms, strict=True)})
             norm = current.norms[at.adapter.name, name]
         if norm is None:
-            norm = at.adapter.method.norm(at.tensors or {}, self.site.weight_2d, self.site.squared_norms(), at.scale)
+            norm = at.adapter.method.norm(at.tensors or {}, weight_2d, self.site.squared_norms(), at.scale)
         return norm
 
     def dropout(self, current: ForwardPass, adapter: Adapter) -> tuple[float, int] | None:

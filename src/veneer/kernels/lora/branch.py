@@ -17,10 +17,13 @@ from torch import Tensor
 
 from veneer.kernels.lora.dropout import dropped
 from veneer.kernels.lora.magnitude_scale import apply_scale, column_dots
+from veneer.kernels.quantized.weight import QuantizedWeight
 
 Rows = Tensor | slice | None
 Layer = tuple[Tensor, Tensor | None]
 """A frozen weight [O, K] and bias [O] or None. A weight that is stored as [K, O] is a view with its dimensions exchanged."""
+StoredLayer = tuple[Tensor | QuantizedWeight, Tensor | None]
+"""A layer as its module holds it: the weight may be quantized."""
 Gradients = list[Tensor | None]
 _WEAK = 1e-20
 """Magnitude scales below this cannot be divided out of an output again."""

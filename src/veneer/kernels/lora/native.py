@@ -232,6 +232,8 @@ class NativeBranch(Branch):
         if tokens in self._with_base:
             return self._with_base[tokens]
         weights = [weight for weight, _ in self._layers]
+        if weights[0].is_meta:  # made for one call only
+            return False
         most = longest_product() if weights[0].dtype == torch.bfloat16 else 0
         fits = max(self._columns, sum(map(len, weights))) <= most
         fits = fits and all(w.is_contiguous() or (w.T.is_contiguous() and not self.scaled) for w in weights)

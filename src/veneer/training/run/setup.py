@@ -33,6 +33,7 @@ from veneer.evaluate.general import general_text, pieces
 from veneer.models.fast_modules import fast_modules
 from veneer.models.flat import FlatRunner
 from veneer.models.load import Base, load_base, own_ends
+from veneer.models.quantized.size import parameter_count
 from veneer.training.acceleration import cpp_kernels
 from veneer.training.loop.job import Job
 from veneer.training.loop.step import Stepper
@@ -101,7 +102,13 @@ def set_up(
     """
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    base = base or load_base(options.base, dtype=options.dtype, revision=options.revision, device=options.device)
+    base = base or load_base(
+        options.base,
+        dtype=options.dtype,
+        revision=options.revision,
+        device=options.device,
+        quantize=options.quantize,
+    )
     with cpp_kernels(options.compile, next(base.model.parameters()).device, say):
         data = load_all(jobs, base, context_of(base))
         bank = attach(base.model)
@@ -296,7 +303,7 @@ def _text_config(base: Base) -> Any:
 
 def describe(setup: Setup, *, restored: bool) -> list[str]:
     """Lines that tell what the run has read, once for jobs that share their data, and what each job trains."""
-    total = sum(parameter.numel() for parameter in setup.base.model.parameters())
+    total = parameter_count(setup.base.model)
     by_data: dict[int, list[Job]] = {}
     for job in setup.jobs:
         by_data.setdefault(id(setup.data[job.name]), []).append(job)

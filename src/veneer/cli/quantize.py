@@ -1,0 +1,64 @@
+"""``veneer quantize BASE --to nf4 --out DIR``: write a base with quantized weights."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from veneer._terminal import status
+from veneer.cli._output import as_json, percent, print_lines, table
+from veneer.cli._parser import FORMATS, add_json, add_sites
+from veneer.cli.merge import parse_size
+
+if TYPE_CHECKING:
+    from veneer.checkpoints.quantized_folder import QuantizeReport
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("base", metavar="BASE", help="base model: a hub id, a folder, a GGUF file or smollm2-135m")
+    parser.add_argument("--to", required=True, choices=FORMATS, help="format of the linear layers' weights")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the quantized model")
+    parser.add_argument(
+        "--single", action="store_true", help="keep the scales of nf4 and fp4 in float32 (no double quantization)"
+    )
+    parser.add_argument("--revision", metavar="REV", help="commit, tag or branch of a Hub model")
+    parser.add_argument(
+        "--shard-size", default="2GB", metavar="SIZE", help="maximum size of a file, such as 500MB (default: 2GB)"
+    )
+    add_sites(parser, "least accurate")
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Quantize the base, write it and report the error."""
+    from veneer.checkpoints.base_files import base_folder, skeleton
+    from veneer.checkpoints.model_folder import check_free
+    from veneer.checkpoints.quantized_folder import quantize_to_folder
+    from veneer.models.quantized.scheme import Scheme
+
+    shard_bytes = parse_size(args.shard_size)
+    check_free(args.out)
+    scheme = Scheme(args.to, double=args.to != "int8" and not args.single)
+    base = skeleton(base_folder(args.base, args.revision))
+    report = status("quantizing")(quantize_to_folder)(base, args.out, scheme, shard_bytes=shard_bytes)
+    if args.json:
+        print(as_json(report.as_dict()))
+    else:
+        print_lines(_lines(report, args.sites))
+    return 0
+
+
+def _lines(report: QuantizeReport, count: int) -> list[str]:
+    sizes = f"{report.before / 1e9:.2f} GB to {report.after / 1e9:.2f} GB"
+    rows = [[name, percent(error)] for name, error in report.worst(count)]
+    lines = [
+        f"quantized {len(report.layers)} linear layers to {report.format} in {report.out}: {sizes}",
+        f"the weights differ from the exact ones by {percent(report.error)} of their norm",
+        "",
+        *table(["least accurate layers", "error"], rows),
+    ]
+    if report.plain:
+        lines += ["", f"not quantized, since the files hold them in another shape: {', '.join(report.plain[:5])}"]
+    return lines

@@ -1,0 +1,61 @@
+"""Layers of bitsandbytes inside a model: recognised by class name, so that the package need not be there, and read as quantized weights.
+
+`QuantizedLinear` answers here too, so callers ask one function for the weight of a quantized layer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from veneer.kernels.quantized.four_bit import FourBit
+from veneer.kernels.quantized.int8 import Int8
+from veneer.kernels.quantized.module import QuantizedLinear
+from veneer.kernels.quantized.state import FORMATS
+from veneer.kernels.quantized.weight import QuantizedWeight
+
+__all__ = ["keep_packing", "quantized_layer", "quantized_weight"]
+
+
+def quantized_layer(module: nn.Module) -> bool:
+    """True for a `QuantizedLinear`, and for a linear layer of bitsandbytes whose weight has been quantized."""
+    if isinstance(module, QuantizedLinear):
+        return True
+    weight: Any = module._parameters.get("weight")
+    if _is_class(module, "Linear4bit"):
+        return getattr(weight, "quant_state", None) is not None
+    return _is_class(module, "Linear8bitLt") and weight is not None and weight.dtype == torch.int8
+
+
+def quantized_weight(module: Any) -> QuantizedWeight:
+    """The weight of such a layer; its tensors are shared with the layer."""
+    if isinstance(module, QuantizedLinear):
+        return module.quantized
+    if _is_class(module, "Linear8bitLt"):
+        scale = module.state.SCB if module.weight.SCB is None else module.weight.SCB
+        return Int8(module.weight.data, scale)
+    state = module.weight.quant_state
+    made = FORMATS[state.quant_type]
+    assert issubclass(made, FourBit)
+    packed = module.weight.data.view(torch.uint8).view(-1, 1)
+    nested = {} if state.state2 is None else {"outer": state.state2.absmax, "offset": float(state.offset)}
+    return made(packed, state.absmax, torch.Size(state.shape), state.dtype, state.blocksize, **nested)
+
+
+def keep_packing(module: Any) -> None:
+    """Keep a 4-bit layer of bitsandbytes from packing its weight in another order.
+
+    On processors with AVX512-BF16 its forward does so in place in eval mode, after which gradients of the input are lost and its own
+    dequantization is wrong. A weight that has been packed so before is put back, by the function that saves it.
+    """
+    if not _is_class(module, "Linear4bit"):
+        return
+    module.support_avx512bf16_for_cpu = False
+    if getattr(module.weight.quant_state, "packing_format_for_cpu", False):
+        module.state_dict()
+
+
+def _is_class(module: Any, name: str) -> bool:
+    return any(cls.__name__ == name and cls.__module__.startswith("bitsandbytes.") for cls in type(module).__mro__)

@@ -1,0 +1,1 @@
+"""Bases with quantized weights: which checkpoints can be read, and reading them."""

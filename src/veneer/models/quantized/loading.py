@@ -1,0 +1,177 @@
+"""Reading quantized bases through transformers' loader: layers become `QuantizedLinear`, filled or quantized tensor by tensor.
+
+The loader builds the model on the meta device and hands over each weight when it has been read, so neither the dense model nor a second
+copy of the files is ever in memory. bitsandbytes is not needed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.core_model_loading import ConversionOps
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from veneer.kernels.quantized.four_bit import FourBit
+from veneer.kernels.quantized.int8 import Int8
+from veneer.kernels.quantized.module import QuantizedLinear
+from veneer.kernels.quantized.state import COMPANIONS, FORMATS, quantize, weight_of
+from veneer.kernels.quantized.weight import QuantizedWeight
+from veneer.models.quantized.scheme import Scheme
+
+__all__ = ["Reading", "empty_layer", "quantized_names"]
+
+_METHOD = "veneer"
+
+
+class Reading:
+    """One load of a quantized base. Use: ``from_pretrained(folder, **reading.arguments(config))``, then look at ``problems``.
+
+    Attributes:
+        problems: layers whose tensors cannot be used, with the reasons.
+        layers: the number of layers that were quantized.
+    """
+
+    current: Reading | None = None
+
+    def __init__(self, scheme: Scheme) -> None:
+        self.scheme = scheme
+        self.problems: list[str] = []
+        self.layers = 0
+
+    def __deepcopy__(self, memo: Any) -> Reading:
+        return self  # the loader copies its converters for each tensor, with all that they refer to
+
+    def arguments(self, config: Any) -> dict[str, Any]:
+        """Arguments of ``from_pretrained`` beside the usual ones."""
+        Reading.current = self
+        if not self.scheme.stored:
+            return {"quantization_config": _Config()}
+        config.quantization_config = {"quant_method": _METHOD}
+        return {"config": config}
+
+    def finish(self, model: Any) -> None:
+        """Make the model one like others, whose config says how bitsandbytes would read it."""
+        Reading.current = None
+        del model.hf_quantizer
+        model.config.quantization_config = self.scheme.as_config(model.dtype)
+
+
+class _Config(QuantizationConfigMixin):
+    def __init__(self, **unused: Any) -> None:
+        self.quant_method = _METHOD  # type: ignore[assignment]
+
+
+class _Quantizer(HfQuantizer):
+    """transformers' hooks: which modules are replaced, and what becomes of a tensor that was read."""
+
+    serialized_names = {"weight": ["weight", *COMPANIONS]}
+
+    def __init__(self, quantization_config: Any, **options: Any) -> None:
+        super().__init__(quantization_config, **options)
+        assert Reading.current is not None
+        self.reading = Reading.current
+
+    def _process_model_before_weight_loading(self, model: Any, **options: Any) -> None:
+        scheme = self.reading.scheme
+        names = quantized_names(model, scheme.skip, turned=scheme.stored)
+        dtype = options.get("dtype") or torch.get_default_dtype()
+        for name in names:
+            model.set_submodule(name, empty_layer(model.get_submodule(name), scheme, dtype))
+        self.reading.layers = len(names)
+
+    def param_needs_quantization(self, model: Any, param_name: str, **options: Any) -> bool:
+        path, _, name = param_name.rpartition(".")
+        return name == "weight" and isinstance(model.get_submodule(path), QuantizedLinear)
+
+    def get_quantize_ops(self) -> Any:
+        return _Quantize(self)
+
+    def get_load_operations(self) -> dict[str, Any]:
+        return {"deserialize": _Read}
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+class _Quantize(ConversionOps):
+    def __init__(self, hf_quantizer: _Quantizer) -> None:
+        self.hf_quantizer = hf_quantizer
+
+    def convert(self, input_dict: dict[str, Any], *patterns: Any, **options: Any) -> Any:
+        """A plain weight becomes a quantized one."""
+        scheme, model, made = self.hf_quantizer.reading.scheme, options["model"], {}
+        for name, value in input_dict.items():
+            weight = value[0] if isinstance(value, list) else value
+            module = model.get_submodule(name.rpartition(".")[0])
+            module.hold(quantize(weight, scheme.format, double=scheme.double))
+            made[name] = module.weight
+        return made
+
+
+class _Read(ConversionOps):
+    def __init__(self, hf_quantizer: _Quantizer) -> None:
+        self.hf_quantizer = hf_quantizer
+
+    def convert(self, input_dict: dict[str, Any], *patterns: Any, **options: Any) -> Any:
+        """The tensors of a layer of bitsandbytes become its weight; others are cast to the type of their place."""
+        tensors = {name: value[0] if isinstance(value, list) else value for name, value in input_dict.items()}
+        model, full_name = options["model"], options["full_layer_name"]
+        path = full_name.rpartition(".")[0]
+        module = model.get_submodule(path)
+        if not isinstance(module, QuantizedLinear):
+            place = model.get_parameter_or_buffer(full_name)
+            return {
+                name: value.to(place.dtype) if value.is_floating_point() else value for name, value in tensors.items()
+            }
+        try:
+            if set(tensors) == {"weight"}:
+                raise ValueError(f"expected a weight in {self.hf_quantizer.reading.scheme.format}, found a plain one")
+            module.hold(weight_of(tensors, (module.out_features, module.in_features)))
+        except ValueError as error:
+            self.hf_quantizer.reading.problems.append(f"{path}: {error}")
+        return {"weight": module.weight}
+
+
+def quantized_names(model: Any, skip: tuple[str, ...] | None, *, turned: bool = False) -> list[str]:
+    """The linear layers of a model that are quantized, as transformers chooses them for bitsandbytes. ``turned``: GPT-2's Conv1D too."""
+    keep = getattr(model, "_keep_in_fp32_modules", None)
+    without = HfQuantizer.get_modules_to_not_convert(model, None if skip is None else list(skip), keep)
+    kinds = (nn.Linear, Conv1D) if turned else (nn.Linear,)
+    return [
+        name for name, module in model.named_modules() if type(module) in kinds and should_convert_module(name, without)
+    ]
+
+
+def empty_layer(layer: Any, scheme: Scheme, dtype: torch.dtype) -> QuantizedLinear:
+    """A layer on the meta device with the shapes of the quantized form of ``layer``."""
+    out, in_ = (
+        (layer.out_features, layer.in_features) if isinstance(layer, nn.Linear) else (layer.nf, layer.weight.shape[0])
+    )
+    with torch.device("meta"):
+        bias = None if layer.bias is None else torch.empty(out, dtype=layer.bias.dtype)
+        return QuantizedLinear(_empty(scheme, torch.Size((out, in_)), dtype), bias, dtype)
+
+
+def _empty(scheme: Scheme, shape: torch.Size, dtype: torch.dtype) -> QuantizedWeight:
+    made = FORMATS[scheme.format]
+    if issubclass(made, Int8):
+        return made(torch.empty(shape, dtype=torch.int8), torch.empty(shape[0]))
+    assert issubclass(made, FourBit)
+    blocks = -(-shape.numel() // 64)
+    absmax = torch.empty(blocks, dtype=torch.uint8 if scheme.double else torch.float32)
+    outer = torch.empty(-(-blocks // 256)) if scheme.double else None
+    return made(torch.empty((shape.numel() + 1) // 2, 1, dtype=torch.uint8), absmax, shape, dtype, outer=outer)
+
+
+auto.AUTO_QUANTIZATION_CONFIG_MAPPING[_METHOD] = _Config
+auto.AUTO_QUANTIZER_MAPPING[_METHOD] = _Quantizer

@@ -1,0 +1,108 @@
+"""The way in which a checkpoint is quantized, from its config.json: read, dequantized while it is read, or refused with the remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from veneer.errors import BaseModelError
+from veneer.kernels.quantized.state import FORMATS
+
+__all__ = ["Scheme", "read_scheme", "scheme_for"]
+
+_UNKNOWN = (
+    "Veneer reads weights that bitsandbytes quantized (nf4, fp4, int8), and quantizes plain ones itself with --quantize"
+)
+_DEQUANTIZED = ("fp8",)
+"""Methods whose weights transformers dequantizes on every device."""
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How the linear layers of a base are quantized.
+
+    Attributes:
+        format: nf4, fp4 or int8.
+        double: double quantization.
+        stored: whether the files are quantized; otherwise they are quantized while they are read.
+        skip: names of modules that are not quantized; None for transformers' choice (the output head).
+    """
+
+    format: str
+    double: bool = True
+    stored: bool = False
+    skip: tuple[str, ...] | None = None
+
+    def as_config(self, dtype: torch.dtype) -> dict[str, Any]:
+        """The ``quantization_config`` with which transformers and bitsandbytes read such weights; ``dtype``: what they compute in."""
+        eight = self.format == "int8"
+        skip = None if self.skip is None else list(self.skip)
+        four = {
+            "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
+            "bnb_4bit_quant_storage": "uint8",
+            "bnb_4bit_quant_type": "fp4" if eight else self.format,
+            "bnb_4bit_use_double_quant": self.double and not eight,
+        }
+        return {
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": not eight,
+            "load_in_8bit": eight,
+            "llm_int8_skip_modules": skip,
+            "llm_int8_threshold": 6.0,
+            "llm_int8_has_fp16_weight": False,
+            "llm_int8_enable_fp32_cpu_offload": False,
+            **four,
+        }
+
+
+def scheme_for(format: str) -> Scheme:
+    """The scheme in which a plain checkpoint is quantized to a format.
+
+    Raises BaseModelError for a format that is not known.
+    """
+    if format not in FORMATS:
+        raise BaseModelError(f"quantize: {format!r} is not one of {', '.join(FORMATS)}")
+    return Scheme(format)
+
+
+def read_scheme(config: Mapping[str, Any], folder: Path) -> Scheme | str | None:
+    """The scheme of the weights in a folder; "fp8" where they are dequantized while they are read, None where they are plain.
+
+    Raises BaseModelError, with the way to a base that can be trained on, for weights that cannot be read.
+    """
+    found = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
+    if not found:
+        return None
+    if not isinstance(found, Mapping):
+        raise BaseModelError(f"{folder / 'config.json'}: quantization_config is no JSON object; get the file again")
+    method = str(found.get("quant_method", "bitsandbytes"))
+    if method in _DEQUANTIZED:
+        return method
+    if method != "bitsandbytes":
+        raise BaseModelError(_refusal(method, folder))
+    skip = found.get("llm_int8_skip_modules")
+    names = None if skip is None else tuple(map(str, skip))
+    if found.get("load_in_8bit") or found.get("_load_in_8bit"):
+        return Scheme("int8", double=False, stored=True, skip=names)
+    format = str(found.get("bnb_4bit_quant_type", "fp4"))
+    if format not in FORMATS:
+        raise BaseModelError(f"{folder / 'config.json'}: bnb_4bit_quant_type is {format!r}; expected nf4 or fp4")
+    return Scheme(format, double=bool(found.get("bnb_4bit_use_double_quant")), stored=True, skip=names)
+
+
+def _refusal(method: str, folder: Path) -> str:
+    where = f"the weights in {folder} are quantized with {method}"
+    remedy = "use the model that it was made from, with --quantize nf4 if memory is short"
+    if method in ("gptq", "awq", "auto-round", "hqq", "aqlm", "vptq", "higgs", "spqr", "quip", "eetq", "quanto"):
+        return f"{where}, whose layers need kernels of their own to train on; {remedy}"
+    if method in ("mxfp4", "nvfp4", "fbgemm_fp8", "fp_quant"):
+        return (
+            f"{where}, which has no gradient; use a bfloat16 copy of the model, with --quantize nf4 if memory is short"
+        )
+    if method == "gguf":
+        return f"{where}; give the .gguf file itself, which is dequantized once, with --quantize nf4 if memory is short"
+    return f"{where}, which is not supported ({_UNKNOWN}); {remedy}"

@@ -1,0 +1,220 @@
+"""Quantized bases: read from checkpoints of bitsandbytes, quantized while they are read, refused where they cannot be used."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tests.tiny import tiny, tiny_tokenizer
+
+from veneer.errors import BaseModelError
+from veneer.kernels.quantized.module import QuantizedLinear
+from veneer.models.fingerprint import weight_fingerprints
+from veneer.models.load import load_base
+from veneer.models.quantized.size import parameter_count
+
+IDS = torch.tensor([[5, 80, 33, 120, 7], [9, 8, 7, 6, 5]])
+SIZES = {"hidden_size": 64, "intermediate_size": 128}
+"""Widths that a block divides: one of bitsandbytes' CPU kernels is wrong for others."""
+FORMATS = {"nf4": ("nf4", True), "nf4-single": ("nf4", False), "fp4": ("fp4", True), "int8": ("int8", False)}
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with its tokenizer, saved as a folder."""
+    folder = tmp_path_factory.mktemp("plain")
+    tiny("llama", **SIZES).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def by_bitsandbytes(plain: Path, out: Path, format: str, double: bool) -> Any:
+    """The model that transformers and bitsandbytes quantize and save; in training mode, where nothing is packed anew."""
+    pytest.importorskip("bitsandbytes")
+    import transformers
+
+    four = {"bnb_4bit_quant_type": format, "bnb_4bit_use_double_quant": double} if format != "int8" else {}
+    config = transformers.BitsAndBytesConfig(load_in_4bit=format != "int8", load_in_8bit=format == "int8", **four)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        plain, quantization_config=config, dtype=torch.float32
+    )
+    model.save_pretrained(out)
+    return model.train()
+
+
+def dense_of(model: Any) -> Any:
+    """A plain model with the dequantized weights."""
+    dense = tiny("llama", **SIZES)
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLinear):
+            dense.get_submodule(name).weight.data.copy_(module.quantized.dequantize())
+    return dense
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    found: torch.Tensor = model(IDS).logits
+    return found
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_checkpoints_of_bitsandbytes_are_read(name: str, plain: Path, tmp_path: Path) -> None:
+    """Logits are those of the dense model with the dequantized weights and of bitsandbytes; it is not needed to read them."""
+    format, double = FORMATS[name]
+    theirs = by_bitsandbytes(plain, tmp_path / "theirs", format, double)
+    ours = load_base(tmp_path / "theirs", dtype="float32")
+    layers = [module for module in ours.model.modules() if isinstance(module, QuantizedLinear)]
+    assert len(layers) == 14 and {layer.quantized.format for layer in layers} == {format}
+    assert torch.equal(logits(ours.model), logits(dense_of(ours.model)))
+    assert (logits(ours.model) - logits(theirs)).abs().max() < 1e-5
+    assert parameter_count(ours.model) == sum(p.numel() for p in tiny("llama", **SIZES).parameters())
+
+
+@pytest.mark.parametrize("format", ["nf4", "fp4", "int8"])
+def test_plain_checkpoints_are_quantized_while_they_are_read(format: str, plain: Path, tmp_path: Path) -> None:
+    """The same numbers as bitsandbytes makes; saved, transformers and bitsandbytes read them back."""
+    ours = load_base(plain, dtype="float32", quantize=format)
+    by_bitsandbytes(plain, tmp_path / "theirs", format, format != "int8")
+    theirs = load_base(tmp_path / "theirs", dtype="float32")
+    assert torch.equal(logits(ours.model), logits(theirs.model))
+    ours.model.save_pretrained(tmp_path / "ours")
+    files = [load_file(tmp_path / folder / "model.safetensors") for folder in ("ours", "theirs")]
+    assert files[0].keys() == files[1].keys()
+    blobs = [name for name in files[0] if "quant_state" in name]
+    assert all(torch.equal(files[0][name], files[1][name]) for name in files[0].keys() - blobs)
+    for name in blobs:
+        assert json.loads(bytes(files[0][name].tolist())) == json.loads(bytes(files[1][name].tolist()))
+    import transformers
+
+    again: Any = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32).train()
+    assert (logits(again) - logits(ours.model)).abs().max() < 1e-5
+
+
+def test_the_fingerprint_covers_scales(plain: Path, tmp_path: Path) -> None:
+    """The fingerprint of a quantized weight is the same from memory and from files, and differs where a scale does."""
+    name = "model.layers.0.self_attn.q_proj.weight"
+    ours = load_base(plain, dtype="float32", quantize="nf4")
+    known = weight_fingerprints(ours, [name])[name]
+    ours.model.save_pretrained(tmp_path / "saved")
+    assert weight_fingerprints(load_base(tmp_path / "saved", dtype="float32"), [name])[name] == known
+    ours.model.get_submodule(name.removesuffix(".weight")).quantized.absmax[0] ^= 1
+    assert weight_fingerprints(ours, [name])[name] != known
+
+
+Q = "model.layers.1.mlp.up_proj."
+HOSTILE: dict[str, tuple[Any, str]] = {
+    "block size": (lambda t: _edit_state(t, blocksize=128), r"expected 64 blocks of 128"),
+    "unknown block size": (lambda t: _edit_state(t, blocksize=48), r"its blocksize is 48"),
+    "truncated absmax": (
+        lambda t: t.update({Q + "weight.absmax": t[Q + "weight.absmax"][:-3].clone()}),
+        r"absmax: expected 128 blocks",
+    ),
+    "another map": (
+        lambda t: t[Q + "weight.quant_map"].add_(0.01),
+        r"quant_map: its values are not those of the format",
+    ),
+    "another nested map": (lambda t: t[Q + "weight.nested_quant_map"].mul_(2), r"nested_quant_map: its values"),
+    "another shape": (
+        lambda t: _edit_state(t, shape=[64, 128]),
+        r"made from a weight of shape \[64, 128\]; expected \[128, 64\]",
+    ),
+    "fewer bytes": (
+        lambda t: t.update({Q + "weight": t[Q + "weight"][:-1].clone()}),
+        r"expected 4,096 bytes for 8,192 numbers",
+    ),
+    "no absmax": (lambda t: t.pop(Q + "weight.absmax"), r"weight.absmax is missing"),
+    "no settings": (lambda t: t.pop(Q + "weight.quant_state.bitsandbytes__nf4"), r"its quant_state is missing"),
+    "a plain weight": (lambda t: _plain(t), r"expected a weight in nf4, found a plain one"),
+    "another type": (lambda t: _edit_state(t, quant_type="int4"), r"its quant_type is 'int4'"),
+}
+
+
+def _edit_state(tensors: dict[str, torch.Tensor], **changes: Any) -> None:
+    key = Q + "weight.quant_state.bitsandbytes__nf4"
+    settings = {**json.loads(bytes(tensors[key].tolist())), **changes}
+    tensors[key] = torch.tensor(list(json.dumps(settings).encode()), dtype=torch.uint8)
+
+
+def _plain(tensors: dict[str, torch.Tensor]) -> None:
+    for key in [key for key in tensors if key.startswith(Q)]:
+        del tensors[key]
+    tensors[Q + "weight"] = torch.zeros(128, 64)
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_files_that_do_not_fit_are_refused(name: str, plain: Path, tmp_path: Path) -> None:
+    """A damaged or foreign weight is refused with its name and the reason, before anything is computed with it."""
+    change, reason = HOSTILE[name]
+    load_base(plain, dtype="float32", quantize="nf4").model.save_pretrained(tmp_path / "base")
+    file = tmp_path / "base" / "model.safetensors"
+    tensors = {key: value.clone() for key, value in load_file(file).items()}
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(BaseModelError, match=reason) as error:
+        load_base(tmp_path / "base", dtype="float32")
+    assert "model.layers.1.mlp.up_proj" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("method", "reason"),
+    [
+        ("gptq", r"quantized with gptq, whose layers need kernels .* --quantize nf4"),
+        ("awq", r"quantized with awq, whose layers need kernels"),
+        ("mxfp4", r"mxfp4, which has no gradient; use a bfloat16 copy"),
+        ("gguf", r"give the \.gguf file itself"),
+        ("compressed-tensors", r"compressed-tensors, which is not supported"),
+    ],
+)
+def test_formats_that_cannot_train_are_refused_by_name(method: str, reason: str, plain: Path, tmp_path: Path) -> None:
+    """The error names the method and the way to a base that can be trained on."""
+    folder = tmp_path / "base"
+    folder.mkdir()
+    for file in plain.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = {"quant_method": method, "bits": 4}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(BaseModelError, match=reason):
+        load_base(folder)
+
+
+def test_a_quantized_base_is_not_quantized_again(plain: Path, tmp_path: Path) -> None:
+    """Another format than that of the files is an error; the same one is no contradiction."""
+    load_base(plain, dtype="float32", quantize="int8").model.save_pretrained(tmp_path / "base")
+    load_base(tmp_path / "base", dtype="float32", quantize="int8")
+    with pytest.raises(BaseModelError, match=r"are quantized to int8, and cannot be quantized to nf4"):
+        load_base(tmp_path / "base", quantize="nf4")
+    with pytest.raises(BaseModelError, match=r"'int3' is not one of nf4, fp4, int8"):
+        load_base(plain, quantize="int3")
+
+
+def test_fp8_weights_are_dequantized(plain: Path, tmp_path: Path) -> None:
+    """A fine-grained FP8 checkpoint is read as plain weights, and the load says so."""
+    folder = tmp_path / "base"
+    folder.mkdir()
+    for file in plain.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(folder / "model.safetensors")
+    expected = tiny("llama", **SIZES)
+    for name in [name for name in tensors if "_proj" in name]:
+        scale = tensors[name].abs().max() / 448
+        tensors[name] = (tensors[name] / scale).to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale_inv"] = torch.full((1, 1), float(scale))
+        expected.get_parameter(name).data.copy_(tensors[name].float() * scale)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [128, 128],
+    }
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    base = load_base(folder, dtype="float32")
+    assert (logits(base.model) - logits(expected)).abs().max() < 1e-4
+    assert any("dequantized" in line for line in base.notes)
+    with pytest.raises(BaseModelError, match=r"cannot be quantized in the same read"):
+        load_base(folder, quantize="nf4")
