@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.compose.made import saved, trained
+from tests.tiny import CHATML, tiny_tokenizer
 from torch import Tensor, nn
 
 from veneer.adapters import Adapter, DoRA, LoRA, attach
@@ -154,6 +155,30 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
     with pytest.raises(CheckpointError, match="not the base"):
         attach_with_folders(saved(tmp_path / "other", seed=4)).load(tmp_path / "a", name="a")
+
+
+def test_an_extracted_adapter_converses_like_the_tuned_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The adapter of an instruct model has its chat template and stops where it does; with other tokens it has neither."""
+    base, tuned = tmp_path / "base", tuned_fully(tmp_path / "tuned", saved(tmp_path / "base"))
+    plain = tiny_tokenizer()
+    plain.chat_template, plain.eos_token = None, "<|endoftext|>"
+    plain.save_pretrained(base)
+    tiny_tokenizer().save_pretrained(tuned)
+    command = ["extract", "--base", str(base), "--tuned", str(tuned), "--rank", "2", "--out"]
+    assert main([*command, str(tmp_path / "out")]) == 0
+    assert "the chat template is that of the tuned model" in capsys.readouterr().out
+    adapter = read_adapter(tmp_path / "out")
+    assert adapter.meta["template"] == CHATML and adapter.meta["receipt"]["stop_tokens"] == {"<|im_end|>": 2}
+    assert main(["generate", str(tmp_path / "out"), "one", "--max-tokens", "2"]) == 0
+    assert "using the chat template in the adapter folder" in capsys.readouterr().err
+    more = tiny_tokenizer()
+    more.add_tokens(["<|more|>"])
+    more.save_pretrained(tuned)
+    assert main([*command, str(tmp_path / "other")]) == 0
+    adapter = read_adapter(tmp_path / "other")
+    assert adapter.meta["template"] is None and "stop_tokens" not in adapter.meta["receipt"]
 
 
 def test_mistakes_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from veneer._terminal import status
 from veneer.cli._output import as_json, names_of, percent, print_lines, table
 from veneer.cli._parser import add_json, add_sites, at_least
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, VeneerError
 
 if TYPE_CHECKING:
     from veneer.compose.extract import Extraction
@@ -51,9 +51,10 @@ def run(args: argparse.Namespace) -> int:
 
     check_free(args.out)
     patterns = [part for part in args.target_modules.split(",") if part]
+    base, tuned = base_folder(args.base), base_folder(args.tuned)
     found = status("extracting")(extract)(
-        skeleton(base_folder(args.base)),
-        skeleton(base_folder(args.tuned)),
+        skeleton(base),
+        skeleton(tuned),
         name=args.name or args.out.resolve().name,
         rank=args.rank,
         energy=args.energy,
@@ -61,12 +62,39 @@ def run(args: argparse.Namespace) -> int:
         target_modules=patterns[0] if len(patterns) == 1 else patterns,
     )
     found.made_by["tuned"] = args.tuned
-    write_adapter(found.adapter, args.out, base_name=args.base, receipt=found.receipt())
+    entries, template = _conversation(base, tuned)
+    write_adapter(
+        found.adapter, args.out, base_name=args.base, receipt={**found.receipt(), **entries}, template=template
+    )
     if args.json:
         print(as_json({**found.as_dict(), "out": str(args.out)}))
     else:
         print_lines(_lines(found, str(args.out), args.sites))
+        if template is not None:
+            print("the chat template is that of the tuned model")
     return 0
+
+
+def _conversation(base: Path, tuned: Path) -> tuple[dict[str, Any], str | None]:
+    """Return how the tuned model converses, as entries of a receipt, and its chat template if the base has another.
+
+    Both are empty if one model has no tokenizer, or if their tokens differ: the adapter could not use the template then.
+    """
+    from veneer.data.chat.render import Renderer
+    from veneer.data.chat.stops import stop_ids
+    from veneer.data.hashing import template_hash
+    from veneer.models.load import end_ids, load_tokenizer
+
+    try:
+        ours, theirs = load_tokenizer(base), load_tokenizer(tuned)
+        if ours.get_vocab() != theirs.get_vocab():
+            return {}, None
+        ids, own = stop_ids(Renderer(theirs), end_ids(tuned)), getattr(theirs, "chat_template", None)
+    except VeneerError:
+        return {}, None
+    template = own if isinstance(own, str) and own != getattr(ours, "chat_template", None) else None
+    stops = {str(theirs.convert_ids_to_tokens(token)): token for token in ids}
+    return {"template_sha256": template_hash(ours, template), "stop_tokens": stops}, template
 
 
 def _lines(found: Extraction, out: str, count: int) -> list[str]:
