@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -71,11 +71,13 @@ def example_losses(
     bank: Bank | None = None,
     route: RouteLike = None,
     tokens_per_pass: int = 2048,
+    turn: Callable[[], AbstractContextManager[None]] = nullcontext,
     progress: Progress | None = None,
 ) -> Losses:
     """The loss of each example under one route for all; no gradients, no dropout.
 
-    tokens_per_pass: most tokens at once; a longer example goes alone. progress: called with the number of examples done.
+    tokens_per_pass: most tokens at once; a longer example goes alone. turn: a context that holds the model for one pass, where others use
+    it too. progress: called with the number of examples done.
     Raises DataError if no example has a weighted token.
     """
     if not any(example.trained for example in examples):
@@ -83,16 +85,16 @@ def example_losses(
     sums = torch.zeros(len(examples), dtype=torch.float64)
     weights = torch.zeros(len(examples), dtype=torch.float64)
     done = 0
-    with torch.no_grad(), bank.use(route, training=False) if bank is not None else nullcontext():
-        for group in _groups(examples, tokens_per_pass):
-            batch = make_batch([examples[i] for i in group], "held-out")
+    for group in _groups(examples, tokens_per_pass):
+        batch = make_batch([examples[i] for i in group], "held-out")
+        with torch.no_grad(), turn(), bank.use(route, training=False) if bank is not None else nullcontext():
             owner, loss, weight = _token_losses(runner, batch)
-            index = torch.tensor(group)[owner]
-            sums.index_add_(0, index, loss * weight)
-            weights.index_add_(0, index, weight)
-            done += len(group)
-            if progress is not None:
-                progress(done)
+        index = torch.tensor(group)[owner]
+        sums.index_add_(0, index, loss * weight)
+        weights.index_add_(0, index, weight)
+        done += len(group)
+        if progress is not None:
+            progress(done)
     return Losses(sums, weights)
 
 

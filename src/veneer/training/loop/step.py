@@ -14,6 +14,7 @@ those of all its passes at once.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -105,11 +106,26 @@ def read(passes: Sequence[PassLosses], *more: Tensor) -> list[Tensor]:
 class Stepper:
     """Runs forward and backward passes on one base with the bank's adapters."""
 
-    def __init__(self, runner: FlatRunner, bank: Bank, routes: Mapping[str, MixLike] | None = None) -> None:
-        """``routes`` has the route of each job whose segments use more than the adapter of the job's name."""
+    def __init__(
+        self,
+        runner: FlatRunner,
+        bank: Bank,
+        routes: Mapping[str, MixLike] | None = None,
+        *,
+        turn: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        """Create a stepper.
+
+        Args:
+            runner: runs batches.
+            bank: holds the adapters.
+            routes: the route of each job whose segments use more than the adapter of the job's name.
+            turn: a context that holds the model for one pass, where others use it too.
+        """
         self.runner = runner
         self.bank = bank
         self.routes = dict(routes or {})
+        self.turn = turn
 
     def forward_backward(self, batch: Batch, *, between: Callable[[], object] | None = None) -> dict[str, JobLoss]:
         """Add each job's undivided gradient to its adapter's tensors.
@@ -132,7 +148,7 @@ class Stepper:
         counters = [adapter.counters for adapter in adapters]
         trained = [p for adapter in adapters for p in adapter.parameters() if p.requires_grad]
         try:
-            with self.bank.use(route, keep=self.runner.head_cells(flat, keep), training=True):
+            with self.turn(), self.bank.use(route, keep=self.runner.head_cells(flat, keep), training=True):
                 total, losses_K = self._loss(batch.jobs, flat, keep, supervised)
                 if between is not None:
                     between()

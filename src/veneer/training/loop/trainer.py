@@ -292,6 +292,7 @@ class Trainer:
             bank=self.stepper.bank,
             route=self.stepper.routes.get(job.name, job.name),
             tokens_per_pass=self.tokens_per_pass,
+            turn=self.stepper.turn,
             progress=lambda done: self.listener.evaluating(job, done, len(examples)),
         )
         self._heap.give_back()

@@ -26,6 +26,7 @@ from veneer.training.run.run_folder import RunFolder, append_line, now
 from veneer.training.run.sanity_checks import SanityChecks
 from veneer.training.run.trackers import ExperimentTracker
 from veneer.training.samples import Sampler, wants_samples
+from veneer.training.shared_base import Watcher
 
 _LATEST = 20
 """Steps over which the speed is averaged."""
@@ -46,6 +47,7 @@ class Recorder(Listener):
         halving: Halving | None = None,
         sampler: Sampler | None = None,
         memory: DeviceMemory | None = None,
+        watcher: Watcher | None = None,
     ) -> None:
         """``rounds`` is the number of rounds that the run has completed; ``checks`` are the sanity checks by job; ``memory`` is that of
         the base's device."""
@@ -58,6 +60,7 @@ class Recorder(Listener):
         self.halving = halving
         self.sampler = sampler
         self.memory = memory or ProcessMemory()
+        self.watcher = watcher or Watcher()
         self.tracker: ExperimentTracker | None = None
         self.stopped = False
         self.saved = True
@@ -182,6 +185,7 @@ class Recorder(Listener):
     def round_over(self) -> bool:
         """Save a checkpoint if one is due; returns whether to continue."""
         self.rounds += 1
+        self.stopped |= self.watcher.stopping()
         every, minutes = self.jobs[0].options.save_every, self.jobs[0].options.checkpoint_minutes
         due = self._urgent or (every is not None and self.rounds - self._saved_at >= every)
         due |= minutes is not None and time.monotonic() - self._saved_time >= 60 * minutes
@@ -196,6 +200,7 @@ class Recorder(Listener):
         self._fail_non_finite_jobs()
         self.event("checkpoint", round=self.rounds)
         try:
+            self.watcher.checkpoint([job for job in self.jobs if job.name not in self.saver.lost])
             self.saver.checkpoint(self.jobs, self.rounds)
             self._control.forget()
             self.saved, self._urgent = True, False
@@ -262,6 +267,7 @@ class Recorder(Listener):
             )
         if self.tracker is not None:
             self.tracker.log(job.name, line)
+        self.watcher.line(job, line)
 
     def event(self, kind: str, **values: Any) -> None:
         """Append a line to the run's events."""

@@ -38,12 +38,14 @@ from veneer.training.run.run_folder import CONFIG, MANIFEST, RunFolder
 from veneer.training.run.sanity_checks import SanityChecks
 from veneer.training.run.setup import Setup, describe, set_up
 from veneer.training.samples import Sampler, wants_samples
+from veneer.training.shared_base import SharedBase, Watcher
 
 
 def train(
     config: TrainOptions | Mapping[str, Any] | str | Path,
     *,
-    base: Base | None = None,
+    base: Base | SharedBase | None = None,
+    watcher: Watcher | None = None,
     console: Console | None = None,
     screen: Console | None = None,
     fresh: bool = False,
@@ -55,6 +57,7 @@ def train(
     Args:
         config: options, a mapping of them, or a YAML file.
         base: a base in memory, in place of the one that the options name.
+        watcher: follows the run.
         console: prints the progress.
         screen: former name of ``console``.
         fresh: forget an earlier run in the folder, once nothing can refuse the new run before its first step.
@@ -88,7 +91,9 @@ def train(
             longer = check_steps(out, stored, setup.jobs)
             folder = RunFolder(out, single=len(jobs) == 1)
             folder.prepare()
-            return _run(setup, folder, console, halving, longer, fresh=fresh, resume_from=resume_from)
+            return _run(
+                setup, folder, console, halving, longer, watcher or Watcher(), fresh=fresh, resume_from=resume_from
+            )
 
 
 def _run(
@@ -97,6 +102,7 @@ def _run(
     console: Console,
     halving: Halving | None,
     longer: Mapping[str, int],
+    watcher: Watcher,
     *,
     fresh: bool,
     resume_from: str | None,
@@ -123,7 +129,9 @@ def _run(
         halving=halving,
         sampler=Sampler(setup.base, bank) if any(map(wants_samples, jobs)) else None,
         memory=memory_of(setup.device),
+        watcher=watcher,
     )
+    watcher.started(jobs)
     _announce(setup, manifest, recorder, gone_on, restored=rounds is not None)
     if unfinished:  # also if all jobs are paused: a request may resume them
         trainer = Trainer(

@@ -7,7 +7,7 @@ the context, targets that match nothing, a base that cannot run.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -39,6 +39,7 @@ from veneer.training.loop.job import Job
 from veneer.training.loop.step import Stepper
 from veneer.training.run.jobs import number_of_steps
 from veneer.training.run.parent_adapters import load_parents, seed_of, start_from_adapter
+from veneer.training.shared_base import SharedBase
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,10 @@ class Setup:
 
 @contextmanager
 def set_up(
-    options: TrainOptions, jobs: Mapping[str, TrainOptions], base: Base | None, say: Callable[[str], None]
+    options: TrainOptions,
+    jobs: Mapping[str, TrainOptions],
+    base: Base | SharedBase | None,
+    say: Callable[[str], None],
 ) -> Iterator[Setup]:
     """Set up a run inside this context; afterwards the base is as it was.
 
@@ -100,6 +104,10 @@ def set_up(
         base: a base in memory, in place of the one that the options name.
         say: prints a line.
     """
+    if isinstance(base, SharedBase):
+        with _on_shared_base(options, jobs, base, say) as setup:
+            yield setup
+        return
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     base = base or load_base(
@@ -114,15 +122,50 @@ def set_up(
         bank = attach(base.model)
         with fast_modules(base.model):  # outermost: an adapter on a norm keeps the norm's faster form and puts it back
             try:
-                made = [make_job(name, own, base, bank, data[name]) for name, own in jobs.items()]
-                load_parents(made, bank)
-                runner = FlatRunner(base.model)
-                if runner.kind != "flat":
-                    say(f"rows are padded: {runner.reason}")
-                stepper = Stepper(runner, bank, {job.name: job.route for job in made if job.route})
-                yield Setup(options, base, bank, data, made, stepper)
+                yield _with_adapters(options, jobs, base, bank, data, say, nullcontext)
             finally:
                 bank.detach()
+
+
+@contextmanager
+def _on_shared_base(
+    options: TrainOptions, jobs: Mapping[str, TrainOptions], shared: SharedBase, say: Callable[[str], None]
+) -> Iterator[Setup]:
+    """Set up a run on a base that others use; afterwards its adapters are out of the bank again."""
+    base, bank = shared.base, shared.bank
+    data = load_all(jobs, base, context_of(base))
+    own: list[str] = []
+    try:
+        with shared.turn():
+            before = set(bank)
+            try:
+                setup = _with_adapters(options, jobs, base, bank, data, say, shared.turn)
+            finally:
+                own = [name for name in bank if name not in before]
+        yield setup
+    finally:
+        with shared.turn():
+            for name in own:
+                bank.remove(name)
+
+
+def _with_adapters(
+    options: TrainOptions,
+    jobs: Mapping[str, TrainOptions],
+    base: Base,
+    bank: Bank,
+    data: dict[str, JobData],
+    say: Callable[[str], None],
+    turn: Callable[[], AbstractContextManager[None]],
+) -> Setup:
+    """Add the adapters of the jobs and their parents to the bank, and make what runs them."""
+    made = [make_job(name, own, base, bank, data[name]) for name, own in jobs.items()]
+    load_parents(made, bank)
+    runner = FlatRunner(base.model)
+    if runner.kind != "flat":
+        say(f"rows are padded: {runner.reason}")
+    stepper = Stepper(runner, bank, {job.name: job.route for job in made if job.route}, turn=turn)
+    return Setup(options, base, bank, data, made, stepper)
 
 
 # Data

@@ -1,0 +1,44 @@
+"""A base that serves requests while jobs train on it, and the process's view of a run on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+from veneer.adapters import Bank
+from veneer.models.load import Base
+from veneer.training.loop.job import Job
+
+
+@dataclass(frozen=True)
+class SharedBase:
+    """A base in memory that others use at the same time, with the faster forms of its modules on it.
+
+    Attributes:
+        base: the base.
+        bank: its bank, to which a run adds its adapters and from which it removes them.
+        turn: a context that holds the model for one pass or one change of the bank; others run between two turns.
+    """
+
+    base: Base
+    bank: Bank
+    turn: Callable[[], AbstractContextManager[None]]
+
+
+class Watcher:
+    """Follows a run from the process that it runs in. The methods of this class do nothing."""
+
+    def started(self, jobs: list[Job]) -> None:
+        """The jobs are ready for their next step: new, or restored from a checkpoint."""
+
+    def line(self, job: Job, values: dict[str, Any]) -> None:
+        """A line of a job's metrics: a step or an evaluation."""
+
+    def checkpoint(self, jobs: list[Job]) -> None:
+        """The state of the jobs is about to be saved."""
+
+    def stopping(self) -> bool:
+        """Called after every round; True saves and stops the run."""
+        return False
