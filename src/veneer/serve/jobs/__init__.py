@@ -1,0 +1,1 @@
+"""Fine-tuning jobs of a server, trained on the base that serves."""

@@ -1,0 +1,1 @@
+"""The state of a server on disk: SQLite rows, uploaded files, keys."""
