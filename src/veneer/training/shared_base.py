@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from veneer.adapters import Bank
@@ -36,8 +37,12 @@ class Watcher:
     def line(self, job: Job, values: dict[str, Any]) -> None:
         """A line of a job's metrics: a step or an evaluation."""
 
-    def checkpoint(self, jobs: list[Job]) -> None:
-        """The state of the jobs is about to be saved."""
+    def checkpoint(self, job: Job, save: Callable[[Path], None]) -> None:
+        """The state of a job is about to be saved. ``save`` writes its present adapter as a folder."""
+
+    def saving(self) -> bool:
+        """Called after every round; True saves a checkpoint besides those that the options ask for."""
+        return False
 
     def stopping(self) -> bool:
         """Called after every round; True saves and stops the run."""

@@ -44,7 +44,7 @@ class Renderer:
         self.template = Template(tokenizer, source, self.options.template_options) if source is not None else None
         self._turns: dict[str, TurnFinder] = {}
         self._coverage: dict[str, Coverage] = {}
-        self._before, self._eos = _frame(tokenizer, self.encoder)
+        self._before, self._eos = frame(tokenizer, self.encoder)
 
     @property
     def stops(self) -> tuple[int, ...]:
@@ -284,7 +284,7 @@ def _blocks(rows: Iterable[Row | BadRow], most: int) -> Iterator[list[Row | BadR
         yield block
 
 
-def _frame(tokenizer: Any, encoder: Encoder) -> tuple[list[int], int | None]:
+def frame(tokenizer: Any, encoder: Encoder) -> tuple[list[int], int | None]:
     """The tokens that the tokenizer puts before a text (usually one begin token), and its end-of-text token."""
     plain = encoder.plain_ids("a")
     full = list(tokenizer("a", verbose=False)["input_ids"])

@@ -47,8 +47,16 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
 class Database:
     """A database file. Its methods may be called from any thread."""
 
-    def __init__(self, file: Path, migrations: tuple[tuple[str, ...], ...] = MIGRATIONS) -> None:
+    def __init__(
+        self, file: Path, *, durable: bool = True, migrations: tuple[tuple[str, ...], ...] = MIGRATIONS
+    ) -> None:
         """Open the file, which is created if it does not exist, and bring its schema up to date.
+
+        Args:
+            file: the file.
+            durable: a transaction is on the disk when it is over. Otherwise a killed process loses nothing, and a power failure may
+                undo the last transactions.
+            migrations: see `MIGRATIONS`.
 
         Raises:
             CheckpointError: the file cannot be opened, or a newer version of Veneer wrote it.
@@ -58,7 +66,11 @@ class Database:
         try:
             self._connection = sqlite3.connect(file, timeout=30, isolation_level=None, check_same_thread=False)
             self._connection.row_factory = sqlite3.Row
-            for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
+            for pragma in (
+                "journal_mode = WAL",
+                f"synchronous = {'FULL' if durable else 'NORMAL'}",
+                "foreign_keys = ON",
+            ):
                 self._connection.execute(f"PRAGMA {pragma}")
             self._migrate(migrations)
         except sqlite3.Error as error:
@@ -90,8 +102,7 @@ class Database:
                 yield
                 self._connection.execute("COMMIT")
             except BaseException:
-                if self._connection.in_transaction:
-                    self._connection.execute("ROLLBACK")
+                self._connection.rollback()  # nothing if SQLite has rolled back itself, as when the disk is full
                 raise
 
     def run(self, sql: str, *values: Any) -> int:

@@ -28,7 +28,7 @@ class FileStore:
     def __init__(self, database: Database, folder: Path) -> None:
         """``folder`` is created if it does not exist; unfinished uploads of a killed server are removed from it."""
         self._database = database
-        self._folder = folder
+        self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         known = {self.path(row).name for row in database.rows("SELECT * FROM files")}
         for left in folder.iterdir():
@@ -38,7 +38,7 @@ class FileStore:
     def path(self, row: dict[str, Any]) -> Path:
         """Where a file's content is. The suffix tells its format."""
         suffix = Path(row["filename"]).suffix.lower()
-        return self._folder / f"{row['id']}{suffix if suffix in _SUFFIXES else ''}"
+        return self.folder / f"{row['id']}{suffix if suffix in _SUFFIXES else ''}"
 
     async def receive(
         self,
@@ -99,7 +99,7 @@ class FileStore:
         """Put a finished file in its place, and then into the table."""
         sync(beside)
         beside.replace(self.path(row))
-        sync(self._folder)
+        sync(self.folder)
         keys = ("id", "filename", "purpose", "bytes", "sha256", "created_at", "expires_at")
         self._database.run(
             f"INSERT INTO files ({', '.join(keys)}) VALUES ({', '.join('?' * len(keys))})", *(row[key] for key in keys)

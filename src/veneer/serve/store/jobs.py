@@ -14,6 +14,7 @@ import json
 import secrets
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +59,10 @@ class JobStore:
 
     def __init__(self, database: Database) -> None:
         self._database = database
+
+    def together(self) -> AbstractContextManager[None]:
+        """A context whose changes are committed together."""
+        return self._database.transaction()
 
     def repeated(self, creation: Creation) -> tuple[dict[str, Any] | None, bool]:
         """The job that an earlier request with the same content created, and whether an idempotency key was used for another content."""
@@ -157,6 +162,10 @@ class JobStore:
         """Jobs in any of these statuses, oldest first."""
         marks = ", ".join("?" * len(statuses))
         return self._database.rows(f"SELECT * FROM jobs WHERE status IN ({marks}) ORDER BY number", *statuses)
+
+    def statuses(self) -> list[str]:
+        """The status of every job."""
+        return [row["status"] for row in self._database.rows("SELECT status FROM jobs")]
 
     def page(self, metadata: Mapping[str, str], **page: Any) -> tuple[list[dict[str, Any]], bool] | None:
         """A page of jobs whose metadata has all of these values; see `Database.page`."""

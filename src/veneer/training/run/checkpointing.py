@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -147,11 +148,15 @@ class Saver:
             return "no state of it was saved yet"
         return f"its state of step {job.progress.step} is kept in checkpoints/"
 
+    def write_adapter(self, job: Job, path: Path) -> None:
+        """Write a job's present adapter as a folder. Raises OSError or CheckpointError if it cannot be written."""
+        self.bank.save(job.name, path, base_name=self.base_name, receipt=self.receipt(job), template=job.template)
+
     def save_adapter(self, job: Job, *, best: bool) -> str | None:
         """Write a job's adapter folder; returns the problem if there is one."""
         path = self.folder.best(job.name) if best else self.folder.adapter(job.name)
         try:
-            self.bank.save(job.name, path, base_name=self.base_name, receipt=self.receipt(job), template=job.template)
+            self.write_adapter(job, path)
         except (OSError, VeneerError) as error:
             if not best:
                 self.unsaved[job.name] = str(error)

@@ -187,7 +187,7 @@ class Recorder(Listener):
         self.rounds += 1
         self.stopped |= self.watcher.stopping()
         every, minutes = self.jobs[0].options.save_every, self.jobs[0].options.checkpoint_minutes
-        due = self._urgent or (every is not None and self.rounds - self._saved_at >= every)
+        due = self._urgent or self.watcher.saving() or (every is not None and self.rounds - self._saved_at >= every)
         due |= minutes is not None and time.monotonic() - self._saved_time >= 60 * minutes
         if due or self.stopped or not any(job.running for job in self.jobs):
             self.checkpoint()
@@ -200,7 +200,9 @@ class Recorder(Listener):
         self._fail_non_finite_jobs()
         self.event("checkpoint", round=self.rounds)
         try:
-            self.watcher.checkpoint([job for job in self.jobs if job.name not in self.saver.lost])
+            for job in self.jobs:
+                if job.name not in self.saver.lost:
+                    self.watcher.checkpoint(job, partial(self.saver.write_adapter, job))
             self.saver.checkpoint(self.jobs, self.rounds)
             self._control.forget()
             self.saved, self._urgent = True, False

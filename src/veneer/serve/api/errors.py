@@ -1,0 +1,156 @@
+"""Errors as clients see them: ``{"error": {message, type, param, code}}`` with a status.
+
+Whatever a route raises becomes one of these. A cause that is no ``VeneerError`` is a defect; the client learns the request's id only.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sqlite3
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from veneer.errors import AdapterError, ConfigError, DataError, EngineBusyError, ServeError, VeneerError
+from veneer.serve.jobs.options import RequestError
+from veneer.serve.registry import UnknownModelError
+
+_log = logging.getLogger(__name__)
+_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    409: "conflict_error",
+    429: "rate_limit_error",
+}
+RETRY_AFTER = 1
+"""Seconds after which a client may send a refused request again."""
+
+
+class ApiError(Exception):
+    """An answer that is an error."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.param = param
+        self.code = code
+        self.headers = dict(headers or {})
+
+    def body(self) -> dict[str, Any]:
+        """The envelope."""
+        kind = _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> JSONResponse:
+        """The response."""
+        return JSONResponse(self.body(), self.status, headers=self.headers)
+
+
+class ClientGoneError(Exception):
+    """The client closed the connection, so nobody waits for the answer."""
+
+
+class BrokenAnswerError(Exception):
+    """An answer that began cannot be completed; the connection is cut."""
+
+
+def invalid(message: str, param: str | None, code: str = "invalid_value") -> ApiError:
+    """A request that cannot be honoured because of one parameter."""
+    return ApiError(400, message, param=param, code=code)
+
+
+def not_found(what: str, name: str, param: str = "id") -> ApiError:
+    """A name or id that nothing has."""
+    shown = name if len(name) <= 80 else f"{name[:77]}..."
+    return ApiError(404, f"there is no {what} {shown!r}", param=param, code="not_found")
+
+
+def as_api_error(error: BaseException, request_id: str = "") -> ApiError:
+    """The answer to an exception."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, UnknownModelError):
+        return ApiError(404, str(error), param="model", code="model_not_found")
+    if isinstance(error, RequestError):
+        return invalid(str(error), error.param, error.code)
+    if isinstance(error, EngineBusyError):
+        return ApiError(429, str(error), code="engine_busy", headers={"retry-after": str(RETRY_AFTER)})
+    if isinstance(error, ServeError):
+        return ApiError(503, str(error), code="unavailable", headers={"retry-after": str(RETRY_AFTER)})
+    if isinstance(error, ConfigError):
+        named = re.match(r"([a-z_]+)\b", str(error))
+        return invalid(str(error), named.group(1) if named else None)
+    if isinstance(error, (DataError, AdapterError)):
+        return invalid(str(error), None)
+    if isinstance(error, VeneerError):
+        return ApiError(500, str(error), code="server_error")
+    if isinstance(error, OSError) or (isinstance(error, sqlite3.OperationalError) and "full" in str(error)):
+        reason = getattr(error, "strerror", None) or str(error)
+        return ApiError(507, f"the server cannot write to its disk: {reason}; free some space on it", code="disk")
+    _log.error("request %s failed", request_id, exc_info=error)
+    return ApiError(
+        500, f"the server had an error; its log has the details of request {request_id}", code="server_error"
+    )
+
+
+def install(app: FastAPI) -> None:
+    """Answer every exception of an application with an envelope."""
+
+    async def answer(request: Request, error: Exception) -> JSONResponse:
+        return as_api_error(error, request.scope.get("request_id", "")).response()
+
+    async def http_error(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)
+        if error.status_code == 404:
+            text, code = f"there is no route {request.method} {request.url.path}", "not_found"
+        elif error.status_code == 405:
+            text, code = f"{request.url.path} does not take {request.method}", "method_not_allowed"
+        else:
+            text, code = str(error.detail), "invalid_request"
+        return ApiError(error.status_code, text, code=code, headers=error.headers).response()
+
+    async def not_valid(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RequestValidationError)
+        return _first_problem(error).response()
+
+    async def gone(request: Request, error: Exception) -> Response:
+        return Response(status_code=499)
+
+    app.add_exception_handler(ClientGoneError, gone)
+    for kind in (ApiError, VeneerError, OSError, sqlite3.Error):
+        app.add_exception_handler(kind, answer)
+    app.add_exception_handler(HTTPException, http_error)
+    app.add_exception_handler(RequestValidationError, not_valid)
+
+
+def _first_problem(error: RequestValidationError) -> ApiError:
+    """The first problem of a request whose types are wrong, with the name of the parameter."""
+    found = error.errors()[0]
+    location = [part for part in found["loc"] if part not in ("body", "query", "path")]
+    # Members of unions are named after the parameter, in words that no client has sent.
+    keys = [part for part in location if isinstance(part, int) or re.fullmatch(r"[a-z_0-9]+", str(part))]
+    keys = [key for key in keys if key not in ("str", "int", "float", "bool", "none")]
+    param = ".".join(map(str, keys)) or None
+    if found["type"] == "extra_forbidden":
+        return invalid(f"unknown parameter {param}; it is not supported", param, "unknown_parameter")
+    if found["type"] == "missing":
+        return invalid(f"{param or 'the body'} is missing", param, "missing_parameter")
+    if found["type"] == "json_invalid":
+        return invalid("the body is not valid JSON", None, "invalid_json")
+    message = found["msg"].removeprefix("Value error, ")
+    message = re.sub(r"^Input should be", "expected", message)
+    return invalid(f"{param or 'the body'}: {message}", param)

@@ -1,0 +1,143 @@
+"""Requests to the engine from the event loop: their events in one queue, ended when the client goes away."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from starlette.requests import Request
+
+from veneer.errors import ServeError, VeneerError
+from veneer.serve.api.errors import ClientGoneError
+from veneer.serve.engine.request import Event, Finished, GenerationEngine, GenerationRequest, Usage
+
+T = TypeVar("T")
+
+
+class RequestTimeoutError(ServeError):
+    """An answer that takes longer than a limit."""
+
+
+@dataclass(frozen=True)
+class UsageSum:
+    """Token counts of an answer: prompts count once, whatever their choices."""
+
+    prompt: int
+    completion: int
+    cached: int
+
+    @classmethod
+    def of(cls, usages: Sequence[Usage], choices: int) -> UsageSum:
+        """The sum over requests, of which ``choices`` each share a prompt."""
+        prompts = usages[::choices]
+        return cls(
+            sum(usage.prompt_tokens for usage in prompts),
+            sum(usage.completion_tokens for usage in usages),
+            sum(usage.cached_tokens for usage in prompts),
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """As clients read it."""
+        return {
+            "prompt_tokens": self.prompt,
+            "completion_tokens": self.completion,
+            "total_tokens": self.prompt + self.completion,
+            "prompt_tokens_details": {"cached_tokens": self.cached},
+        }
+
+
+class Generation:
+    """The requests of one answer. Whoever submits them calls `cancel` at the end, which ends those that still run."""
+
+    def __init__(self, engine: GenerationEngine, requests: Sequence[GenerationRequest], *, seconds: float) -> None:
+        """``seconds``: longest time until the last event."""
+        tag = secrets.token_hex(8)
+        self.requests = [replace(request, id=f"{tag}-{i}") for i, request in enumerate(requests)]
+        self.finished: dict[int, Finished] = {}
+        self._engine = engine
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self._until = self._loop.time() + seconds
+        self._submitted = 0
+
+    def submit(self) -> None:
+        """Submit the requests. Raises what `GenerationEngine.submit` raises; then none of them runs."""
+        try:
+            for number, request in enumerate(self.requests):
+                self._engine.submit(request, self._receiver(number))
+                self._submitted += 1
+        except BaseException:
+            self.cancel()
+            raise
+
+    def cancel(self) -> None:
+        """End the requests that still run."""
+        for number, request in enumerate(self.requests[: self._submitted]):
+            if number not in self.finished:
+                self._engine.cancel(request.id)
+
+    def _receiver(self, number: int) -> Any:
+        def receive(event: Event) -> None:  # on the engine's thread
+            if not self._loop.is_closed():
+                self._loop.call_soon_threadsafe(self._events.put_nowait, (number, event))
+
+        return receive
+
+    async def events(self, *, quiet: float | None = None) -> AsyncIterator[tuple[int, Event] | None]:
+        """(number of the request, event) until all have finished.
+
+        Args:
+            quiet: yield None after so many seconds without an event.
+
+        Raises:
+            RequestTimeoutError: the time is over.
+        """
+        while len(self.finished) < len(self.requests):
+            left = self._until - self._loop.time()
+            try:
+                number, event = await asyncio.wait_for(self._events.get(), left if quiet is None else min(left, quiet))
+            except TimeoutError:
+                if self._loop.time() >= self._until:
+                    raise RequestTimeoutError("the answer took too long and was cut") from None
+                yield None
+                continue
+            if isinstance(event, Finished):
+                self.finished[number] = event
+            yield number, event
+
+    def usage(self, choices: int) -> UsageSum:
+        """Token counts of the finished requests."""
+        return UsageSum.of([self.finished[number].usage for number in sorted(self.finished)], choices)
+
+
+def failure(event: Finished) -> VeneerError | None:
+    """The error of a request that did not end by itself, or None."""
+    if event.reason == "error":
+        return event.error or ServeError("the engine could not answer the request")
+    if event.reason == "cancelled":
+        return ServeError("the request was cancelled, since the server stops")
+    return None
+
+
+async def while_connected(request: Request, work: Awaitable[T]) -> T:
+    """The result of ``work``, which is cancelled as soon as the client goes away. Raises ClientGoneError then."""
+    task: asyncio.Future[T] = asyncio.ensure_future(work)
+    gone: asyncio.Future[Any] = asyncio.ensure_future(disconnected(request))
+    try:
+        await asyncio.wait([task, gone], return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGoneError
+        return task.result()
+    finally:
+        for one in (task, gone):
+            one.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def disconnected(request: Request) -> None:
+    """Return when the client has gone away."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,19 @@
+"""What a queue of jobs asks of the server: to answer requests with the models that jobs make."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+
+class Publisher(Protocol):
+    """Makes models of jobs available to requests."""
+
+    def publish(self, name: str, folder: Path, job_id: str) -> None:
+        """Serve the adapter of a job that has finished training. Called again with the same values after a restart."""
+
+    def publish_checkpoint(self, name: str, step: int, folder: Path) -> None:
+        """Serve a checkpoint of a job."""
+
+    def withdraw_checkpoint(self, name: str, step: int) -> None:
+        """Refuse new requests for a checkpoint, whose folder is about to be deleted."""
