@@ -45,6 +45,7 @@ COMMANDS = {
     "export": "convert an adapter for another program, or write its model card",
     "data check": "check a file of examples for problems",
     "data show": "show examples with the trained tokens marked",
+    "serve": "serve a base with its adapters over the OpenAI API, and train more of them",
     "runs": "list training runs; pause, resume or cancel their jobs",
     "config schema": "print the JSON Schema of the training options",
     "models": "list the base models on this machine",

@@ -153,6 +153,17 @@ class ModelRegistry:
         shown = model if len(model) <= 80 else f"{model[:77]}..."
         return UnknownModelError(f"there is no model {shown!r}; GET /v1/models lists the models")
 
+    def folder_of(self, model: str) -> Path | None:
+        """The folder of the adapter that a model's name means; None for the base. Raises UnknownModelError."""
+        mix = self.mix_of(model)
+        if not mix:
+            return None
+        checkpoint = _CHECKPOINT.fullmatch(model)
+        if checkpoint is not None and (job := self._jobs.by_name(checkpoint.group(1))) is not None:
+            return self._jobs_folder / job["id"] / "models" / f"step-{checkpoint.group(2)}"
+        row = self._row(model)
+        return None if row is None else Path(row["folder"])
+
     def mix_of(self, model: str) -> Mix:
         """The mix that a model's name means; empty for the base. Raises UnknownModelError."""
         if model in self._base_names:

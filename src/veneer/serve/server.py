@@ -98,14 +98,12 @@ class Server:
             database = Database(options.state / "state.db")
             stack.callback(database.close)
             files, jobs = FileStore(database, options.state / "files"), JobStore(database)
-            progress = Database(options.state / "state.db", durable=False)
-            stack.callback(progress.close)
             self.registry = ModelRegistry(
                 database, jobs, engine, base_name=base.name, folder=options.adapters, jobs_folder=options.state / "jobs"
             )
             shared = SharedBase(base, bank, engine.exclusive)
             self.queue = JobQueue(
-                JobStore(progress), files, shared, options.state / "jobs", self.registry, parallel=options.parallel_jobs
+                jobs, files, shared, options.state / "jobs", self.registry, parallel=options.parallel_jobs
             )
             self.problems = self.registry.restore()
             self.context = ApiContext(

@@ -21,6 +21,7 @@ from veneer.serve.store.jobs import OVER, Creation, JobStore
 from veneer.training.shared_base import SharedBase
 
 SHORT = {
+    "model": "base",
     "adapter": {"r": 2, "lora_dropout": 0.1},
     "training": {"steps": 12, "learning_rate": 1e-2, "warmup_steps": 3, "save_every": 4},
     "method": {"type": "supervised", "supervised": {"hyperparameters": {"batch_size": 2}}},
@@ -34,6 +35,10 @@ class Published:
     def __init__(self) -> None:
         self.models: dict[str, Path] = {}
         self.checkpoints: dict[tuple[str, int], Path] = {}
+
+    def folder_of(self, model: str) -> Path | None:
+        """The base, or a published model."""
+        return None if model == "base" else self.models[model]
 
     def publish(self, name: str, folder: Path, job_id: str) -> None:
         """Remember the model."""

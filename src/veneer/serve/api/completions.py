@@ -112,6 +112,7 @@ def _plan(context: ApiContext, parameters: CompletionRequest) -> CompletionPlan:
         vocabulary=context.engine.vocabulary,
         max_tokens=max_tokens,
         logprobs=parameters.logprobs,
+        logprobs_name="logprobs",
         prompt_logprobs=0 if max_tokens == 0 and scored is None else scored,
     )
     return CompletionPlan(

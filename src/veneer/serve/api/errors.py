@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import re
 import sqlite3
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -115,6 +115,8 @@ def install(app: FastAPI) -> None:
 
     async def http_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
+        if isinstance(error.__cause__, ApiError):  # raised while FastAPI read the body
+            return error.__cause__.response()
         if error.status_code == 404:
             text, code = f"there is no route {request.method} {request.url.path}", "not_found"
         elif error.status_code == 405:
@@ -139,18 +141,27 @@ def install(app: FastAPI) -> None:
 
 def _first_problem(error: RequestValidationError) -> ApiError:
     """The first problem of a request whose types are wrong, with the name of the parameter."""
-    found = error.errors()[0]
-    location = [part for part in found["loc"] if part not in ("body", "query", "path")]
-    # Members of unions are named after the parameter, in words that no client has sent.
-    keys = [part for part in location if isinstance(part, int) or re.fullmatch(r"[a-z_0-9]+", str(part))]
-    keys = [key for key in keys if key not in ("str", "int", "float", "bool", "none")]
-    param = ".".join(map(str, keys)) or None
+    problems = [(_parameter(detail["loc"]), detail) for detail in error.errors()]
+    param, found = problems[0]
+    name = param or "the body"
     if found["type"] == "extra_forbidden":
-        return invalid(f"unknown parameter {param}; it is not supported", param, "unknown_parameter")
+        return invalid(f"unknown parameter {name}; it is not supported", param, "unknown_parameter")
     if found["type"] == "missing":
-        return invalid(f"{param or 'the body'} is missing", param, "missing_parameter")
+        return invalid(f"{name} is missing", param, "missing_parameter")
     if found["type"] == "json_invalid":
         return invalid("the body is not valid JSON", None, "invalid_json")
-    message = found["msg"].removeprefix("Value error, ")
-    message = re.sub(r"^Input should be", "expected", message)
-    return invalid(f"{param or 'the body'}: {message}", param)
+    messages = [
+        re.sub(r"^Input should be |^Value error, ", "", detail["msg"]) for other, detail in problems if other == param
+    ]
+    return invalid(f"{name}: expected {' or '.join(dict.fromkeys(messages))}", param)
+
+
+def _parameter(location: Sequence[int | str]) -> str | None:
+    """The name of a parameter, without the parts that name members of unions."""
+    keys = [str(key) for key in location if key not in ("body", "query", "path")]
+    known = [
+        key
+        for key in keys
+        if re.fullmatch(r"[a-z_0-9]{1,64}", key) and key not in ("str", "int", "float", "bool", "none")
+    ]
+    return ".".join(known) or None

@@ -102,10 +102,6 @@ def _create(context: ApiContext, request: Request, parameters: JobRequest) -> di
         )
     if known is not None:
         return known
-    if context.registry.mix_of(parameters.model):
-        raise invalid(
-            f"model: jobs train on the base; give {context.registry.base_id!r}", "model", "model_not_trainable"
-        )
     waiting = len(context.jobs.with_status("validating_files", "queued", "running", "paused"))
     if waiting >= context.limits.jobs:
         raise ApiError(429, f"there are {waiting} jobs already", code="too_many_jobs", headers={"retry-after": "60"})
@@ -153,6 +149,7 @@ def _check(context: ApiContext, parameters: JobRequest, given: dict[str, Any]) -
         base=context.base,
         data=data,
         valid=valid,
+        start=context.registry.folder_of(parameters.model),
         out=context.queue.folder / "unused",
         seed=parameters.seed or 0,
     )
@@ -225,7 +222,7 @@ def _shown(context: ApiContext, job: dict[str, Any]) -> dict[str, Any]:
         "finished_at": job["finished_at"],
         "estimated_finish": finish,
         "status": job["status"],
-        "model": context.registry.base_id,
+        "model": request["model"],
         "fine_tuned_model": job["name"] if job["status"] == "succeeded" else None,
         "organization_id": "veneer",
         "training_file": job["training_file"],

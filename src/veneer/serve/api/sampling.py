@@ -27,9 +27,10 @@ def sampling_params(
     max_tokens: int | None,
     logprobs: int | None,
     prompt_logprobs: int | None = None,
+    logprobs_name: str = "top_logprobs",
     grammar: Grammar | None = None,
 ) -> SamplingParams:
-    """The sampling parameters of a request's first choice.
+    """The sampling parameters of a request's first choice. ``logprobs_name``: the parameter that gives ``logprobs``.
 
     Raises:
         ApiError: one of them cannot be honoured; names it.
@@ -44,7 +45,7 @@ def sampling_params(
         stop_token_ids=tuple(parameters.stop_token_ids or ()),
         stop=_stops(parameters.stop, limits),
         logit_bias=_biases(parameters.logit_bias or {}, limits),
-        logprobs=_bounded("top_logprobs", logprobs, limits.top_logprobs),
+        logprobs=_bounded(logprobs_name, logprobs, limits.top_logprobs),
         prompt_logprobs=prompt_logprobs,
         grammar=grammar,
     )

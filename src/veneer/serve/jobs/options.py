@@ -20,7 +20,16 @@ from veneer.errors import ConfigError, VeneerError
 from veneer.models.load import Base
 from veneer.training.run.setup import default_rate
 
-_PATHS = ("data", "valid", "chat_template", "init_from", "on_top_of", "orthogonal_to", "orthogonal", "orthogonal_weight")
+_PATHS = (
+    "data",
+    "valid",
+    "chat_template",
+    "init_from",
+    "on_top_of",
+    "orthogonal_to",
+    "orthogonal",
+    "orthogonal_weight",
+)
 _ELSEWHERE = ("name", "seed", "batch_size", "epochs")
 ADAPTER = tuple(AdapterOptions.model_fields)
 TRAINING = (
@@ -40,7 +49,15 @@ class RequestError(VeneerError, ValueError):
 
 
 def job_options(
-    request: Mapping[str, Any], *, name: str, base: Base, data: Path, valid: Path | None, out: Path, seed: int
+    request: Mapping[str, Any],
+    *,
+    name: str,
+    base: Base,
+    data: Path,
+    valid: Path | None,
+    start: Path | None,
+    out: Path,
+    seed: int,
 ) -> TrainOptions:
     """The options of a job.
 
@@ -49,6 +66,7 @@ def job_options(
         name: name of the adapter.
         base: the base of the server.
         data, valid: the files of examples.
+        start: the folder of the adapter that training starts from; None starts a new one.
         out: the folder of the run.
         seed: the job's seed.
 
@@ -58,10 +76,17 @@ def job_options(
     adapter, training = dict(request.get("adapter") or {}), dict(request.get("training") or {})
     _check_names(adapter, ADAPTER, "adapter")
     _check_names(training, TRAINING, "training")
+    if start is not None and adapter:
+        raise RequestError(
+            "adapter: the job starts from an adapter, whose options it keeps; leave them out, or give the base as the model",
+            "adapter",
+        )
     _checked(lambda: AdapterOptions(**adapter), "adapter")
     common: dict[str, Any] = {"base": base.name, "data": (data,), "out": out, "name": name, "seed": seed, "plan": False}
     if valid is not None:
         common["valid"] = (valid,)
+    if start is not None:
+        common["init_from"] = start
     found = _checked(lambda: TrainOptions(**{**common, **adapter, **training}), "training")
     done: TrainOptions = _checked(lambda: _with_hyperparameters(found, request, base, training), "hyperparameters")
     return done

@@ -9,6 +9,9 @@ from typing import Protocol
 class Publisher(Protocol):
     """Makes models of jobs available to requests."""
 
+    def folder_of(self, model: str) -> Path | None:
+        """The folder of the adapter that a model's name means; None for the base. Raises ServeError if there is none."""
+
     def publish(self, name: str, folder: Path, job_id: str) -> None:
         """Serve the adapter of a job that has finished training. Called again with the same values after a restart."""
 

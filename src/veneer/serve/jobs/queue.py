@@ -166,6 +166,7 @@ class JobQueue:
             base=self.shared.base,
             data=data,
             valid=valid,
+            start=self.publisher.folder_of(json.loads(job["request"])["model"]),
             out=self.out_of(job["id"]),
             seed=job["seed"],
         )

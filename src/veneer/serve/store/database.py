@@ -47,16 +47,8 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
 class Database:
     """A database file. Its methods may be called from any thread."""
 
-    def __init__(
-        self, file: Path, *, durable: bool = True, migrations: tuple[tuple[str, ...], ...] = MIGRATIONS
-    ) -> None:
+    def __init__(self, file: Path, migrations: tuple[tuple[str, ...], ...] = MIGRATIONS) -> None:
         """Open the file, which is created if it does not exist, and bring its schema up to date.
-
-        Args:
-            file: the file.
-            durable: a transaction is on the disk when it is over. Otherwise a killed process loses nothing, and a power failure may
-                undo the last transactions.
-            migrations: see `MIGRATIONS`.
 
         Raises:
             CheckpointError: the file cannot be opened, or a newer version of Veneer wrote it.
@@ -68,7 +60,7 @@ class Database:
             self._connection.row_factory = sqlite3.Row
             for pragma in (
                 "journal_mode = WAL",
-                f"synchronous = {'FULL' if durable else 'NORMAL'}",
+                "synchronous = FULL",
                 "foreign_keys = ON",
             ):
                 self._connection.execute(f"PRAGMA {pragma}")

@@ -1,0 +1,163 @@
+"""``veneer serve --base MODEL --adapters DIR``: the OpenAI API over one base, with every adapter as a model.
+
+Clients also upload files and start fine-tuning jobs, which train on the same base while it serves. Ctrl-C saves the running jobs and
+stops; the same command goes on with them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from veneer._terminal import note, status
+from veneer.cli._parser import add_dtype, at_least, number
+from veneer.errors import ConfigError
+
+if TYPE_CHECKING:
+    from veneer.serve.server import Server
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("--base", default="smollm2-135m", metavar="MODEL", help="base model (default: smollm2-135m)")
+    parser.add_argument("--adapters", type=Path, metavar="DIR", help="folder of adapters and runs to serve")
+    parser.add_argument(
+        "--state",
+        type=Path,
+        default=Path("veneer-state"),
+        metavar="DIR",
+        help="folder for keys, files and jobs (default: veneer-state)",
+    )
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on; others than the loopback address need a key (default: 127.0.0.1)",
+    )
+    parser.add_argument(
+        "--port", type=at_least(0), default=8000, help="port to listen on; 0 takes a free one (default: 8000)"
+    )
+    parser.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME[:PORT]",
+        help="also answer under this host name, such as that of a proxy; repeat for several",
+    )
+    parser.add_argument(
+        "--key-file",
+        type=Path,
+        metavar="FILE",
+        help="file with VENEER_API_KEY=... and VENEER_ADMIN_KEY=... (default: the environment, else generated keys)",
+    )
+    parser.add_argument(
+        "--jobs", type=at_least(1), default=2, metavar="N", help="fine-tuning jobs that run at once (default: 2)"
+    )
+    parser.add_argument(
+        "--training-share",
+        type=number("more than 0 and less than 1", lambda value: 0 < value < 1),
+        default=0.5,
+        metavar="F",
+        help="part of the time that jobs may take while requests run (default: 0.5)",
+    )
+    parser.add_argument(
+        "--cache-tokens",
+        type=at_least(16),
+        metavar="N",
+        help="tokens whose keys and values are kept (default: four contexts)",
+    )
+    parser.add_argument(
+        "--max-waiting", type=at_least(1), default=10_000, metavar="N", help="requests that may wait (default: 10000)"
+    )
+    parser.add_argument(
+        "--drain",
+        type=number("0 or more", lambda value: value >= 0),
+        default=10.0,
+        metavar="SECONDS",
+        help="time for running answers when the server stops (default: 10)",
+    )
+    parser.add_argument("--device", default="cpu", help="device of the base, such as cpu or cuda (default: cpu)")
+    parser.add_argument("--log-requests", action="store_true", help="log a line per request, without its text")
+    add_dtype(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until a signal."""
+    try:
+        import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            f"veneer serve needs {error.name}, which is not installed; install it with: pip install 'veneer[serve]'"
+        ) from None
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(message)s")
+    logging.getLogger("veneer.serve.access").setLevel(logging.INFO if args.log_requests else logging.WARNING)
+    with status(f"loading {args.base}"):
+        server = _server(args)
+    print(start_screen(server), flush=True)
+    server.run()
+    return 0
+
+
+def _server(args: argparse.Namespace) -> Server:
+    from veneer.checkpoints import attach
+    from veneer.models.fast_modules import fuse
+    from veneer.models.load import load_base
+    from veneer.models.precision import fast_dtype
+    from veneer.serve.engine.engine import Engine, EngineLimits
+    from veneer.serve.server import ServeOptions, Server
+    from veneer.training.acceleration import use_cpp_kernels
+
+    if args.adapters is not None and not args.adapters.is_dir():
+        raise ConfigError(f"--adapters {args.adapters}: no such folder")
+    dtype = args.dtype
+    if dtype == "auto":
+        dtype = str(fast_dtype(args.device, "generate")).removeprefix("torch.")
+    base = load_base(args.base, dtype=dtype, device=args.device)
+    bank = attach(base.model)
+    use_cpp_kernels(note)
+    fuse(base.model)
+    limits = EngineLimits(
+        cache_tokens=args.cache_tokens, waiting=args.max_waiting, background_share=args.training_share
+    )
+    options = ServeOptions(
+        state=args.state,
+        adapters=args.adapters,
+        host=args.host,
+        port=args.port,
+        allow_hosts=tuple(args.allow_host),
+        key_file=args.key_file,
+        parallel_jobs=args.jobs,
+        drain_seconds=args.drain,
+    )
+    return Server(base, bank, Engine(base.model, base.tokenizer, bank, limits), options)
+
+
+def start_screen(server: Server) -> str:
+    """The lines that tell where the server is, what it serves, and how to call it."""
+    cards = [card for card in server.registry.cards() if ":" not in card.id]
+    names = [card.id for card in cards]
+    shown = ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
+    lines = [f"Veneer serves at {server.url}", f"  key      {server.keys.source}", f"  models   {shown}"]
+    lines += [f"  problem  {name}: {problem}" for name, problem in server.problems.items()]
+    waiting = len(server.context.jobs.with_status("validating_files", "queued", "running"))
+    if waiting:
+        lines.append(f"  jobs     {waiting} to go on with")
+    body = f'{{"model": "{names[-1]}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
+    lines += [
+        "",
+        f"  curl {server.url}/chat/completions -H \"Authorization: Bearer $VENEER_API_KEY\" -H 'Content-Type: application/json' \\",
+        f"    -d '{body}'",
+        "",
+        f'  client = openai.OpenAI(base_url="{server.url}", api_key=os.environ["VENEER_API_KEY"])',
+        f'  client.chat.completions.create(model="{names[-1]}", messages=[{{"role": "user", "content": "Hello"}}])',
+    ]
+    if str(server.options.state / "keys") in server.keys.source:
+        lines += [
+            "",
+            f"  set VENEER_API_KEY in your shell:  export $(grep VENEER_API_KEY {server.options.state / 'keys'})",
+        ]
+    return "\n".join(lines)
