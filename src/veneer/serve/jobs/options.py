@@ -20,7 +20,10 @@ from veneer.errors import ConfigError, VeneerError
 from veneer.models.load import Base
 from veneer.training.run.setup import default_rate
 
-_PATHS = (
+_NOT_HERE = (
+    "samples",
+    "sample_prompts",
+    "sample_tokens",
     "data",
     "valid",
     "chat_template",
@@ -33,7 +36,7 @@ _PATHS = (
 _ELSEWHERE = ("name", "seed", "batch_size", "epochs")
 ADAPTER = tuple(AdapterOptions.model_fields)
 TRAINING = (
-    *(name for name in TrainOptions.model_fields if name not in (*ADAPTER, *PER_RUN_OPTIONS, *_PATHS, *_ELSEWHERE)),
+    *(name for name in TrainOptions.model_fields if name not in (*ADAPTER, *PER_RUN_OPTIONS, *_NOT_HERE, *_ELSEWHERE)),
     "save_every",
 )
 """Options that a request may give under ``training``."""
