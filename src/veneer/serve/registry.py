@@ -160,9 +160,9 @@ class ModelRegistry:
             return None
         checkpoint = _CHECKPOINT.fullmatch(model)
         if checkpoint is not None and (job := self._jobs.by_name(checkpoint.group(1))) is not None:
-            return self._jobs_folder / job["id"] / "models" / f"step-{checkpoint.group(2)}"
+            return self._jobs_folder / str(job["id"]) / "models" / f"step-{checkpoint.group(2)}"
         row = self._row(model)
-        return None if row is None else Path(row["folder"])
+        return Path(str(row["folder"])) if row is not None else None
 
     def mix_of(self, model: str) -> Mix:
         """The mix that a model's name means; empty for the base. Raises UnknownModelError."""

@@ -25,7 +25,7 @@ from veneer.serve.api.app import create_app
 from veneer.serve.api.context import ApiContext
 from veneer.serve.api.metrics import ServeMetrics
 from veneer.serve.api.prompts import PromptRenderer
-from veneer.serve.api.token_text import TokenText
+from veneer.serve.api.token_names import TokenNames
 from veneer.serve.engine.request import GenerationEngine
 from veneer.serve.http import HttpServer, listen
 from veneer.serve.jobs.queue import JobQueue
@@ -112,7 +112,7 @@ class Server:
                 engine=engine,
                 registry=self.registry,
                 prompts=PromptRenderer(base.tokenizer, limits),
-                token_text=TokenText(base.tokenizer),
+                token_names=TokenNames(base.tokenizer),
                 files=files,
                 jobs=jobs,
                 queue=self.queue,

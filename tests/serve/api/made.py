@@ -10,12 +10,12 @@ from typing import Any
 
 import httpx2
 import openai
-from veneer.serve.engine.engine import Engine, EngineLimits
 
 from veneer.adapters import Method
 from veneer.checkpoints import attach
 from veneer.models.fast_modules import fuse
 from veneer.models.load import load_base
+from veneer.serve.engine.engine import Engine, EngineLimits
 from veneer.serve.limits import ServeLimits
 from veneer.serve.server import ServeOptions, Server
 

@@ -173,6 +173,7 @@ def test_half_requests_are_cut(server: Running) -> None:
     assert time.monotonic() - began < 4
 
 
+@pytest.mark.slow
 def test_slow_reader_is_cut(server: Running) -> None:
     """A client that reads nothing of a long answer loses its connection, and the engine its request."""
     wait(server.idle)

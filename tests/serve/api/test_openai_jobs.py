@@ -199,7 +199,7 @@ def test_routes_of_hosted_services_are_named(client: openai.OpenAI) -> None:
 
 def test_failed_job_tells_why(server: Running, client: openai.OpenAI, tmp_path: Path, monkeypatch: Any) -> None:
     """A file that is too large to be checked at once is checked when its job starts; the job fails with the report."""
-    monkeypatch.setattr("veneer.serve.api.fine_tuning.CHECKED_BYTES", 0)
+    monkeypatch.setattr("veneer.serve.api.routes.fine_tuning.CHECKED_BYTES", 0)
     rows = write_rows(tmp_path / "rows.jsonl", 3).read_bytes() + b'{"other": 1}\n'
     file = client.files.create(file=("rows.jsonl", rows), purpose="fine-tune").id
     job = client.fine_tuning.jobs.create(model="base", training_file=file, extra_body=SHORT)
@@ -211,6 +211,7 @@ def test_failed_job_tells_why(server: Running, client: openai.OpenAI, tmp_path: 
     assert client.fine_tuning.jobs.list_events(job.id).data[0].level == "error"
 
 
+@pytest.mark.slow
 def test_restarted_server_has_models_and_jobs(place: Path, tmp_path: Path) -> None:
     """Jobs that were queued and running, their files and finished models are there after a restart."""
     first = Running(place / "base", tmp_path / "state", parallel_jobs=1)

@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,14 @@ SHORT = {
     "method": {"type": "supervised", "supervised": {"hyperparameters": {"batch_size": 2}}},
 }
 """A request for a short job."""
+
+
+def wait(condition: Callable[[], object], seconds: float = 60) -> None:
+    """Wait until a condition holds."""
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "the condition does not come true"
+        time.sleep(0.005)
 
 
 class Published:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.serve.jobs.made import SHORT, Jobs
+from tests.serve.jobs.made import SHORT, Jobs, wait
 from tests.training.made import QUIET
 
 from veneer.models.load import Base, load_base
@@ -87,21 +87,19 @@ def test_jobs_side_by_side_do_not_change_each_other(place: Path, tmp_path: Path,
 def test_paused_job_goes_on_where_it_stopped(place: Path, tmp_path: Path, jobs: Jobs) -> None:
     """Pausing saves and frees the place; resuming ends with the same bytes."""
     file = jobs.upload(place / "train.jsonl")
-    job = jobs.create(file, "long", training={**SHORT["training"], "steps": 40})
+    job = jobs.create(file, "long", training={**SHORT["training"], "steps": 20})
     jobs.wait(job, "running")
-    while jobs.store[job]["step"] < 3:
-        pass
+    wait(lambda: jobs.store[job]["step"] >= 3)
     assert jobs.store.move(job, "paused", "paused")
-    while jobs.queue.running:
-        pass
+    wait(lambda: not jobs.queue.running)
     step = jobs.store[job]["step"]
-    assert 3 <= step < 40
+    assert 3 <= step < 20
     assert jobs.store.move(job, "queued", "resumed")
     jobs.queue.wake()
     assert jobs.wait(job)["status"] == "succeeded"
     data = jobs.files.path(jobs.files.get(file) or {})
-    assert weights(jobs.published.models["long"]) == trained(place, tmp_path / "long", data, steps=40)
-    assert sum(message.startswith("Step ") for message in jobs.messages(job)) == 40
+    assert weights(jobs.published.models["long"]) == trained(place, tmp_path / "long", data, steps=20)
+    assert sum(message.startswith("Step ") for message in jobs.messages(job)) == 20
 
 
 def test_cancelled_job_stays_cancelled(place: Path, jobs: Jobs) -> None:
@@ -110,8 +108,7 @@ def test_cancelled_job_stays_cancelled(place: Path, jobs: Jobs) -> None:
     jobs.wait(job, "running")
     assert jobs.store.move(job, "cancelled", "cancelled")
     assert not jobs.store.move(job, "queued", "resumed")
-    while jobs.queue.running:
-        pass
+    wait(lambda: not jobs.queue.running)
     assert jobs.store[job]["status"] == "cancelled" and not jobs.published.models
 
 
@@ -120,17 +117,16 @@ def test_restarted_server_goes_on(place: Path, tmp_path: Path, base: Base) -> No
     first = Jobs(tmp_path / "state", base)
     first.queue.start()
     file = first.upload(place / "train.jsonl")
-    job = first.create(file, "sums", training={**SHORT["training"], "steps": 60})
+    job = first.create(file, "sums", training={**SHORT["training"], "steps": 24})
     first.wait(job, "running")
-    while first.store[job]["step"] < 2:
-        pass
+    wait(lambda: first.store[job]["step"] >= 2)
     first.close()
     second = Jobs(tmp_path / "state", base)
     assert second.store[job]["status"] == "running"
     second.queue.start()
     assert second.wait(job)["status"] == "succeeded"
     messages = second.messages(job)
-    assert sum(message.startswith("Step ") for message in messages) == 60
+    assert sum(message.startswith("Step ") for message in messages) == 24
     assert messages.count("The server was restarted; the job goes on from its last checkpoint") == 1
     second.close()
 

@@ -9,16 +9,16 @@ from starlette.types import ASGIApp
 
 from veneer._version import __version__
 from veneer.serve.api import errors
-from veneer.serve.api.chat import chat_routes
-from veneer.serve.api.completions import completion_routes
 from veneer.serve.api.context import ApiContext
-from veneer.serve.api.embeddings import embedding_routes
-from veneer.serve.api.files import file_routes
-from veneer.serve.api.fine_tuning import fine_tuning_routes
 from veneer.serve.api.guard import Guard
-from veneer.serve.api.health import health_routes
-from veneer.serve.api.models import model_routes
-from veneer.serve.api.tokens import token_routes
+from veneer.serve.api.routes.chat import chat_routes
+from veneer.serve.api.routes.completions import completion_routes
+from veneer.serve.api.routes.embeddings import embedding_routes
+from veneer.serve.api.routes.files import file_routes
+from veneer.serve.api.routes.fine_tuning import fine_tuning_routes
+from veneer.serve.api.routes.health import health_routes
+from veneer.serve.api.routes.models import model_routes
+from veneer.serve.api.routes.tokens import token_routes
 from veneer.serve.keys import Keys
 
 ROUTES = (

@@ -11,7 +11,7 @@ from veneer.serve.api.errors import ApiError, invalid
 from veneer.serve.api.metrics import ServeMetrics
 from veneer.serve.api.parameters import AdapterWeight
 from veneer.serve.api.prompts import PromptRenderer
-from veneer.serve.api.token_text import TokenText
+from veneer.serve.api.token_names import TokenNames
 from veneer.serve.engine.request import GenerationEngine, Mix
 from veneer.serve.jobs.queue import JobQueue
 from veneer.serve.limits import ServeLimits
@@ -32,7 +32,7 @@ class ApiContext:
     engine: GenerationEngine
     registry: ModelRegistry
     prompts: PromptRenderer
-    token_text: TokenText
+    token_names: TokenNames
     files: FileStore
     jobs: JobStore
     queue: JobQueue

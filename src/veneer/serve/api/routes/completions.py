@@ -18,7 +18,7 @@ from veneer.serve.api.event_stream import DONE, PING, PING_SECONDS, EventStream,
 from veneer.serve.api.generation import Generation, failure, while_connected
 from veneer.serve.api.parameters import CompletionRequest
 from veneer.serve.api.sampling import choices, each_choice, sampling_params
-from veneer.serve.api.token_text import finite
+from veneer.serve.api.token_names import finite
 from veneer.serve.engine.request import Event, Finished, GenerationRequest, PromptScored, TextDelta, TokenLogprob
 
 MAX_TOKENS = 16
@@ -56,7 +56,7 @@ class CompletionChoice:
 
     def add_token(self, context: ApiContext, token: int, entry: TokenLogprob | None) -> None:
         """Add a token with its log-probability; the first token of a prompt has none."""
-        text, _ = context.token_text(token)
+        text, _ = context.token_names(token)
         self.tokens.append(text)
         self.text_offset.append(self._characters)
         self._characters += len(text)
@@ -66,7 +66,7 @@ class CompletionChoice:
             return
         top: dict[str, float] = {}
         for other, logprob in (*entry.top, (entry.token, entry.logprob)):
-            name, _ = context.token_text(other)
+            name, _ = context.token_names(other)
             top[name] = max(top.get(name, -9999.0), finite(logprob))  # several tokens may have one text
         self.top_logprobs.append(top)
 

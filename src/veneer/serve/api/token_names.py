@@ -8,7 +8,7 @@ from typing import Any
 from veneer.serve.engine.request import TokenLogprob
 
 
-class TokenText:
+class TokenNames:
     """Texts and bytes of the tokens of one tokenizer."""
 
     def __init__(self, tokenizer: Any) -> None:

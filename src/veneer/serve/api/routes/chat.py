@@ -228,7 +228,7 @@ def _take(context: ApiContext, choice: ChatChoice, event: Event) -> tuple[Messag
     pieces, logprobs = MessagePieces(), []
     if isinstance(event, TextDelta):
         pieces = choice.parser.feed(event.text)
-        logprobs = [context.token_text.chat_entry(entry) for entry in event.logprobs]
+        logprobs = [context.token_names.chat_entry(entry) for entry in event.logprobs]
     elif isinstance(event, Finished):
         context.metrics.finished(event)
         if (error := failure(event)) is not None:

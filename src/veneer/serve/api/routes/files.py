@@ -12,8 +12,8 @@ from starlette.formparsers import MultiPartException
 
 from veneer.serve.api.context import ApiContext
 from veneer.serve.api.errors import ApiError, invalid, not_found
-from veneer.serve.api.models import NO_RETRY
 from veneer.serve.api.parameters import FilesQuery
+from veneer.serve.api.routes.models import NO_RETRY
 from veneer.serve.store.files import TooLargeError
 
 PURPOSES = ("fine-tune",)

@@ -15,9 +15,9 @@ from fastapi import APIRouter, Query, Request
 from veneer.errors import DataError
 from veneer.serve.api.context import ApiContext
 from veneer.serve.api.errors import ApiError, invalid, not_found
-from veneer.serve.api.files import as_page
-from veneer.serve.api.models import NO_RETRY
 from veneer.serve.api.parameters import JobRequest, PageQuery
+from veneer.serve.api.routes.files import as_page
+from veneer.serve.api.routes.models import NO_RETRY
 from veneer.serve.jobs.options import hyperparameters_of, job_options
 from veneer.serve.store.jobs import OVER, Creation
 from veneer.training.run.setup import context_of, load_data

@@ -11,11 +11,11 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
 
 from veneer.errors import ServeError
-from veneer.serve.api.completions import prompt_ids
 from veneer.serve.api.context import ApiContext
 from veneer.serve.api.errors import invalid
 from veneer.serve.api.generation import Generation, failure, while_connected
 from veneer.serve.api.parameters import EmbeddingRequest
+from veneer.serve.api.routes.completions import prompt_ids
 from veneer.serve.engine.request import Finished, GenerationRequest, SamplingParams
 
 

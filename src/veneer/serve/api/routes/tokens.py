@@ -6,10 +6,10 @@ from typing import Any
 
 from fastapi import APIRouter
 
-from veneer.serve.api.chat import adapter_template
 from veneer.serve.api.context import ApiContext
 from veneer.serve.api.errors import invalid
 from veneer.serve.api.parameters import DetokenizeRequest, TokenizeRequest
+from veneer.serve.api.routes.chat import adapter_template
 
 
 def token_routes(context: ApiContext) -> APIRouter:
@@ -33,7 +33,7 @@ def token_routes(context: ApiContext) -> APIRouter:
             ids = context.prompts.text(parameters.prompt or "", begin=parameters.add_special_tokens)
         found: dict[str, Any] = {"count": len(ids), "max_model_len": context.engine.context_length, "tokens": list(ids)}
         if parameters.return_token_strs:
-            found["token_strs"] = [context.token_text(token)[0] for token in ids]
+            found["token_strs"] = [context.token_names(token)[0] for token in ids]
         return found
 
     @router.post("/v1/detokenize")
