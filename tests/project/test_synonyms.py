@@ -90,7 +90,7 @@ def test_all_unknown_keys_of_a_file_are_answered_at_once(tmp_path: Path, capsys:
         ("finetune rows.jsonl", "did you mean veneer train?"),
         ("data validate x.jsonl", "did you mean veneer data check?"),
         ("infer runs/a hi", "did you mean veneer generate?"),
-        ("serve runs/a", "vLLM, llama.cpp or Ollama"),
+        ("deploy runs/a", "did you mean veneer serve?"),
         ("generate runs/a hi --max-new-tokens 9", "unknown option --max-new-tokens; did you mean --max-tokens?"),
         (
             "generate --model base --prompt hi",

@@ -132,9 +132,8 @@ COMMANDS: dict[str, str] = {
         "estimate memory": "plan",
         "schema": "config schema",
         "cli repl talk": "chat",
-        "serve server api webui webchat": "there is no server yet; merge the adapter or export it, and serve it with "
-        "vLLM, llama.cpp or Ollama",
         "awq dwq gptq quant": "quantize",
+        "server api deploy webui webchat": "serve",
         "upload push publish": "uploads are not supported; use hf upload",
         "version": "use veneer --version",
     }.items()

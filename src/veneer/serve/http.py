@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import signal
 import socket
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import h11
@@ -125,9 +128,23 @@ class HttpServer(uvicorn.Server):
         self._on_exit()
         await super().shutdown(sockets)
 
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Ctrl-C and SIGTERM begin to stop, a second cuts running answers. uvicorn's own form ends the process before jobs are saved."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
     def handle_exit(self, sig: int, frame: Any) -> None:
-        """Begin to stop; a second signal stops at once."""
-        super().handle_exit(sig, frame)
+        """Begin to stop, and at the second signal cut running answers."""
+        self.force_exit = self.should_exit
+        self.should_exit = True
 
 
 def _not_quiet(record: logging.LogRecord) -> bool:
