@@ -269,3 +269,26 @@ def test_a_stack_and_a_fused_parameter_name_their_parts() -> None:
     assert len(bank.add("b", LoRA(target_modules=("experts",))).tensors) == 12
     few = bank.add("c", LoRA(target_modules=("experts",), exclude_modules=("experts.gate_up_proj",))).tensors
     assert len(few) == 4
+
+
+def test_a_shared_factor_on_the_hidden_side() -> None:
+    """With shared_outer the experts of a stack train one A of gate_proj and up_proj each, and one B of down_proj."""
+    block, x = block_of("qwen3_moe"), inputs()
+    bank = attach(block, example={"hidden_states": x})
+    adapter = bank.add("a", DoRA(r=4, shared_outer=True, loraplus_lr_ratio=4.0))
+    for part, key in (("gate_proj", "lora_A"), ("up_proj", "lora_A"), ("down_proj", "lora_B")):
+        assert len({id(adapter.tensors[f"experts.{e}.{part}"][key]) for e in range(4)}) == 1
+        other = "lora_B" if key == "lora_A" else "lora_A"
+        assert len({id(adapter.tensors[f"experts.{e}.{part}"][other]) for e in range(4)}) == 4
+    assert len(bank.parameters("a")) == 3 * (1 + 4 + 4)
+    torch.optim.SGD(bank.parameter_groups("a", 0.1))
+    moved(bank, "a", 1)
+    x.requires_grad_()
+    with bank.use("a"):
+        found = out(block(x))
+    dense = block_of("qwen3_moe")
+    dense.load_state_dict(bank.merged_state_dict("a"))
+    assert (found - out(dense(x))).norm() <= 1e-6 * found.norm()
+    found.square().sum().backward()
+    grad = adapter.tensors["experts.0.gate_proj"]["lora_A"].grad
+    assert grad is not None and grad.abs().max() > 0

@@ -229,3 +229,14 @@ def test_the_other_interleaving_is_refused(tmp_path: Path) -> None:
     save_file(tensors, file, metadata | {"veneer": json.dumps(receipt)})
     with pytest.raises(CheckpointError, match=r"experts.*not what the receipt's probe recorded"):
         veneer.attach(tiny("qwen3_moe")).load(tmp_path / "a")
+
+
+def test_shared_factors_are_shared_again(tmp_path: Path) -> None:
+    """A file holds a copy of a shared factor for each expert; reading it makes one of them."""
+    _, bank, expected = banked("mixtral", LoRA(r=4, shared_outer=True))
+    bank.save("a", tmp_path / "a")
+    fresh = veneer.attach(tiny("mixtral"))
+    adapter = fresh.load(tmp_path / "a")
+    assert len(fresh.parameters("a")) == len(bank.parameters("a")) and adapter.method.shared_outer
+    with fresh.use("a"):
+        assert torch.equal(logits(fresh.model), expected)

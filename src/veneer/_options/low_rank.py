@@ -19,7 +19,7 @@ class LowRankOptions(Options):
     """Adapter."""
 
     r: Rank = 16
-    """Rank."""
+    """Rank. Experts of a mixture get r divided by the number of experts per token, at least 1."""
     lora_alpha: Alpha = 32.0
     """Scaling: the low-rank update is multiplied by lora_alpha / r."""
     lora_dropout: Fraction = 0.0
@@ -40,6 +40,8 @@ class LowRankOptions(Options):
     """Ranks of particular modules, by pattern: q_proj=8."""
     alpha_pattern: dict[str, Alpha] = {}
     """lora_alpha of particular modules, by pattern: q_proj=16."""
+    shared_outer: Flag = False
+    """Let all experts of a stack share the factor on the hidden side: A of gate_proj and up_proj, B of down_proj."""
     ensure_weight_tying: Flag = False
     """Let an adapter on a tied embedding adapt the head with the same factors."""
     modules_to_save: Texts = ()

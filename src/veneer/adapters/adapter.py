@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -180,8 +180,23 @@ def new_adapter(
             continue
         generator = torch.Generator().manual_seed(stream_seed(seed, site.name))
         tensors[site.name] = method.init(site.geometry, r, site.squared_norms, generator, dtype)
+    if method.shared_outer:
+        share_outer(tensors, [site.name for site in sites if site.stack is not None])
     kinds = {site.name: site.kind for site in sites}
     return Adapter(name, method, tensors, kinds, overrides=overrides, tokens=tokens, seed=seed)
+
+
+def share_outer(tensors: dict[str, dict[str, Tensor]], experts: Iterable[str]) -> None:
+    """Give the experts' sites of a stack one factor on the hidden side, that of the first with this shape.
+
+    experts: names of sites in stacks.
+    """
+    shared: dict[tuple[object, ...], Tensor] = {}
+    for name in experts:
+        stack, _, part = name.rsplit(".", 2)
+        key = "lora_B" if part == "down_proj" else "lora_A"
+        held = tensors[name][key]
+        tensors[name][key] = shared.setdefault((stack, part, held.shape), held)
 
 
 def stream_seed(*parts: object) -> int:

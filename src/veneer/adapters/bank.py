@@ -218,7 +218,7 @@ class Bank:
         adapter = self[name]
         ratio = adapter.method.loraplus_lr_ratio
         ups = {site: adapter.method.factor_names(kind)[1] for site, kind in adapter.kinds.items()}
-        fast = [tensors[ups[site]] for site, tensors in adapter.tensors.items()]
+        fast = list({id(tensors[ups[site]]): tensors[ups[site]] for site, tensors in adapter.tensors.items()}.values())
         known = {id(p) for p in fast}
         rest = [p for p in adapter.parameters() if id(p) not in known]
         return [{"params": rest, "lr": lr}, {"params": fast, "lr": lr * ratio}]

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from veneer.analysis.spectra import AdapterSpectra, SiteSpectrum
+from veneer.analysis.spectra import AdapterSpectra, SiteSpectrum, position_of
 from veneer.errors import ComposeError
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
@@ -58,6 +58,9 @@ def figures(spectra: AdapterSpectra) -> dict[str, Any]:
     made = {"spectra": _spectra(spectra)}
     for key in HEAT_MAPS:
         if (picture := _heat_map(spectra, key)) is not None:
+            made[key] = picture
+    for key in ("expert_norm", "expert_tokens"):
+        if (picture := _experts(spectra, key)) is not None:
             made[key] = picture
     if spectra.subspaces:
         made["overlap"] = _overlap(spectra)
@@ -133,9 +136,14 @@ def _spectra(spectra: AdapterSpectra) -> Any:
 
 def _heat_map(spectra: AdapterSpectra, key: str) -> Any | None:
     title, measure, value = HEAT_MAPS[key]
-    cells = {(s.block, s.module): value(s) for s in spectra.sites if s.block is not None}
-    if not cells or any(number is None for number in cells.values()):
+    values: dict[tuple[int, str], list[float | None]] = {}
+    for site in spectra.sites:
+        if site.block is not None:
+            values.setdefault((site.block, site.module), []).append(value(site))
+    if not values or any(number is None for numbers in values.values() for number in numbers):
         return None
+    # The experts of a block share a cell: the mean of their values.
+    cells = {key: math.fsum(number or 0.0 for number in numbers) / len(numbers) for key, numbers in values.items()}
     modules = [module for module in modules_of(spectra.sites) if any(key[1] == module for key in cells)]
     blocks = sorted({block for block, _ in cells if block is not None})
     grid = [[_finite(cells.get((block, module))) for block in blocks] for module in modules]
@@ -149,6 +157,37 @@ def _heat_map(spectra: AdapterSpectra, key: str) -> Any | None:
     bar = figure.colorbar(image, label=measure)
     if key in _COUNTS:
         _whole_numbers(bar.ax.yaxis)
+    return figure
+
+
+def _experts(spectra: AdapterSpectra, key: str) -> Any | None:
+    """A heat map over blocks and experts: the norm of an expert's whole change, or the tokens that it was trained on."""
+    cells: dict[tuple[int, int], float] = {}
+    if key == "expert_norm":
+        for site in spectra.sites:
+            if site.expert is not None and site.block is not None:
+                cells[site.block, site.expert] = math.hypot(cells.get((site.block, site.expert), 0.0), site.norm)
+    else:
+        for stack, counts in spectra.expert_tokens.items():
+            block = position_of(f"{stack}.")[0]
+            cells |= {(block, expert): float(count) for expert, count in enumerate(counts) if block is not None}
+    if not cells:
+        return None
+    blocks, experts = sorted({block for block, _ in cells}), sorted({expert for _, expert in cells})
+    grid = [[_finite(cells.get((block, expert))) for expert in experts] for block in blocks]
+    figure = _figure(2.5 + 0.22 * max(18, min(64, len(experts))), 1.4 + 0.25 * max(3, len(blocks)))
+    axes = figure.subplots()
+    image = axes.imshow(
+        grid, aspect="auto", cmap="cividis", interpolation="nearest", norm=_norm(grid, key == "expert_tokens")
+    )
+    for axis, numbers in ((axes.xaxis, experts), (axes.yaxis, blocks)):
+        step = -(-len(numbers) // 16)
+        axis.set_ticks(range(0, len(numbers), step), [str(number) for number in numbers[::step]])
+    title, measure = (
+        ("norm of each expert's change", "‖d‖") if key == "expert_norm" else ("tokens in training", "tokens")
+    )
+    axes.set(xlabel="expert", ylabel="block", title=f"{spectra.name}: {title}")
+    figure.colorbar(image, label=measure)
     return figure
 
 

@@ -94,6 +94,10 @@ def _summary(spectra: AdapterSpectra) -> str:
     text = f"A {html.escape(method)} adapter at {len(spectra.sites)} sites; norm of the whole change {norm}."
     if spectra.intruders is not None:
         text += f" {spectra.intruders} intruder dimensions."
+    if spectra.expert_tokens:
+        counts = [count for stack in spectra.expert_tokens.values() for count in stack]
+        text += f" Experts: {len(counts)}, trained on {min(counts):,} to {max(counts):,} tokens each"
+        text += f", {counts.count(0)} on none." if 0 in counts else "."
     if spectra.correlation is not None:
         text += f" Correlation of direction and magnitude change over sites: {spectra.correlation:+.2f}."
     return text

@@ -29,7 +29,7 @@ from torch import Tensor
 from veneer.adapters.adapter import Adapter
 from veneer.analysis.intruders import Intruders, find_intruders
 from veneer.analysis.subspace import Subspaces, subspaces
-from veneer.checkpoints.receipt import receipt_of
+from veneer.checkpoints.receipt import receipt_of, trained_tokens
 from veneer.deltas.delta import SiteDelta, Weights, site_delta
 from veneer.deltas.parallel import map_sites
 from veneer.deltas.svd import inner_product, nonzero, spectrum_of, svd_of
@@ -42,6 +42,7 @@ SAME_SEED = (
 Compare = Callable[["SiteSpectrum", SiteDelta, Tensor, tuple[Tensor, Tensor]], tuple["SiteSpectrum", tuple[float, ...]]]
 """Adds the values that compare with the base weight, given the delta's singular vectors; also returns the relative magnitude changes."""
 _BLOCK = re.compile(r"(?:^|\.)(\d+)\.(.+)$")
+_EXPERT = re.compile(r"\bexperts\.(\d+)\b")
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,8 @@ class SiteSpectrum:
     magnitude_change: float | None = None
     direction_change: float | None = None
     intruders: Intruders | None = None
+    expert: int | None = None
+    """Number of the expert that the site belongs to."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,8 @@ class AdapterSpectra:
     """Both adapters were initialised from one seed, so their input directions overlap from the start."""
     magnitudes: dict[str, tuple[float, ...]] = field(default_factory=dict)
     """Relative magnitude change of each output, ||W'_o|| / ||W_o|| - 1, by site."""
+    expert_tokens: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """Number of tokens that each expert of a stack was trained on, by the stack's name."""
 
     @property
     def intruders(self) -> int | None:
@@ -131,6 +136,7 @@ def adapter_spectra(
         pairs,
         against is not None and _one_seed(adapter, against),
         magnitudes,
+        trained_tokens(adapter),
     )
 
 
@@ -192,16 +198,19 @@ def pearson(x: Sequence[float], y: Sequence[float]) -> float | None:
 
 
 def position_of(site: str) -> tuple[int | None, str]:
-    """(block, module) of a site: the first number in its path and the rest after it."""
+    """(block, module) of a site: the first number in its path and the rest after it, the same for all experts of a block."""
     found = _BLOCK.search(site)
-    return (int(found[1]), found[2]) if found else (None, site)
+    return (int(found[1]), _EXPERT.sub("experts.*", found[2])) if found else (None, site)
 
 
 def _spectrum(site: str, delta: SiteDelta, s: Tensor) -> SiteSpectrum:
     block, module = position_of(site)
     values = tuple(float(f"{value:.6g}") for value in s[nonzero(s)].tolist())
     rank = delta.rank if delta.factored else len(values)
-    return SiteSpectrum(site, block, module, rank, values, float(s.norm()), stable_rank(s), effective_rank(s))
+    number = _EXPERT.search(site)
+    expert = None if number is None else int(number[1])
+    norm = float(s.norm())
+    return SiteSpectrum(site, block, module, rank, values, norm, stable_rank(s), effective_rank(s), expert=expert)
 
 
 def _against_base(

@@ -154,6 +154,19 @@ def receipt_of(adapter: Adapter) -> Mapping[str, Any]:
     return receipt if isinstance(receipt, Mapping) else {}
 
 
+def trained_tokens(adapter: Adapter) -> dict[str, tuple[int, ...]]:
+    """Number of tokens that each expert of a stack was trained on, by the stack's name: the adapter's own count, or its receipt's."""
+    counted = {stack: tuple(counts.tolist()) for stack, counts in adapter.expert_tokens.items()}
+    if any(map(any, counted.values())):
+        return counted
+    recorded = receipt_of(adapter).get("expert_tokens")
+    found: dict[str, tuple[int, ...]] = {}
+    for stack, counts in recorded.items() if isinstance(recorded, Mapping) else ():
+        if isinstance(counts, list) and all(type(count) is int and count >= 0 for count in counts):
+            found[str(stack)] = tuple(counts)
+    return found
+
+
 def base_records(adapter: Adapter) -> dict[str, Record]:
     """The usable records of base weights in the receipt of an adapter, by site."""
     records = receipt_of(adapter).get("base")

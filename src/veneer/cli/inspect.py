@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from veneer.checkpoints.inspect import OverrideView, SiteView, View
 
 _LISTED = ("version", "seed", "template", "tokenizer", "data", "tensors")
+_NOT_SHOWN = ("base", "probes", "format", "options", "kinds", "logits", "own", "experts", "expert_tokens")
 _ON_OWN_LINES = ("made_by", "parents", "notes")
 
 
@@ -147,17 +148,28 @@ def _receipt(found: View) -> list[str]:
         return ["receipt: none; Veneer did not write this folder"]
     texts = [f"{key} {_hash(found.receipt[key])}" for key in _LISTED if key in found.receipt]
     records, probes = found.receipt.get("base") or {}, found.receipt.get("probes") or {}
-    more = [
-        key
-        for key in found.receipt
-        if key not in (*_LISTED, *_ON_OWN_LINES, "base", "probes", "format", "options", "kinds", "logits", "own")
-    ]
+    more = [key for key in found.receipt if key not in (*_LISTED, *_ON_OWN_LINES, *_NOT_SHOWN)]
     texts += [f"{key} {_brief(_hash(found.receipt[key]))}" for key in more if found.receipt[key] is not None]
     return [
         "receipt: " + ", ".join(texts),
         f"  fingerprints of {len(records)} base weights, probes of {len(probes)} sites",
+        *_experts(found.receipt),
         *_making(found.receipt),
     ]
+
+
+def _experts(receipt: dict[str, Any]) -> list[str]:
+    """Describe the tokens that experts were trained on."""
+    recorded = receipt.get("expert_tokens")
+    stacks = recorded if isinstance(recorded, dict) else {}
+    counts = {f"{stack}.{e}": n for stack, numbers in stacks.items() for e, n in enumerate(numbers)}
+    if not counts:
+        return []
+    idle = [name for name, count in counts.items() if not count]
+    lines = [f"  {len(counts)} experts, trained on {min(counts.values()):,} to {max(counts.values()):,} tokens each"]
+    return lines + (
+        [f"  no token reached {len(idle)} of them: {', '.join(idle[:4])}{', ...' * bool(idle[4:])}"] if idle else []
+    )
 
 
 def _making(receipt: dict[str, Any]) -> list[str]:

@@ -73,6 +73,12 @@ def _print_result(result: RunResult) -> None:
     for job in result.jobs.values():
         if job.state in ("paused", "failed"):
             print(f"{job.name}: {job.state} after {job.steps} steps")
+        if job.unreached:
+            more = f" and {len(job.unreached) - 3} more" if job.unreached[3:] else ""
+            print(
+                f"{job.name}: no token of the examples was routed to {len(job.unreached)} expert"
+                f"{'s' if job.unreached[1:] else ''} ({', '.join(job.unreached[:3])}{more}), which stay as in the base"
+            )
     if done:
         best = done[0]
         target = result.out if len(result.jobs) == 1 else best.better

@@ -37,7 +37,7 @@ class LowRankMethod(LowRankOptions):
     """Tags of a model card."""
     flags: ClassVar[Mapping[str, bool]]
     """Keys of PEFT's ``adapter_config.json`` that tell this method from others."""
-    beyond_peft: ClassVar[tuple[str, ...]] = ("loraplus_lr_ratio",)
+    beyond_peft: ClassVar[tuple[str, ...]] = ("loraplus_lr_ratio", "shared_outer")
     """Options that PEFT's ``adapter_config.json`` has no key for."""
     needs_base_weights: ClassVar[bool] = False
     """True if the delta depends on the base weights."""

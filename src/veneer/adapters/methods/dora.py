@@ -31,7 +31,12 @@ class DoRA(LowRankMethod):
     name: ClassVar[str] = "dora"
     tags: ClassVar[tuple[str, ...]] = ("lora", "dora")
     flags: ClassVar[Mapping[str, bool]] = {"use_dora": True}
-    beyond_peft: ClassVar[tuple[str, ...]] = ("loraplus_lr_ratio", "dropout_form", "exact_norm_gradient")
+    beyond_peft: ClassVar[tuple[str, ...]] = (
+        "loraplus_lr_ratio",
+        "shared_outer",
+        "dropout_form",
+        "exact_norm_gradient",
+    )
     needs_base_weights: ClassVar[bool] = True
     serves_tied_head: ClassVar[bool] = False
     overrides_beside: ClassVar[frozenset[str]] = frozenset({"bias"})

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from veneer.adapters.adapter import Adapter
+from veneer.adapters.adapter import Adapter, share_outer
 from veneer.adapters.methods import Method
 from veneer.adapters.overrides import ROWS, WEIGHT
 from veneer.checkpoints.base_view import BaseView
@@ -56,6 +56,8 @@ def build(
     settings = _check_tying(settings, placement.method, tensors, overrides, base, found)
     ranks = {site: next(iter(held.values())).shape[0] for site, held in tensors.items()}
     method = _method(type(placement.method), ranks, alphas, settings, receipt.get("options"), base, found)
+    if method.shared_outer:
+        _share_again(tensors, base)
     kinds = {site: placement.kinds[site] for site in tensors}
     if not base.sites and isinstance(receipt.get("kinds"), dict):
         kinds |= {site: "conv1d" for site in receipt["kinds"] if kinds.get(site) == "linear"}
@@ -65,6 +67,15 @@ def build(
     for problem in base.misfits(adapter):
         found.refuse(problem)
     return adapter
+
+
+def _share_again(tensors: SiteTensors, base: BaseView) -> None:
+    """Let experts whose factors on the hidden side are equal share them again: a file holds a copy for each."""
+    experts = [site for site in tensors if base.is_expert(site)]
+    before = {site: dict(tensors[site]) for site in experts}
+    share_outer(tensors, experts)
+    if any(not torch.equal(tensors[site][key], before[site][key]) for site in experts for key in before[site]):
+        tensors |= before
 
 
 def _drop_copies(placement: Placement, stored: dict[str, Tensor], base: BaseView, found: Findings) -> None:

@@ -210,6 +210,13 @@ class Job:
                     "non_finite",
                 )
 
+    def unreached_experts(self) -> tuple[str, ...]:
+        """Experts that the adapter acts on and that no token was routed to, once the job has taken a step."""
+        if not self.progress.step or self.name not in self.bank:
+            return ()
+        adapter = self.bank[self.name]
+        return tuple(dict.fromkeys(site.rpartition(".")[0] for site in adapter.tensors if adapter.tokens_at(site) == 0))
+
     def drop_gradients(self) -> None:
         """Discard the gradients and losses gathered for the current step."""
         self.optimizer.zero_grad(set_to_none=True)

@@ -39,6 +39,8 @@ class JobResult:
     best: Path
     changes: Mapping[str, Any]
     init_from: Path | None = None
+    unreached: tuple[str, ...] = ()
+    """Experts that the adapter acts on and that no token of the job was routed to."""
 
     @property
     def best_loss(self) -> float:
@@ -99,6 +101,7 @@ def result_of(folder: RunFolder, jobs: list[Job]) -> RunResult:
             best=folder.best(job.name),
             changes={key: options[job.name][key] for key in differing},
             init_from=job.options.init_from,
+            unreached=job.unreached_experts(),
         )
         for job in jobs
     }

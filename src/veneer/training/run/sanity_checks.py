@@ -60,7 +60,7 @@ class SanityChecks:
         if self.done:
             return
         tensors = _tensors(self.adapter)
-        self._reached |= {key for key, value in tensors.items() if _name(key) == ROWS and _has_gradient(value)}
+        self._reached |= {key for key, value in tensors.items() if self._waits(key) and _has_gradient(value)}
         if step:
             return
         for name in self._first:
@@ -79,7 +79,7 @@ class SanityChecks:
         missing = [
             key
             for key, value in tensors.items()
-            if value.grad is None and _name(key) not in lookups and self._trained(key)
+            if value.grad is None and _name(key) not in lookups and not self._waits(key)
         ]
         if missing:
             raise TrainingError(
@@ -115,11 +115,7 @@ class SanityChecks:
         still = [key for key, value in _tensors(self.adapter).items() if torch.equal(value.detach(), self._start[key])]
         self._start.clear()
         may_stay = self._lookup_factors | (set() if adaptive and step > 1 else self._late)
-        stuck = [
-            key
-            for key in still
-            if _name(key) not in may_stay and (_name(key) != ROWS or key in self._reached) and self._trained(key)
-        ]
+        stuck = [key for key in still if _name(key) not in may_stay and (not self._waits(key) or key in self._reached)]
         if stuck:
             raise TrainingError(
                 f"{_some(stuck)} did not move in {step} step{'s' if step > 1 else ''} at a learning rate of {learning_rate:g}: the "
@@ -127,9 +123,9 @@ class SanityChecks:
                 "still",
             )
 
-    def _trained(self, key: str) -> bool:
-        """False for a tensor of an expert that no token was routed to."""
-        return self.adapter.tokens_at(key.rpartition(".")[0]) != 0
+    def _waits(self, key: str) -> bool:
+        """True for a tensor that some steps have no gradient for: rows of tokens, and experts."""
+        return _name(key) == ROWS or self.adapter.tokens_at(key.rpartition(".")[0]) is not None
 
 
 def _tensors(adapter: Adapter) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ from veneer._version import __version__
 from veneer.adapters import METHODS, Bank, LoRA, Method
 from veneer.adapters.targets import select
 from veneer.checkpoints import attach
+from veneer.checkpoints.receipt import trained_tokens
 from veneer.config import FULL, DataOptions, LowRankOptions, TrainOptions, default_learning_rate
 from veneer.data.chat.render import Renderer, RenderOptions
 from veneer.data.chat.stops import other_ends, taught_stops
@@ -85,6 +86,7 @@ class Setup:
             "seed": job.options.seed,
             **job.built_on,
             "steps": job.progress.step,
+            **({"expert_tokens": tokens} if (tokens := trained_tokens(self.bank[job.name])) else {}),
             "held_out_loss": evaluations[-1][1] if evaluations else None,
         }
 
