@@ -9,6 +9,7 @@
     ├── CheckpointError    ValueError    a folder or file of tensors, settings or saved state
     ├── BaseModelError     ValueError    a base that cannot be found, read or used
     ├── TrainingError      RuntimeError  a run that cannot go on: a loss that is not finite, nothing that moves
+    │   └── ProcessError   RuntimeError  a process of a run of several that ended or does not answer
     ├── MemoryPlanError    RuntimeError  a run that does not fit in memory
     ├── ComposeError       ValueError    adapters that cannot be summed, merged or extracted as asked
     ├── ExportError        ValueError    a target format that cannot hold what it is asked to hold
@@ -38,6 +39,7 @@ __all__ = [
     "ExportError",
     "MemoryPlanError",
     "Problems",
+    "ProcessError",
     "RouteError",
     "ServeError",
     "TargetError",
@@ -88,12 +90,19 @@ class BaseModelError(VeneerError, ValueError):
 class TrainingError(VeneerError, RuntimeError):
     """A run that cannot go on: a loss that is not finite, parameters that do not move, state that does not fit.
 
-    ``code`` is one word for programs: non_finite, still, data, memory, training.
+    ``code`` is one word for programs: non_finite, still, data, memory, process, training.
     """
 
     def __init__(self, message: str, code: str = "training") -> None:
         super().__init__(message)
         self.code = code
+
+
+class ProcessError(TrainingError):
+    """A run of several processes of which one has ended, does not answer, or holds something else than the others."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, "process")
 
 
 class MemoryPlanError(VeneerError, RuntimeError):

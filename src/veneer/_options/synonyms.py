@@ -18,7 +18,7 @@ _QUANTIZE = "not an option: choose the format of the base with quantize: nf4, fp
 _NO_HUB = "not supported: upload the adapter folder yourself, for example with hf upload"
 _PRECISION = "not an option: choose the data type of the base with dtype (adapters train in float32)"
 _NO_CODE = "not supported: Veneer runs no code from model repositories"
-_LAUNCHER = "not supported: a run uses one process"
+_LAUNCHER = "not supported: every process holds the whole base (processes)"
 _DECODING = "not supported: sampling has temperature and top_p"
 
 _TABLE: Mapping[str, str] = {
@@ -34,7 +34,9 @@ _TABLE: Mapping[str, str] = {
     + ": attention runs per example, without padding",
     "use_liger_kernel liger_kernel enable_liger_kernel use_unsloth unsloth_lora_mlp": _ALWAYS + ": see compile",
     "device_map cuda gpu gpus n_gpu no_cuda use_cpu": "device",
-    "deepspeed fsdp fsdp_config ddp num_processes nproc_per_node": _LAUNCHER,
+    "num_processes nproc_per_node ddp world_size": "processes",
+    "ddp_timeout": "answer_minutes",
+    "deepspeed fsdp fsdp_config": _LAUNCHER,
     "num_threads n_threads omp_num_threads": "threads",
     # data
     "dataset datasets dataset_name dataset_path dataset_dir data_path train_file train_data training_file file files train": "data",

@@ -83,6 +83,10 @@ class BaseOptions(Options):
     """Device: cpu, cuda, cuda:N, mps, or auto, a GPU where there is one."""
     quantize: PerRun[Literal["nf4", "fp4", "int8"] | None] = None
     """Quantize the base's linear layers while it is read, to save memory; a base that is quantized already needs no option."""
+    processes: PerRun[Count] = 1
+    """Processes that train together on this machine: one GPU each, or an equal share of the cores. With torchrun, leave it out."""
+    answer_minutes: PerRun[Positive] = 10.0
+    """Minutes after which a process that does not answer ends a run of several processes."""
     threads: PerRun[Count | None] = None
     """Number of CPU threads (default: PyTorch's choice)."""
     compile: PerRun[Flag | Literal["auto"]] = "auto"

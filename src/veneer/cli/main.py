@@ -109,7 +109,9 @@ def _dispatch(words: list[str]) -> int:
     if name not in COMMANDS:
         raise _unknown(name, first, group)
     parser, module = parser_of(name)
-    return int(module.run(parser.parse_args(rest)))
+    args = parser.parse_args(rest)
+    args.words = rest
+    return int(module.run(args))
 
 
 def _unknown(name: str, first: str, group: dict[str, str]) -> ConfigError:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veneer._terminal import status
+from veneer.cli._launch import launch, launched
 from veneer.cli._output import table
 from veneer.config import (
     PER_RUN_OPTIONS,
@@ -45,11 +47,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train; the exit code is 1 if a job failed."""
     options, provenance = resolve_source(args)
-    print_differences(options, provenance)
+    if options.processes > 1 and not launched():
+        return launch(["train", *args.words], options.processes, options.threads)
+    first = os.environ.get("RANK", "0") == "0"
+    if first:
+        print_differences(options, provenance)
     with status("loading"):
         from veneer.training import train
     result = train(options, fresh=args.fresh, resume_from=args.resume_from)
-    _print_result(result)
+    if first:
+        _print_result(result)
     return 1 if any(job.state == "failed" for job in result.jobs.values()) else 0
 
 

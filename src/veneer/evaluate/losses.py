@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,19 @@ from veneer.models.flat import FlatRunner
 
 _LOGITS_AT_ONCE = 256
 Progress = Callable[[int], None]
+
+
+class Ranks(Protocol):
+    """The processes that share an evaluation."""
+
+    rank: int
+    size: int
+
+    def add_(self, tensor: Tensor) -> Tensor:
+        """Replace a tensor by its sum over all processes."""
+
+    def common_fault(self, error: Exception | None) -> Exception | None:
+        """The same fault in every process, or None if none has any."""
 
 
 @dataclass(frozen=True)
@@ -73,19 +87,48 @@ def example_losses(
     tokens_per_pass: int = 2048,
     turn: Callable[[], AbstractContextManager[None]] = nullcontext,
     progress: Progress | None = None,
+    ranks: Ranks | None = None,
 ) -> Losses:
     """The loss of each example under one route for all; no gradients, no dropout.
 
     tokens_per_pass: most tokens at once; a longer example goes alone. turn: a context that holds the model for one pass, where others use
-    it too. progress: called with the number of examples done.
+    it too. progress: called with the number of examples done. ranks: the processes that share the work; each gets all losses.
     Raises DataError if no example has a weighted token.
     """
     if not any(example.trained for example in examples):
         raise DataError("none of the held-out examples has a token that the loss counts")
     sums = torch.zeros(len(examples), dtype=torch.float64)
     weights = torch.zeros(len(examples), dtype=torch.float64)
+    groups = list(_groups(examples, tokens_per_pass))
+    if ranks is None:
+        _fill(runner, examples, groups, sums, weights, bank, route, turn, progress)
+        return Losses(sums, weights)
+    error: Exception | None = None
+    try:
+        _fill(runner, examples, groups[ranks.rank :: ranks.size], sums, weights, bank, route, turn, progress)
+    except Exception as found:  # every process must go on to the exchange
+        error = found
+    fault = ranks.common_fault(error)
+    if fault is not None:
+        raise fault
+    both = ranks.add_(torch.stack((sums, weights)))
+    return Losses(both[0], both[1])
+
+
+def _fill(
+    runner: FlatRunner,
+    examples: Sequence[Example],
+    groups: Sequence[list[int]],
+    sums: Tensor,
+    weights: Tensor,
+    bank: Bank | None,
+    route: RouteLike,
+    turn: Callable[[], AbstractContextManager[None]],
+    progress: Progress | None,
+) -> None:
+    """Add the losses and weights of the examples of these groups."""
     done = 0
-    for group in _groups(examples, tokens_per_pass):
+    for group in groups:
         batch = make_batch([examples[i] for i in group], "held-out")
         with torch.no_grad(), turn(), bank.use(route, training=False) if bank is not None else nullcontext():
             owner, loss, weight = _token_losses(runner, batch)
@@ -95,7 +138,6 @@ def example_losses(
         done += len(group)
         if progress is not None:
             progress(done)
-    return Losses(sums, weights)
 
 
 def compare(one: Losses, other: Losses) -> LossDifference:

@@ -22,7 +22,7 @@ from veneer.data.example import Example
 from veneer.errors import TrainingError
 from veneer.training.loop.orthogonal import Orthogonality
 from veneer.training.loop.schedule import learning_rate_at
-from veneer.training.loop.step import JobLoss, read
+from veneer.training.loop.step import JobLoss, PieceSum, read
 
 _SHOWN = 3
 
@@ -140,6 +140,11 @@ class Job:
         """Add the job's part of a pass to its current step."""
         self._parts.append(loss)
 
+    def replace_parts(self, parts: Sequence[PieceSum]) -> None:
+        """Set the parts of the current step: those of all processes in place of those that were computed here."""
+        self._reset()
+        self._parts += parts
+
     def optim_step(self) -> dict[str, float]:
         """Divide the gradient by the job's weight count, check it, clip it and take the optimizer step.
 
@@ -160,7 +165,8 @@ class Job:
                 metrics = self.orthogonality.adjust_gradients() if self.orthogonality is not None else {}
             # All that the host must know comes back from the device at once.
             norms = self._norms()
-            norms, lengths = read([part.losses for part in parts], norms, _norms(grads) if grads else norms[:0])
+            passes = [part.losses for part in parts if isinstance(part, JobLoss)]
+            norms, lengths = read(passes, norms, _norms(grads) if grads else norms[:0])
             loss = sum(part.loss for part in parts)
             if not math.isfinite(loss):
                 raise self._not_finite("the loss", loss, [source for part in parts for source in part.faults])
@@ -223,7 +229,7 @@ class Job:
         self._reset()
 
     def _reset(self) -> None:
-        self._parts: list[JobLoss] = []
+        self._parts: list[JobLoss | PieceSum] = []
 
     def end(self, state: JobState, code: str = "", reason: str = "") -> None:
         """End the job."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -89,6 +90,16 @@ class JobLoss:
     def faults(self) -> tuple[str, ...]:
         """Sources of the examples whose loss is not finite."""
         return self.losses.faults(self._name)
+
+
+@dataclass(frozen=True)
+class PieceSum:
+    """What `JobLoss` tells, of a piece whose losses were read already, perhaps in another process."""
+
+    loss: float
+    weight: float
+    tokens: int
+    faults: tuple[str, ...] = ()
 
 
 def read(passes: Sequence[PassLosses], *more: Tensor) -> list[Tensor]:

@@ -1,8 +1,9 @@
 """Train many jobs on one base, in rounds.
 
 In a round every running job takes one optimizer step. The examples of a job are cut into pieces of at most ``tokens_per_pass`` tokens,
-independently of the other jobs, since dropout is drawn per piece. Small pieces of several jobs then share a pass of up to
-``tokens_per_shared_pass`` tokens; larger ones run in turn. A job steps as soon as its last piece is done. Between rounds jobs are
+independently of the other jobs, since dropout is drawn per piece. Several processes share the pieces
+(``training/parallel/processes.py``). Small pieces of several jobs then share a pass of up to ``tokens_per_shared_pass`` tokens; larger
+ones run in turn. A job steps as soon as its last piece is done. Between rounds jobs are
 cancelled, paused, resumed and added, and checkpoints are saved, so the rest of a run depends only on the states of its jobs.
 
 An error ends only the job that causes it: rows that cannot be read, a loss that is not finite, a pass that raises. If a shared pass
@@ -16,19 +17,22 @@ Boundary: the trainer knows jobs and batches. Files, the console and the clock b
 from __future__ import annotations
 
 import traceback
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
 from veneer.data.batch import make_batch
 from veneer.data.example import Example
-from veneer.errors import DataError, TrainingError
+from veneer.errors import DataError, ProcessError, TrainingError
 from veneer.evaluate.losses import example_losses
 from veneer.models.devices import device_of
 from veneer.training.device_memory import DeviceMemory, memory_of
 from veneer.training.loop.job import Job, JobState
-from veneer.training.loop.step import Stepper
+from veneer.training.loop.step import JobLoss, Stepper
+from veneer.training.parallel.numbering import Numbering
+from veneer.training.parallel.processes import ALONE, Processes, deal
+from veneer.training.parallel.reduction import Fault, JobSum
 from veneer.training.process_memory import Heap
 
 S = TypeVar("S", bound=Sized)
@@ -51,6 +55,8 @@ class MicroBatch(Generic[S]):
 
     job: Job
     examples: tuple[S, ...]
+    number: int = 0
+    """Position among the pieces of the step."""
 
     @property
     def tokens(self) -> int:
@@ -106,6 +112,7 @@ class Trainer:
         *,
         tokens_per_pass: int,
         tokens_per_shared_pass: int,
+        processes: Processes = ALONE,
     ) -> None:
         """Create a trainer.
 
@@ -115,7 +122,9 @@ class Trainer:
             listener: receives events and provides requests.
             tokens_per_pass: maximum tokens of one job in a pass.
             tokens_per_shared_pass: maximum tokens of a pass that several jobs share; 0 runs them in turn.
+            processes: the processes that train together; each does its share of the pieces.
         """
+        self.processes = processes
         self.stepper = stepper
         self.jobs = list(jobs)
         self.listener = listener
@@ -125,6 +134,10 @@ class Trainer:
         self._fitted = 0
         """Tokens of the largest pass so far."""
         self._vocabulary = _vocabulary_size(stepper)
+        self._faults: dict[str, Fault] = {}
+        """Jobs whose pass raised in this round."""
+        self._parts: dict[str, dict[int, JobLoss]] = {}
+        """The losses of each job's pieces that were computed here in this round, by number."""
 
     def run(self) -> None:
         """Run rounds until every job has ended or the listener stops the run."""
@@ -139,12 +152,63 @@ class Trainer:
 
     def round(self) -> None:
         """Take one optimizer step of every running job."""
-        pieces = [piece for job in self.jobs if job.running for piece in self.micro_batches(job)]
-        left = Counter(piece.job.name for piece in pieces)
-        for group in passes(pieces, self.tokens_per_shared_pass):
-            live = [piece for piece in group if piece.job.running]
+        pieces = self._pieces()
+        numbering = Numbering(self.stepper, pieces)
+        turns = deque(self._turns(pieces))
+        mine = pieces
+        if not self.processes.alone:
+            owners = deal([piece.tokens for piece in pieces], self.processes.size)
+            mine = [piece for piece, owner in zip(pieces, owners, strict=True) if owner == self.processes.rank]
+        left = Counter(piece.job.name for piece in mine)
+        for group in passes(mine, self.tokens_per_shared_pass):
+            live = [piece for piece in group if piece.job.running and piece.job.name not in self._faults]
             if live:
-                self._pass(live, left)
+                self._pass(live, left, numbering)
+            self._take_turns(turns, left)
+        self._take_turns(turns, left)
+        if not self.processes.alone:
+            numbering.end()
+
+    def _turns(self, pieces: Sequence[MicroBatch[Example]]) -> list[JobSum]:
+        """The jobs that have pieces, in order: all processes step them in this one."""
+        self._parts.clear()
+        tokens: dict[str, list[int]] = {}
+        for piece in pieces:
+            tokens.setdefault(piece.job.name, []).append(piece.tokens)
+        jobs = {piece.job.name: piece.job for piece in pieces}
+        bank = self.stepper.bank
+        return [JobSum(self.processes, jobs[name], sizes, bank[name].expert_tokens) for name, sizes in tokens.items()]
+
+    def _take_turns(self, turns: deque[JobSum], left: Counter[str]) -> None:
+        """Step the jobs whose pieces are done, in order."""
+        while turns and (left[turns[0].job.name] <= 0 or turns[0].job.name in self._faults):
+            turn = turns.popleft()
+            job = turn.job
+            fault = self._faults.pop(job.name, None)
+            if not self.processes.alone:
+                fault = turn.exchange(self._parts.get(job.name, {}), fault)
+            if fault is not None:
+                self._fail(job, fault.code, fault.reason, fault.error)
+            elif job.running:
+                self._step(job)
+
+    def _pieces(self) -> list[MicroBatch[Example]]:
+        """The pieces of all running jobs; a job whose examples cannot be read, in any process, fails."""
+        found = [piece for job in self.jobs if job.running for piece in self.micro_batches(job)]
+        while not self.processes.alone:
+            failed = {job.name: [job.code, job.reason] for job in self.jobs if job.state is JobState.FAILED}
+            if self.processes.agree([[(piece.job.name, piece.tokens) for piece in found], sorted(failed)]):
+                break
+            every = self.processes.gather(failed)
+            others = {name: fault for each in every for name, fault in each.items() if name not in failed}
+            if all(each.keys() == failed.keys() for each in every):
+                raise ProcessError("the processes have read different examples; give all of them the same files")
+            for job in self.jobs:
+                if job.name in others:
+                    code, reason = others[job.name]
+                    self._fail(job, code, reason, TrainingError(reason, code))
+            found = [piece for piece in found if piece.job.running]
+        return found
 
     def _handle_requests(self) -> None:
         for job in self.listener.new_jobs():
@@ -180,7 +244,8 @@ class Trainer:
         except Exception as error:
             self._fail(job, "data", f"cannot read its examples: {_message(error)}", error)
             return []
-        return [MicroBatch(job, tuple(piece)) for piece in cut(examples, self.tokens_per_pass)]
+        groups = cut(examples, self.tokens_per_pass)
+        return [MicroBatch(job, tuple(group), number) for number, group in enumerate(groups)]
 
     def _check_ids(self, example: Example) -> None:
         if self._vocabulary is not None and not 0 <= min(example.ids) <= max(example.ids) < self._vocabulary:
@@ -189,31 +254,30 @@ class Trainer:
                 f"{example.source}: found token {wrong}, and the base has tokens 0 to {self._vocabulary - 1}"
             )
 
-    def _pass(self, pieces: list[MicroBatch[Example]], left: Counter[str]) -> None:
+    def _pass(self, pieces: list[MicroBatch[Example]], left: Counter[str], numbering: Numbering) -> None:
         examples = [example for piece in pieces for example in piece.examples]
         owners = [piece.job.name for piece in pieces for _ in piece.examples]
+        if not self.processes.alone:
+            numbering.set(pieces)
         try:
             losses = self.stepper.forward_backward(make_batch(examples, owners), between=self._heap.at_peak)
         except Exception as error:
             if len(pieces) > 1:
                 for piece in pieces:
-                    if piece.job.running:
-                        self._pass([piece], left)
+                    self._pass([piece], left, numbering)
             else:
-                self._fail_in_pass(pieces[0], error)
+                self._faults[pieces[0].job.name] = self._fault_of_pass(pieces[0], error)
             return
         self._heap.after_pass()
         self._fitted = max(self._fitted, sum(piece.tokens for piece in pieces))
-        jobs = list({piece.job.name: piece.job for piece in pieces}.values())
-        for job in jobs:
+        for piece in pieces:
+            job = piece.job
             job.add(losses[job.name])
+            self._parts.setdefault(job.name, {})[piece.number] = losses[job.name]
         left.subtract(piece.job.name for piece in pieces)
-        for job in jobs:
-            if left[job.name] == 0:
-                self._step(job)
 
-    def _fail_in_pass(self, piece: MicroBatch[Example], error: Exception) -> None:
-        """End the job whose pass raised. If memory was short, its tensors are freed, so that the other jobs go on."""
+    def _fault_of_pass(self, piece: MicroBatch[Example], error: Exception) -> Fault:
+        """The fault of a job whose pass raised. If memory was short, its tensors are freed, so that the other jobs go on."""
         code, cause = _code(error), _message(error)
         if code == "memory":
             # The traceback's frames hold the activations of the pass.
@@ -221,7 +285,7 @@ class Trainer:
             memory = memory_of(device_of(self.stepper.runner.model))
             memory.give_back()
             cause = self._shortage(piece, memory)
-        self._fail(piece.job, code, f"its forward or backward pass failed: {cause}", error)
+        return Fault(code, f"its forward or backward pass failed: {cause}", error)
 
     def _shortage(self, piece: MicroBatch[Example], memory: DeviceMemory) -> str:
         """What did not fit and what would have."""
@@ -265,6 +329,8 @@ class Trainer:
             loss = self.mean_loss(job, job.held_out)
             if job.general:
                 progress.general.append((progress.step, self.mean_loss(job, job.general)))
+        except ProcessError:
+            raise
         except Exception as error:
             self._fail(job, _code(error), f"its evaluation failed: {_message(error)}", error)
             return
@@ -294,6 +360,7 @@ class Trainer:
             tokens_per_pass=self.tokens_per_pass,
             turn=self.stepper.turn,
             progress=lambda done: self.listener.evaluating(job, done, len(examples)),
+            ranks=None if self.processes.alone else self.processes,
         )
         self._heap.give_back()
         return losses.mean

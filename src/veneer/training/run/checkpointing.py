@@ -74,8 +74,9 @@ class Saver:
             "kept": job.name not in self.lost,
         }
 
-    def restore(self, jobs: list[Job], resume_from: str | None) -> int | None:
-        """Restore jobs from the named checkpoint, or from the newest one that verifies.
+    def restore(self, jobs: list[Job], resume_from: str | None, *, writes: bool = True) -> int | None:
+        """Restore jobs from the named checkpoint, or from the newest one that verifies. Newer ones and lines written since are removed
+        if it ``writes``.
 
         Returns:
             The checkpoint's round; None if there is no checkpoint. Jobs that the checkpoint does not hold stay at their beginning.
@@ -98,13 +99,16 @@ class Saver:
                     f"{self.folder.out} cannot be resumed: {many if folders[1:] else f'{folders[0]} is damaged'} and does not match its "
                     "manifest; restore it from a copy, or start over with --fresh"
                 )
-            self.folder.cut({}, names)
+            if writes:
+                self.folder.cut({}, names)
             return None
         self.damaged = [newer.name for newer in folders[: folders.index(folder)]]
         tensors, state = read_state(folder)
         for job in jobs:
             if job.name in state["jobs"]:
                 self._restore(job, tensors, state["jobs"][job.name])
+        if not writes:
+            return int(state["round"])
         self.folder.cut(state["lengths"], names)
         if resume_from is not None:
             self.folder.forget_after(folder)

@@ -29,14 +29,14 @@ _CONTENT = {
     "template": "the chat template",
     "built_on": "the parent adapters",
 }
-_BEFORE = {"device": "cpu"}
+_BEFORE = {"device": "cpu", "processes": 1}
 """Entries that earlier versions did not write, with what they meant."""
 _DECISIONS = ("share", "sharing", "plan", "recompute")
 
 Manifest = dict[str, Any]
 
 
-def manifest_of(setup: Setup) -> Manifest:
+def manifest_of(setup: Setup, processes: int = 1) -> Manifest:
     """The manifest of a run that begins now, without its decisions."""
     import transformers
 
@@ -49,6 +49,7 @@ def manifest_of(setup: Setup) -> Manifest:
         "machine": platform.machine(),
         "processor": str(torch.backends.cpu.get_cpu_capability()),
         "kernels": "python" if kernels is None else f"C++ {kernels.name}",
+        "processes": processes,
         "device": device_name(setup.device),
         "threads": torch.get_num_threads(),
         "dtype": str(setup.base.dtype).removeprefix("torch."),

@@ -184,14 +184,18 @@ class Recorder(Listener):
 
     def round_over(self) -> bool:
         """Save a checkpoint if one is due; returns whether to continue."""
+        if self.checkpoint_due():
+            self.checkpoint()
+        return not self.stopped
+
+    def checkpoint_due(self) -> bool:
+        """Count a round; returns whether a checkpoint is due after it."""
         self.rounds += 1
         self.stopped |= self.watcher.stopping()
         every, minutes = self.jobs[0].options.save_every, self.jobs[0].options.checkpoint_minutes
         due = self._urgent or self.watcher.saving() or (every is not None and self.rounds - self._saved_at >= every)
         due |= minutes is not None and time.monotonic() - self._saved_time >= 60 * minutes
-        if due or self.stopped or not any(job.running for job in self.jobs):
-            self.checkpoint()
-        return not self.stopped
+        return due or self.stopped or not any(job.running for job in self.jobs)
 
     # Saving
 

@@ -15,14 +15,16 @@ from typing import Any
 from veneer._files import replace_text
 from veneer.checkpoints.run_state import Lock
 from veneer.config import TrainOptions, given, plain, resolve, to_yaml
-from veneer.errors import CheckpointError, ConfigError, TrainingError
+from veneer.errors import CheckpointError, ConfigError, ProcessError, TrainingError
 from veneer.models.load import Base
 from veneer.training.activation_checkpointing import activation_checkpointing
 from veneer.training.device_memory import memory_of
 from veneer.training.loop.halving import Halving
-from veneer.training.loop.job import JobState
-from veneer.training.loop.trainer import Trainer
+from veneer.training.loop.job import Job, JobState
+from veneer.training.loop.trainer import Listener, Trainer
 from veneer.training.loss_plot import write_loss_plot
+from veneer.training.parallel.processes import Processes, join
+from veneer.training.parallel.shared_listener import SharedListener
 from veneer.training.planning.packing import Packing
 from veneer.training.planning.plan import TrainingPlan
 from veneer.training.run import trackers
@@ -79,21 +81,28 @@ def train(
         trackers.require(options.track)
     console = console or screen or Console()
     out = Path(options.out or Path("runs") / (options.name or "adapter"))
-    jobs = expand(options)
-    with _locked(out):
-        stored: dict[str, TrainOptions] = {}
-        if not fresh and (out / CONFIG).is_file():
-            jobs, stored = match_stored_run(out, jobs)
-        if console.live:
-            console.progress(f"loading {options.base}")
-        with set_up(options, jobs, base, console.line) as setup:
+    with join(options.processes, options.device, options.answer_minutes) as processes, ExitStack() as stack:
+        console = console if processes.first else Console(quiet=True)
+
+        def begin() -> tuple[Setup, RunFolder, Halving | None, Mapping[str, int]]:
+            jobs = expand(options)
+            if processes.first:
+                stack.enter_context(_locked(out))
+            stored: dict[str, TrainOptions] = {}
+            if not fresh and (out / CONFIG).is_file():
+                jobs, stored = match_stored_run(out, jobs)
+            if console.live:
+                console.progress(f"loading {options.base}")
+            setup = stack.enter_context(set_up(options, jobs, base, console.line))
             halving = Halving(setup.jobs) if options.halving else None
             longer = check_steps(out, stored, setup.jobs)
-            folder = RunFolder(out, single=len(jobs) == 1)
+            return setup, RunFolder(out, single=len(jobs) == 1), halving, longer
+
+        setup, folder, halving, longer = processes.together(begin)
+        if processes.first:
             folder.prepare()
-            return _run(
-                setup, folder, console, halving, longer, watcher or Watcher(), fresh=fresh, resume_from=resume_from
-            )
+        started = watcher or Watcher()
+        return _run(setup, folder, console, halving, longer, started, processes, fresh=fresh, resume_from=resume_from)
 
 
 def _run(
@@ -103,6 +112,7 @@ def _run(
     halving: Halving | None,
     longer: Mapping[str, int],
     watcher: Watcher,
+    processes: Processes,
     *,
     fresh: bool,
     resume_from: str | None,
@@ -115,10 +125,15 @@ def _run(
     vocabulary = getattr(getattr(setup.base.model, "config", None), "vocab_size", None)
     checks = {job.name: SanityChecks(bank[job.name], vocabulary, job.steps) for job in jobs}  # of the initial tensors
     saver = Saver(folder, bank, setup.receipt_of, base_name=options.base)
-    rounds = None if fresh else saver.restore(jobs, resume_from)
+    rounds = None if fresh else _restore(saver, jobs, resume_from, processes)
     gone_on = [] if rounds is None else [go_on(job, longer[job.name], folder.out) for job in jobs if job.name in longer]
-    manifest = _settle_manifest(setup, folder, console, rounds, fresh=fresh)
+    manifest = processes.together(
+        lambda: _settle_manifest(setup, folder, console, rounds, processes.size, fresh=fresh) if processes.first else {}
+    )
+    manifest = processes.share(manifest)
     unfinished = any(not job.over for job in jobs)
+    if not processes.first:
+        return _follow(setup, folder, checks, manifest, processes, unfinished=unfinished)
     recorder = Recorder(
         folder,
         jobs,
@@ -134,21 +149,81 @@ def _run(
     watcher.started(jobs)
     _announce(setup, manifest, recorder, gone_on, restored=rounds is not None)
     if unfinished:  # also if all jobs are paused: a request may resume them
-        trainer = Trainer(
-            setup.stepper,
-            jobs,
-            recorder,
-            tokens_per_pass=options.tokens_per_pass,
-            tokens_per_shared_pass=Packing.stored(manifest).tokens,
-        )
+        listener = recorder if processes.alone else SharedListener(processes, jobs, bank, {}, recorder)
+        trainer = _trainer(setup, listener, manifest, processes)
         with _tracked(options, recorder):
-            _train(trainer, recorder, recompute=_recompute(options, manifest))
-    return _finish(recorder)
+            _train(trainer, recorder, listener, recompute=_recompute(options, manifest))
+    result = processes.together(lambda: _result_or_stop(recorder))
+    if result is None:
+        raise KeyboardInterrupt
+    return result
 
 
-def _settle_manifest(setup: Setup, folder: RunFolder, console: Console, rounds: int | None, *, fresh: bool) -> Manifest:
+def _result_or_stop(recorder: Recorder) -> RunResult | None:
+    """The result, or None for a run that was stopped: all processes must get to know."""
+    try:
+        return _finish(recorder)
+    except KeyboardInterrupt:
+        return None
+
+
+def _trainer(setup: Setup, listener: Listener, manifest: Manifest, processes: Processes) -> Trainer:
+    return Trainer(
+        setup.stepper,
+        setup.jobs,
+        listener,
+        tokens_per_pass=setup.options.tokens_per_pass,
+        tokens_per_shared_pass=Packing.stored(manifest).tokens,
+        processes=processes,
+    )
+
+
+def _follow(
+    setup: Setup,
+    folder: RunFolder,
+    checks: Mapping[str, SanityChecks],
+    manifest: Manifest,
+    processes: Processes,
+    *,
+    unfinished: bool,
+) -> RunResult:
+    """What every process but the first does: train as the first one decides, and write nothing."""
+    jobs = setup.jobs
+    needed = {job.name: checks[job.name] for job in jobs if checks[job.name].needed(job.progress.step)}
+    listener = SharedListener(processes, jobs, setup.bank, needed, None)
+    if unfinished:
+        trainer = _trainer(setup, listener, manifest, processes)
+        recompute = _recompute(setup.options, manifest)
+        with listener.handle_signals(), activation_checkpointing(setup.base.model, recompute):
+            trainer.run()
+    processes.together(lambda: None)  # until the first one has written what is missing
+    if listener.stopped and any(job.running for job in jobs):
+        raise SystemExit(130)
+    return result_of(folder, jobs)
+
+
+def _restore(saver: Saver, jobs: list[Job], resume_from: str | None, processes: Processes) -> int | None:
+    """Restore the jobs in every process, from one folder that all of them see."""
+    rounds = processes.together(lambda: saver.restore(jobs, resume_from) if processes.first else None)
+    if processes.alone:
+        return rounds
+    if not processes.first:
+        rounds = saver.restore(jobs, resume_from, writes=False)
+    everywhere = processes.gather(rounds)
+    apart = next((rank for rank, found in enumerate(everywhere) if found != everywhere[0]), None)
+    if apart is not None:
+        raise ProcessError(
+            f"process {apart} does not see the checkpoint of {saver.folder.out} that process 0 sees; put --out on storage that all "
+            "machines share"
+        )
+    return rounds
+
+
+def _settle_manifest(
+    setup: Setup, folder: RunFolder, console: Console, rounds: int | None, processes: int, *, fresh: bool
+) -> Manifest:
     """Make and store the manifest of a run that begins, or compare that of a run that resumes."""
-    manifest = manifest_of(setup)
+    manifest = manifest_of(setup, processes)
     known = [job.name for job in setup.jobs if rounds is not None and (job.progress.step or job.over)]
     if rounds is not None:
         manifest, changes = compare(folder, manifest, known)
@@ -190,11 +265,11 @@ def _announce(setup: Setup, manifest: Manifest, recorder: Recorder, gone_on: lis
         recorder.console.line(line)
 
 
-def _train(trainer: Trainer, recorder: Recorder, *, recompute: bool) -> None:
+def _train(trainer: Trainer, recorder: Recorder, listener: Recorder | SharedListener, *, recompute: bool) -> None:
     model = trainer.stepper.runner.model
     recorder.event("started", round=recorder.rounds, pid=os.getpid())
     try:
-        with recorder.handle_signals(), activation_checkpointing(model, recompute):
+        with listener.handle_signals(), activation_checkpointing(model, recompute):
             trainer.run()
             recorder.save_requests()
     finally:
