@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def parse_size(text: str) -> int:
+def parse_size(text: str, option: str = "--shard-size") -> int:
     """Return the bytes of ``2GB``, ``500MB``, ``4GiB`` or a plain number.
 
     Raises:
@@ -107,7 +107,7 @@ def parse_size(text: str) -> int:
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?)?b?\s*", text, re.IGNORECASE)
     if match is None or float(match[1]) == 0:
-        raise ConfigError(f"--shard-size: expected a size such as 500MB or 2GB, found {text!r}")
+        raise ConfigError(f"{option}: expected a size such as 500MB or 2GB, found {text!r}")
     return int(float(match[1]) * _UNITS[(match[2] or "").lower()])
 
 

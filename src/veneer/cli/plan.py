@@ -1,4 +1,7 @@
-"""``veneer plan ...``: estimate memory and time of a run, with the arguments of ``veneer train``; writes nothing."""
+"""``veneer plan ...``: estimate memory and time of a run, with the arguments of ``veneer train``; writes nothing.
+
+``veneer plan --base MODEL --memory 24GB`` needs neither weights nor examples.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import argparse
 
 from veneer._terminal import status
 from veneer.cli import train
+from veneer.cli._fitting import show_what_fits
 from veneer.cli._output import as_json
 from veneer.cli._parser import add_json
 
@@ -13,11 +17,18 @@ from veneer.cli._parser import add_json
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``veneer train`` and ``--json``."""
     add_json(parser, "print the plan as JSON, with memory in bytes")
+    parser.add_argument(
+        "--memory",
+        metavar="SIZE",
+        help="show which settings fit into this much memory, such as 24GB, from the base's config.json alone",
+    )
     train.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan; the exit code is 1 if the run does not fit into memory."""
+    if args.memory:
+        return show_what_fits(args)
     options, provenance = train.resolve_source(args)
     if not args.json:
         train.print_differences(options, provenance)

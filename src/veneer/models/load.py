@@ -23,9 +23,10 @@ import torch
 from veneer.errors import BaseModelError, Problems
 from veneer.models.cache import build_once
 from veneer.models.devices import resolve_device
+from veneer.models.embedded import EMBEDDED
 from veneer.models.precision import fast_dtype, slow_dtype_notes
 from veneer.models.quantized.scheme import read_scheme, scheme_for
-from veneer.models.sources import Source, read_config, read_generation_config, resolve
+from veneer.models.sources import Source, fetch_config, looks_like_path, read_config, read_generation_config, resolve
 
 if TYPE_CHECKING:
     from veneer.models.quantized.loading import Reading
@@ -107,6 +108,19 @@ def load_tokenizer(name: str | Path, *, revision: str | None = None) -> Any:
     if tokenizer is None:
         raise BaseModelError(f"the base {str(name)!r} has no tokenizer in {folder}; add its tokenizer.json there")
     return tokenizer
+
+
+def config_folder(name: str, revision: str | None = None) -> Path:
+    """A folder with the base's config.json; its weights need not be there, and those of a hub model are not fetched.
+
+    Raises BaseModelError where there is none.
+    """
+    path = Path(name).expanduser()
+    if (path / "config.json").is_file():
+        return path
+    if name.lower() in EMBEDDED or path.exists() or looks_like_path(name):
+        return folder_of(name, revision)
+    return fetch_config(name, revision)
 
 
 def context_length(name: str | Path, *, revision: str | None = None) -> int | None:

@@ -52,7 +52,7 @@ def resolve(name: str, revision: str | None = None) -> Source:
         return _from_file(path)
     if path.is_dir():
         return _from_folder(path)
-    if _looks_like_path(text):
+    if looks_like_path(text):
         raise BaseModelError(
             f"the base {text!r} is neither a file nor a folder here (looked for {path.absolute()}); "
             f"check the spelling, or give a hub id such as organisation/model"
@@ -83,7 +83,7 @@ def _json_object(file: Path) -> dict[str, Any]:
     return config
 
 
-def _looks_like_path(text: str) -> bool:
+def looks_like_path(text: str) -> bool:
     return text.startswith((".", "~", "/", "\\")) or text.lower().endswith(".gguf") or not _HUB_ID.fullmatch(text)
 
 
@@ -161,7 +161,12 @@ def _refuse_remote_code(where: str, folder: Path) -> None:
     )
 
 
-def _download(name: str, revision: str | None) -> Path:
+def fetch_config(name: str, revision: str | None) -> Path:
+    """A folder with the config.json of a hub model, from the local hub cache or the network."""
+    return _download(name, revision, ["config.json"])
+
+
+def _download(name: str, revision: str | None, files: list[str] = _HUB_FILES) -> Path:
     """A hub model's files, from the local hub cache or the network; only safetensors weights are fetched."""
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import (
@@ -175,9 +180,7 @@ def _download(name: str, revision: str | None) -> Path:
     at = f" at revision {revision!r}" if revision else ""
     local = "give a folder on this disk, or 'smollm2-135m', which needs no network"
     try:
-        return Path(
-            snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=["*/*", "*.bin"])
-        )
+        return Path(snapshot_download(name, revision=revision, allow_patterns=files, ignore_patterns=["*/*", "*.bin"]))
     except GatedRepoError as error:
         raise BaseModelError(
             f"the hub's model {name!r} is gated; accept its terms on its page, log in with the hub's client, try again"

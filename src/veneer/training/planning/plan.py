@@ -21,6 +21,7 @@ from veneer.data.example import Example
 from veneer.errors import MemoryPlanError
 from veneer.models.devices import device_of
 from veneer.models.load import Base
+from veneer.models.quantized.size import quantized_saving
 from veneer.training.activation_checkpointing import activation_checkpointing, layers_of
 from veneer.training.device_memory import memory_of
 from veneer.training.loop.job import Job
@@ -155,6 +156,9 @@ class Planner:
             weights = sum(p.numel() * p.element_size() for p in self.base.model.parameters())
             if plan.peak - (weights + max(0, plan.training - profile.start - tensors)) / 2 <= free:
                 remedies.append("--dtype bfloat16")
+        saved = quantized_saving(self.base.model)
+        if saved and plan.peak - saved <= free:
+            remedies.append("--quantize nf4")
         return remedies
 
     def _fewer_tokens(self, profile: Profile, free: int) -> list[str]:

@@ -1,0 +1,234 @@
+"""Training on quantized bases: quality, time and memory beside a bf16 base, and a base of Llama-2-7B's shape.
+
+    python -m bench.quantized quality          the demo's data on the embedded model, 70 steps: held-out losses and peak memory
+    python -m bench.quantized steps            steps of bf16 and NF4, LoRA and DoRA, taken in turn: ratios of their times
+    python -m bench.quantized large DIR        a random 7B base, written in NF4 to DIR (4 GB), loaded and trained on 256 tokens a step
+
+The random base has the config of Llama-2-7B. Each training is a process of its own, so that its peak is its own. `--cpu` compares
+the processor's time, for a machine that is busy.
+"""
+
+from __future__ import annotations
+
+import veneer  # isort: skip  (before torch, as in a command)
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from veneer.config import TrainOptions
+from veneer.data.batch import make_batch
+from veneer.training.process_memory import highest, resident
+from veneer.training.run.jobs import expand
+from veneer.training.run.setup import Setup, set_up
+
+CASES = [(quantize, method) for method in ("lora", "dora") for quantize in (None, "nf4")]
+LLAMA_7B = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "vocab_size": 32000,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "dtype": "bfloat16",
+}
+
+
+def main() -> None:
+    """Run one of the parts."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("part", choices=("quality", "steps", "large", "child"))
+    parser.add_argument("place", nargs="?", help="folder of the large base, or the options of a child")
+    parser.add_argument("--steps", type=int, default=70)
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--cpu", action="store_true", help="compare processor time")
+    args = parser.parse_args()
+    if args.part == "child":
+        print(json.dumps(_child(json.loads(args.place))))
+    elif args.part == "large":
+        _large(Path(args.place), args.steps if args.steps != 70 else 3)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            files = _demo_data(Path(folder))
+            (_quality if args.part == "quality" else _steps)(files, Path(folder), args)
+
+
+def _demo_data(folder: Path) -> tuple[Path, Path]:
+    """The demo's rows: (training, held out)."""
+    from veneer.data.stdlib_docs import stdlib_pairs
+
+    train, valid = stdlib_pairs()
+    files = folder / "train.jsonl", folder / "valid.jsonl"
+    for file, rows in zip(files, (train, valid[:: max(1, len(valid) // 96)][:96]), strict=True):
+        file.write_text("".join(json.dumps({"messages": row["messages"]}) + "\n" for row in rows), encoding="utf-8")
+    return files
+
+
+def _options(files: tuple[Path, Path], **more: Any) -> dict[str, Any]:
+    """The demo's options."""
+    fixed = {"r": 16, "learning_rate": 5e-4, "batch_size": 7, "tokens_per_pass": 768, "warmup_steps": 5, "plan": False}
+    return {"data": [str(files[0])], "valid": [str(files[1])], "dtype": "bfloat16", **fixed, **more}
+
+
+def _quality(files: tuple[Path, Path], folder: Path, args: argparse.Namespace) -> None:
+    print("| base | method | held-out loss | s a step | peak GB |\n|---|---|---|---|---|")
+    for quantize, method in CASES:
+        out = folder / f"{quantize}-{method}"
+        more = {"steps": args.steps, "eval_every": args.steps, "out": str(out), "method": method, "quantize": quantize}
+        found = _in_child(_options(files, **more))
+        print(
+            f"| {quantize or 'bf16'} | {method} | {found['loss']:.4f} | {found['step']:.2f} | {found['peak']:.2f} |",
+            flush=True,
+        )
+
+
+def _in_child(options: dict[str, Any]) -> dict[str, Any]:
+    words = [sys.executable, "-m", "bench.quantized", "child", json.dumps(options)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.stderr[-2000:])
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def _child(options: dict[str, Any]) -> dict[str, Any]:
+    began = time.perf_counter()
+    veneer.train(options)
+    folder = Path(options["out"])
+    lines = [json.loads(line) for file in folder.rglob("metrics.jsonl") for line in file.open(encoding="utf-8")]
+    losses = [line["held_out_loss"] for line in lines if line.get("held_out_loss") is not None]
+    seconds = (time.perf_counter() - began) / options["steps"]
+    return {"loss": losses[-1], "first": losses[0], "step": seconds, "peak": highest() / 1e9}
+
+
+def _steps(files: tuple[Path, Path], folder: Path, args: argparse.Namespace) -> None:
+    """Steps of each case on the same rows, in turn, in one process."""
+    clock = time.process_time if args.cpu else time.perf_counter
+    with ExitStack() as stack:
+        setups = []
+        for quantize, method in CASES:
+            options = TrainOptions(**_options(files, steps=99, method=method, quantize=quantize))
+            setups.append(stack.enter_context(set_up(options, expand(options), None, lambda line: None)))
+        times: list[list[float]] = [[] for _ in CASES]
+        for number in range(args.rounds + 1):
+            for setup, found in zip(setups, times, strict=True):
+                began = clock()
+                _step(setup, number)
+                found.append(clock() - began)
+    medians = [statistics.median(found[1:]) for found in times]
+    print("| base | method | s a step | of bf16 | of LoRA |\n|---|---|---|---|---|")
+    for number, (quantize, method) in enumerate(CASES):
+        plain, lora = medians[number - number % 2], medians[number % 2]
+        row = f"{medians[number]:.3f} | {medians[number] / plain:.2f} | {medians[number] / lora:.2f}"
+        print(f"| {quantize or 'bf16'} | {method} | {row} |")
+
+
+def _step(setup: Setup, number: int) -> None:
+    job = setup.jobs[0]
+    rows = [setup.data[job.name].train[7 * number + index] for index in range(7)]
+    for piece in _pieces(rows):
+        setup.stepper.forward_backward(make_batch(piece, [job.name] * len(piece)))
+    for parameter in setup.bank.parameters(job.name):
+        parameter.grad = None
+
+
+def _pieces(rows: list[Any], most: int = 768) -> Iterator[list[Any]]:
+    held: list[Any] = []
+    for row in rows:
+        if held and sum(map(len, held)) + len(row) > most:
+            yield held
+            held = []
+        held.append(row)
+    yield held
+
+
+def _large(folder: Path, steps: int) -> None:
+    """Write, load and train a base of Llama-2-7B's shape."""
+    if not (folder / "config.json").is_file():
+        _write_large(folder)
+    for method in ("lora", "dora"):
+        words = [sys.executable, "-c", _TRAIN_LARGE, str(folder), method, str(steps)]
+        print(subprocess.run(words, check=True, capture_output=True, text=True).stdout, end="", flush=True)
+
+
+_TRAIN_LARGE = """
+import sys
+from bench.quantized import train_large
+train_large(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+"""
+
+
+def train_large(folder: str, method: str, steps: int) -> None:
+    """Load the base, take some steps on 256 tokens and print memory and time."""
+    from veneer.adapters import METHODS
+    from veneer.checkpoints import attach
+    from veneer.models.fast_modules import fuse
+    from veneer.models.load import load_base
+    from veneer.training.acceleration import use_cpp_kernels
+
+    use_cpp_kernels()
+    began = time.perf_counter()
+    base = load_base(folder, dtype="bfloat16")
+    print(
+        f"{method}: loaded in {time.perf_counter() - began:.0f} s, {resident() / 1e9:.2f} GB, peak {highest() / 1e9:.2f} GB"
+    )
+    bank = attach(base.model)
+    bank.add("a", METHODS[method](r=16, lora_alpha=32))
+    fuse(base.model)
+    optimizer = torch.optim.AdamW(bank.parameters("a"), lr=1e-4)
+    ids = torch.randint(0, 32000, (1, 256), generator=torch.Generator().manual_seed(0))
+    for number in range(steps):
+        began = time.perf_counter()
+        with bank.use("a"):
+            loss = base.model(input_ids=ids, labels=ids).loss
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds = time.perf_counter() - began
+        print(
+            f"{method}: step {number + 1} loss {float(loss.detach()):.3f} in {seconds:.1f} s, peak {highest() / 1e9:.2f} GB",
+            flush=True,
+        )
+
+
+def _write_large(folder: Path) -> None:
+    """A random model in NF4, written tensor by tensor."""
+    import transformers
+
+    from veneer.checkpoints.model_folder import ModelFolder, write_model
+    from veneer.kernels.quantized.state import quantize, state_of
+    from veneer.models.quantized.scheme import scheme_for
+
+    scheme = scheme_for("nf4")
+    config = {**LLAMA_7B, "quantization_config": scheme.as_config(torch.bfloat16)}
+    with torch.device("meta"):
+        model: Any = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA_7B))
+    with tempfile.TemporaryDirectory() as empty:
+        source = object.__new__(ModelFolder)
+        source.path = Path(empty)
+        with write_model(source, folder, config) as writer:
+            for name, parameter in model.named_parameters():
+                weight = torch.randn(parameter.shape, dtype=torch.bfloat16).mul_(0.02)
+                if "_proj" not in name:
+                    writer.put(name, weight if weight.dim() > 1 else torch.ones_like(weight))
+                    continue
+                for key, value in state_of(quantize(weight, "nf4")).items():
+                    writer.put(name.removesuffix("weight") + key, value)
+
+
+if __name__ == "__main__":
+    main()

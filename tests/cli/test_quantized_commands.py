@@ -1,0 +1,97 @@
+"""Quantized bases from the command line: quantize, train, use, merge, and what fits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tests.training.made import write_place
+
+from veneer.cli.main import main
+from veneer.models.load import load_base
+
+Run = Callable[..., tuple[int, str, str]]
+TRAIN = ("train", "train.jsonl", "--steps", "2", "--batch-size", "2", "--no-plan", "--dtype", "float32")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny base and examples."""
+    return write_place(tmp_path_factory.mktemp("place"))
+
+
+@pytest.fixture
+def run(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command in that folder: (exit code, output, errors)."""
+    monkeypatch.chdir(place)
+
+    def call(*words: str) -> tuple[int, str, str]:
+        code = main(words)
+        return (code, *capsys.readouterr())
+
+    return call
+
+
+def test_a_quantized_base_is_trained_on_used_and_merged(run: Run) -> None:
+    """A base quantized on disk and one quantized while it is read are the same; the adapter is used on it again and merged into it."""
+    code, out, _ = run("quantize", "base", "--to", "nf4", "--out", "nf4")
+    assert code == 0 and "7 linear layers to nf4" in out and "differ from the exact ones by" in out
+    code, _, err = run("quantize", "base", "--to", "nf4", "--out", "nf4")
+    assert code == 1 and "not empty" in err
+    code, out, _ = run(*TRAIN, "--base", "base", "--quantize", "nf4", "--method", "dora", "--out", "one")
+    assert code == 0 and "finished after 2 steps" in out
+    assert run(*TRAIN, "--base", "nf4", "--method", "dora", "--out", "two")[0] == 0
+    records = [json.loads(text) for text in map(_receipt, (Path("one"), Path("two")))]
+    assert {record["dtype"] for record in records[0]["base"].values()} == {"nf4"}
+    assert records[0]["base"] == records[1]["base"]
+    code, found, err = run("evaluate", "one", "--data", "valid.jsonl", "--json", "--dtype", "float32")
+    assert code == 0 and "the base is in" not in err
+    code, plain, err = run(
+        "evaluate", "one", "--data", "valid.jsonl", "--json", "--dtype", "float32", "--quantize", "none"
+    )
+    assert code == 0 and "is in float32 here and was in nf4" in err and found != plain
+    code, out, _ = run("merge", "two", "--out", "merged", "--allow-rounding")
+    assert code == 0 and "logits: at most" in out
+    assert not hasattr(load_base("merged", dtype="float32").model.config, "quantization_config")
+    code, out, _ = run("inspect", "two", "--base", "nf4")
+    assert code == 0 and "fingerprints and probes agree" in out
+
+
+def _receipt(folder: Path) -> str:
+    from safetensors import safe_open
+
+    with safe_open(folder / "adapter" / "adapter_model.safetensors", framework="pt") as file:
+        return str(file.metadata()["veneer"])
+
+
+def test_what_fits_is_planned_from_the_config_alone(run: Run) -> None:
+    """A folder with a config.json and no weights is enough; the best row's command comes last, and the exit code is 1 if nothing fits."""
+    Path("seven").mkdir()
+    sizes = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 32000, **sizes}
+    Path("seven/config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}), encoding="utf-8")
+    code, out, _ = run("plan", "--base", "seven", "--memory", "24GB")
+    assert code == 0 and "6.74 billion parameters" in out
+    assert out.splitlines()[-1].startswith("veneer train DATA --base seven --dtype bfloat16 --r 16")
+    code, out, _ = run("plan", "--base", "seven", "--memory", "8GB", "--method", "dora", "--r", "8", "--json")
+    found = json.loads(out)
+    assert code == 0 and "--method dora --quantize nf4 --r 8" in found["command"]
+    assert {row["r"] for row in found["settings"]} == {8} and found["parameters"] == 6_738_415_616
+    code, out, _ = run("plan", "--base", "seven", "--memory", "2GB")
+    assert code == 1 and "nothing fits into 2GB" in out
+    code, _, err = run("plan", "--base", "seven", "--memory", "much")
+    assert code == 2 and "--memory: expected a size" in err
+
+
+def test_a_receipt_names_another_precision(run: Run, place: Path) -> None:
+    """An adapter of a plain base says, on a quantized one, how far the weights are apart; the plain base's fingerprint is not confused."""
+    import veneer
+
+    assert run(*TRAIN, "--base", "base", "--out", "plain")[0] == 0
+    bank = veneer.attach(load_base("base", dtype="float32", quantize="nf4").model)
+    notes = bank.load("plain").meta["notes"]
+    assert any("the base is in nf4 here and was in float32" in note and "differ by" in note for note in notes)
+    assert torch.isfinite(torch.tensor(float(notes[0].split("differ by ")[1].split("%")[0])))
