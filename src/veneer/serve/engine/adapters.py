@@ -15,7 +15,7 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -35,6 +35,7 @@ class AdapterVersion:
         name: as requests name it. bank_name: as the bank does.
         version: hash of the content.
         stops: the tokens with which it learnt to end its answers, {text: id}.
+        trained: its tensors may change, so its keys and values are not reused. prepared: what `AdapterStore.prepare` made of it.
         held: sequences that have not ended; running: those of them that are in the batch.
         current: False once the name stands for another content, or for none.
         failure: why it could not be read again.
@@ -49,6 +50,8 @@ class AdapterVersion:
     rank: int
     method: str
     stops: dict[str, int] = field(default_factory=dict)
+    trained: bool = False
+    prepared: Any = None
     pinned: bool = False
     held: int = 0
     running: int = 0
@@ -69,11 +72,13 @@ class AdapterLimits:
 
 @dataclass(eq=False)
 class AdapterStore:
-    """The adapters of one bank. ``wake`` is called when one has been read. Methods that change the bank belong to the engine's thread."""
+    """The adapters of one bank. ``wake`` is called when one has been read, ``prepare`` with each that is. Methods that
+    change the bank belong to the engine's thread."""
 
     bank: Bank | None
     limits: AdapterLimits
     wake: Callable[[], None] = lambda: None
+    prepare: Callable[[Adapter], Any] | None = None
     loads: int = 0
     evictions: int = 0
     _current: dict[str, AdapterVersion] = field(default_factory=dict)
@@ -84,7 +89,7 @@ class AdapterStore:
     def __post_init__(self) -> None:
         for name in self.bank.names if self.bank is not None else ():
             assert self.bank is not None
-            one = _version(name, None, self.bank[name])
+            one = self._version(name, None, self.bank[name])
             one.bank_name, one.in_bank, one.pinned = name, True, True
             self._current[name] = one
             self._versions.append(one)
@@ -95,7 +100,7 @@ class AdapterStore:
         """Read and check a folder in this thread, and let the name stand for it."""
         check_name(name)
         adapter = self._read(name, path)
-        one = _version(name, path, adapter)
+        one = self._version(name, path, adapter)
         one.pinned = pinned
         with self._lock:
             old = self._current.get(name)
@@ -147,6 +152,22 @@ class AdapterStore:
         except KeyError:
             have = ", ".join(self._current) or "none"
             raise AdapterError(f'no adapter is named "{name}"; there are: {have}') from None
+
+    def _version(self, name: str, path: Path | None, adapter: Adapter) -> AdapterVersion:
+        version = content_hash(adapter)
+        return AdapterVersion(
+            name,
+            f"{name[:64]}.{version[:16]}",
+            version,
+            path,
+            adapter,
+            bytes=sum(p.numel() * p.element_size() for p in adapter.parameters()),
+            rank=max((adapter.rank(site) for site in adapter.tensors), default=0),
+            method=adapter.method.label,
+            stops=stop_tokens(adapter),
+            trained=any(p.requires_grad for p in adapter.parameters()),
+            prepared=None if self.prepare is None else self.prepare(adapter),
+        )
 
     def _read(self, name: str, path: Path) -> Adapter:
         if self.bank is None:
@@ -219,16 +240,18 @@ class AdapterStore:
         here = [one for one in self._versions if one.adapter is not None]
         idle = [one for one in here if not one.in_bank and not one.held and not one.pinned and one.path is not None]
         for one in sorted(idle, key=lambda one: one.used)[: max(0, len(here) - self.limits.in_memory)]:
-            one.adapter = None
+            one.adapter = one.prepared = None
             self.evictions += 1
 
     def _reread(self, one: AdapterVersion) -> None:
         """Read a version that left memory, in a thread of its own."""
         failure: VeneerError | None = None
         adapter: Adapter | None = None
+        prepared: Any = None
         try:
             assert one.path is not None
             adapter = self._read(one.name, one.path)
+            prepared = None if self.prepare is None else self.prepare(adapter)
             if content_hash(adapter) != one.version:
                 failure = AdapterError(
                     f"{one.path}: the folder holds another adapter than when {one.name} was loaded; load it again"
@@ -240,7 +263,7 @@ class AdapterStore:
         with self._lock:
             one.loading, one.failure = False, failure
             if failure is None:
-                one.adapter = adapter
+                one.adapter, one.prepared = adapter, prepared
                 self.loads += 1
                 self._shrink_memory()
         self.wake()
@@ -255,21 +278,6 @@ def content_hash(adapter: Adapter) -> str:
     for site in sorted(adapter.tensors):
         digest.update(f"{site} {adapter.scale(site)!r}\n".encode())
     return digest.hexdigest()
-
-
-def _version(name: str, path: Path | None, adapter: Adapter) -> AdapterVersion:
-    version = content_hash(adapter)
-    return AdapterVersion(
-        name,
-        f"{name[:64]}.{version[:16]}",
-        version,
-        path,
-        adapter,
-        bytes=sum(p.numel() * p.element_size() for p in adapter.parameters()),
-        rank=max((adapter.rank(site) for site in adapter.tensors), default=0),
-        method=adapter.method.label,
-        stops=stop_tokens(adapter),
-    )
 
 
 def _status(one: AdapterVersion) -> AdapterStatus:

@@ -24,6 +24,16 @@ class PagedCache:
         self.slots = blocks * size
         self.size = size
         self.layers: list[tuple[Tensor, Tensor]] = []
+        self.scale: float | None = None
+        """Factor of the scores, if attention is plain (no window, soft cap or sinks) and the same in all layers; else None."""
+        self._kinds: set[tuple[Pattern, float, bool]] = set()
+
+    def saw(self, pattern: Pattern, scale: float, *, sinks: bool) -> None:
+        """Note a kind of attention that the model computes."""
+        kind = (pattern, scale, sinks)
+        if kind not in self._kinds:
+            self._kinds.add(kind)
+            self.scale = scale if self._kinds == {(Pattern(), scale, False)} else None
 
     def layer(self, number: int, k_TGD: Tensor, v_TGE: Tensor) -> tuple[Tensor, Tensor]:
         """(keys [S, G, D], values [S, G, E]) of a layer, shaped as these keys and values are."""
@@ -67,6 +77,7 @@ class StepAttention:
     ) -> Tensor:
         if pattern.after != 0:
             raise NotFlat("its attention looks ahead, so an answer cannot be written token by token")
+        self._cache.saw(pattern, scale, sinks=sinks_H is not None)
         k_TGD, v_TGE = k_GTD.transpose(0, 1), v_GTE.transpose(0, 1)
         k_SGD, v_SGE = self._cache.layer(number, k_TGD, v_TGE)
         k_SGD[self._slots_T] = k_TGD

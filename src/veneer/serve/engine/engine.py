@@ -34,6 +34,7 @@ from veneer.serve.engine.adapters import AdapterLimits, AdapterStore, AdapterVer
 from veneer.serve.engine.answer import finished, next_token, prompt_scores, start_text
 from veneer.serve.engine.blocks import BlockPool, root_digest
 from veneer.serve.engine.cache import PagedCache
+from veneer.serve.engine.decoding import fastest_runner
 from veneer.serve.engine.grammar import GrammarCompiler
 from veneer.serve.engine.request import (
     AdapterStatus,
@@ -44,7 +45,7 @@ from veneer.serve.engine.request import (
     GenerationRequest,
     RequestStream,
 )
-from veneer.serve.engine.runner import choose_runner, scores_prompt
+from veneer.serve.engine.runner import scores_prompt
 from veneer.serve.engine.sampler import choose
 from veneer.serve.engine.scheduler import Chunk, Scheduler, SchedulerLimits
 from veneer.serve.engine.sequence import Sequence
@@ -104,11 +105,12 @@ class Engine:
         self._pool = BlockPool(max(1, tokens // limits.block), limits.block)
         self._cache = PagedCache(self._pool.count, limits.block)
         model.eval()
-        self.runner = choose_runner(model, bank, self._cache, self._vocabulary)
         self._context = min(longest, self._pool.count * limits.block)
+        self.runner = fastest_runner(model, bank, self._cache, self._vocabulary, self._context)
         if self.runner.paged and (rope := FlatRunner(model, probe=False).longest_position) is not None:
             self._context = min(self._context, rope)
-        self._store = AdapterStore(bank, limits.adapters, self._wake)
+        prepare = getattr(self.runner, "prepare", None)
+        self._store = AdapterStore(bank, limits.adapters, self._wake, prepare)
         self._scheduler = Scheduler(
             self._pool,
             limits.scheduler,
@@ -189,6 +191,12 @@ class Engine:
     def _stops(self, versions: tuple[AdapterVersion, ...]) -> frozenset[int]:
         """The tokens that end an answer: those that its adapters were trained with, and the base's own."""
         return frozenset(stop_ids(self._renderer, own_ends(self.model), [one.stops for one in versions]))
+
+    def _root(self, request: GenerationRequest, versions: tuple[AdapterVersion, ...]) -> bytes:
+        """What its keys and values depend on beside the tokens."""
+        mix = sorted((one.version, weight) for one, (_, weight) in zip(versions, request.mix, strict=True) if weight)
+        own = request.id if any(one.trained for one in versions) else None
+        return root_digest(mix, request.salt, own)
 
     def _check_prompt(self, request: GenerationRequest) -> None:
         size, sampling = len(request.prompt), request.sampling

@@ -152,14 +152,13 @@ def choose_runner(model: Any, bank: Bank | None, cache: PagedCache, vocabulary: 
     Raises:
         BaseModelError: the model gives no logits per token.
     """
-    with nullcontext() if bank is None else bank.use(None, training=False):
-        ids = _sample(model, vocabulary)
-        try:
-            whole = _whole(model, ids)
-        except Exception as error:
-            raise BaseModelError(
-                f"{type(model).__name__} does not generate text ({type(error).__name__}: {error}); use a causal language model"
-            ) from error
+    ids = _sample(model, vocabulary)
+    try:
+        whole = _whole(model, bank, ids)
+    except Exception as error:
+        raise BaseModelError(
+            f"{type(model).__name__} does not generate text ({type(error).__name__}: {error}); use a causal language model"
+        ) from error
     reasons: list[str] = []
     for make in (
         lambda: PagedRunner(_flat(model), bank, cache),
@@ -194,10 +193,18 @@ def _sample(model: Any, vocabulary: int) -> list[int]:
 
 
 @torch.no_grad()
-def _whole(model: Any, ids: list[int]) -> Tensor:
+def _whole(model: Any, bank: Bank | None, ids: list[int]) -> Tensor:
     device = next(model.parameters()).device
-    found: Tensor = model(input_ids=torch.tensor([ids], device=device)).logits[0, -3:]
+    with nullcontext() if bank is None else bank.use(None, training=False):
+        found: Tensor = model(input_ids=torch.tensor([ids], device=device)).logits[0, -3:]
     return found
+
+
+def same_as_whole(runner: StepRunner, model: Any, bank: Bank | None, cache: PagedCache, vocabulary: int) -> bool:
+    """True if a runner computes a text piece by piece as the model computes it whole."""
+    ids = _sample(model, vocabulary)
+    whole = _whole(model, bank, ids)
+    return _error(_piecewise(runner, ids, cache), whole) <= _BOUND.get(whole.dtype, _BOUND[torch.bfloat16])
 
 
 def _piecewise(runner: StepRunner, ids: list[int], cache: PagedCache) -> Tensor:

@@ -1,0 +1,107 @@
+"""The runner for decoders that a kernel computes whole: single tokens go through it, pieces of prompts through the flat runner."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from veneer.adapters import Bank
+from veneer.adapters.adapter import Adapter
+from veneer.kernels.cpp_library import pays
+from veneer.kernels.decoding import DecoderKernel, LowRankLayer, LowRankTable
+from veneer.models.decoder import decoder_modules, decoder_weights, rotation_table
+from veneer.serve.engine.runner import PagedRunner, choose_runner, rows_wanted, same_as_whole
+from veneer.serve.engine.scheduler import Chunk
+
+
+class DecodingRunner:
+    """Sequences that decode in one call of the kernel, all others in one flat call."""
+
+    paged = True
+    reason = ""
+
+    def __init__(
+        self, model: Any, bank: Bank | None, paged: PagedRunner, kernel: DecoderKernel, positions: int
+    ) -> None:
+        self._paged = paged
+        self._kernel = kernel
+        self._bank = bank
+        self._places = decoder_modules(model)
+        self._layers = 1 + max(layer for layer, _ in self._places.values())
+        self._dtype = next(model.parameters()).dtype
+        self._cos, self._sin = rotation_table(model, positions)
+
+    def run(self, chunks: Items[Chunk]) -> tuple[Tensor, list[int]]:
+        """See `StepRunner`. Rows stand in the order of the chunks."""
+        single = [chunk for chunk in chunks if self._takes(chunk)]
+        if not single:
+            return self._paged.run(chunks)
+        decoded = self._decode(single)
+        if len(single) == len(chunks):
+            return decoded, [1] * len(chunks)
+        others = [chunk for chunk in chunks if not self._takes(chunk)]
+        logits, counts = self._paged.run(others)
+        rows = iter(logits.split(counts))
+        ones = iter(decoded.split(1))
+        found = [next(ones) if self._takes(chunk) else next(rows).float() for chunk in chunks]
+        return torch.cat(found), [len(one) for one in found]
+
+    def _takes(self, chunk: Chunk) -> bool:
+        one = chunk.count == 1 and rows_wanted(chunk) == 1
+        return one and all(version.prepared is not None for version in chunk.sequence.adapters)
+
+    def _decode(self, chunks: Items[Chunk]) -> Tensor:
+        at = torch.tensor([chunk.start for chunk in chunks])
+        sequences = [chunk.sequence for chunk in chunks]
+        mixes = [
+            [(version.prepared, weight) for version, (_, weight) in zip(one.adapters, one.request.mix, strict=True)]
+            for one in sequences
+        ]
+        return self._kernel.step(
+            [one.tokens[chunk.start] for chunk, one in zip(chunks, sequences, strict=True)],
+            [chunk.start + 1 for chunk in chunks],
+            [one.blocks for one in sequences],
+            self._cos[at],
+            self._sin[at],
+            mixes,
+        )
+
+    @torch.no_grad()
+    def prepare(self, adapter: Adapter) -> LowRankTable | None:
+        """An adapter's factors for the kernel; None where it acts elsewhere too, or is being trained."""
+        assert self._bank is not None
+        trained = any(parameter.requires_grad for parameter in adapter.parameters())
+        sites = adapter.sites(self._bank.survey)
+        if trained or adapter.overrides or any(site.name not in adapter.tensors for site in sites):
+            return None
+        parts: dict[tuple[int, str], LowRankLayer] = {}
+        for site in sites:
+            place = self._places.get(id(site.module))
+            if place is None:
+                return None
+            tensors, scale, method = adapter.tensors[site.name], adapter.scale(site.name), adapter.method
+            a, b = (tensors[name].detach() for name in method.factor_names(site.kind))
+            norm = method.norm(tensors, site.weight_2d, site.squared_norms(), scale)
+            s = None if norm is None else method.magnitude_scale(tensors, norm)
+            b = b * scale if s is None else b * (scale * s).to(b.dtype)[:, None]
+            parts[place] = LowRankLayer(a, b, None if s is None else s - 1)
+        return LowRankTable(self._layers, parts, self._dtype)
+
+
+def fastest_runner(model: Any, bank: Bank | None, cache: Any, vocabulary: int, positions: int) -> Any:
+    """The fastest runner that computes a text piece by piece as the model computes it whole.
+
+    Raises:
+        BaseModelError: the model does not generate text.
+    """
+    runner = choose_runner(model, bank, cache, vocabulary)
+    if not isinstance(runner, PagedRunner) or not pays() or cache.scale is None:
+        return runner
+    weights = decoder_weights(model, cache.scale)
+    if weights is None or len(weights.layers) != len(cache.layers):
+        return runner
+    made = DecodingRunner(model, bank, runner, DecoderKernel(weights, cache.layers, cache.size), positions)
+    return made if same_as_whole(made, model, bank, cache, vocabulary) else runner
