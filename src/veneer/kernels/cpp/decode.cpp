@@ -230,9 +230,14 @@ template <> float dot<bf16>(const bf16* a, const bf16* x, long k_all) {
         for (long k = 0; k < k_all; k += LANES) sum += load(a + k) * load(x + k);
         return total(sum);
     }
-    __m512 one = _mm512_setzero_ps();
-    for (long k = 0; k < k_all; k += 32) one = _mm512_dpbf16_ps(one, Product<bf16>::words(a + k), Product<bf16>::words(x + k));
-    return total((vf)one);
+    __m512 one = _mm512_setzero_ps(), two = one;
+    long k = 0;
+    for (; k + 64 <= k_all; k += 64) {
+        one = _mm512_dpbf16_ps(one, Product<bf16>::words(a + k), Product<bf16>::words(x + k));
+        two = _mm512_dpbf16_ps(two, Product<bf16>::words(a + k + 32), Product<bf16>::words(x + k + 32));
+    }
+    if (k < k_all) one = _mm512_dpbf16_ps(one, Product<bf16>::words(a + k), Product<bf16>::words(x + k));
+    return total((vf)one + (vf)two);
 }
 #endif
 
@@ -307,7 +312,12 @@ template <class T> struct Worker {
             const Factor& f = factor(p, layer, linear);
             const float* u = all.u.get() + (p * 3 + slot) * s.most;
             const T* b = (const T*)f.b + o * f.rank;
-            for (long r = 0; r < f.rank; r++) low += load(b + r * 16) * u[r];
+            vf sum[4] = {};  // one would wait for itself
+            long r = 0;
+            for (; r + 4 <= f.rank; r += 4)
+                for (int i = 0; i < 4; i++) sum[i] += load(b + (r + i) * 16) * u[r + i];
+            for (; r < f.rank; r++) sum[0] += load(b + r * 16) * u[r];
+            low += (sum[0] + sum[1]) + (sum[2] + sum[3]);
             if (f.gain) {
                 gain += load(f.gain + o) * s.weights[p];
                 gained = true;
