@@ -12,7 +12,7 @@ from veneer.adapters import Bank
 from veneer.adapters.adapter import Adapter
 from veneer.kernels.cpp_library import pays
 from veneer.kernels.decoding import DecoderKernel, LowRankLayer, LowRankTable
-from veneer.models.decoder import decoder_modules, decoder_weights, rotation_table
+from veneer.serve.engine.decoder_parts import decoder_modules, decoder_weights, rotation_table
 from veneer.serve.engine.runner import PagedRunner, choose_runner, rows_wanted, same_as_whole
 from veneer.serve.engine.scheduler import Chunk
 
