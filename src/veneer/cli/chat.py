@@ -22,6 +22,16 @@ if TYPE_CHECKING:
     from veneer.serve.engine.request import SamplingParams
     from veneer.serve.generation import TextGenerator
 
+_WITHOUT_SLASH = {
+    "exit": "/exit",
+    "quit": "/exit",
+    "q": "/exit",
+    "bye": "/exit",
+    "help": "/help",
+    "clear": "/reset",
+    "reset": "/reset",
+}
+"""Commands of other chat programs, typed as messages -> the command here."""
 _HELP = __doc__.split("\n\n", 1)[1].rstrip()
 
 
@@ -79,6 +89,9 @@ class Chat:
         """Handle one line of input: a command or a message."""
         if not line.strip():
             return
+        if (meant := _WITHOUT_SLASH.get(line.strip().lower())) is not None:
+            print(f"commands begin with a slash: {meant}")
+            return
         if not line.startswith("/"):
             self.messages.append({"role": "user", "content": line})
             self.answer()
@@ -93,6 +106,8 @@ class Chat:
             "/help": lambda: print(_HELP),
             "/exit": self._end,
             "/quit": self._end,
+            "/bye": self._end,
+            "/clear": self._restart,
         }
         if word not in actions:
             print(f"unknown command {word}{similar(word, actions) or '; /help lists the commands'}")
@@ -112,12 +127,11 @@ class Chat:
         except KeyboardInterrupt:
             pass
         except VeneerError as error:
-            print(error, end="")
+            print(error)
             self.messages.pop()
-            pieces = []
-        print()
-        if pieces:
-            self.messages.append({"role": "assistant", "content": "".join(pieces)})
+            return
+        print("" if pieces else "(the answer is empty)")
+        self.messages.append({"role": "assistant", "content": "".join(pieces)})  # even an empty one: roles take turns
 
     def _again(self) -> None:
         while self.messages and self.messages[-1]["role"] == "assistant":
