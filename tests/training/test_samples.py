@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.tiny import tiny
+from tests.tiny import CHATML, tiny
 from tests.training.made import QUIET, options
 
 from veneer.cli.main import main
@@ -18,7 +18,7 @@ from veneer.config import TrainOptions, resolve
 from veneer.data.example import Example
 from veneer.errors import BaseModelError
 from veneer.evaluate.generation import Generator
-from veneer.models.load import Base
+from veneer.models.load import Base, load_base
 from veneer.training import train
 from veneer.training.run.console import Console
 from veneer.training.samples import _answer_of
@@ -99,6 +99,28 @@ def test_prompts_need_no_held_out_examples(place: Path, base: Base, tmp_path: Pa
     first = json.loads((place / "train.jsonl").read_text().splitlines()[0])["messages"]
     assert [line["step"] for line in found] == [0, 0, 5, 5, 10, 10, 12, 12]
     assert (found[1]["prompt"], found[1]["expected"]) == (first[0]["content"], first[1]["content"])
+
+
+def test_a_job_is_asked_through_its_own_template(place: Path, tmp_path: Path) -> None:
+    """Prompts go through the template of the job, of a tokenizer with several too."""
+    base = load_base(str(place / "base"), dtype="float32")
+    base.tokenizer.chat_template = {"default": CHATML, "rag": CHATML.replace("answer in one line", "read")}
+    (tmp_path / "own.jinja").write_text(CHATML.replace("<|im_start|>' + message", "<|im_start|>the ' + message"))
+    asked: list[str] = []
+
+    class Asked(Generator):
+        def complete(self, prompt: Any, *_: Any) -> str:
+            asked.append(self.tokenizer.decode(prompt))
+            return "so"
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("veneer.training.samples.Generator", Asked)
+        for name, template in (("a", None), ("b", tmp_path / "own.jinja")):
+            wanted = options(place, tmp_path / name, sample_prompts=("7+8",), chat_template=template, eval_every=12)
+            train(wanted, base=base, console=QUIET)
+    assert [("one line" in text, "<|im_start|>the user\n7+8" in text) for text in asked] == [(True, False)] * 2 + [
+        (True, True)
+    ] * 2
 
 
 def test_a_failure_of_generation_costs_the_samples_only(

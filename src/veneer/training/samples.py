@@ -8,7 +8,7 @@ adapter as one without.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from veneer.adapters import Bank
@@ -50,11 +50,12 @@ class Sampler:
         BaseModelError: the base cannot generate text.
     """
 
-    def __init__(self, base: Base, bank: Bank) -> None:
+    def __init__(self, base: Base, bank: Bank, jobs: Iterable[Job]) -> None:
         self._base = base
         self._bank = bank
         self._generators: dict[str | None, Generator] = {}
-        self._generator(None if base.tokenizer is None else getattr(base.tokenizer, "chat_template", None))
+        for job in jobs:
+            self._generator(job.template)
 
     def samples(self, job: Job, progress: Callable[[int, int], None]) -> Iterator[Sample]:
         """Generate the samples of a job with its adapter as it stands. ``progress`` is called with (done, total) before each."""

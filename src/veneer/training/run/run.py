@@ -142,7 +142,7 @@ def _run(
         rounds=rounds or 0,
         checks={job.name: checks[job.name] for job in jobs if checks[job.name].needed(job.progress.step)},
         halving=halving,
-        sampler=Sampler(setup.base, bank) if any(map(wants_samples, jobs)) else None,
+        sampler=Sampler(setup.base, bank, sampled) if (sampled := [*filter(wants_samples, jobs)]) else None,
         memory=memory_of(setup.device),
         watcher=watcher,
     )
