@@ -61,7 +61,17 @@ Where = Callable[[Keys], str]
 class _OptionsType(ModelMetaclass):
     """Turns a ``ValidationError`` of ``TrainOptions(...)`` into a ``ConfigError``, without changing how pydantic nests models."""
 
+    def __dir__(cls) -> list[str]:
+        """Names without those of pydantic, for ``help`` and completion; the options are among them."""
+        hidden = {*BaseModel.__dict__, *(name for name in super().__dir__() if name.startswith(("__pydantic", "_abc")))}
+        return sorted({*super().__dir__(), *getattr(cls, "model_fields", ())} - (hidden - {*object.__dict__}))
+
     def __call__(cls, *args: Any, **values: Any) -> Any:
+        if args:
+            first = next(iter(cls.model_fields))  # type: ignore[attr-defined]
+            raise ConfigError(
+                f"{cls.__name__} takes its options by name, such as {first}=...; found {shorten(args[0])} without a name"
+            )
         try:
             return super().__call__(*args, **values)
         except ValidationError as error:

@@ -11,6 +11,7 @@ in the model changes. Adding, loading and removing cost in proportion to the ada
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from veneer.adapters.compatibility import check_fit, check_overrides, check_tyin
 from veneer.adapters.layers.site import Site, Survey
 from veneer.adapters.merge import merged_state_dict, unties
 from veneer.adapters.methods import Method
+from veneer.adapters.methods.base import LowRankMethod
 from veneer.adapters.module import adapter_module
 from veneer.adapters.overrides import fresh_overrides
 from veneer.adapters.patches import Patches
@@ -100,10 +102,17 @@ class Bank:
         """Names of the adapters, in the order in which they came."""
         return list(self._adapters)
 
+    def __repr__(self) -> str:
+        adapters = ", ".join(
+            f"{name}: {adapter.method.label} r={adapter.method.r}" for name, adapter in self._adapters.items()
+        )
+        ended = ", detached" if self._detached else ""
+        return f"Bank({type(self.model).__name__}, {len(self.sites)} sites, {adapters or 'no adapters'}{ended})"
+
     def __getitem__(self, name: str) -> Adapter:
         try:
             return self._adapters[name]
-        except KeyError:
+        except (KeyError, TypeError):
             have = ", ".join(self._adapters) or "none"
             raise AdapterError(f'the bank has no adapter "{name}"; it has: {have}') from None
 
@@ -127,6 +136,11 @@ class Bank:
 
         Raises TargetError for patterns that match nothing, AdapterError for a name that is taken or unfit.
         """
+        if not isinstance(method, LowRankMethod):
+            found = f"the class {method.__name__}" if isinstance(method, type) else repr(method)
+            raise AdapterError(
+                f"bank.add takes the adapter's method with its options, such as LoRA(r=16); found {found}"
+            )
         self._check_free(name)
         chosen = select(self.survey, method, method.kinds)
         overrides, tokens = fresh_overrides(self.model, self.survey, method, chosen)
@@ -145,6 +159,10 @@ class Bank:
 
         Raises AdapterError with every site that is missing or of another shape, or if another library changed the model.
         """
+        if not isinstance(adapter, Adapter):
+            raise AdapterError(
+                f"bank.insert takes an Adapter, found {type(adapter).__name__}; bank.load reads one from a folder"
+            )
         self._check_free(adapter.name)
         self.check_fit(adapter)
         return self._install(adapter)
@@ -187,18 +205,27 @@ class Bank:
         self.runtime.frozen.forget(name)
         del self._adapters[name]
 
-    def load(self, path: str | Path, name: str | None = None, **options: Any) -> Adapter:
-        """Read an adapter into the bank, strictly. ``path`` is a PEFT folder, its .safetensors file, or a run.
+    def load(self, path: str | os.PathLike[str], name: str | None = None, **options: Any) -> Adapter:
+        """Read an adapter into the bank, strictly.
 
-        ``name`` defaults to the name of the folder or run.
+        Args:
+            path: a PEFT folder, its .safetensors file, a run (its best adapter), or what `train` returned.
+            name: by default that of the folder or run.
+            options: ``force`` and ``convert``, as for commands.
+
+        Raises:
+            CheckpointError: everything that is wrong with the folder.
+            AdapterError: the name is taken, or the adapter does not fit.
         """
+        _check_path(path, "load")
         default, folder = self._format().find(Path(path))
         name = name or default
         self._check_free(name)
         return self.insert(self._format().read(folder, name, self, **options))
 
-    def save(self, name: str, path: str | Path, **options: Any) -> None:
+    def save(self, name: str, path: str | os.PathLike[str], **options: Any) -> None:
         """Write an adapter as a folder that PEFT can load, with a receipt. Warns if nothing has trained it since `add`."""
+        _check_path(path, "save")
         if is_untouched(self[name], self.model, self.survey):
             warnings.warn(
                 f'adapter "{name}" is as bank.add made it, so the folder {path} will change nothing: no optimizer step has moved any of '
@@ -331,3 +358,8 @@ class Bank:
         if not parsed.uniform:
             raise RouteError("merging takes a route of one row: a name, or a weighted mix {name: weight}")
         return [(self[name], weight) for name, weight in parsed.mixes[0]]
+
+
+def _check_path(path: object, verb: str) -> None:
+    if not isinstance(path, str | os.PathLike):
+        raise AdapterError(f"bank.{verb} takes the path of a folder; found {type(path).__name__}")

@@ -57,6 +57,11 @@ class Base:
     dtype: torch.dtype
     notes: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        count = sum(parameter.numel() for parameter in self.model.parameters())
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"Base({self.name!r}, {type(self.model).__name__}, {count:,} parameters in {dtype})"
+
 
 def load_base(
     name: str | Path,
@@ -80,6 +85,8 @@ def load_base(
         BaseModelError: not found, refused, or files and model do not fit; with the remedy.
         ConfigError: this machine does not have the device.
     """
+    if not isinstance(name, str | Path):
+        raise BaseModelError(f"load_base takes the name or the path of a base model; found {type(name).__name__}")
     device = resolve_device(device)
     torch_dtype = fast_dtype(device) if dtype == "auto" else _DTYPES.get(dtype)
     if torch_dtype is None:

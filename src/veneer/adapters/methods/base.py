@@ -8,9 +8,10 @@ The option fields are declared in ``veneer.config``, so ``LoRA(r=8)`` and a trai
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -47,6 +48,21 @@ class LowRankMethod(LowRankOptions):
     """Overrides that an adapter may have at a site in addition to its low-rank change."""
     keeps_output: ClassVar[bool] = False
     """True if backward needs the layer's output."""
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        """List the options in the docstring, and let the signature name them with their defaults alone, for ``help``."""
+        super().__pydantic_init_subclass__(**kwargs)
+        width = max(map(len, cls.model_fields))
+        lines = [
+            f"    {name:<{width}}  {field.description} (default: {field.default!r})"
+            for name, field in cls.model_fields.items()
+        ]
+        by_name = inspect.Parameter.KEYWORD_ONLY
+        cls.__signature__ = inspect.Signature(
+            [inspect.Parameter(name, by_name, default=field.default) for name, field in cls.model_fields.items()]
+        )
+        cls.__doc__ = "\n".join([cls.__doc__ or "", "", "Options:", *lines])
 
     @property
     def label(self) -> str:

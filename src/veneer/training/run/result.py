@@ -42,6 +42,10 @@ class JobResult:
     unreached: tuple[str, ...] = ()
     """Experts that the adapter acts on and that no token of the job was routed to."""
 
+    def __fspath__(self) -> str:
+        """The folder of its best adapter, so that ``bank.load(job)`` works."""
+        return str(self.better)
+
     @property
     def best_loss(self) -> float:
         """The lowest held-out loss that an adapter of the job had; infinite if there is none."""
@@ -66,6 +70,14 @@ class RunResult:
 
     out: Path
     jobs: dict[str, JobResult]
+
+    def __fspath__(self) -> str:
+        """The run's folder, so that ``bank.load(result)`` works."""
+        return str(self.out)
+
+    def __repr__(self) -> str:
+        jobs = ", ".join(f"{job.name}: {job.state} after {job.steps} steps" for job in self.jobs.values())
+        return f"RunResult({str(self.out)!r}, {jobs})"
 
     @property
     def adapter(self) -> Path:

@@ -15,6 +15,7 @@ from typing import Any
 from veneer._files import replace_text
 from veneer.checkpoints.run_state import Lock
 from veneer.config import TrainOptions, given, plain, resolve, to_yaml
+from veneer.data.rows.memory_rows import rows_in, write_rows
 from veneer.errors import CheckpointError, ConfigError, ProcessError, TrainingError
 from veneer.models.load import Base
 from veneer.training.activation_checkpointing import activation_checkpointing
@@ -44,9 +45,11 @@ from veneer.training.shared_base import SharedBase, Watcher
 
 
 def train(
-    config: TrainOptions | Mapping[str, Any] | str | Path,
+    config: TrainOptions | Mapping[str, Any] | str | Path | None = None,
     *,
-    base: Base | SharedBase | None = None,
+    data: Any = None,
+    valid: Any = None,
+    base: Base | SharedBase | str | Path | None = None,
     watcher: Watcher | None = None,
     console: Console | None = None,
     screen: Console | None = None,
@@ -54,17 +57,22 @@ def train(
     resume_from: str | None = None,
     **overrides: Any,
 ) -> RunResult:
-    """Train the adapters that ``config`` describes, or resume their training.
+    """Train the adapters that the options describe, or resume their training.
+
+        train(data=[{"prompt": "2 + 2?", "completion": "4"}], base="smollm2-135m", r=8, out="runs/sums")
+        train("run.yaml", learning_rate=1e-4)
 
     Args:
         config: options, a mapping of them, or a YAML file.
-        base: a base in memory, in place of the one that the options name.
+        data: examples: a path, several, or rows (a list of mappings, a ``datasets.Dataset``, a data frame), which the run's folder keeps.
+        valid: held-out examples, likewise.
+        base: name of the base model, or a base in memory (``load_base``).
         watcher: follows the run.
         console: prints the progress.
         screen: former name of ``console``.
         fresh: forget an earlier run in the folder, once nothing can refuse the new run before its first step.
         resume_from: name of a checkpoint to resume from in place of the newest. Newer checkpoints are removed.
-        overrides: options that replace those in ``config``.
+        overrides: options by name, as flags have them (``r=8, learning_rate=1e-4``); they replace those in ``config``.
 
     Raises:
         ConfigError, DataError, TargetError, BaseModelError: the run cannot start. Nothing was written.
@@ -72,15 +80,34 @@ def train(
         TrainingError: the only job failed.
         KeyboardInterrupt: the run was stopped.
     """
-    options = _options(config, overrides)
+    examples = {key: value for key, value in (("data", data), ("valid", valid)) if value is not None}
+    rows = {key: found for key, value in examples.items() if (found := rows_in(value, key)) is not None}
+    placeholders = {key: (key,) for key in rows}  # until the folder is known
+    options = _options(config, {**overrides, **_base_option(config, base), **examples, **placeholders})
+    with ExitStack() as stack:
+        options = _rows_as_files(options, rows, stack)
+        loaded = base if isinstance(base, Base | SharedBase) else None
+        console = console or screen or Console()
+        return _start(options, loaded, console, watcher or Watcher(), fresh=fresh, resume_from=resume_from)
+
+
+def _start(
+    options: TrainOptions,
+    base: Base | SharedBase | None,
+    console: Console,
+    watcher: Watcher,
+    *,
+    fresh: bool,
+    resume_from: str | None,
+) -> RunResult:
+    """Lock the folder, set the run up and run it."""
     if fresh and resume_from is not None:
         raise ConfigError(
             f"fresh forgets all checkpoints, and resume_from asks for {resume_from}; give only one of them"
         )
     if options.track is not None:
         trackers.require(options.track)
-    console = console or screen or Console()
-    out = Path(options.out or Path("runs") / (options.name or "adapter"))
+    out = folder_of_run(options)
     with join(options.processes, options.device, options.answer_minutes) as processes, ExitStack() as stack:
         console = console if processes.first else Console(quiet=True)
 
@@ -101,8 +128,7 @@ def train(
         setup, folder, halving, longer = processes.together(begin)
         if processes.first:
             folder.prepare()
-        started = watcher or Watcher()
-        return _run(setup, folder, console, halving, longer, started, processes, fresh=fresh, resume_from=resume_from)
+        return _run(setup, folder, console, halving, longer, watcher, processes, fresh=fresh, resume_from=resume_from)
 
 
 def _run(
@@ -329,9 +355,67 @@ def _locked(out: Path) -> Iterator[None]:
         yield
 
 
-def _options(config: TrainOptions | Mapping[str, Any] | str | Path, overrides: Mapping[str, Any]) -> TrainOptions:
+def folder_of_run(options: TrainOptions) -> Path:
+    """The output folder of a run."""
+    return Path(options.out or Path("runs") / (options.name or "adapter"))
+
+
+def _options(
+    config: TrainOptions | Mapping[str, Any] | str | Path | None, overrides: Mapping[str, Any]
+) -> TrainOptions:
+    """The options of all sources."""
+    if isinstance(config, str | Path) and Path(config).suffix not in (".yaml", ".yml"):
+        raise ConfigError(
+            f"{config}: expected options, a mapping of them or a YAML file; give examples as data={str(config)!r}"
+        )
+    if config is None:
+        return TrainOptions(**overrides)
     if isinstance(config, TrainOptions):
         return TrainOptions(**{**given(config), **overrides}) if overrides else config
-    if isinstance(config, (str, Path)):
+    if isinstance(config, str | Path):
         return resolve(TrainOptions, config, flags=dict(overrides))[0]
+    if not isinstance(config, Mapping):
+        raise ConfigError(
+            f"train takes options, a mapping of them or a YAML file, found {type(config).__name__}; give rows as data="
+        )
     return TrainOptions(**{**config, **overrides})
+
+
+def _base_option(config: Any, base: Any) -> dict[str, str]:
+    """The option ``base`` for what was given as one."""
+    if base is None:
+        return {}
+    if isinstance(base, str | Path):
+        return {"base": str(base)}
+    if not isinstance(base, Base):
+        raise ConfigError(
+            f"base is the name of a base model, or a base of veneer.load_base; found {type(base).__name__}"
+        )
+    known = (
+        given(config) if isinstance(config, TrainOptions) else config if isinstance(config, Mapping) else {"base": None}
+    )
+    return {} if "base" in known else {"base": base.name}
+
+
+def _rows_as_files(
+    options: TrainOptions, rows: Mapping[str, list[Mapping[str, Any]]], stack: ExitStack
+) -> TrainOptions:
+    """Write rows in memory into the run's folder; if no run begins, the context ends without them."""
+    out = folder_of_run(options)
+    made = [path for path in (out / "data", out, *out.parents) if rows and not path.exists()]
+    files: list[Path] = []
+
+    def leave_nothing() -> None:
+        if (out / CONFIG).exists():
+            return
+        for path in files:
+            path.unlink(missing_ok=True)
+        with suppress(OSError):
+            for path in made:
+                path.rmdir()
+
+    stack.callback(leave_nothing)
+    for key, found in rows.items():
+        files.append(write_rows(found, out / "data", key))
+        options = options.model_copy(update={key: (files[-1],)})
+    return options

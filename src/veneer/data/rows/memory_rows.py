@@ -1,0 +1,64 @@
+"""Rows that are in memory (lists of mappings, data sets, data frames), written as a file, since a run reads its examples again to resume.
+
+The file is named after its content, so that other rows never replace those of a run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from veneer._files import replace_text
+from veneer.errors import DataError
+
+
+def rows_in(value: Any, what: str) -> list[Mapping[str, Any]] | None:
+    """The rows of a list, a ``datasets.Dataset`` or a data frame; None for paths.
+
+    Raises:
+        DataError: something that holds no rows.
+    """
+    if value is None or isinstance(value, str | Path):
+        return None
+    if hasattr(value, "to_dict") and hasattr(value, "iterrows"):
+        value = value.to_dict("records")
+    if isinstance(value, Mapping):
+        raise DataError(
+            f"{what}: expected rows or paths, found a mapping with {', '.join(map(str, value))}; give one of its values"
+        )
+    if not isinstance(value, Iterable):
+        raise DataError(
+            f"{what}: expected a path, paths, or rows such as a list of mappings; found {type(value).__name__}"
+        )
+    entries = list(value)
+    if all(isinstance(entry, str | Path) for entry in entries):
+        return None
+    wrong = next((i for i, entry in enumerate(entries) if not isinstance(entry, Mapping)), None)
+    if wrong is not None:
+        raise DataError(
+            f'{what}[{wrong}]: expected a row such as {{"prompt": ..., "completion": ...}}, found {type(entries[wrong]).__name__}'
+        )
+    return entries
+
+
+def write_rows(rows: Iterable[Mapping[str, Any]], folder: Path, what: str) -> Path:
+    """Write rows into ``folder`` as JSON lines; returns the file.
+
+    Raises:
+        DataError: a row holds something that JSON cannot.
+    """
+    lines = []
+    for number, row in enumerate(rows):
+        try:
+            lines.append(json.dumps(dict(row), ensure_ascii=False, allow_nan=False) + "\n")
+        except (TypeError, ValueError) as error:
+            raise DataError(f"{what}[{number}]: the row cannot be written as JSON: {error}") from None
+    text = "".join(lines)
+    path = folder / f"{what}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.jsonl"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_text(path, text)
+    return path
