@@ -391,9 +391,9 @@ def _base_option(config: Any, base: Any) -> dict[str, str]:
         raise ConfigError(
             f"base is the name of a base model, or a base of veneer.load_base; found {type(base).__name__}"
         )
-    known = (
-        given(config) if isinstance(config, TrainOptions) else config if isinstance(config, Mapping) else {"base": None}
-    )
+    if isinstance(config, str | Path):
+        return {}
+    known = given(config) if isinstance(config, TrainOptions) else config if isinstance(config, Mapping) else {}
     return {} if "base" in known else {"base": base.name}
 
 
