@@ -387,6 +387,7 @@ def _base_option(config: Any, base: Any) -> dict[str, str]:
         return {}
     if isinstance(base, str | Path):
         return {"base": str(base)}
+    base = base.base if isinstance(base, SharedBase) else base
     if not isinstance(base, Base):
         raise ConfigError(
             f"base is the name of a base model, or a base of veneer.load_base; found {type(base).__name__}"
