@@ -26,10 +26,11 @@ def attach(model: nn.Module, *, example: dict[str, Any] | None = None, folders: 
     Raises:
         AdapterError: a bank is attached already, or the model cannot be called with ``example``.
     """
-    if not isinstance(model, nn.Module):
-        inner = isinstance(getattr(model, "model", None), nn.Module)
+    given: object = model
+    if not isinstance(given, nn.Module):
+        inner = isinstance(getattr(given, "model", None), nn.Module)
         remedy = "give its model (base.model)" if inner else "load one first: veneer.load_base(NAME).model"
-        raise AdapterError(f"attach takes a torch.nn.Module, found {type(model).__name__}; {remedy}")
+        raise AdapterError(f"attach takes a torch.nn.Module, found {type(given).__name__}; {remedy}")
     if bank_of(model) is not None:
         raise AdapterError("this model has a bank attached already; use it (veneer.bank_of(model)), or detach it first")
     found = survey(model)

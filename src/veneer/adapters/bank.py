@@ -136,8 +136,9 @@ class Bank:
 
         Raises TargetError for patterns that match nothing, AdapterError for a name that is taken or unfit.
         """
-        if not isinstance(method, LowRankMethod):
-            found = f"the class {method.__name__}" if isinstance(method, type) else repr(method)
+        given: object = method
+        if not isinstance(given, LowRankMethod):
+            found = f"the class {given.__name__}" if isinstance(given, type) else repr(given)
             raise AdapterError(
                 f"bank.add takes the adapter's method with its options, such as LoRA(r=16); found {found}"
             )
