@@ -45,6 +45,23 @@ def test_gguf_of_adapters_and_mixes(made: Path, capsys: pytest.CaptureFixture[st
     assert 0.01 < json.loads(capsys.readouterr().out)["error"] < 1
 
 
+def test_vllm_folder(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """DoRA and mixes become plain LoRA folders that PEFT reads, with the error and the command that serves them."""
+    words = [f"{made}/lora:0.5", f"{made}/rslora:-1"]
+    assert main(["export", *words, "--to", "vllm", "--out", f"{made}/mix"]) == 0
+    mix = read_adapter(made / "mix")
+    one, other = read_adapter(made / "lora"), read_adapter(made / "rslora")
+    assert torch.allclose(mix.delta_2d(SITE), 0.5 * one.delta_2d(SITE) - other.delta_2d(SITE), rtol=1e-4, atol=1e-6)
+    assert f"--enable-lora --max-lora-rank 16 --lora-modules mix={made}/mix" in capsys.readouterr().out
+    assert main(["export", f"{made}/dora", "--to", "vllm", "--out", f"{made}/plain"]) == 1
+    assert "give --rank R" in capsys.readouterr().err
+    assert main(["export", f"{made}/dora", "--to", "vllm", "--rank", "12", "--out", f"{made}/plain", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    config = json.loads((made / "plain" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert 0.01 < report["error"] < 1 and "--max-lora-rank 16" in report["command"]
+    assert not config.get("use_dora") and config["r"] == 12
+
+
 def test_ollama_folder(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The Modelfile names the base and the file beside it; without a GGUF base the base's name must be given."""
     words = ["export", f"{made}/lora", "--to", "ollama", "--out", f"{made}/o"]

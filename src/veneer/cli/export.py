@@ -1,6 +1,7 @@
-"""``veneer export ADAPTER --to peft|gguf|ollama|card --out PATH``: convert an adapter, or write its model card.
+"""``veneer export ADAPTER --to peft|vllm|gguf|ollama|card --out PATH``: convert an adapter, or write its model card.
 
 peft      a PEFT folder with a receipt; PiSSA and OLoRA adapters become changes of the original base
+vllm      a PEFT folder of plain LoRA, which vLLM serves, and the command to serve it with
 gguf      a file that llama.cpp loads beside the base's GGUF file (--lora FILE)
 ollama    a folder with that file and a Modelfile
 card      a model card in Markdown
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,9 +31,13 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("adapter", nargs="+", metavar="ADAPTER", help="an adapter, or a weighted mix: a:0.7 b:0.3")
-    parser.add_argument("--to", required=True, choices=("peft", "gguf", "ollama", "card"), help="output format")
+    parser.add_argument("--to", required=True, choices=("peft", "vllm", "gguf", "ollama", "card"), help="output format")
     parser.add_argument(
-        "--out", required=True, type=Path, metavar="PATH", help="output file (gguf, card) or folder (peft, ollama)"
+        "--out",
+        required=True,
+        type=Path,
+        metavar="PATH",
+        help="output file (gguf, card) or folder (peft, vllm, ollama)",
     )
     parser.add_argument("--base", metavar="MODEL", help="base model (default: the one named in the adapter folder)")
     parser.add_argument(
@@ -44,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rank",
         type=at_least(1),
         metavar="R",
-        help="gguf, ollama: write the best LoRA approximation of this rank; needed for DoRA",
+        help="vllm, gguf, ollama: write the best LoRA approximation of this rank; needed for DoRA",
     )
     parser.add_argument(
         "--experts",
@@ -73,7 +79,10 @@ def run(args: argparse.Namespace) -> int:
         report = _peft(args, entries)
     else:
         parents = read_parents(entries, force=args.force)
-        report = _card(args, parents, entries[0][0]) if args.to == "card" else _gguf(args, parents)
+        if args.to == "card":
+            report = _card(args, parents, entries[0][0])
+        else:
+            report = _vllm(args, parents) if args.to == "vllm" else _gguf(args, parents)
     if args.json:
         print(as_json(report))
     else:
@@ -106,6 +115,40 @@ def _peft(args: argparse.Namespace, entries: Sequence[Entry]) -> dict[str, Any]:
         "sites": len(adapter.tensors),
         "notes": adapter.meta["notes"],
     }
+
+
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Values of vLLM's --max-lora-rank."""
+
+
+def _vllm(args: argparse.Namespace, parents: Sequence[Parent]) -> dict[str, Any]:
+    """Write the adapters as one PEFT folder of plain LoRA."""
+    from veneer.checkpoints import write_adapter
+    from veneer.checkpoints.model_folder import check_free
+
+    check_free(args.out)
+    whole = next((parent.adapter for parent in parents if parent.adapter.overrides), None)
+    if whole is not None:
+        raise ExportError(
+            f'"{whole.name}" has whole tensors beside its factors ({", ".join(list(whole.overrides)[:3])}), and vLLM loads factors only; '
+            "merge it instead (veneer merge)"
+        )
+    name, base = checked_base(parents, args.base, args.force)
+    adapter, error = _as_lora(parents, base, args.rank)
+    rank = max(adapter.rank(site) for site in adapter.tensors)
+    most = next((allowed for allowed in VLLM_RANKS if allowed >= rank), None)
+    if most is None:
+        raise ExportError(
+            f"the adapter has rank {rank}, and vLLM takes at most {VLLM_RANKS[-1]}; give a smaller --rank, or merge it"
+        )
+    template = parents[0].adapter.meta.get("template") if len(parents) == 1 else None
+    write_adapter(adapter, args.out, base_name=name, template=template)
+    size = sum(file.stat().st_size for file in args.out.iterdir())
+    modules = shlex.quote(f"{args.out.name}={args.out}")
+    command = f"vllm serve {shlex.quote(name)} --enable-lora --max-lora-rank {most} --lora-modules {modules}"
+    if template is not None:
+        command += f" --chat-template {shlex.quote(str(args.out / 'chat_template.jinja'))}"
+    return {"to": "vllm", "file": str(args.out), "bytes": size, "error": error, "rank": rank, "command": command}
 
 
 def _gguf(args: argparse.Namespace, parents: Sequence[Parent]) -> dict[str, Any]:
@@ -170,7 +213,7 @@ def _as_lora(parents: Sequence[Parent], base: Skeleton, rank: int | None) -> tup
         return parents[0].adapter, 0.0
     if not_low_rank and rank is None:
         raise ExportError(
-            f'"{not_low_rank[0].name}" is a {not_low_rank[0].method.label} adapter, and a GGUF adapter can only hold '
+            f'"{not_low_rank[0].name}" is a {not_low_rank[0].method.label} adapter, and this format can only hold '
             "LoRA; give --rank R for its best approximation, whose error is reported, "
             "or merge it (veneer merge) and convert the merged model"
         )
@@ -240,6 +283,8 @@ def _lines(report: dict[str, Any]) -> list[str]:
             f"wrote {report['modelfile']} (FROM {report['from']})",
             f"create the model with: ollama create NAME -f {report['modelfile']}",
         ]
+    elif report["to"] == "vllm":
+        lines.append(f"serve it with: {report['command']}")
     elif report["to"] == "gguf":
         lines.append(f"use it with a GGUF base of the {report['family']} family: llama-cli --lora {report['file']}")
     return [*lines, *(f"note: {note}" for note in report.get("notes", ()))]

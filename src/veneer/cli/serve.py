@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from veneer._terminal import note, status
-from veneer.cli._parser import add_dtype, at_least, number
+from veneer.cli._parser import FORMATS, add_device, add_dtype, at_least, number
 from veneer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -52,6 +52,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="file with VENEER_API_KEY=... and VENEER_ADMIN_KEY=... (default: the environment, else generated keys)",
     )
+    _add_limits(parser)
+
+
+def _add_limits(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments about jobs, the cache, waiting requests and the base in memory."""
     parser.add_argument(
         "--jobs", type=at_least(1), default=2, metavar="N", help="fine-tuning jobs that run at once (default: 2)"
     )
@@ -78,7 +83,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="time for running answers when the server stops (default: 10)",
     )
-    parser.add_argument("--device", default="cpu", help="device of the base, such as cpu or cuda (default: cpu)")
+    parser.add_argument(
+        "--quantize",
+        choices=("none", *FORMATS),
+        default="none",
+        help="quantize the base while it is read (default: none)",
+    )
+    add_device(parser)
     parser.add_argument("--log-requests", action="store_true", help="log a line per request, without its text")
     add_dtype(parser)
 
@@ -104,6 +115,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _server(args: argparse.Namespace) -> Server:
     from veneer.checkpoints import attach
+    from veneer.models.devices import resolve_device
     from veneer.models.fast_modules import fuse
     from veneer.models.load import load_base
     from veneer.models.precision import fast_dtype
@@ -113,12 +125,13 @@ def _server(args: argparse.Namespace) -> Server:
 
     if args.adapters is not None and not args.adapters.is_dir():
         raise ConfigError(f"--adapters {args.adapters}: no such folder")
-    dtype = args.dtype
+    device, dtype = resolve_device(args.device), args.dtype
     if dtype == "auto":
-        dtype = str(fast_dtype(args.device, "generate")).removeprefix("torch.")
-    base = load_base(args.base, dtype=dtype, device=args.device)
+        dtype = str(fast_dtype(device, "generate")).removeprefix("torch.")
+    base = load_base(args.base, dtype=dtype, device=device, quantize=None if args.quantize == "none" else args.quantize)
     bank = attach(base.model)
-    use_cpp_kernels(note)
+    if device.type == "cpu":
+        use_cpp_kernels(note)
     fuse(base.model)
     limits = EngineLimits(
         cache_tokens=args.cache_tokens, waiting=args.max_waiting, background_share=args.training_share

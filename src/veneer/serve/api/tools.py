@@ -20,6 +20,7 @@ from veneer.serve.engine.request import Grammar
 _log = logging.getLogger(__name__)
 _TAGGED_JSON: dict[str, Any] = {
     "defaults": {"role": "assistant"},
+    "start_anchor": "<|im_start|>assistant\n",
     "fields": {
         "reasoning_content": {"open": "<think>", "close": "</think>", "content": "text"},
         "tool_calls": {
@@ -54,12 +55,14 @@ class MessageParser:
             from transformers.utils.chat_parsing import ResponseParser
 
             self._parser = ResponseParser(description, prefix=prompt, tools=list(tools))
-        self._raw = ""
+        self._raw = self._sent = ""
+        """The text since the last call, and what of it has been handed on as content."""
 
     def feed(self, text: str) -> MessagePieces:
         """The pieces that are complete with this text."""
         if self._parser is None:
             return MessagePieces(content=text)
+        self._raw += text
         return self._guarded(lambda: self._parser.feed(text))
 
     def end(self) -> MessagePieces:
@@ -75,18 +78,19 @@ class MessageParser:
             events = work()
         except Exception as error:
             _log.warning("a tool call could not be parsed: %s", type(error).__name__)
-            pieces.content, self._raw, self._parser = self._raw, "", None
+            pieces.content, self._parser = self._raw.removeprefix(self._sent), None
             return pieces
         for event in events:
             kind, name = event["type"], event.get("field")
             if kind == "region_chunk" and event.get("dirty"):
-                self._raw += event.get("text") or ""
-            elif kind == "region_chunk" and name in ("reasoning_content", "thinking", "reasoning"):
+                continue
+            if kind == "region_chunk" and name in ("reasoning_content", "thinking", "reasoning"):
                 pieces.reasoning += event.get("text") or ""
             elif kind == "region_chunk" and name == "content":
                 pieces.content += event.get("text") or ""
+                self._sent += event.get("text") or ""
             elif kind == "region_close" and name == "tool_calls":
-                self._raw = ""
+                self._raw = self._sent = ""
                 pieces.calls.append(self._call(event.get("value")))
         return pieces
 
