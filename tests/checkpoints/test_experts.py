@@ -83,7 +83,7 @@ def test_target_parameters_come_in(arch: str, tmp_path: Path) -> None:
     bank.load(tmp_path / "theirs", name="a")
     with bank.use("a"):
         assert (logits(bank.model) - expected).abs().max() <= LIMIT
-    bank.save("a", tmp_path / "separate")
+    bank.save("a", tmp_path / "separate", experts="separate")
     bank.save("a", tmp_path / "fused", experts="fused")
     assert (with_veneer(arch, tmp_path / "separate") - expected).abs().max() <= LIMIT
     assert (with_peft(arch, tmp_path / "fused") - expected).abs().max() <= LIMIT

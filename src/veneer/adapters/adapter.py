@@ -144,6 +144,14 @@ class Adapter:
             parameter.requires_grad_(on)
         return self
 
+    def rename_layers(self, names: Mapping[str, str]) -> None:
+        """Give layers other names, in place: {name: new name}."""
+        tables: tuple[dict[str, Any], ...] = (self.tensors, self.overrides, self.tokens, self.kinds, self._alphas)
+        for table in tables:
+            held = {names.get(layer, layer): value for layer, value in table.items()}
+            table.clear()
+            table.update(held)
+
     def delta_2d(self, site: str, weight_2d: Tensor | None = None) -> Tensor:
         """W' - W at a site, dense [out, in], computed in fp32 or wider. DoRA needs the base weight ``weight_2d`` [out, in].
 

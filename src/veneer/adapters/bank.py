@@ -54,6 +54,10 @@ class FolderFormat(Protocol):
         """Write an adapter as a folder."""
         ...
 
+    def not_portable(self, method: Method, bank: Bank) -> dict[str, str]:
+        """{site: reason} for the sites whose change by this method is not read by other programs."""
+        ...
+
 
 class Bank:
     """Adapters attached to one base. Made by `attach`; ended by `detach`.
@@ -143,7 +147,9 @@ class Bank:
                 f"bank.add takes the adapter's method with its options, such as LoRA(r=16); found {found}"
             )
         self._check_free(name)
-        chosen = select(self.survey, method, method.kinds)
+        # Experts are most of a mixture's layers, so they are not left out.
+        left_out = [name for name in self.not_portable(method) if self.sites[name].stack is None]
+        chosen = select(self.survey, method, method.kinds, left_out=left_out)
         overrides, tokens = fresh_overrides(self.model, self.survey, method, chosen)
         check_tying(method, [*chosen, *overrides], self.sites)
         if method.ensure_weight_tying:
@@ -183,6 +189,11 @@ class Bank:
         places = (*devices.values(), *(parameter.device for parameter in adapter.parameters()))
         if not any(place.type == "meta" for place in places):
             self._ready(adapter, devices)
+
+    def not_portable(self, method: Method) -> dict[str, str]:
+        """{site: reason} for the sites at which other programs cannot read this method's change from a saved folder. ``all-linear``
+        leaves out those of them that are modules of the base."""
+        return {} if self._folders is None else self._folders.not_portable(method, self)
 
     def check_fit(self, adapter: Adapter) -> None:
         """Raise AdapterError unless every tensor of the adapter fits the site that it names; TargetError where its tying cannot be."""

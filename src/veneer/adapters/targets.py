@@ -1,6 +1,6 @@
 """Chooses an adapter's sites by patterns over site names. A pattern that matches nothing is an error.
 
-    all-linear          every linear layer of the blocks, not the head
+    all-linear          every linear layer of the blocks, not the head, save those that PEFT cannot read from a folder
     q_proj              a name: the last part of a path, or any tail of it ("self_attn.q_proj")
     model.layers.*.mlp.*   a glob over the whole path or a tail of it
     re:.*\\.(q|v)_proj   a regular expression that must match the whole path
@@ -16,7 +16,7 @@ import difflib
 import fnmatch
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TypeVar
 
 from veneer.adapters.layers.site import Site, Survey
@@ -41,15 +41,19 @@ def matches(pattern: str, path: str) -> bool:
     return path == pattern or path.endswith(f".{pattern}")
 
 
-def select(survey: Survey, options: LowRankOptions, kinds: tuple[str, ...]) -> list[str]:
-    """Names of the sites that ``options`` asks for, in the model's order.
+def select(
+    survey: Survey, options: LowRankOptions, kinds: tuple[str, ...], *, left_out: Collection[str] = ()
+) -> list[str]:
+    """Names of the sites that ``options`` asks for, in the model's order; ``all-linear`` does not take those in ``left_out``.
 
     Raises TargetError naming every pattern that matches nothing and every layer that cannot be adapted, with the reason.
     """
     problems = Problems()
     chosen: set[str] = set()
     for pattern in _valid(as_list(options.target_modules), problems):
-        chosen |= _one(pattern, survey, kinds, problems)
+        chosen |= (
+            _all_linear(survey, left_out, problems) if pattern == ALL_LINEAR else _one(pattern, survey, kinds, problems)
+        )
     for pattern in _valid(as_list(options.exclude_modules), problems):
         excluded = {name for name in chosen if _names(pattern, survey.sites[name])}
         if not excluded:
@@ -73,19 +77,22 @@ def by_pattern(table: Mapping[str, T], path: str, default: T) -> T:
     return next((value for pattern, value in table.items() if matches(pattern, path)), default)
 
 
+def _all_linear(survey: Survey, left_out: Collection[str], problems: Problems) -> set[str]:
+    linear = [
+        site
+        for site in survey.sites.values()
+        if site.kind in ("linear", "conv1d") and not (site.is_head or site.is_router)
+    ]
+    in_blocks = [site for site in linear if site.in_block] or linear
+    found = {site.name for site in in_blocks if not site.reason and site.name not in left_out}
+    if not found:
+        what = "no linear layer" + (" that PEFT reads from a folder" if left_out else "")
+        problems.add(f'target_modules: "{ALL_LINEAR}" finds {what}; the model has {_inventory(survey.sites)}')
+    return found
+
+
 def _one(pattern: str, survey: Survey, kinds: tuple[str, ...], problems: Problems) -> set[str]:
     sites = survey.sites
-    if pattern == ALL_LINEAR:
-        linear = [
-            site
-            for site in sites.values()
-            if site.kind in ("linear", "conv1d") and not (site.is_head or site.is_router)
-        ]
-        in_blocks = [site for site in linear if site.in_block] or linear
-        found = {site.name for site in in_blocks if not site.reason}
-        if not found:
-            problems.add(f'target_modules: "{ALL_LINEAR}" finds no linear layer; the model has {_inventory(sites)}')
-        return found
     found = {name for name, site in sites.items() if _names(pattern, site)}
     for name in sorted(found):
         if sites[name].reason:

@@ -28,7 +28,7 @@ from veneer.checkpoints.peft.expert_layouts import fit_experts
 from veneer.errors import ComposeError, Problems
 from veneer.models.fingerprint import quantized_fingerprint, tensor_fingerprint, weight_fingerprints
 from veneer.models.load import Base, folder_of, model_class
-from veneer.models.names import stored_names
+from veneer.models.names import current_layers, stored_names
 from veneer.models.quantized.scheme import Scheme, read_scheme
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -162,12 +162,19 @@ def as_stored(weight_2d: Tensor, kind: str, shape: Iterable[int]) -> Tensor:
 
 
 def fit(adapter: Adapter, base: Skeleton) -> Adapter:
-    """The adapter, with the kind of each site taken from the base: files without a receipt leave it open.
+    """The adapter, with the name and kind of each site taken from the base: a file may have an earlier name, and files without a receipt
+    leave the kind open.
 
     Raises ComposeError that lists every site which the base lacks or which has another shape.
     """
     if base.survey.stacks:
         fit_experts(adapter, SkeletonView(base.model, base.survey))
+    unknown = [name for name in (*adapter.tensors, *adapter.overrides) if base.survey.find(name) is None]
+    if unknown:
+        renamed, nested = current_layers(base.model, unknown)
+        names = {**nested, **renamed}
+        adapter.rename_layers(names)
+        adapter.meta["names"] = {new: old for old, new in names.items()}
     adapter.kinds = adapter.kinds | {name: base.sites[name].kind for name in adapter.tensors if name in base.sites}
     problems = Problems()
     for problem in fit_problems(adapter, base.survey):

@@ -22,7 +22,7 @@ from veneer.adapters.layers.kinds import Geometry
 from veneer.adapters.layers.site import Site, Survey
 from veneer.adapters.overrides import BIAS, LORA_BIAS, WEIGHT, problems_of
 from veneer.checkpoints.findings import shown
-from veneer.models.names import expert_names
+from veneer.models.names import current_layers, expert_names
 
 Shape = tuple[int, ...]
 
@@ -83,6 +83,10 @@ class BaseView:
         """The dtype of an adapter's masters: fp32, or fp64 on an fp64 base."""
         dtypes = {self.sites[site].dtype for site in sites if site in self.sites}
         return torch.float64 if dtypes == {torch.float64} else torch.float32
+
+    def current_layers(self, layers: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
+        """Names here of layers that a file names otherwise: (by transformers' table, of a text model's in a multimodal one)."""
+        return {}, {}
 
     def holder(self, layer: str, tensor: str) -> str:
         """The layer that holds a parameter which the model also has under another path (BERT's decoder bias)."""
@@ -211,6 +215,13 @@ class AttachedBase(SkeletonView):
 
     def __init__(self, bank: Bank) -> None:
         super().__init__(bank.model, bank.survey)
+
+    def current_layers(self, layers: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
+        others = sorted(set(layers).difference(self.paths, self.sites))
+        unknown = [
+            name for name in others if self.site_of(name) == name
+        ]  # not what the base's files call an expert's layer
+        return current_layers(self.model, unknown) if unknown else ({}, {})
 
     def holder(self, layer: str, tensor: str) -> str:
         if self.layer(layer) is not None:

@@ -79,15 +79,28 @@ def make_receipt(adapter: Adapter, base: BaseView, digest: str, extra: Mapping[s
     return receipt
 
 
-def verify(receipt: Receipt, adapter: Adapter, digest: str, base: BaseView, base_agrees: bool, found: Findings) -> None:
-    """Check an adapter that was just read against its receipt. base_agrees: the answer of `verify_base`."""
+def verify(
+    receipt: Receipt,
+    adapter: Adapter,
+    digest: str,
+    base: BaseView,
+    base_agrees: bool,
+    found: Findings,
+    names: Mapping[str, str],
+) -> None:
+    """Check an adapter that was just read against its receipt.
+
+    base_agrees: the answer of `verify_base`. names: names in the file of layers that have another name here.
+    """
     if receipt.get("tensors") != digest:
         found.refuse(
             "the tensors are not those that were written: their checksum differs from the receipt's (a damaged or edited file)",
             "receipt",
         )
         return
-    if receipt.get("own", {}) != _override_record(adapter):
+    own = receipt.get("own", {})
+    here = {old: new for new, old in names.items()}
+    if {here.get(layer, layer): record for layer, record in own.items()} != _override_record(adapter):
         found.refuse(
             "the adapter's overrides are not those that the receipt recorded: adapter_config.json was altered after training "
             "(modules_to_save, trainable_token_indices or bias)",
@@ -97,21 +110,22 @@ def verify(receipt: Receipt, adapter: Adapter, digest: str, base: BaseView, base
     if adapter.meta.get("unsplit"):
         return  # its probes are of parts that only the base can tell apart
     records = receipt.get("base")
-    bare = [name for name in adapter.tensors if not (isinstance(records, dict) and _is_record(records.get(name)))]
+    known = records if isinstance(records, dict) else {}
+    bare = [name for name in adapter.tensors if not _is_record(known.get(recorded_name(known, name, names)))]
     if bare and base.sites and isinstance(records, dict):
         found.refuse(f"the receipt holds no usable record of the base's weight at {listed(bare)}", "receipt")
         base_agrees = False
     probes = receipt.get("probes")
     if not isinstance(probes, dict) or (adapter.method.needs_base_weights and not base_agrees):
         return
-    if set(probes) != set(adapter.tensors):
+    recorded = {name: recorded_name(probes, name, names) for name in adapter.tensors}
+    if set(probes) != set(recorded.values()):
         found.refuse("the receipt's probes are of other sites than the tensors", "receipt")
         return
-    known = records if isinstance(records, dict) else {}
     wrong = [
         name
-        for name in adapter.tensors
-        if not probe_agrees(probes[name], adapter, name, known.get(name), _weight(base, name))
+        for name, old in recorded.items()
+        if not probe_agrees(probes[old], adapter, name, known.get(old), _weight(base, name), old)
     ]
     if wrong:
         found.refuse(
@@ -119,6 +133,11 @@ def verify(receipt: Receipt, adapter: Adapter, digest: str, base: BaseView, base
             "(r, lora_alpha, use_rslora, use_dora or a pattern)",
             "receipt",
         )
+
+
+def recorded_name(table: Mapping[str, Any], site: str, names: Mapping[str, str]) -> str:
+    """The name under which a receipt's table has a site: today's, or that of the file."""
+    return site if site in table else names.get(site, site)
 
 
 def _override_record(adapter: Adapter) -> dict[str, list[Any]]:
@@ -171,7 +190,8 @@ def base_records(adapter: Adapter) -> dict[str, Record]:
     """The usable records of base weights in the receipt of an adapter, by site."""
     records = receipt_of(adapter).get("base")
     known = records if isinstance(records, Mapping) else {}
-    return {site: known[site] for site in adapter.tensors if _is_record(known.get(site))}
+    names = {site: recorded_name(known, site, adapter.meta.get("names", {})) for site in adapter.tensors}
+    return {site: known[name] for site, name in names.items() if _is_record(known.get(name))}
 
 
 def stop_tokens(adapter: Adapter) -> dict[str, int]:
@@ -204,21 +224,25 @@ def _fingerprints(model: nn.Module | None, sites: Mapping[str, Site]) -> dict[st
     return experts | {name: found[path] for name, path in names.items()}
 
 
-def probe(adapter: Adapter, name: str, weight_OK: Tensor | None = None) -> list[float]:
-    """Eight numbers of the change at a site. Methods whose change depends on the base need its weight there."""
+def probe(adapter: Adapter, name: str, weight_OK: Tensor | None = None, signed: str | None = None) -> list[float]:
+    """Eight numbers of the change at a site. Methods whose change depends on the base need its weight there.
+
+    signed: the name that the signs are drawn from, if the site had another one in its file.
+    """
+    signed = signed or name
     method, scale = adapter.method, adapter.scale(name)
     tensors = {key: value.detach().float().cpu() for key, value in adapter.tensors[name].items()}
     a_RK, b_OR = factors_2d(tensors, torch.float32)
-    v_K = signs(a_RK.shape[1], name)
+    v_K = signs(a_RK.shape[1], signed)
     if not method.needs_base_weights:
-        return eight(scale * (b_OR @ (a_RK @ v_K)), name)
+        return eight(scale * (b_OR @ (a_RK @ v_K)), signed)
     assert weight_OK is not None
     changes = []
     for start in range(0, weight_OK.shape[0], _ROWS):
         rows = slice(start, start + _ROWS)
         delta = method.delta(method.output_rows(tensors, rows), scale, weight_OK[rows].float().cpu())
         changes.append(delta @ v_K)
-    return eight(torch.cat(changes), name)
+    return eight(torch.cat(changes), signed)
 
 
 def _weight(base: BaseView, name: str) -> Tensor | None:
@@ -256,18 +280,26 @@ def _options_beyond_peft(adapter: Adapter) -> dict[str, Any]:
 
 
 def probe_agrees(
-    recorded: object, adapter: Adapter, name: str, record: object, weight_OK: Tensor | None = None
+    recorded: object,
+    adapter: Adapter,
+    name: str,
+    record: object,
+    weight_OK: Tensor | None = None,
+    signed: str | None = None,
 ) -> bool:
-    """The change at a site is the one of its recorded probe. record: the receipt's record of the base weight there."""
+    """The change at a site is the one of its recorded probe.
+
+    record: the receipt's record of the base weight there. signed: as for `probe`.
+    """
     if not _is_eight(recorded):
         return False
     floor = 0.0
     if weight_OK is not None and adapter.method.needs_base_weights:
         # The change is a small difference of large numbers; its rounding is that of the base's own product.
-        known: Record = record if _is_record(record) else {"sketch": sketch_of(weight_OK, name)}
+        known: Record = record if _is_record(record) else {"sketch": sketch_of(weight_OK, signed or name)}
         floor = rounding_between(known.get("dtype"), dtype_name(weight_OK.dtype)) * math.hypot(*known["sketch"])
     one = torch.tensor(recorded, dtype=torch.float64)
-    other = torch.tensor(probe(adapter, name, weight_OK), dtype=torch.float64)
+    other = torch.tensor(probe(adapter, name, weight_OK, signed), dtype=torch.float64)
     return bool((other - one).norm() <= _TOLERANCE * one.norm() + floor + 1e-12)
 
 
@@ -275,24 +307,32 @@ def _is_eight(value: object) -> TypeGuard[list[float]]:
     return isinstance(value, list) and len(value) == NUMBERS and all(type(x) in (int, float) for x in value)
 
 
-def verify_base(receipt: Receipt, sites: Iterable[str], base: BaseView, found: Findings) -> bool:
-    """The base is known, and its weights at ``sites`` are those of the receipt in any precision. Needs no tensor of the adapter."""
+def verify_base(
+    receipt: Receipt, sites: Iterable[str], base: BaseView, found: Findings, renamed: Mapping[str, str]
+) -> bool:
+    """The base is known, and its weights at ``sites`` are those of the receipt in any precision. Needs no tensor of the adapter.
+
+    renamed: names in the file of layers that have another name here.
+    """
     recorded = receipt.get("base")
     if not base.sites:
         return False
     if not isinstance(recorded, dict):
         found.note("the receipt has no record of the base's weights, so the base was not verified")
         return True
-    names = [name for name in sites if _is_record(recorded.get(name))]
+    olds = {name: recorded_name(recorded, name, renamed) for name in sites}
+    names = [name for name, old in olds.items() if _is_record(recorded.get(old))]
     differs: dict[str, float] = {}
     rounded: dict[tuple[str, str], list[float]] = {}
     for name, now in weight_records(base, names).items():
-        known = recorded[name]
-        distance = base_distance(known, now["sketch"], base.sites[name].weight_2d, name, now["dtype"])
+        old, weight_OK = olds[name], base.sites[name].weight_2d
+        known, sketch = recorded[old], now["sketch"] if old == name else sketch_of(weight_OK, old)
+        distance = base_distance(known, sketch, weight_OK, old, now["dtype"])
+        same = known.get("sha256") == now["sha256"] or old != name  # a fingerprint depends on the name
         if distance is not None:
             differs[name] = distance
-        elif known.get("sha256") != now["sha256"] or known.get("dtype") != now["dtype"]:
-            apart = sketch_distance(known["sketch"], now["sketch"])
+        elif not same or known.get("dtype") != now["dtype"]:
+            apart = sketch_distance(known["sketch"], sketch)
             rounded.setdefault((str(known.get("dtype")), now["dtype"]), []).append(apart)
     for (there, here), distances in rounded.items():
         result = ROUNDED

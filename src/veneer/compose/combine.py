@@ -30,6 +30,7 @@ from veneer.deltas.parents import (
     notes_on_bases,
     origin_of,
     records_for,
+    target_parameters_of,
     template_of,
 )
 from veneer.deltas.svd import truncated
@@ -149,7 +150,7 @@ def combine(
         if tensors[site]:
             sites.append(combiner.measure(site, exact, tensors[site]))
     _check_something_is_left(combiner, sites, tensors)
-    adapter = assemble(tensors, kinds, name, method=method, tied=tied)
+    adapter = assemble(tensors, kinds, name, method=method, tied=tied, parameters=target_parameters_of(parents))
     origin, left_out = origin_of(parents), len(tensors) - len(sites)
     notes = [f"nothing is left at {left_out} sites, so the new adapter does not act there"] if left_out else []
     records = {site: record for parent in reversed(parents) for site, record in base_records(parent.adapter).items()}

@@ -26,6 +26,7 @@ from veneer.adapters.adapter import Adapter
 from veneer.adapters.methods import METHODS, LoRA, Method
 from veneer.adapters.targets import select
 from veneer.checkpoints.base_files import Skeleton
+from veneer.checkpoints.peft.portable import as_parameters, not_portable
 from veneer.deltas.build import MAX_RANK, Tensors, assemble, site_tensors
 from veneer.deltas.delta import SiteDelta
 from veneer.deltas.linalg import Svd, dense_svd
@@ -119,7 +120,9 @@ def extract(
     _check_request(rank, energy)
     targets = target_modules if isinstance(target_modules, str) else tuple(target_modules)
     options = LoRA(target_modules=targets)
-    sites, form = select(base.survey, options, options.kinds), METHODS[method]()
+    form = METHODS[method]()
+    left_out = [site for site in not_portable(base.model, base.sites, form) if base.sites[site].stack is None]
+    sites = select(base.survey, options, options.kinds, left_out=left_out)
     _check_match(base, tuned, sites)
     tensors: dict[str, Tensors] = {}
     found: list[SiteExtract] = []
@@ -135,7 +138,9 @@ def extract(
         raise ComposeError(
             f"there is nothing to extract: both models have the same weights at all {len(sites)} sites{more}"
         )
-    adapter = assemble(tensors, {site: base.sites[site].kind for site in sites}, name, method=form)
+    kinds = {site: base.sites[site].kind for site in sites}
+    parameters = [f"{site}.weight" for site in as_parameters(base.model, {site: base.sites[site] for site in sites})]
+    adapter = assemble(tensors, kinds, name, method=form, parameters=parameters)
     entries = records_for(adapter, records_of(base, adapter.tensors), base.weight_2d)
     request = {"rank": rank} if rank is not None else {"energy": energy}
     return Extraction(adapter, found, outside, entries, {"operation": "extract", **request}, unlike)

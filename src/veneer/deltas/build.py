@@ -10,7 +10,7 @@ So sums of DoRA adapters need no decomposition and lose nothing. A dense delta b
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import torch
@@ -56,12 +56,14 @@ def assemble(
     *,
     method: Method | None = None,
     tied: bool = False,
+    parameters: Iterable[str] = (),
 ) -> Adapter:
     """The adapter of scale one with these tensors; sites without any are left out.
 
     Args:
         method: the method whose tensors these are (default: LoRA); its options are not used.
         tied: the adapter also acts on the tied head.
+        parameters: names of weights that PEFT reads by ``target_parameters`` (``checkpoints/peft/portable.py``).
 
     Raises:
         ComposeError: no site has tensors.
@@ -80,4 +82,5 @@ def assemble(
         target_modules=tuple(ranks),
         ensure_weight_tying=tied,
     )
-    return Adapter(name, made, kept, {site: kinds[site] for site in kept})
+    meta = {"settings": {"target_parameters": sorted(parameters)}}
+    return Adapter(name, made, kept, {site: kinds[site] for site in kept}, meta=meta)

@@ -25,6 +25,7 @@ from veneer.checkpoints.receipt import (
     probe,
     probe_agrees,
     receipt_of,
+    recorded_name,
     rounding_between,
     sketch_distance,
     sketch_of,
@@ -158,17 +159,17 @@ def check_base(adapter: Adapter, weights: Weights, where: str) -> None:
 
     Raises ComposeError that counts the sites which differ, or names those whose change (with DoRA) is not what its probe recorded.
     """
-    known = base_records(adapter)
+    known, renamed = base_records(adapter), adapter.meta.get("names", {})
     apart: dict[str, float] = {}
     altered: list[str] = []
     probes = receipt_of(adapter).get("probes")
     for site, record in known.items():
-        weight_OK = weights(site)
-        distant = base_distance(record, sketch_of(weight_OK, site), weight_OK, site)
+        weight_OK, name = weights(site), recorded_name(receipt_of(adapter)["base"], site, renamed)
+        distant = base_distance(record, sketch_of(weight_OK, name), weight_OK, name)
         if distant is not None:
             apart[site] = distant
-        elif adapter.method.needs_base_weights and isinstance(probes, Mapping) and site in probes:
-            altered += [] if probe_agrees(probes[site], adapter, site, record, weight_OK) else [site]
+        elif adapter.method.needs_base_weights and isinstance(probes, Mapping) and name in probes:
+            altered += [] if probe_agrees(probes[name], adapter, site, record, weight_OK, name) else [site]
     if altered and not apart:
         raise ComposeError(
             f'the change of the adapter "{adapter.name}" at {listed(altered)} is not what its receipt recorded: adapter_config.json was '
@@ -186,6 +187,15 @@ def records_of(base: Skeleton, sites: Iterable[str]) -> dict[str, dict[str, Any]
     """Records of base weights for a receipt, from the files alone: fingerprint, dtype and sketch by site."""
     hashes = base.fingerprints(sites)
     return {site: weight_record(base.weight_2d(site), site, sha, base.format(site)) for site, sha in hashes.items()}
+
+
+def target_parameters_of(parents: Iterable[Parent]) -> set[str]:
+    """Names of weights that the parents' folders have in ``target_parameters``."""
+    return {
+        name
+        for parent in parents
+        for name in (parent.adapter.meta.get("settings") or {}).get("target_parameters") or ()
+    }
 
 
 def base_name(adapters: Iterable[Adapter]) -> str | None:

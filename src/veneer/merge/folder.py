@@ -25,6 +25,7 @@ from veneer.adapters.adapter import Adapter, stream_seed
 from veneer.adapters.methods import LoRA
 from veneer.checkpoints.base_files import Skeleton, as_2d, as_stored, check_finite, check_float, fit
 from veneer.checkpoints.model_folder import SHARD_BYTES, ModelWriter, write_model
+from veneer.checkpoints.peft.portable import as_parameters
 from veneer.checkpoints.tensors import dtype_name
 from veneer.deltas.build import Tensors, assemble, site_tensors
 from veneer.deltas.delta import SiteDelta
@@ -132,7 +133,11 @@ def merge_to_folder(
 
     def finished(folder: Path) -> None:
         if merger.factors and write_residual is not None:
-            write_residual(assemble(merger.factors, merger.kinds, "residual"), folder / "residual")
+            sites = {site: base.sites[site] for site in merger.factors}
+            parameters = [f"{site}.weight" for site in as_parameters(base.model, sites)]
+            write_residual(
+                assemble(merger.factors, merger.kinds, "residual", parameters=parameters), folder / "residual"
+            )
         if check is not None:
             check(folder, report)
         text = json.dumps(report.as_dict(), indent=2, ensure_ascii=False)

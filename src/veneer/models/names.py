@@ -1,4 +1,4 @@
-"""Names of a model's tensors in its files.
+"""Names of a model's tensors in its files, and in files of earlier versions.
 
 A checkpoint may have been saved with or without the prefix of the model's body, and transformers renames some tensors while it loads
 (GPT-NeoX: embed_out in the files, lm_head in the model). transformers' own table of renamings is used. Experts that are stored one by one
@@ -15,6 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
+_WRAPPING = frozenset({"model", "language_model", "text_model"})
+"""Parts of a path that stand before the layers of a language model."""
+
 
 def stored_names(model: nn.Module, keys: Iterable[str]) -> dict[str, str]:
     """{parameter or buffer of the model: its name in the files} from the files' names; what stands for nothing is left out.
@@ -27,9 +30,7 @@ def stored_names(model: nn.Module, keys: Iterable[str]) -> dict[str, str]:
     renamings, converters = _conversions(model)
     found: dict[str, str] = {}
     for key in keys:
-        name = key
-        for renaming in renamings:
-            name = renaming.rename_source_key(name)[0]
+        name = _renamed(key, renamings)
         merged = [(each, *each.rename_source_key(name)) for each in converters]
         taken = next(((each, target, source) for each, target, source in merged if source is not None), None)
         if taken is not None:
@@ -86,6 +87,77 @@ def _in_model(expert: str, own: set[str], prefix: str) -> str:
         if spelt.rsplit(".", 3)[0] in stacks:
             return spelt
     return expert
+
+
+def respelt(model: nn.Module, keys: Iterable[str]) -> dict[str, str | None]:
+    """{name: a name that transformers' table turns into it} for names of the model that the table itself turns into something else.
+
+    None where there is no such name. A program that applies the table to every file reads only the other name as this one. Empty for
+    architectures that the table does not name.
+    """
+    renamings, _ = _conversions(model) if _in_table(model) else ([], [])
+    found: dict[str, str | None] = {}
+    for key in keys:
+        name = _renamed(key, renamings)
+        if name == key or key.endswith(name):  # a prefix that comes off is put back on where it belongs
+            continue
+        other = key
+        for renaming in reversed(renamings):
+            other = renaming.reverse_transform().rename_source_key(other)[0]
+        found[key] = other if _renamed(other, renamings) == key else None
+    return found
+
+
+def current_layers(model: nn.Module, layers: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Today's names of layers that the model does not have under the names given.
+
+    Returns:
+        ({name: today's name} by transformers' table, {name: name here} of a text model's layers in the language model inside a
+        multimodal one, or the other way). Layers that neither finds are left out.
+    """
+    layers = list(layers)
+    stored = stored_names(model, (f"{layer}.weight" for layer in layers))
+    renamed = {key.removesuffix(".weight"): name.removesuffix(".weight") for name, key in stored.items()}
+    nested: dict[str, str] = {}
+    decoder: Any = model
+    while hasattr(decoder, "get_decoder") and decoder.get_decoder() not in (None, decoder):
+        decoder = decoder.get_decoder()  # of a multimodal model's language model with its own head (Llama 4)
+    path = next((name for name, module in model.named_modules() if module is decoder), None)
+    own = {name for name, _ in model.named_modules()}
+    for layer in layers if path is not None else ():
+        parts = layer.split(".")
+        depth = next((at for at, part in enumerate(parts) if part not in _WRAPPING), len(parts))
+        tail = ".".join(parts[depth:])
+        spellings = (f"{path}.{tail}" if path else tail, tail)
+        found = next((name for name in spellings if name in own), None)
+        if layer not in renamed and found is not None:
+            nested[layer] = found
+    return renamed, nested
+
+
+def conversion_family(model: nn.Module) -> str:
+    """The architecture whose experts' names transformers' table applies to this model ("qwen2_moe" for DeepSeek-V3); "" for most."""
+    kind = str(getattr(getattr(model, "config", None), "model_type", ""))
+    try:
+        from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN as FAMILIES
+    except ImportError:
+        return ""
+    return str(FAMILIES.get(kind, ""))
+
+
+def _in_table(model: nn.Module) -> bool:
+    try:
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    except ImportError:
+        return False
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    return kind is not None and get_checkpoint_conversion_mapping(kind) is not None
+
+
+def _renamed(key: str, renamings: Iterable[Any]) -> str:
+    for renaming in renamings:
+        key = renaming.rename_source_key(key)[0]
+    return key
 
 
 def _conversions(model: nn.Module) -> tuple[list[Any], list[Any]]:

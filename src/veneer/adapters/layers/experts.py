@@ -197,6 +197,14 @@ class ExpertLinear(nn.Module):
         self.expert = expert
         self.part = part
 
+    @property
+    def training(self) -> bool:
+        """The mode of the stack: this layer is no part of the model, so nothing else switches it."""
+        return bool(self.__dict__["stack"].training) if "stack" in self.__dict__ else True
+
+    @training.setter
+    def training(self, mode: bool) -> None: ...
+
     def view_of(self, fused: Tensor) -> Tensor:
         """The weight [out, in] of this part in a stack of the shape of its parameter."""
         stack: Any = self.__dict__["stack"]

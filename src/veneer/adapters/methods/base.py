@@ -42,6 +42,8 @@ class LowRankMethod(LowRankOptions):
     """Options that PEFT's ``adapter_config.json`` has no key for."""
     needs_base_weights: ClassVar[bool] = False
     """True if the delta depends on the base weights."""
+    as_parameter: ClassVar[bool] = True
+    """True if PEFT can hold the change as that of a bare parameter (``target_parameters``): low-rank factors alone."""
     serves_tied_head: ClassVar[bool] = True
     """True if an output head can use the factors of the embedding that it is tied to."""
     overrides_beside: ClassVar[frozenset[str]] = frozenset({"weight", "bias", "lora_bias"})

@@ -38,6 +38,7 @@ class DoRA(LowRankMethod):
         "exact_norm_gradient",
     )
     needs_base_weights: ClassVar[bool] = True
+    as_parameter: ClassVar[bool] = False
     serves_tied_head: ClassVar[bool] = False
     overrides_beside: ClassVar[frozenset[str]] = frozenset({"bias"})
     keeps_output: ClassVar[bool] = True

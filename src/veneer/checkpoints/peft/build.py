@@ -180,9 +180,10 @@ def _method(
     }
     if isinstance(settings.trainable_token_indices, list):
         options["trainable_token_indices"] = tuple(settings.trainable_token_indices)
-    extra = {key: recorded[key] for key in cls.beyond_peft if key in recorded} if isinstance(recorded, dict) else {}
+    known = (*cls.beyond_peft, "lora_dropout")  # PEFT holds no dropout beside target_parameters
+    extra = {key: recorded[key] for key in known if key in recorded} if isinstance(recorded, dict) else {}
     try:
-        return cls(**options, **extra)
+        return cls(**{**options, **extra})
     except ConfigError as error:
         found.refuse(f"the receipt holds options that are not valid: {shown(error)}", "receipt")
         return cls(**options)

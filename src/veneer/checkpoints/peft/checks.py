@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ from veneer.checkpoints.peft.settings import Settings
 from veneer.checkpoints.peft.tensor_names import VECTORS
 from veneer.checkpoints.tensors import DTYPES, Entry, Header
 
+T = TypeVar("T")
 MAX_TRIES = 1_000_000
 """Patterns times sites."""
 MAX_SCALE = 1e4
@@ -41,7 +42,7 @@ _PIECE = 512 << 10
 
 def check_agreement(placement: Placement, settings: Settings, base: BaseView, found: Findings) -> None:
     """Compare the sites and ranks of the tensors with what the settings ask for, and fill in ``placement.alphas``."""
-    _check_patterns(placement, settings, found)
+    _check_patterns(placement, settings, base, found)
     targets = settings.target_modules
     if isinstance(targets, str):
         if targets.lower() != "all-linear":
@@ -53,7 +54,16 @@ def check_agreement(placement: Placement, settings: Settings, base: BaseView, fo
         _check_targets(placement, targets, settings, base, found)
 
 
-def _check_patterns(placement: Placement, settings: Settings, found: Findings) -> None:
+def _of_either(table: PatternTable[T], name: str, site: str, default: T, base: BaseView) -> tuple[T, list[str]]:
+    """The value for a layer under its name in the file or, for a layer that was renamed since, under today's."""
+    missing: Any = None
+    value, unclear = table.get(name, missing)
+    if value is None and not base.is_expert(site):
+        value, unclear = table.get(site, missing)
+    return (default if value is None else value), unclear
+
+
+def _check_patterns(placement: Placement, settings: Settings, base: BaseView, found: Findings) -> None:
     ranks, alphas = PatternTable(settings.rank_pattern), PatternTable(settings.alpha_pattern)
     if (len(ranks.tried) + len(alphas.tried)) * len(placement.ranks) > MAX_TRIES:
         found.refuse(
@@ -64,12 +74,12 @@ def _check_patterns(placement: Placement, settings: Settings, found: Findings) -
     unread: dict[str, None] = {}
     for site, rank in placement.ranks.items():
         name = placement.named.get(site, site)
-        declared, unclear = ranks.get(name, settings.r)
+        declared, unclear = _of_either(ranks, name, site, settings.r, base)
         if unclear:
             found.note(f'rank_pattern: "{shown(unclear[0], 60)}" is not evaluated; ranks are those of the tensors')
         elif declared != rank:
             wrong.setdefault((declared, rank), []).append(site)
-        placement.alphas[site], unclear = alphas.get(name, settings.lora_alpha)
+        placement.alphas[site], unclear = _of_either(alphas, name, site, settings.lora_alpha, base)
         unread |= dict.fromkeys(unclear[:1])
     for pattern in unread:
         found.refuse(
@@ -89,7 +99,7 @@ def _check_targets(
     parameters = {name.rpartition(".")[0] for name in settings.target_parameters or ()}
     meant = names | {*parameters, *(settings.target_parameters or ())}
     named = {site: placement.named.get(site, site) for site in ranks}
-    stray = [site for site in ranks if meant.isdisjoint(tails(named[site]))]
+    stray = [site for site in ranks if meant.isdisjoint((*tails(site), *tails(named[site])))]
     if settings.ensure_weight_tying:
         # The head that follows an embedding is not named; its tensors show whether it follows.
         stray = [site for site in stray if base.sites and base.tied_to(site) is None]
@@ -105,7 +115,10 @@ def _check_targets(
         for site in base.sites.values()
         if not site.reason
         and (site.stack is None or id(site.stack) in stacks)
-        and any(_asked_for(path, names, settings) for path in {site.name, base.written_name(site.name)})
+        and any(
+            _asked_for(path, names if site.stack is not None else names | parameters, settings)
+            for path in {site.name, base.written_name(site.name)}
+        )
     ]
     missing = [name for name in asked if name not in ranks]
     if missing:

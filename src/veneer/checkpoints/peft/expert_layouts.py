@@ -158,7 +158,11 @@ def _stack_of(site: str, base: BaseView, settings: Settings) -> str | None:
     stack = _unwrapped(site)
     if base.sites:
         return stack if base.stack_layout(stack) is not None else None
-    named = [name.rpartition(".")[0] or "experts" for name in settings.target_parameters or ()]
+    named = [
+        name.rpartition(".")[0] or "experts"
+        for name in settings.target_parameters or ()
+        if not name.endswith(".weight")
+    ]
     return stack if any(ends_with(stack, name) for name in named) else None
 
 

@@ -18,9 +18,11 @@ from torch import nn
 from veneer.adapters.adapter import Adapter
 from veneer.adapters.attach import attach as attach_bank
 from veneer.adapters.bank import Bank
+from veneer.adapters.methods import Method
 from veneer.checkpoints.base_view import BaseView, base_view
 from veneer.checkpoints.locate import adapters_at, find_adapter
 from veneer.checkpoints.logit_check import logits_record
+from veneer.checkpoints.peft.portable import not_portable
 from veneer.checkpoints.peft.read import read_adapter_folder
 from veneer.checkpoints.peft.write import write_adapter_folder
 from veneer.errors import CheckpointError
@@ -58,6 +60,10 @@ class PeftFolders:
         if options.pop("logits", False):
             receipt["logits"] = logits_record(bank, adapter.name)
         write_adapter_folder(adapter, path, base_view(bank), receipt=receipt, **options)
+
+    def not_portable(self, method: Method, bank: Bank) -> dict[str, str]:
+        """{site: reason} for the sites whose change by this method PEFT cannot read from a folder."""
+        return not_portable(bank.model, bank.sites, method)
 
 
 def attach(model: nn.Module, example: dict[str, Any] | None = None) -> Bank:

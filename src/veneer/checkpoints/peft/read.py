@@ -27,7 +27,7 @@ from veneer.checkpoints.peft.checks import check_agreement, check_stored, check_
 from veneer.checkpoints.peft.expert_layouts import expand_experts
 from veneer.checkpoints.peft.placement import place
 from veneer.checkpoints.peft.settings import read_settings
-from veneer.checkpoints.peft.tensor_names import read_keys
+from veneer.checkpoints.peft.tensor_names import read_keys, today
 from veneer.checkpoints.tensors import Header, read_header, read_tensors
 from veneer.errors import CheckpointError
 
@@ -51,7 +51,7 @@ def read_adapter_folder(
 
     Returns:
         The adapter. Its ``meta`` holds "notes", "receipt" (or None), "template" (a chat template in the folder, or None), "path",
-        "settings" (the content of adapter_config.json) and "digest".
+        "settings" (the content of adapter_config.json), "digest", and "names" (names in the file of layers that have another name here).
 
     Raises:
         CheckpointError: everything that is wrong, in one error.
@@ -69,13 +69,14 @@ def read_adapter_folder(
             if settings is None:
                 found.raise_if_any(headline)
             assert settings is not None
+            keys, names = today(keys, base, found)
             receipt = (
                 _receipt(header, Findings(found.force))
                 if '"experts"' in header.metadata.get(receipts.KEY, "")
                 else None
             )
             keys, expansion = expand_experts(keys, settings, base, receipt, found)
-            placement = place(keys, settings, base, found, named=expansion.named)
+            placement = place(keys, settings, base, found, named={**names, **expansion.named})
             check_init(settings, placement, base, convert, found)
             check_agreement(placement, settings, base, found)
             found.raise_if_any(headline)
@@ -83,7 +84,7 @@ def read_adapter_folder(
             check_stored(file, header, placement, settings, str(path / WEIGHTS), early)
             early.raise_if_any(headline)
             receipt = _receipt(header, found)
-            base_agrees = receipt is not None and receipts.verify_base(receipt, placement.sites, base, found)
+            base_agrees = receipt is not None and receipts.verify_base(receipt, placement.sites, base, found, names)
             found.raise_if_any(headline)
             stored, digest = read_tensors(file, header, str(path / WEIGHTS))
     expansion.apply(stored)
@@ -93,10 +94,10 @@ def read_adapter_folder(
     if receipt is None:
         found.note("no receipt: whether this is the base that the adapter was trained on is not known")
     elif not found.problems:
-        receipts.verify(receipt, adapter, digest, base, base_agrees, found)
+        receipts.verify(receipt, adapter, digest, base, base_agrees, found, names)
     found.raise_if_any(headline)
     adapter.meta |= {"notes": found.notes, "receipt": receipt, "path": str(path), "settings": raw, "digest": digest}
-    adapter.meta["template"] = template
+    adapter.meta |= {"template": template, "names": names}
     return adapter
 
 

@@ -13,10 +13,12 @@ Older folders carry the adapter's name inside (``lora_A.default.weight``). A fol
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from veneer.adapters.methods import METHODS
+from veneer.checkpoints.base_view import BaseView
 from veneer.checkpoints.findings import Findings, listed, shown
+from veneer.checkpoints.peft.portable import stored_sites
 from veneer.checkpoints.tensors import Entry, Header
 
 PREFIX = "base_model.model."
@@ -71,6 +73,36 @@ def read_keys(header: Header, found: Findings) -> list[tuple[Key, Entry]]:
     if not header.entries:
         found.refuse("the file holds no tensor")
     return keys
+
+
+def today(
+    keys: list[tuple[Key, Entry]], base: BaseView, found: Findings
+) -> tuple[list[tuple[Key, Entry]], dict[str, str]]:
+    """The keys with today's names of their layers, and {layer: its name in the file} where that is another one.
+
+    Layers that were renamed since the file was written have the names of transformers' table; those of a text model are found in the
+    language model inside a multimodal one, and the other way.
+    """
+    renamed, nested = base.current_layers({key.site for key, _ in keys})
+    changed = {**nested, **renamed}
+    if not changed:
+        return keys, {}
+    ours = stored_sites(base.model, renamed.values())  # the names under which a folder of this version has them
+    older = {old: new for old, new in renamed.items() if ours.get(new) != old}
+    for table, what in (
+        (older, "are named as in an earlier version"),
+        (nested, "are those of another model of this family"),
+    ):
+        if table:
+            old, new = next(iter(sorted(table.items())))
+            found.note(f"the file's layers {what}: {shown(old)} is read as {new} ({len(table):,} layers)")
+    made = [(replace(key, site=changed.get(key.site, key.site)), entry) for key, entry in keys]
+    known: dict[tuple[str, str, str], str] = {}
+    for key, entry in made:
+        other = known.setdefault((key.site, key.tensor, key.kind), entry.name)
+        if other != entry.name:
+            found.refuse(f"{shown(entry.name)} and {shown(other)} are the same tensor of the same layer")
+    return made, {new: old for old, new in changed.items()}
 
 
 def parse_key(name: str) -> Key | None:

@@ -14,7 +14,8 @@ Tensors under PEFT's names, and the settings that declare overrides:
     weight beside     <site>.base_layer.weight                               (PEFT declares none of these)
     factors
 
-``target_modules``, ``rank_pattern`` and ``alpha_pattern`` are chosen so that PEFT gives exactly these layers these ranks and scales.
+``target_modules``, ``target_parameters``, ``rank_pattern`` and ``alpha_pattern`` are chosen so that PEFT gives exactly these layers these
+ranks and scales, and names are those that PEFT looks for (``portable.py``).
 The same adapter gives the same bytes.
 """
 
@@ -22,7 +23,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -37,8 +38,9 @@ from veneer.checkpoints.files import Folder, write_folder
 from veneer.checkpoints.locate import CONFIG, WEIGHTS
 from veneer.checkpoints.peft.card import model_card
 from veneer.checkpoints.peft.fused_experts import FusedExperts, fuse_experts
-from veneer.checkpoints.peft.patterns import names_for, table_for
+from veneer.checkpoints.peft.patterns import ends_with, names_for, table_for
 from veneer.checkpoints.peft.placement import stored_shape
+from veneer.checkpoints.peft.portable import as_parameters, converts_experts, stored_sites
 from veneer.checkpoints.peft.read import MAX_CONFIG, TEMPLATE
 from veneer.checkpoints.peft.settings import written_settings
 from veneer.checkpoints.peft.tensor_names import PREFIX, TOKEN_ROWS, key_of
@@ -63,7 +65,7 @@ def write_adapter_folder(
     task_type: str | None = None,
     receipt: Mapping[str, Any] | None = None,
     template: str | None = None,
-    experts: Literal["separate", "fused"] = "separate",
+    experts: Literal["auto", "separate", "fused"] = "auto",
 ) -> None:
     """Write ``adapter`` as the folder ``path``, or over the adapter that is there.
 
@@ -75,16 +77,19 @@ def write_adapter_folder(
         task_type: PEFT's task_type, with the same defaults.
         receipt: more entries for the receipt, such as the hashes of template, tokenizer and data.
         template: a chat template that is not the base's own, stored beside the tensors.
-        experts: "separate" tensors of each expert, which servers read, or "fused" for PEFT's target_parameters.
+        experts: "separate" tensors of each expert, "fused" for PEFT's target_parameters, or "auto": separate where PEFT reads them so.
 
     Raises:
         CheckpointError: the folder cannot be written, or does not read back equal.
     """
-    fused = fuse_experts(adapter, base) if experts == "fused" else FusedExperts()
+    as_one = experts == "fused" or (experts == "auto" and _only_fused(adapter, base))
+    fused = fuse_experts(adapter, base) if as_one else FusedExperts()
     tensors = stored_tensors(adapter, base, fused)
     checksum = digest(tensors)
     settings = _settings(adapter, base, base_name, task_type, fused)
     note = receipts.make_receipt(adapter, base, checksum, receipt)
+    if settings["lora_dropout"] != adapter.method.lora_dropout:
+        note["options"]["lora_dropout"] = adapter.method.lora_dropout
     metadata = {"format": "pt", receipts.KEY: json.dumps(note, sort_keys=True, separators=(",", ":"))}
     config = (json.dumps(settings, indent=2, sort_keys=True) + "\n").encode()
     files: dict[str, Sequence[bytes | memoryview]] = {
@@ -113,7 +118,15 @@ def stored_tensors(adapter: Adapter, base: BaseView, fused: FusedExperts | None 
             # PEFT keeps the head's factors beside the embedding's, transposed.
             stored[key_of(head, "lora_A")] = _fp32(tensors["lora_embedding_B"].T)
             stored[key_of(head, "lora_B")] = _fp32(tensors["lora_embedding_A"].T)
-    return stored | _stored_overrides(adapter, base)
+    stored |= _stored_overrides(adapter, base)
+    earlier = stored_sites(base.model, adapter.tensors)
+    return {_respelt(name, earlier): value for name, value in stored.items()} if earlier else stored
+
+
+def _respelt(name: str, earlier: Mapping[str, str]) -> str:
+    """A tensor's name with the earlier name of its site, if it has one."""
+    site, _, tensor = name.removeprefix(PREFIX).rpartition(".lora_")
+    return f"{PREFIX}{earlier[site]}.lora_{tensor}" if site in earlier else name
 
 
 def _fp32(value: Tensor) -> Tensor:
@@ -159,23 +172,37 @@ def _settings(
     r = _usual(0, experts) if experts else _usual(method.r, ranks.values())
     alpha = _usual(method.lora_alpha, alphas.values())
     before = adapter.meta.get("settings") or {}
+    parameters = _as_parameters(adapter, base, before)
     return written_settings(
         r=r,
         lora_alpha=alpha,
-        lora_dropout=0.0 if fused.sites else method.lora_dropout,
+        lora_dropout=0.0 if fused.sites or parameters or experts else method.lora_dropout,
         use_rslora=method.use_rslora,
         **method.peft_flags(),
         init_lora_weights="gaussian" if method.init_lora_weights == "gaussian" else True,
-        target_modules=names_for(names.values(), base.paths),
-        target_parameters=_parameters(fused, base) if fused.sites else None,
-        rank_pattern=table_for(ranks, r),
-        alpha_pattern=table_for(alphas, alpha),
+        target_modules=names_for([name for site, name in names.items() if site not in parameters], base.paths),
+        target_parameters=[*_parameters(fused, base), *_parameter_names(parameters, base)] or None,
+        rank_pattern=_table(ranks, r, parameters),
+        alpha_pattern=_table(alphas, alpha, parameters),
         fan_in_fan_out="conv1d" in adapter.kinds.values() and "linear" not in adapter.kinds.values(),
         ensure_weight_tying=method.ensure_weight_tying,
         **_override_settings(adapter, base),
         base_model_name_or_path=base_name or named(base.model) or before.get("base_model_name_or_path"),
         task_type=task_type or _task(base) or _task_before(adapter, before),
     )
+
+
+def _only_fused(adapter: Adapter, base: BaseView) -> bool:
+    """PEFT reads the experts of this adapter from fused factors alone.
+
+    It stacks separate factors of some models, if all experts have all their projections at one rank and scale.
+    """
+    held = [site for site in adapter.tensors if base.is_expert(site)]
+    if not held or not adapter.method.as_parameter or adapter.method.lora_bias:
+        return False
+    every = sum(base.is_expert(site) for site in base.sites)
+    alike = {(adapter.rank(site), adapter.alpha(site)) for site in held}
+    return not (converts_experts(base.model) and len(held) == every and len(alike) == 1)
 
 
 def _parameters(fused: FusedExperts, base: BaseView) -> list[str]:
@@ -188,6 +215,29 @@ def _parameters(fused: FusedExperts, base: BaseView) -> list[str]:
     # With the stack's own name, by which readers without the base tell stacks from layers.
     stacks = {name.rsplit(".", 2)[-2] for name in fused.ranks}
     return [f"{stack}.{name}" if "." not in name else name for name in names for stack in sorted(stacks)]
+
+
+def _as_parameters(adapter: Adapter, base: BaseView, before: Mapping[str, Any]) -> frozenset[str]:
+    """The sites whose weights PEFT takes by ``target_parameters``; without a base those of the folder that the adapter was read from."""
+    if base.model is not None or not adapter.method.as_parameter:
+        sites = {site: base.sites[site] for site in adapter.tensors if adapter.method.as_parameter}
+        return as_parameters(base.model, sites)
+    names = before.get("target_parameters") or ()
+    return frozenset(site for site in adapter.tensors if any(ends_with(f"{site}.weight", name) for name in names))
+
+
+def _parameter_names(sites: Collection[str], base: BaseView) -> list[str]:
+    """``target_parameters`` for the weights of these sites."""
+    every = [] if base.model is None else [name for name, _ in base.model.named_parameters(remove_duplicate=False)]
+    weights = sorted(f"{site}.weight" for site in sites)
+    names = names_for(weights, every)
+    return weights if isinstance(names, str) else names
+
+
+def _table(values: Mapping[str, T], default: T, parameters: Collection[str]) -> dict[str, T]:
+    """A rank or alpha table for layers, and for weights that PEFT takes as parameters: it looks those up by the parameter's name."""
+    weights = {f"{site}.weight": value for site, value in values.items() if site in parameters}
+    return table_for(values, default) | (table_for(weights, default) if weights else {})
 
 
 def _override_settings(adapter: Adapter, base: BaseView) -> dict[str, Any]:

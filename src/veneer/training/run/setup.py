@@ -19,6 +19,7 @@ from veneer._version import __version__
 from veneer.adapters import METHODS, Bank, LoRA, Method
 from veneer.adapters.targets import select
 from veneer.checkpoints import attach
+from veneer.checkpoints.peft.portable import remarks
 from veneer.checkpoints.receipt import trained_tokens
 from veneer.config import FULL, DataOptions, LowRankOptions, TrainOptions, default_learning_rate
 from veneer.data.chat.render import Renderer, RenderOptions
@@ -373,6 +374,7 @@ def describe(setup: Setup, *, restored: bool) -> list[str]:
             f"{job.name}: {what}, {count:,} trainable parameters ({100 * count / total:.2f} % of the base), learning rate "
             f"{job.peak:.2e}; {job.steps:,} steps of {job.options.batch_size}, about {tokens:,} tokens"
         )
+        lines += [f"{job.name}: note: {line}" for line in remarks(setup.bank, adapter)]
         if restored:
             state = f"{job.state.value}: {job.reason}" if job.over and job.reason else job.state.value
             lines.append(f"{job.name}: resuming at step {job.progress.step} of {job.steps} ({state})")
