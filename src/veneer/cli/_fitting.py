@@ -28,7 +28,7 @@ def show_what_fits(args: argparse.Namespace) -> int:
         rows = settings(shape, memory, method, ranks)
         chosen = best(rows)
     data = " ".join(args.source) or "DATA"
-    out = [] if method == "lora" else ["--method", method]
+    out = ["--method", method] if "method" in given else []
     command = None if chosen is None else " ".join(["veneer train", data, "--base", base, *out, *chosen.flags()])
     if args.json:
         found = [row.as_dict() for row in rows]

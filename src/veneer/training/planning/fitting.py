@@ -13,6 +13,7 @@ A run measures before its first step (`plan.py`), which counts more than these e
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +22,9 @@ from typing import Any
 import torch
 
 from veneer.adapters import METHODS
+from veneer.adapters.layers.kinds import Geometry
 from veneer.adapters.layers.survey import survey
+from veneer.adapters.methods.base import LowRankMethod
 from veneer.adapters.targets import select
 from veneer.models.load import model_class
 from veneer.models.quantized.loading import quantized_names
@@ -54,8 +57,8 @@ class Shape:
     layers: int
     widest: int
     """Numbers of the largest layers that share an input."""
-    sites: tuple[tuple[int, int], ...]
-    """(out, in) of the layers that an adapter acts on."""
+    sites: tuple[Geometry, ...]
+    """The layers that an adapter acts on."""
 
 
 @dataclass(frozen=True)
@@ -108,16 +111,20 @@ def shape_of(folder: Path, method: str) -> Shape:
         intermediate=intermediate,
         layers=int(getattr(text, "num_hidden_layers", 0) or getattr(text, "n_layer", 1)),
         widest=max(2 * hidden * intermediate, max(linear.values(), default=0)),
-        sites=tuple((geometry.out, geometry.in_) for geometry in chosen),
+        sites=tuple(chosen),
     )
 
 
-def memory_of(shape: Shape, quantize: str, r: int, tokens: int, *, checkpointing: bool, dora: bool) -> int:
+def memory_of(
+    shape: Shape, quantize: str, method: type[LowRankMethod], r: int, tokens: int, *, checkpointing: bool
+) -> int:
     """The estimated peak of a training process, in bytes."""
     weights = int(shape.linear * _BITS[quantize] / 8) + 2 * shape.other
     dequantized = 0 if quantize == "bfloat16" else 2 * shape.widest
-    trained = sum(r * (out + in_) + (out if dora else 0) for out, in_ in shape.sites)
-    layer = 6 * shape.hidden + 2 * shape.values + 3 * shape.intermediate + (2 * shape.hidden if dora else 0)
+    tensors = [method().tensor_shapes(geometry, r).values() for geometry in shape.sites]
+    trained = sum(math.prod(size) for shapes in tensors for size in shapes)
+    outputs = 2 * shape.hidden if method.keeps_output else 0
+    layer = 6 * shape.hidden + 2 * shape.values + 3 * shape.intermediate + outputs
     kept = shape.layers * shape.hidden + layer if checkpointing else shape.layers * layer
     in_flight = _STEP * shape.intermediate
     return _PROCESS + weights + dequantized + _TRAINED * trained + _KEPT * tokens * (kept + in_flight)
@@ -130,8 +137,7 @@ def settings(shape: Shape, memory: int, method: str, ranks: Sequence[int]) -> li
         for r in ranks:
             for checkpointing in (False, True):
                 estimates = [
-                    (memory_of(shape, quantize, r, n, checkpointing=checkpointing, dora=method == "dora"), n)
-                    for n in TOKENS
+                    (memory_of(shape, quantize, METHODS[method], r, n, checkpointing=checkpointing), n) for n in TOKENS
                 ]
                 bytes_, tokens = next(((size, n) for size, n in estimates if size <= memory), estimates[-1])
                 found.append(Setting(quantize, r, checkpointing, tokens, bytes_, bytes_ <= memory))

@@ -82,8 +82,8 @@ def train(
     """
     examples = {key: value for key, value in (("data", data), ("valid", valid)) if value is not None}
     rows = {key: found for key, value in examples.items() if (found := rows_in(value, key)) is not None}
-    placeholders = {key: (key,) for key in rows}  # until the folder is known
-    options = _options(config, {**overrides, **_base_option(config, base), **examples, **placeholders})
+    unread = {key: (key,) for key in rows}  # until the folder is known
+    options = _options(config, {**overrides, **_base_option(config, base), **examples, **unread})
     with ExitStack() as stack:
         options = _rows_as_files(options, rows, stack)
         loaded = base if isinstance(base, Base | SharedBase) else None
