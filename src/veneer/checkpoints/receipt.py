@@ -173,6 +173,12 @@ def receipt_of(adapter: Adapter) -> Mapping[str, Any]:
     return receipt if isinstance(receipt, Mapping) else {}
 
 
+def recorded_base(adapter: Adapter) -> str | None:
+    """The base that an adapter's folder names: the receipt's name of an embedded base, else PEFT's ``base_model_name_or_path``."""
+    found = receipt_of(adapter).get("base_name") or (adapter.meta.get("settings") or {}).get("base_model_name_or_path")
+    return str(found) if found else None
+
+
 def trained_tokens(adapter: Adapter) -> dict[str, tuple[int, ...]]:
     """Number of tokens that each expert of a stack was trained on, by the stack's name: the adapter's own count, or its receipt's."""
     counted = {stack: tuple(counts.tolist()) for stack, counts in adapter.expert_tokens.items()}

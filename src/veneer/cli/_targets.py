@@ -17,6 +17,7 @@ from veneer._terminal import note, status
 from veneer.checkpoints.locate import CONFIG, adapters_at, choice_note, is_run
 from veneer.cli._parser import FORMATS, add_device, add_dtype, add_force, add_quantize
 from veneer.errors import CheckpointError, ConfigError
+from veneer.models.embedded import EMBEDDED
 
 if TYPE_CHECKING:
     import argparse
@@ -147,15 +148,23 @@ def _format(quantize: str, folders: dict[str, Path]) -> str | None:
 
 def format_named_in(folder: Path) -> str | None:
     """Return the quantized format of the base on which an adapter was trained, by its receipt; None if it was plain or is not known."""
+    try:
+        formats = {record["dtype"] for record in _receipt_in(folder).get("base", {}).values()}
+    except (AttributeError, KeyError, TypeError):
+        return None  # reading the adapter reports what is wrong
+    return next((format for format in FORMATS if formats == {format}), None)
+
+
+def _receipt_in(folder: Path) -> dict[str, Any]:
+    """Return the receipt of a folder, unverified; empty if there is none that can be read."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
             receipt = json.loads((file.metadata() or {}).get("veneer", "{}"))
-        formats = {record["dtype"] for record in receipt.get("base", {}).values()}
-    except (OSError, SafetensorError, ValueError, AttributeError, KeyError, TypeError):
-        return None  # reading the adapter reports what is wrong
-    return next((format for format in FORMATS if formats == {format}), None)
+    except (OSError, SafetensorError, ValueError):
+        return {}
+    return receipt if isinstance(receipt, dict) else {}
 
 
 def _load(
@@ -218,11 +227,14 @@ def use_adapter_template(tokenizer: Any, bank: Bank) -> None:
 
 
 def base_named_in(folder: Path) -> str:
-    """Return the base that ``adapter_config.json`` names.
+    """Return the base that the receipt names, if it is an embedded one, else that of ``adapter_config.json``.
 
     Raises:
         CheckpointError: The file is not valid or names no base.
     """
+    recorded = _receipt_in(folder).get("base_name")
+    if isinstance(recorded, str) and recorded in EMBEDDED:
+        return recorded
     try:
         found = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
     except (ValueError, AttributeError, UnicodeDecodeError) as error:

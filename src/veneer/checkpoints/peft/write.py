@@ -46,6 +46,7 @@ from veneer.checkpoints.peft.settings import written_settings
 from veneer.checkpoints.peft.tensor_names import PREFIX, TOKEN_ROWS, key_of
 from veneer.checkpoints.tensors import digest, read_header, read_tensors, to_buffers
 from veneer.errors import CheckpointError
+from veneer.models.embedded import alias_of, public_name
 
 CARD = "README.md"
 T = TypeVar("T", int, float)
@@ -73,7 +74,7 @@ def write_adapter_folder(
         adapter: the adapter.
         path: the folder.
         base: the base that it acts on; a plain `BaseView` if it is not loaded.
-        base_name: PEFT's base_model_name_or_path, by default the model's own name, or that of the folder which the adapter came from.
+        base_name: name of the base, by default the model's own name, or that of the folder which the adapter came from.
         task_type: PEFT's task_type, with the same defaults.
         receipt: more entries for the receipt, such as the hashes of template, tokenizer and data.
         template: a chat template that is not the base's own, stored beside the tensors.
@@ -88,6 +89,9 @@ def write_adapter_folder(
     checksum = digest(tensors)
     settings = _settings(adapter, base, base_name, task_type, fused)
     note = receipts.make_receipt(adapter, base, checksum, receipt)
+    alias = alias_of(_base_name(adapter, base, base_name) or "")
+    if alias is not None:
+        note["base_name"] = alias
     if settings["lora_dropout"] != adapter.method.lora_dropout:
         note["options"]["lora_dropout"] = adapter.method.lora_dropout
     metadata = {"format": "pt", receipts.KEY: json.dumps(note, sort_keys=True, separators=(",", ":"))}
@@ -172,6 +176,7 @@ def _settings(
     r = _usual(0, experts) if experts else _usual(method.r, ranks.values())
     alpha = _usual(method.lora_alpha, alphas.values())
     before = adapter.meta.get("settings") or {}
+    name = _base_name(adapter, base, base_name)
     parameters = _as_parameters(adapter, base, before)
     return written_settings(
         r=r,
@@ -187,9 +192,14 @@ def _settings(
         fan_in_fan_out="conv1d" in adapter.kinds.values() and "linear" not in adapter.kinds.values(),
         ensure_weight_tying=method.ensure_weight_tying,
         **_override_settings(adapter, base),
-        base_model_name_or_path=base_name or named(base.model) or before.get("base_model_name_or_path"),
+        base_model_name_or_path=None if name is None else public_name(name),
         task_type=task_type or _task(base) or _task_before(adapter, before),
     )
+
+
+def _base_name(adapter: Adapter, base: BaseView, given: str | None) -> str | None:
+    """The name under which the base is loaded: given, the model's own, or that of the folder which the adapter came from."""
+    return given or named(base.model) or receipts.recorded_base(adapter)
 
 
 def _only_fused(adapter: Adapter, base: BaseView) -> bool:
