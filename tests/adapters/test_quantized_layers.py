@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from pathlib import Path
 from typing import Any
@@ -163,14 +164,21 @@ def test_layers_of_bitsandbytes_are_adapted_and_keep_their_bytes(folder: Path) -
 
 
 def test_a_weight_that_bitsandbytes_packed_is_put_back(folder: Path) -> None:
-    """A model that was evaluated before it is attached has its own packing; adapters act on the same weights all the same."""
+    """A model that was evaluated before it is attached has its own packing, which rounds scales: the weights are put back, and a warning
+    says so."""
     reference = theirs(folder).eval()
     with torch.no_grad():
         reference(IDS)
+    packed = any(
+        getattr(p.quant_state, "packing_format_for_cpu", False)
+        for p in reference.parameters()
+        if hasattr(p, "quant_state")
+    )
     expected = dense(ours(folder))
-    bank = attach(reference)
+    with pytest.warns(UserWarning, match="rounded their scales") if packed else contextlib.nullcontext():
+        bank = attach(reference)
     for name, site in bank.sites.items():
-        assert torch.equal(site.dense, expected.get_submodule(name).weight), name
+        torch.testing.assert_close(site.dense, expected.get_submodule(name).weight, rtol=1e-2, atol=1e-3, msg=name)
 
 
 def test_a_dense_override_replaces_a_quantized_weight(folder: Path) -> None:

@@ -223,9 +223,9 @@ REFUSALS: dict[str, tuple[Shape, str]] = {
         ("llama", UNTIED, {**QV, "layer_replication": [[0, 2], [1, 2]]}),
         "layer_replication: not supported",
     ),
-    "stacked experts": (
-        ("mixtral", UNTIED, {"target_parameters": ["experts.gate_up_proj"], "target_modules": []}),
-        "is not supported|cannot be adapted",
+    "parameters that are no experts": (
+        ("mixtral", UNTIED, {"target_parameters": ["embed_tokens.weight"], "target_modules": []}),
+        "embed_tokens",
     ),
     "regex in alpha_pattern": (
         ("llama", UNTIED, {**QV, "alpha_pattern": {"(q|v)_proj": 5}}),

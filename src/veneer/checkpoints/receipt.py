@@ -99,6 +99,9 @@ def verify(
         )
         return
     own = receipt.get("own", {})
+    if not isinstance(own, dict):
+        found.refuse("the receipt holds no usable record of the adapter's overrides", "receipt")
+        return
     here = {old: new for new, old in names.items()}
     if {here.get(layer, layer): record for layer, record in own.items()} != _override_record(adapter):
         found.refuse(

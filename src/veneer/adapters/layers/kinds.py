@@ -27,7 +27,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from veneer.kernels.lora.dora_norm import squared_row_norms
-from veneer.kernels.quantized.bitsandbytes import quantized_weight
 from veneer.kernels.quantized.weight import QuantizedWeight
 
 
@@ -116,30 +115,6 @@ class LayerKind:
     def stored(self, module: Any, delta_OK: Tensor) -> Tensor:
         """A dense change [out, in] in the layout of the stored weight."""
         return delta_OK
-
-
-class QuantizedLinearKind(LayerKind):
-    """A linear layer with a quantized weight: this package's own, or one of bitsandbytes.
-
-    `weight_2d` dequantizes all of it, for callers that need the matrix once (a merge, an SVD); the result must not outlive the call.
-    """
-
-    def weight_2d(self, module: Any) -> Tensor:
-        return self.dense(module)
-
-    def dense(self, module: Any) -> Tensor:
-        return quantized_weight(module).dequantize(dtype=self.dtype(module))
-
-    def quantized(self, module: Any) -> QuantizedWeight | None:
-        return quantized_weight(module)
-
-    def squared_norms(self, module: Any) -> Tensor:
-        return quantized_weight(module).squared_norms(self.dtype(module))
-
-    def dtype(self, module: Any) -> torch.dtype:
-        # A layer of bitsandbytes computes in the type of its values until its first call decides.
-        known = getattr(module, "dtype", None) or getattr(module, "compute_dtype", None)
-        return known if isinstance(known, torch.dtype) else quantized_weight(module).dtype
 
 
 class Conv1DKind(LayerKind):

@@ -18,10 +18,10 @@ from veneer.adapters.layers.kinds import (
     Conv2dKind,
     EmbeddingKind,
     LayerKind,
-    QuantizedLinearKind,
     ScaledEmbeddingKind,
     VectorKind,
 )
+from veneer.adapters.layers.quantized import QuantizedLinearKind
 from veneer.adapters.layers.site import Site, Survey
 from veneer.kernels.quantized.bitsandbytes import keep_packing, quantized_layer
 

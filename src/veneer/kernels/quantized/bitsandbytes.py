@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -48,13 +49,19 @@ def keep_packing(module: Any) -> None:
     """Keep a 4-bit layer of bitsandbytes from packing its weight in another order.
 
     On processors with AVX512-BF16 its forward does so in place in eval mode, after which gradients of the input are lost and its own
-    dequantization is wrong. A weight that has been packed so before is put back, by the function that saves it.
+    dequantization is wrong. A weight that has been packed so before is put back, by the function that saves it; its scales were rounded to
+    bfloat16, which a warning says.
     """
     if not _is_class(module, "Linear4bit"):
         return
     module.support_avx512bf16_for_cpu = False
     if getattr(module.weight.quant_state, "packing_format_for_cpu", False):
         module.state_dict()
+        warnings.warn(
+            "bitsandbytes packed the weights of this model for its own CPU kernel, which rounded their scales to bfloat16; attach "
+            "before the model runs in eval mode, or load it again, to train on the weights as they are stored",
+            stacklevel=2,
+        )
 
 
 def _is_class(module: Any, name: str) -> bool:
