@@ -22,7 +22,7 @@ demo: $(VENV)/.installed ## train, evaluate and try an adapter on the embedded m
 	$(BIN)/veneer demo
 
 test: lint ## style, types, structure and tests
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --dist loadfile
 	$(BIN)/python -m pytest -q -m "real and not slow"
 
 lint: $(VENV)/.installed-test

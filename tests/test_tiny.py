@@ -18,7 +18,7 @@ def _inputs(arch: str) -> dict[str, torch.Tensor]:
 def test_every_architecture_builds_and_computes_finite_distinct_logits(arch: str) -> None:
     """A tiny model is small, in eval mode, trainable, repeatable, and gives different inputs different outputs."""
     model = tiny(arch)
-    assert sum(p.numel() for p in model.parameters()) < 80_000
+    assert sum(p.numel() for p in model.parameters()) < 90_000
     assert not model.training and all(p.requires_grad for p in model.parameters())
     with torch.no_grad():
         logits = model(**_inputs(arch)).logits
