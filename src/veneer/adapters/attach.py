@@ -11,6 +11,7 @@ from veneer.adapters.layers.dry_run import NEVER_CALLED, ROWS, dry_run, equal_ro
 from veneer.adapters.layers.site import Survey
 from veneer.adapters.layers.survey import survey
 from veneer.adapters.patches import runtime_of
+from veneer.adapters.wrappers import unwrapped
 from veneer.errors import AdapterError
 
 
@@ -19,7 +20,7 @@ def attach(model: nn.Module, *, example: dict[str, Any] | None = None, folders: 
     its own parameters are frozen, until the last adapter leaves or the bank is detached.
 
     Args:
-        model: the base.
+        model: the base. Of DataParallel and DistributedDataParallel the model inside is taken.
         example: keyword arguments for one forward, for a model whose inputs cannot be guessed; best with two rows or more.
         folders: how adapter folders are read and written.
 
@@ -31,6 +32,7 @@ def attach(model: nn.Module, *, example: dict[str, Any] | None = None, folders: 
         inner = isinstance(getattr(given, "model", None), nn.Module)
         remedy = "give its model (base.model)" if inner else "load one first: veneer.load_base(NAME).model"
         raise AdapterError(f"attach takes a torch.nn.Module, found {type(given).__name__}; {remedy}")
+    model = unwrapped(model)
     if bank_of(model) is not None:
         raise AdapterError("this model has a bank attached already; use it (veneer.bank_of(model)), or detach it first")
     found = survey(model)
@@ -40,6 +42,8 @@ def attach(model: nn.Module, *, example: dict[str, Any] | None = None, folders: 
 
 def bank_of(model: nn.Module) -> Bank | None:
     """The bank whose adapters are on this model, or None while no adapter is on it."""
+    while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        model = model.module
     runtime = runtime_of(model)
     return None if runtime is None else runtime.owner
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from veneer.adapters.methods import METHODS
+from veneer.adapters.wrappers import WRAPPERS
 from veneer.checkpoints.base_view import BaseView
 from veneer.checkpoints.findings import Findings, listed, shown
 from veneer.checkpoints.peft.portable import stored_sites
@@ -23,6 +24,8 @@ from veneer.checkpoints.tensors import Entry, Header
 
 PREFIX = "base_model.model."
 MAX_LENGTH, MAX_DEPTH = 1024, 64
+_PARALLEL = "module."
+"""In front of all names that were saved through DataParallel or DistributedDataParallel."""
 TOKEN_ROWS = "trainable_tokens_delta"
 _LAYERS, _PARAMETERS = ("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")
 FACTORS = (*_LAYERS, *_PARAMETERS)
@@ -109,6 +112,7 @@ def parse_key(name: str) -> Key | None:
     """A name taken apart, or None if a PEFT folder has no such name."""
     if len(name) > MAX_LENGTH or name.count(".") > MAX_DEPTH:
         return None
+    name = ".".join(part for part in name.split(".") if part not in WRAPPERS).removeprefix(_PARALLEL)
     prefixed = name.startswith(PREFIX)
     parts = name.removeprefix(PREFIX).split(".")
     if not all(parts):
