@@ -28,7 +28,6 @@ class ServeLimits:
         header_seconds: longest time for the headers of a request.
         body_seconds: longest pause within the body of a request.
         write_seconds: longest time for a client to read what fills its buffer.
-        render_seconds: longest time to render a chat template.
         rendered_characters: longest text that a chat template may make.
     """
 
@@ -50,5 +49,4 @@ class ServeLimits:
     header_seconds: float = 10.0
     body_seconds: float = 10.0
     write_seconds: float = 60.0
-    render_seconds: float = 2.0
     rendered_characters: int = 4_000_000
