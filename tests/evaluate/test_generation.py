@@ -23,25 +23,6 @@ def generator() -> Generator:
     return Generator(model, tokenizer, bank)
 
 
-def test_streamed_text_is_the_whole_text(generator: Generator) -> None:
-    """Piece by piece or at once, with and without an adapter, the text is the same; and the two routes differ."""
-    texts = {}
-    for route in (None, "a"):
-        texts[route] = generator.write("the sea", route, Sampling(12))
-        assert "".join(generator.stream("the sea", route, Sampling(12))) == texts[route]
-    assert texts[None] != texts["a"]
-
-
-def test_an_abandoned_stream_leaves_the_bank_free(generator: Generator) -> None:
-    """Ending the iteration early ends the generation and its route."""
-    stream = generator.stream("the sea", "a", Sampling(50))
-    next(stream)
-    stream.close()
-    assert isinstance(generator.bank, Bank)
-    with generator.bank.use(None):
-        pass
-
-
 def test_sampling_is_a_function_of_its_seed(generator: Generator) -> None:
     """The same seed gives the same text; the process's own random stream is left where it was."""
     torch.manual_seed(5)
@@ -62,17 +43,6 @@ def test_control_strings_in_a_prompt_stay_text(generator: Generator) -> None:
     assert end in generator.tokenizer.decode(typed)
 
 
-def test_a_failure_inside_the_worker_reaches_the_reader(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An exception in generation is raised where the text is read, not lost in a thread."""
-
-    def broken(*_: object, **__: object) -> None:
-        raise RuntimeError("out of luck")
-
-    monkeypatch.setattr(generator.model, "generate", broken)
-    with pytest.raises(RuntimeError, match="out of luck"):
-        list(generator.stream("the sea"))
-
-
 def test_generation_stops_at_the_tokens_of_the_receipt(generator: Generator) -> None:
     """An answer ends before the token that the adapter's receipt records, on its route only; the token is not part of the text."""
     assert isinstance(generator.bank, Bank)
@@ -87,7 +57,6 @@ def test_generation_stops_at_the_tokens_of_the_receipt(generator: Generator) -> 
     generator.bank["a"].meta["receipt"] = {"stop_tokens": record}
     assert generator.stops("a") == (stop, generator.tokenizer.eos_token_id)
     assert generator.write("the sea", "a", Sampling(12)) == before
-    assert "".join(generator.stream("the sea", "a", Sampling(12))) == before
     assert generator.stops(None) == (generator.tokenizer.eos_token_id,)
     assert generator.write("the sea", None, Sampling(12)) == base
 

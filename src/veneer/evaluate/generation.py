@@ -1,4 +1,4 @@
-"""Text generation under a route, complete or streamed.
+"""Complete answers under a route, by transformers' ``generate``: the samples of a run, and the reference of the engine's tests.
 
 Chat prompts go through the renderer of the data package, so control strings in a user's text stay text, as in training. Sampling has its
 own random stream: the same seed gives the same text.
@@ -6,8 +6,7 @@ own random stream: the same seed gives the same text.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +18,7 @@ from veneer.adapters.runtime.route import Route, RouteLike
 from veneer.checkpoints.receipt import stop_tokens
 from veneer.data.chat.render import Renderer
 from veneer.data.chat.stops import stop_ids
-from veneer.data.chat.template import Conversation
-from veneer.errors import BaseModelError, DataError
+from veneer.errors import BaseModelError
 from veneer.models.devices import device_of
 from veneer.models.load import own_ends
 
@@ -52,24 +50,9 @@ class Generator:
         self.bank = bank
         self.renderer = renderer or Renderer(tokenizer)
 
-    @property
-    def chats(self) -> bool:
-        """The tokenizer has a chat template."""
-        return self.renderer.template is not None
-
     def prompt_ids(self, prompt: str | Sequence[Message]) -> list[int]:
-        """Token ids of a prompt: a conversation, or a text (a user's turn where the base chats, else the plain text).
-
-        Raises DataError where messages are given and the base has no chat template.
-        """
-        encoder, template = self.renderer.encoder, self.renderer.template
-        if isinstance(prompt, str) and template is None:
-            return list(self.tokenizer(prompt)["input_ids"])
-        if template is None:
-            raise DataError("the base has no chat template, so it takes plain text and no conversation")
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        guarded = Conversation(template, encoder, messages).text(prompt=True)
-        return encoder.encode([guarded])[0].ids
+        """Token ids of a prompt; see `Renderer.prompt_ids`."""
+        return self.renderer.prompt_ids(prompt)
 
     def write(self, prompt: str | Sequence[Message], route: RouteLike = None, sampling: Sampling | None = None) -> str:
         """Generate the complete answer to one prompt."""
@@ -83,55 +66,6 @@ class Generator:
             out = self.model.generate(ids, **self._options(ids, sampling or Sampling(), stops))
         answer = [token for token in out[0, ids.shape[1] :].tolist() if token not in stops]
         return str(self.tokenizer.decode(answer, skip_special_tokens=True))
-
-    def stream(
-        self, prompt: str | Sequence[Message], route: RouteLike = None, sampling: Sampling | None = None
-    ) -> Iterator[str]:
-        """Generate the answer to one prompt in pieces. Ending the iteration early ends the generation."""
-        from transformers import StoppingCriteriaList, TextIteratorStreamer
-
-        sampling = sampling or Sampling()
-        ids = self._ids(prompt)
-        stops = self.stops(route)
-
-        class Streamer(TextIteratorStreamer):
-            """Leaves out the stop token, which need not be one of the tokenizer's special tokens."""
-
-            def put(self, value: torch.Tensor) -> None:
-                if self.next_tokens_are_prompt or int(value) not in stops:
-                    super().put(value)  # type: ignore[no-untyped-call]
-
-        streamer: Any = Streamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        stopped = threading.Event()
-        failure: list[BaseException] = []
-
-        def work() -> None:
-            try:
-                with _stream(sampling, ids.device):
-                    self.model.generate(
-                        ids,
-                        streamer=streamer,
-                        stopping_criteria=StoppingCriteriaList([lambda *_, **__: stopped.is_set()]),
-                        **self._options(ids, sampling, stops),
-                    )
-            except BaseException as error:  # handed to the reader, who is waiting for text
-                failure.append(error)
-                streamer.end()
-
-        with self._routed(route):
-            worker = threading.Thread(target=work, daemon=True)
-            worker.start()
-            try:
-                yield from (str(piece) for piece in streamer if piece)
-            finally:
-                stopped.set()
-                worker.join()
-        if failure:
-            raise failure[0]
-
-    def _ids(self, prompt: str | Sequence[Message]) -> torch.Tensor:
-        """[1, n] on the model's device."""
-        return torch.tensor([self.prompt_ids(prompt)], device=device_of(self.model))
 
     def _routed(self, route: RouteLike) -> AbstractContextManager[object]:
         return nullcontext() if self.bank is None else self.bank.use(route, training=False)

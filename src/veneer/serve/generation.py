@@ -12,8 +12,7 @@ from typing import Any
 
 from veneer.adapters import Bank
 from veneer.data.chat.render import Renderer
-from veneer.data.chat.template import Conversation
-from veneer.errors import BaseModelError, DataError
+from veneer.errors import BaseModelError
 from veneer.serve.engine.engine import Engine
 from veneer.serve.engine.request import Finished, GenerationRequest, Mix, SamplingParams, TextDelta
 
@@ -41,18 +40,8 @@ class TextGenerator:
         return self.renderer.template is not None
 
     def prompt_ids(self, prompt: str | Sequence[Message]) -> list[int]:
-        """Token ids of a prompt: a conversation, or a text (a user's turn where the base chats, else the plain text).
-
-        Raises DataError where messages are given and the base has no chat template.
-        """
-        encoder, template = self.renderer.encoder, self.renderer.template
-        if isinstance(prompt, str) and template is None:
-            return list(self.tokenizer(prompt)["input_ids"])
-        if template is None:
-            raise DataError("the base has no chat template, so it takes plain text and no conversation")
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        guarded = Conversation(template, encoder, messages).text(prompt=True)
-        return encoder.encode([guarded])[0].ids
+        """Token ids of a prompt; see `Renderer.prompt_ids`."""
+        return self.renderer.prompt_ids(prompt)
 
     def write(
         self,

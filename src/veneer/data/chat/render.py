@@ -11,7 +11,7 @@ and the beginning of an answer, the two are encoded separately, as at inference.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -58,6 +58,22 @@ class Renderer:
     def opening(self) -> str:
         """The template's generation prompt; "" where there is none."""
         return "" if self.template is None else self._turn_finder(self.template.source).opening
+
+    def prompt_ids(self, prompt: str | Sequence[Mapping[str, Any]]) -> list[int]:
+        """Token ids of a prompt: a conversation, or a text (a user's turn where the base chats, else the plain text).
+
+        Control strings in it stay text, as in training.
+
+        Raises:
+            DataError: messages are given, and the base has no chat template.
+        """
+        if self.template is None:
+            if not isinstance(prompt, str):
+                raise DataError("the base has no chat template, so it takes plain text and no conversation")
+            return list(self.tokenizer(prompt)["input_ids"])
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(one) for one in prompt]
+        guarded = Conversation(self.template, self.encoder, messages).text(prompt=True)
+        return self.encoder.encode([guarded])[0].ids
 
     def notices(self, format: str) -> list[str]:
         """Describe how rows of a format are rendered, one line each; empty if it goes without saying."""
