@@ -11,7 +11,6 @@ from itertools import count
 from typing import Any
 
 from veneer.adapters import Bank
-from veneer.data.chat.render import Renderer
 from veneer.errors import BaseModelError
 from veneer.serve.engine.engine import Engine
 from veneer.serve.engine.request import Finished, GenerationRequest, Mix, SamplingParams, TextDelta
@@ -31,7 +30,7 @@ class TextGenerator:
             raise BaseModelError(f"{type(model).__name__} does not generate text; use a causal language model")
         self.engine = Engine(model, tokenizer, bank)
         self.tokenizer = tokenizer
-        self.renderer = Renderer(tokenizer)
+        self.renderer = self.engine.renderer
         self._numbers = count()
 
     @property

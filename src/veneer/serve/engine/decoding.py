@@ -13,7 +13,7 @@ from veneer.adapters.adapter import Adapter
 from veneer.kernels.cpp_library import pays
 from veneer.kernels.decoding import DecoderKernel, LowRankLayer, LowRankTable
 from veneer.serve.engine.decoder_parts import decoder_modules, decoder_weights, rotation_table
-from veneer.serve.engine.runner import PagedRunner, choose_runner, rows_wanted, same_as_whole
+from veneer.serve.engine.runner import PagedRunner, Reference, choose_runner, rows_wanted
 from veneer.serve.engine.scheduler import Chunk
 
 
@@ -97,11 +97,12 @@ def fastest_runner(model: Any, bank: Bank | None, cache: Any, vocabulary: int, p
     Raises:
         BaseModelError: the model does not generate text.
     """
-    runner = choose_runner(model, bank, cache, vocabulary)
+    reference = Reference(model, bank, cache, vocabulary)
+    runner = choose_runner(model, bank, cache, reference)
     if not isinstance(runner, PagedRunner) or not pays() or cache.scale is None:
         return runner
     weights = decoder_weights(model, cache.scale)
     if weights is None or len(weights.layers) != len(cache.layers):
         return runner
     made = DecodingRunner(model, bank, runner, DecoderKernel(weights, cache.layers, cache.size), positions)
-    return made if same_as_whole(made, model, bank, cache, vocabulary) else runner
+    return made if reference.agrees(reference.error(made)) else runner

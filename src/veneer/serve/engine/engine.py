@@ -99,7 +99,7 @@ class Engine:
         self.limits = limits = limits or EngineLimits()
         config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
         self._vocabulary = int(config.vocab_size)
-        self._renderer = Renderer(tokenizer)
+        self.renderer = Renderer(tokenizer)
         longest = int(limits.context or getattr(config, "max_position_embeddings", None) or 2048)
         tokens = limits.cache_tokens or min(4 * longest, 32_768)
         self._pool = BlockPool(max(1, tokens // limits.block), limits.block)
@@ -190,7 +190,7 @@ class Engine:
 
     def _stops(self, versions: tuple[AdapterVersion, ...]) -> frozenset[int]:
         """The tokens that end an answer: those that its adapters were trained with, and the base's own."""
-        return frozenset(stop_ids(self._renderer, own_ends(self.model), [one.stops for one in versions]))
+        return frozenset(stop_ids(self.renderer, own_ends(self.model), [one.stops for one in versions]))
 
     def _root(self, request: GenerationRequest, versions: tuple[AdapterVersion, ...]) -> bytes:
         """What its keys and values depend on beside the tokens."""

@@ -146,19 +146,38 @@ class NoCacheRunner(ModelCacheRunner):
     _keeps = False
 
 
-def choose_runner(model: Any, bank: Bank | None, cache: PagedCache, vocabulary: int) -> StepRunner:
+class Reference:
+    """The logits of one text that the model computed whole, which runners are compared with.
+
+    Raises:
+        BaseModelError: the model gives no logits per token.
+    """
+
+    def __init__(self, model: Any, bank: Bank | None, cache: PagedCache, vocabulary: int) -> None:
+        self._ids = _sample(model, vocabulary)
+        self._cache = cache
+        try:
+            self._whole = _whole(model, bank, self._ids)
+        except Exception as error:
+            raise BaseModelError(
+                f"{type(model).__name__} does not generate text ({type(error).__name__}: {error}); use a causal language model"
+            ) from error
+
+    def error(self, runner: StepRunner) -> float:
+        """Relative difference of a runner that computes the text piece by piece."""
+        return _error(_piecewise(runner, self._ids, self._cache), self._whole)
+
+    def agrees(self, error: float) -> bool:
+        """True if a difference is rounding."""
+        return error <= _BOUND.get(self._whole.dtype, _BOUND[torch.bfloat16])
+
+
+def choose_runner(model: Any, bank: Bank | None, cache: PagedCache, reference: Reference) -> StepRunner:
     """The fastest runner that computes a text piece by piece as the model computes it whole.
 
     Raises:
         BaseModelError: the model gives no logits per token.
     """
-    ids = _sample(model, vocabulary)
-    try:
-        whole = _whole(model, bank, ids)
-    except Exception as error:
-        raise BaseModelError(
-            f"{type(model).__name__} does not generate text ({type(error).__name__}: {error}); use a causal language model"
-        ) from error
     reasons: list[str] = []
     for make in (
         lambda: PagedRunner(_flat(model), bank, cache),
@@ -167,11 +186,11 @@ def choose_runner(model: Any, bank: Bank | None, cache: PagedCache, vocabulary: 
     ):
         try:
             runner: StepRunner = make()
-            error_size = _error(_piecewise(runner, ids, cache), whole)
+            error_size = reference.error(runner)
         except Exception as error:  # a model may refuse a way of calling it in any manner
             reasons.append(f"{type(error).__name__}: {error}".splitlines()[0])
             continue
-        if error_size <= _BOUND.get(whole.dtype, _BOUND[torch.bfloat16]):
+        if reference.agrees(error_size):
             return runner
         reasons.append(f"pieces of a text differ from the whole by {error_size:.1e}")
     raise BaseModelError(f"{type(model).__name__} cannot generate text here: {'; '.join(reasons)}")
@@ -198,13 +217,6 @@ def _whole(model: Any, bank: Bank | None, ids: list[int]) -> Tensor:
     with nullcontext() if bank is None else bank.use(None, training=False):
         found: Tensor = model(input_ids=torch.tensor([ids], device=device)).logits[0, -3:]
     return found
-
-
-def same_as_whole(runner: StepRunner, model: Any, bank: Bank | None, cache: PagedCache, vocabulary: int) -> bool:
-    """True if a runner computes a text piece by piece as the model computes it whole."""
-    ids = _sample(model, vocabulary)
-    whole = _whole(model, bank, ids)
-    return _error(_piecewise(runner, ids, cache), whole) <= _BOUND.get(whole.dtype, _BOUND[torch.bfloat16])
 
 
 def _piecewise(runner: StepRunner, ids: list[int], cache: PagedCache) -> Tensor:
