@@ -18,6 +18,7 @@ from tests.training.made import QUIET, Ear, World, apart, contents, digest, exam
 from tests.training.processes import Forks, together
 
 from veneer.adapters import DoRA, LoRA
+from veneer.cli.main import main
 from veneer.errors import ConfigError
 from veneer.models.load import Base
 from veneer.training import train
@@ -318,6 +319,18 @@ def test_adapters_that_differ_are_not_saved(
     assert forks.wait() == [1, 1]
     assert 'process 1 holds another adapter "a" than process 0' in forks.errors()[0]
     assert not list((wanted["out"] / "checkpoints").glob("step-*"))
+
+
+def test_more_processes_than_cores_are_refused(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command starts no process and writes nothing."""
+    monkeypatch.chdir(place)
+    monkeypatch.setattr("veneer.cli._launch._cores", lambda: 2)
+    monkeypatch.setattr("subprocess.Popen", lambda *_, **__: pytest.fail("a process was started"))
+    assert main(["train", "train.jsonl", "--base", "base", "--processes", "3", "--out", "three"]) == 2
+    assert "processes: 3 do not fit this machine, which has 2 cores" in capsys.readouterr().err
+    assert not (place / "three").exists()
 
 
 def test_mistakes_are_told_before_anything_starts(

@@ -42,7 +42,7 @@ def show_what_fits(args: argparse.Namespace) -> int:
 
 
 def _cells(row: Setting) -> list[str]:
-    size = f"{row.memory / 1e9:.1f} GB"
+    size = f"{row.memory / 1e9:.2f} GB"
     tokens = f"{row.tokens:,}"
     return [
         row.quantize,

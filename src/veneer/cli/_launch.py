@@ -11,6 +11,8 @@ import time
 from collections.abc import Sequence
 from types import FrameType
 
+from veneer.errors import ConfigError
+
 GRACE = 10.0
 """Seconds that the other processes have to end by themselves once one has."""
 _POLL = 0.05
@@ -25,9 +27,21 @@ def launch(words: Sequence[str], processes: int, threads: int | None) -> int:
     """Run ``veneer WORDS`` in so many processes; returns the exit code.
 
     The first one prints. If one is killed or fails, the others are ended within ``GRACE`` seconds and a line says so.
+
+    Raises:
+        ConfigError: there are more processes than cores.
     """
+    if processes > _cores():
+        raise ConfigError(
+            f"processes: {processes} do not fit this machine, which has {_cores()} core{'s' if _cores() > 1 else ''}; give at most one "
+            "for each core, or for each GPU"
+        )
     port = _free_port()
     return _Family([_start(words, rank, processes, port, threads) for rank in range(processes)]).wait()
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _free_port() -> int:
@@ -37,12 +51,11 @@ def _free_port() -> int:
 
 
 def _start(words: Sequence[str], rank: int, size: int, port: int, threads: int | None) -> subprocess.Popen[bytes]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
     group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     environment = {**os.environ, **{name: str(value) for name, value in {**place, **group}.items()}}
     if threads is None:
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // size)))
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // size)))
     stdin = None if rank == 0 else subprocess.DEVNULL
     return subprocess.Popen([sys.executable, "-m", "veneer", *words], env=environment, stdin=stdin)
 

@@ -125,6 +125,7 @@ def _vllm(args: argparse.Namespace, parents: Sequence[Parent]) -> dict[str, Any]
     """Write the adapters as one PEFT folder of plain LoRA."""
     from veneer.checkpoints import write_adapter
     from veneer.checkpoints.model_folder import check_free
+    from veneer.models.embedded import public_name
 
     check_free(args.out)
     whole = next((parent.adapter for parent in parents if parent.adapter.overrides), None)
@@ -145,7 +146,9 @@ def _vllm(args: argparse.Namespace, parents: Sequence[Parent]) -> dict[str, Any]
     write_adapter(adapter, args.out, base_name=name, template=template)
     size = sum(file.stat().st_size for file in args.out.iterdir())
     modules = shlex.quote(f"{args.out.name}={args.out}")
-    command = f"vllm serve {shlex.quote(name)} --enable-lora --max-lora-rank {most} --lora-modules {modules}"
+    command = (
+        f"vllm serve {shlex.quote(public_name(name))} --enable-lora --max-lora-rank {most} --lora-modules {modules}"
+    )
     if template is not None:
         command += f" --chat-template {shlex.quote(str(args.out / 'chat_template.jinja'))}"
     return {"to": "vllm", "file": str(args.out), "bytes": size, "error": error, "rank": rank, "command": command}

@@ -39,7 +39,9 @@ def run(args: argparse.Namespace) -> int:
         for base in bases
     ]
     print("\n".join(line.rstrip() for line in table(_HEADER, rows)) if rows else "No base is on this machine.")
-    print("\nAny Hub id, folder with safetensors or GGUF file is a base too. veneer plan --base NAME estimates a run.")
+    print(
+        "\nAny Hub id, folder with safetensors or GGUF file is a base too. veneer plan --base NAME --memory 24GB shows what fits."
+    )
     return 0
 
 
