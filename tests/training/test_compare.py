@@ -83,7 +83,7 @@ def row(label: str, mean: float, half: float, rate: float) -> ContestantRow:
 
 def test_notes_name_results_that_need_care() -> None:
     """A rate at the edge of the search and overlapping intervals are named; clear results are not."""
-    base = Comparison(Path(), "base", 2.0, 1.0, 1.0, {"test": 3})
+    base = Comparison(Path(), "base", 2.0, 1.0, {"test": 3})
     base.rows = [row("a", 1.0, 0.1, 1e-3), row("b", 1.15, 0.1, 1e-2), row("c", 1.5, 0.1, 1e-3)]
     lines = notes(base)
     assert [line for line in lines if "cannot be told apart" in line] == ["a and b cannot be told apart with 2 seeds"]
