@@ -125,7 +125,7 @@ class LowRankTable:
 
     @property
     def address(self) -> int:
-        """Where the table begins."""
+        """Address of the first entry of the table."""
         return ctypes.addressof(self.rows)
 
 

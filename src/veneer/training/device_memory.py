@@ -66,7 +66,7 @@ class ProcessMemory:
         return process_memory.highest()
 
     def free(self) -> int | None:
-        """What the machine and the process's control groups leave."""
+        """Bytes that the machine and the process's control groups leave."""
         return process_memory.free()
 
     def peak_of(self) -> AbstractContextManager[PeakMemory]:
@@ -83,7 +83,7 @@ class ProcessMemory:
 
 
 class CudaMemory:
-    """What PyTorch holds of one CUDA device. Freed blocks that its allocator keeps count as free."""
+    """Memory that PyTorch holds of one CUDA device. Freed blocks that its allocator keeps count as free."""
 
     def __init__(self, device: torch.device) -> None:
         self.name = str(device)
@@ -99,7 +99,7 @@ class CudaMemory:
         return max(self._before, int(torch.cuda.max_memory_allocated(self._device)))
 
     def free(self) -> int:
-        """What the driver has left, and what the allocator keeps without using it."""
+        """Bytes that the driver has left, plus those that the allocator keeps unused."""
         left, _ = torch.cuda.mem_get_info(self._device)
         kept = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
         return int(left) + max(0, int(kept))

@@ -23,7 +23,7 @@ _DEQUANTIZED = ("fp8",)
 
 @dataclass(frozen=True)
 class Scheme:
-    """How the linear layers of a base are quantized.
+    """Quantization of the linear layers of a base.
 
     Attributes:
         format: nf4, fp4 or int8.

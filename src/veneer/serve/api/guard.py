@@ -1,4 +1,4 @@
-"""What stands before every route: request ids, the checks of host, origin and key, limits on bodies, one line of log.
+"""The layer before every route: request ids, the checks of host, origin and key, limits on bodies, one line of log.
 
 A page in a browser can reach a server on the loopback interface. It cannot set the Host header and has no key: a request is answered only
 under a host name that is this server's, from no other origin, and with a key, on every route but the two for health.

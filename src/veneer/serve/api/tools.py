@@ -37,7 +37,7 @@ _TAGGED_JSON: dict[str, Any] = {
 
 @dataclass
 class MessagePieces:
-    """What a piece of text adds to a message."""
+    """The addition of a piece of text to a message."""
 
     content: str = ""
     reasoning: str = ""
@@ -72,7 +72,7 @@ class MessageParser:
         return self._guarded(lambda: self._parser.finalize()[1])
 
     def _guarded(self, work: Any) -> MessagePieces:
-        """What the parser makes of the text; text that it refuses, such as broken JSON in a call, is content."""
+        """Parse the text; text that the parser refuses, such as broken JSON in a call, is content."""
         pieces = MessagePieces()
         try:
             events = work()

@@ -30,7 +30,7 @@ _ROWS = 32
 
 @dataclass(frozen=True)
 class Ending:
-    """Why a sequence ends."""
+    """Reason for which a sequence ends."""
 
     reason: FinishReason
     stopped_by: str | int | None = None

@@ -193,7 +193,7 @@ class Engine:
         return frozenset(stop_ids(self.renderer, own_ends(self.model), [one.stops for one in versions]))
 
     def _root(self, request: GenerationRequest, versions: tuple[AdapterVersion, ...]) -> bytes:
-        """What its keys and values depend on beside the tokens."""
+        """Everything besides the tokens on which its keys and values depend."""
         mix = sorted((one.version, weight) for one, (_, weight) in zip(versions, request.mix, strict=True) if weight)
         own = request.id if any(one.trained for one in versions) else None
         return root_digest(mix, request.salt, own)

@@ -75,7 +75,7 @@ class Sequence:
 
     @property
     def sampling(self) -> SamplingParams:
-        """How its tokens are chosen."""
+        """Parameters of the choice of its tokens."""
         return self.request.sampling
 
     @property

@@ -98,7 +98,7 @@ class StopStrings:
         return held[: len(held) - keep], None
 
     def end(self) -> str:
-        """What was held back, now that nothing follows."""
+        """The text that was held back, now that nothing follows."""
         held, self._held = self._held, ""
         return held
 

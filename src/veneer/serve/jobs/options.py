@@ -134,7 +134,7 @@ def _check_names(given: Mapping[str, Any], known: tuple[str, ...], param: str) -
 
 
 def _checked(make: Any, param: str) -> Any:
-    """What ``make`` returns, or its ConfigError as a RequestError that names the option, if it is one."""
+    """Return the result of ``make``; its ConfigError becomes a RequestError that names the option."""
     try:
         return make()
     except ConfigError as error:

@@ -1,4 +1,4 @@
-"""What a queue of jobs asks of the server: to answer requests with the models that jobs make."""
+"""The server's side of a queue of jobs: it answers requests with the models that jobs make."""
 
 from __future__ import annotations
 

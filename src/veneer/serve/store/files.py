@@ -36,7 +36,7 @@ class FileStore:
                 left.unlink(missing_ok=True)
 
     def path(self, row: dict[str, Any]) -> Path:
-        """Where a file's content is. The suffix tells its format."""
+        """Path of a file's content. The suffix tells its format."""
         suffix = Path(row["filename"]).suffix.lower()
         return self.folder / f"{row['id']}{suffix if suffix in _SUFFIXES else ''}"
 

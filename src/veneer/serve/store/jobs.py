@@ -37,7 +37,7 @@ _FROM = {
 
 @dataclass(frozen=True)
 class Creation:
-    """Where a request for a job comes from.
+    """Origin of a request for a job.
 
     Attributes:
         caller: hash of the caller's key.

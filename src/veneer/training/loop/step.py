@@ -94,7 +94,7 @@ class JobLoss:
 
 @dataclass(frozen=True)
 class PieceSum:
-    """What `JobLoss` tells, of a piece whose losses were read already, perhaps in another process."""
+    """The content of a `JobLoss` whose losses were read already, perhaps in another process."""
 
     loss: float
     weight: float

@@ -288,7 +288,7 @@ class Trainer:
         return Fault(code, f"its forward or backward pass failed: {cause}", error)
 
     def _shortage(self, piece: MicroBatch[Example], memory: DeviceMemory) -> str:
-        """What did not fit and what would have."""
+        """The size that did not fit, and one that would have."""
         left, on = memory.free(), f" on {memory.name}" if memory.name else ""
         have = "" if left is None else f", where {left / 1e9:.1f} GB are free"
         longest = max(map(len, piece.examples))

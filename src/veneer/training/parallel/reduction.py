@@ -68,7 +68,7 @@ class JobSum:
         return None
 
     def _numbers(self, parts: Mapping[int, JobLoss], fault: Fault | None) -> list[float]:
-        """What is sent besides gradients."""
+        """The values that are sent besides gradients."""
         found = [float(parameter.grad is not None) for parameter in self.job.parameters]
         for piece in range(len(self.tokens)):
             part = parts.get(piece)

@@ -213,7 +213,7 @@ def _follow(
     *,
     unfinished: bool,
 ) -> RunResult:
-    """What every process but the first does: train as the first one decides, and write nothing."""
+    """Train as the first process decides, and write nothing: the part of all other processes."""
     jobs = setup.jobs
     needed = {job.name: checks[job.name] for job in jobs if checks[job.name].needed(job.progress.step)}
     listener = SharedListener(processes, jobs, setup.bank, needed, None)
