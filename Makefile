@@ -1,18 +1,19 @@
 # The main targets are `make demo` and `make test`. Each creates .venv and installs its dependencies on first use.
 # Variables: PYTHON (interpreter, 3.11 or later), VENV (environment), PEERS (environment of the benchmark's peers),
-# BENCH (arguments of the benchmark).
+# BENCH (arguments of the benchmark), DEVICE (those of the device check).
 
 PYTHON ?= python3
 VENV ?= .venv
 PEERS ?= .venv-peers
 BENCH ?=
+DEVICE ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 export PIP_ROOT_USER_ACTION ?= ignore
 
-.PHONY: help demo test lint test-real torture bench docs clean
+.PHONY: help demo test lint test-real torture bench device-check docs clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -39,6 +40,9 @@ torture: $(VENV)/.installed-test ## slow tests: kills, long variants, repeats
 bench: $(VENV)/.installed-test $(PEERS)/.installed ## benchmark the training step against its peers (own environment): BENCH="ragged --rounds 4"
 	$(BIN)/python -m bench.step $(BENCH) --peers $(PEERS)/bin/python
 
+device-check: $(VENV)/.installed-test ## check a GPU in ten minutes: DEVICE="--tiny --device cpu" runs the same stages on a CPU
+	$(BIN)/python -m bench.device $(DEVICE)
+
 docs: $(VENV)/.installed-docs ## build the documentation site in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q --strict
 
@@ -62,7 +66,10 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	$(PIP) install -q -c constraints.txt -e '.[test]'
 	@touch $@
 
-$(VENV)/.installed-docs: $(VENV)/.installed
+$(VENV)/.installed-device-check: $(VENV)/.installed-test ## check a GPU in ten minutes: DEVICE="--tiny --device cpu" runs the same stages on a CPU
+	$(BIN)/python -m bench.device $(DEVICE)
+
+docs: $(VENV)/.installed
 	$(PIP) install -q -c constraints.txt -e '.[docs]'
 	@touch $@
 
