@@ -85,6 +85,8 @@ class BaseOptions(Options):
     """Quantize the base's linear layers while it is read, to save memory; a base that is quantized already needs no option."""
     processes: PerRun[Count] = 1
     """Processes that train together on this machine: one GPU each, or an equal share of the cores. With torchrun, leave it out."""
+    cluster: PerRun[str | None] = None
+    """Ray cluster whose workers share the jobs: HOST:PORT, or auto, the one that this machine belongs to; --out is a shared folder."""
     answer_minutes: PerRun[Positive] = 10.0
     """Minutes after which a process that does not answer ends a run of several processes."""
     threads: PerRun[Count | None] = None

@@ -135,6 +135,7 @@ def _keep(index: sqlite3.Connection, known: dict[str, Any], found: dict[str, tup
 def _signature(folder: Path) -> str:
     """Return a text that changes whenever a file of the run changes that its status is read from."""
     files = [folder / "config.yaml", folder / "checkpoints" / "LATEST", *sorted((folder / "metrics").glob("*.jsonl"))]
+    files += sorted((folder / "parts").glob("*/checkpoints/LATEST"))
     files += [
         adapter / "adapter_config.json"
         for adapter in (
@@ -198,8 +199,13 @@ def latest_samples(run: Path, job: str) -> list[dict[str, Any]]:
 
 
 def _saved(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return the jobs in the newest readable checkpoint; empty before the first one."""
-    checkpoints = folder / "checkpoints"
+    """Return the jobs in the newest readable checkpoint, or in those of all parts of a run on a cluster; empty before the first one."""
+    parts = sorted((folder / "parts").glob("*/checkpoints"))
+    return {name: job for one in parts or [folder / "checkpoints"] for name, job in _newest(one).items()}
+
+
+def _newest(checkpoints: Path) -> dict[str, dict[str, Any]]:
+    """Return the jobs in the newest readable of these checkpoints."""
     names = sorted((file.parent.name for file in checkpoints.glob("step-*/state.json")), reverse=True)
     for name in names:
         file = checkpoints / name / "state.json"

@@ -15,7 +15,7 @@ from typing import Any
 
 from veneer._files import replace_text, replacing
 from veneer.checkpoints.locate import better_adapter
-from veneer.config import FULL, PER_RUN_OPTIONS, plain
+from veneer.config import FULL, PER_RUN_OPTIONS, TrainOptions, plain
 from veneer.training.loop.job import Job
 from veneer.training.run.run_folder import RunFolder
 
@@ -90,15 +90,21 @@ class RunResult:
         return next(iter(self.jobs.values())).better
 
 
-def result_of(folder: RunFolder, jobs: list[Job]) -> RunResult:
-    """The result of a run from the current states of its jobs."""
-    options = {job.name: plain(job.options) for job in jobs}
-    first = options[jobs[0].name]
+def differing_options(jobs: Mapping[str, TrainOptions]) -> dict[str, dict[str, Any]]:
+    """The options that differ between jobs, by job."""
+    options = {name: plain(own) for name, own in jobs.items()}
+    first = next(iter(options.values()))
     differing = [
         key
         for key in first
         if key not in (*PER_RUN_OPTIONS, "name") and any(other[key] != first[key] for other in options.values())
     ]
+    return {name: {key: own[key] for key in differing} for name, own in options.items()}
+
+
+def result_of(folder: RunFolder, jobs: list[Job]) -> RunResult:
+    """The result of a run from the current states of its jobs."""
+    changes = differing_options({job.name: job.options for job in jobs})
     results = {
         job.name: JobResult(
             name=job.name,
@@ -111,13 +117,13 @@ def result_of(folder: RunFolder, jobs: list[Job]) -> RunResult:
             losses=tuple(job.progress.evaluations),
             adapter=folder.adapter(job.name),
             best=folder.best(job.name),
-            changes={key: options[job.name][key] for key in differing},
+            changes=changes[job.name],
             init_from=job.options.init_from,
             unreached=job.unreached_experts(),
         )
         for job in jobs
     }
-    return RunResult(folder.out, results)
+    return RunResult(folder.results, results)
 
 
 def base_loss(jobs: Sequence[JobResult]) -> float | None:

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from veneer._files import replace_text
-from veneer.checkpoints.run_state import Lock
 from veneer.config import TrainOptions, given, plain, resolve, to_yaml
 from veneer.data.rows.memory_rows import rows_in, write_rows
 from veneer.errors import CheckpointError, ConfigError, ProcessError, TrainingError
 from veneer.models.load import Base
 from veneer.training.activation_checkpointing import activation_checkpointing
+from veneer.training.cluster.driver import train_on_cluster
 from veneer.training.device_memory import memory_of
 from veneer.training.loop.halving import Halving
 from veneer.training.loop.job import Job, JobState
@@ -37,7 +37,7 @@ from veneer.training.run.manifest import Manifest, compare, earlier_decisions, m
 from veneer.training.run.parent_adapters import OF_THE_ADAPTER
 from veneer.training.run.recorder import Recorder
 from veneer.training.run.result import RunResult, result_of
-from veneer.training.run.run_folder import CONFIG, MANIFEST, RunFolder
+from veneer.training.run.run_folder import CONFIG, MANIFEST, PARTS, RunFolder, locked
 from veneer.training.run.sanity_checks import SanityChecks
 from veneer.training.run.setup import Setup, describe, set_up
 from veneer.training.samples import Sampler, wants_samples
@@ -99,8 +99,9 @@ def _start(
     *,
     fresh: bool,
     resume_from: str | None,
+    whole: Path | None = None,
 ) -> RunResult:
-    """Lock the folder, set the run up and run it."""
+    """Lock the folder, set the run up and run it. ``whole``: the folder of the run on a cluster of which this is a part."""
     if fresh and resume_from is not None:
         raise ConfigError(
             f"fresh forgets all checkpoints, and resume_from asks for {resume_from}; give only one of them"
@@ -108,13 +109,23 @@ def _start(
     if options.track is not None:
         trackers.require(options.track)
     out = folder_of_run(options)
+    if options.cluster is not None:
+        if resume_from is not None:
+            raise ConfigError(
+                "resume_from names a checkpoint of one process, and each part of a run on a cluster has its own"
+            )
+        return train_on_cluster(options, out, train_part, console, fresh=fresh)
+    if not fresh and (out / PARTS).is_dir():
+        raise ConfigError(
+            f"{out} holds a run on a cluster; resume it with --cluster, or choose another folder with --out"
+        )
     with join(options.processes, options.device, options.answer_minutes) as processes, ExitStack() as stack:
         console = console if processes.first else Console(quiet=True)
 
         def begin() -> tuple[Setup, RunFolder, Halving | None, Mapping[str, int]]:
             jobs = expand(options)
             if processes.first:
-                stack.enter_context(_locked(out))
+                stack.enter_context(locked(out))
             stored: dict[str, TrainOptions] = {}
             if not fresh and (out / CONFIG).is_file():
                 jobs, stored = match_stored_run(out, jobs)
@@ -123,12 +134,27 @@ def _start(
             setup = stack.enter_context(set_up(options, jobs, base, console.line))
             halving = Halving(setup.jobs) if options.halving else None
             longer = check_steps(out, stored, setup.jobs)
-            return setup, RunFolder(out, single=len(jobs) == 1), halving, longer
+            return setup, RunFolder(out, single=len(jobs) == 1 and whole is None, whole=whole), halving, longer
 
         setup, folder, halving, longer = processes.together(begin)
         if processes.first:
             folder.prepare()
         return _run(setup, folder, console, halving, longer, watcher, processes, fresh=fresh, resume_from=resume_from)
+
+
+def train_part(options: TrainOptions, base: Base | None, whole: Path, watcher: Watcher) -> RunResult | None:
+    """Train some jobs of a run on a cluster, or go on from their checkpoint; returns None if the part was stopped.
+
+    Args:
+        options: the options of the part, as of a run of its own.
+        base: the base in memory.
+        whole: the folder of the whole run, which takes metrics and adapters.
+        watcher: follows the part, and stops it.
+    """
+    try:
+        return _start(options, base, Console(quiet=True), watcher, fresh=False, resume_from=None, whole=whole)
+    except KeyboardInterrupt:
+        return None
 
 
 def _run(
@@ -334,7 +360,7 @@ def _finish(recorder: Recorder) -> RunResult:
         raise KeyboardInterrupt
     if missing:
         raise CheckpointError(f"{'; '.join(missing)}; free some space and run the same command, which writes it")
-    if len(jobs) == 1 and jobs[0].state is JobState.FAILED:
+    if folder.single and jobs[0].state is JobState.FAILED:
         raise TrainingError(f"{jobs[0].reason}; {recorder.saver.kept(jobs[0])}", jobs[0].code) from jobs[0].error
     return result_of(folder, jobs)
 
@@ -343,16 +369,6 @@ def _recompute(options: TrainOptions, manifest: Manifest) -> bool:
     """True if layers recompute their activations: by the option, or by the plan for "auto"."""
     asked = options.activation_checkpointing
     return bool(manifest.get("recompute", False)) if asked == "auto" else bool(asked)
-
-
-@contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Hold the folder's lock; folders that the lock created are removed again if no run begins in them."""
-    with ExitStack() as stack:
-        lock = stack.enter_context(Lock(out))
-        begun = (out / CONFIG).is_file()
-        stack.callback(lambda: None if begun or (out / CONFIG).exists() else lock.leave_nothing(out / "metrics"))
-        yield
 
 
 def folder_of_run(options: TrainOptions) -> Path:

@@ -8,6 +8,7 @@ runs/a/events.jsonl           starts, ends, checkpoints, failures
 runs/a/control.json           requests to the running process (see control.py), deleted when they are applied
 runs/a/checkpoints/           the states from which a run resumes
 runs/a/adapter/, best/        the last and the best adapter (several jobs: adapters/<job>/, best/<job>/)
+runs/a/parts/<number>/        on a cluster: config.yaml, run.json, events.jsonl and checkpoints/ of some of the jobs
 """
 
 from __future__ import annotations
@@ -18,39 +19,44 @@ import os
 import secrets
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from veneer._files import replace_text
 from veneer.checkpoints.commit import LATEST, candidates, sweep
+from veneer.checkpoints.run_state import Lock
 
-CONFIG, MANIFEST, SAMPLES = "config.yaml", "run.json", "samples"
+CONFIG, MANIFEST, SAMPLES, PARTS = "config.yaml", "run.json", "samples", "parts"
 
 
 class RunFolder:
-    """Paths and files of a run. ``single``: the run has one job."""
+    """Paths and files of a run. ``single``: the run has one job. ``whole``: the folder of a run on a cluster of which this run is a
+    part, which takes its metrics, samples and adapters."""
 
-    def __init__(self, out: Path, *, single: bool) -> None:
+    def __init__(self, out: Path, *, single: bool, whole: Path | None = None) -> None:
         self.out = out
+        self.results = whole or out
         self.single = single
         self.checkpoints = out / "checkpoints"
         self.events = out / "events.jsonl"
 
     def metrics(self, job: str) -> Path:
         """The file of a job's metrics."""
-        return self.out / "metrics" / f"{job}.jsonl"
+        return self.results / "metrics" / f"{job}.jsonl"
 
     def samples(self, job: str) -> Path:
         """The file of a job's sample answers."""
-        return self.out / SAMPLES / f"{job}.jsonl"
+        return self.results / SAMPLES / f"{job}.jsonl"
 
     def adapter(self, job: str) -> Path:
         """The folder of a job's last adapter."""
-        return self.out / "adapter" if self.single else self.out / "adapters" / job
+        return self.results / "adapter" if self.single else self.results / "adapters" / job
 
     def best(self, job: str) -> Path:
         """The folder of a job's best adapter."""
-        return self.out / "best" if self.single else self.out / "best" / job
+        return self.results / "best" if self.single else self.results / "best" / job
 
     def has_adapter(self, job: str) -> bool:
         """True if a job's last adapter is there."""
@@ -58,7 +64,7 @@ class RunFolder:
 
     def prepare(self) -> None:
         """Create the folders and remove unfinished files of a dead process. Call it only under the run's lock."""
-        (self.out / "metrics").mkdir(parents=True, exist_ok=True)
+        (self.results / "metrics").mkdir(parents=True, exist_ok=True)
         sweep(self.checkpoints)
         for folder in (self.out, *(self.out / name for name in ("adapter", "adapters", "best"))):
             sweep(folder)
@@ -71,7 +77,7 @@ class RunFolder:
             aside = self.checkpoints.with_name(f"checkpoints.tmp-{secrets.token_hex(4)}")
             self.checkpoints.rename(aside)
             shutil.rmtree(aside, ignore_errors=True)
-        for name in ("metrics", SAMPLES, "adapter", "adapters", "best"):
+        for name in ("metrics", SAMPLES, "adapter", "adapters", "best", PARTS):
             shutil.rmtree(self.out / name, ignore_errors=True)
         for name in (CONFIG, MANIFEST, self.events.name, *(f.name for f in self.out.glob("control*.json"))):
             (self.out / name).unlink(missing_ok=True)
@@ -103,6 +109,16 @@ class RunFolder:
     def write_json(self, name: str, value: Any) -> None:
         """Replace a small file atomically."""
         replace_text(self.out / name, json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Hold the folder's lock; folders that the lock created are removed again if no run begins in them."""
+    with ExitStack() as stack:
+        lock = stack.enter_context(Lock(out))
+        begun = (out / CONFIG).is_file()
+        stack.callback(lambda: None if begun or (out / CONFIG).exists() else lock.leave_nothing(out / "metrics"))
+        yield
 
 
 def append_line(path: Path, value: dict[str, Any]) -> None:
