@@ -22,7 +22,7 @@ from typing import Any
 from veneer._files import replace_text
 from veneer.config import TrainOptions, plain, to_yaml
 from veneer.errors import CheckpointError, ConfigError, Problems, TrainingError
-from veneer.training.cluster.parts import Part, divide, part_of
+from veneer.training.cluster.parts import RunPart, divide, part_of
 from veneer.training.cluster.ray_workers import RayCluster, Slot, connected
 from veneer.training.cluster.worker import Loaded, Outcome, TrainPart, versions
 from veneer.training.loss_plot import write_loss_plot
@@ -46,7 +46,7 @@ class LiveWorker:
     slot: Slot
     actor: Any
     fits: int | None
-    part: Part | None = None
+    part: RunPart | None = None
     call: Any = None
     progress: dict[str, tuple[int, int, float]] = field(default_factory=dict)
 
@@ -114,8 +114,8 @@ class ClusterRun:
         self._train_part = train_part
         self._workers: list[LiveWorker] = []
         self._alike: dict[str, Any] = {}
-        self._parts: list[Part] = []
-        self._waiting: deque[Part] = deque()
+        self._parts: list[RunPart] = []
+        self._waiting: deque[RunPart] = deque()
         self._results: dict[int, RunResult] = {}
         self._problems = Problems()
         self._losses: Counter[object] = Counter()
@@ -287,7 +287,7 @@ class ClusterRun:
                 worker.progress = seen if isinstance(seen, dict) else worker.progress
         self._show()
 
-    def _ended(self, worker: LiveWorker, part: Part, answer: Any) -> None:
+    def _ended(self, worker: LiveWorker, part: RunPart, answer: Any) -> None:
         worker.part, worker.call, worker.progress = None, None, {}
         if isinstance(answer, Outcome) and answer.result is not None:
             self._results[part.number] = answer.result
@@ -303,7 +303,7 @@ class ClusterRun:
         else:
             self._problems.add(f"{', '.join(part.jobs)}: {_first_line(answer)}")
 
-    def _lost(self, worker: LiveWorker, part: Part) -> None:
+    def _lost(self, worker: LiveWorker, part: RunPart) -> None:
         self._workers.remove(worker)
         self._losses[part.number] += 1
         self._losses[worker.slot] += 1

@@ -24,7 +24,7 @@ _EACH = 2
 
 
 @dataclass(frozen=True)
-class Part:
+class RunPart:
     """Jobs that a worker trains together. ``options``: those of an ordinary run of these jobs."""
 
     number: int
@@ -56,12 +56,12 @@ def folder_of_part(out: Path, number: int) -> Path:
 
 def part_of(
     options: TrainOptions, jobs: Mapping[str, TrainOptions], out: Path, number: int, names: Sequence[str]
-) -> Part:
+) -> RunPart:
     """The part of the run in ``out`` that has these of its ``jobs``. Files are named by absolute paths: a worker has another folder."""
     common = {key: plain(options)[key] for key in given(options) if key in PER_RUN_OPTIONS}
     common = {key: value for key, value in common.items() if key not in ("jobs", "sweep", "cluster", "name")}
     own = [{**_own(jobs[name]), "name": name} for name in names]
-    return Part(number, tuple(names), {**common, "out": str(folder_of_part(out, number)), "jobs": own})
+    return RunPart(number, tuple(names), {**common, "out": str(folder_of_part(out, number)), "jobs": own})
 
 
 def _own(options: TrainOptions) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from veneer._version import __version__
 from veneer.config import TrainOptions
 from veneer.errors import CheckpointError, VeneerError
 from veneer.models.load import Base, load_base
-from veneer.training.cluster.parts import Part
+from veneer.training.cluster.parts import RunPart
 from veneer.training.loop.job import Job
 from veneer.training.planning.plan import Planner
 from veneer.training.planning.profile import adapter_bytes
@@ -115,7 +115,7 @@ class ClusterWorker:
             each = _COPIES * max(adapter_bytes(job) for job in setup.jobs)
             return Loaded(found, None if plan.free is None else 1 + (plan.free - plan.peak) // max(1, each))
 
-    def train(self, part: Part, whole: str) -> Outcome:
+    def train(self, part: RunPart, whole: str) -> Outcome:
         """Train a part of the run in the folder ``whole``, or go on from its last checkpoint."""
         options = TrainOptions(**part.options)
         began = time.monotonic()

@@ -33,8 +33,8 @@ _LOW_RANK = ("r", "lora_alpha", "lora_dropout", "use_rslora", "loraplus_lr_ratio
 _MAY_CHANGE = (
     *("out", "name", "data", "valid", "threads", "save_every", "checkpoint_minutes", "track", "jobs", "sweep"),
     *("plan", "activation_checkpointing", "steps", "epochs", "samples", "sample_prompts", "sample_tokens"),
-    *("device", "processes", "cluster"),
-    "answer_minutes",
+    *("device", "processes"),
+    *("cluster", "answer_minutes"),
 )
 """Options that may differ when a run resumes: they do not change its numbers, or are compared later (data, threads, device and
 processes with the manifest, steps and epochs with the steps that the run had)."""
