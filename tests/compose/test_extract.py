@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.compose.made import saved, trained
+from tests.devices import PretendDevice
 from tests.tiny import CHATML, tiny_tokenizer
 from torch import Tensor, nn
 
@@ -249,3 +250,16 @@ def test_a_gain_alone(tmp_path: Path) -> None:
     made = found(tmp_path / "base", tmp_path / "tuned", rank=4, method="dora")
     assert made.kept > 1 - 1e-9
     assert all(site.rank == made.adapter.rank(site.site) for site in made.sites)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_a_device_finds_the_same(tmp_path: Path, method: str) -> None:
+    """Decompositions run on the device, no tensor meets one of the CPU, and the adapter is that of the CPU."""
+    tuned = tuned_fully(tmp_path / "tuned", saved(tmp_path / "base", "llama"))
+    here = found(tmp_path / "base", tuned, rank=4, method=method)
+    with PretendDevice() as place:
+        there = found(tmp_path / "base", tuned, rank=4, method=method, device="cuda:0")
+        assert all(place.of(p) == torch.device("cpu") for p in there.adapter.parameters())
+        assert place.moves and place.reads
+    pairs = zip(here.adapter.parameters(), there.adapter.parameters(), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs) and here.kept == there.kept

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from veneer._terminal import status
 from veneer.cli._output import as_json, names_of, percent, print_lines, table
-from veneer.cli._parser import add_json, add_sites, at_least
+from veneer.cli._parser import add_device, add_json, add_sites, at_least
 from veneer.errors import ConfigError, VeneerError
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="sites to extract, as in training (default: all-linear)",
     )
     add_sites(parser, "least accurate")
+    add_device(parser, "device on which the differences are decomposed")
     add_json(parser, "print the report as JSON, with all singular values")
 
 
@@ -48,7 +49,11 @@ def run(args: argparse.Namespace) -> int:
     from veneer.checkpoints.base_files import base_folder, skeleton
     from veneer.checkpoints.model_folder import check_free
     from veneer.compose.extract import extract
+    from veneer.models.devices import resolve_device
 
+    device = resolve_device(args.device)
+    if device.type == "mps":
+        raise ConfigError("--device mps: extracting computes in float64, which Apple's GPU does not have; use cpu")
     check_free(args.out)
     patterns = [part for part in args.target_modules.split(",") if part]
     base, tuned = base_folder(args.base), base_folder(args.tuned)
@@ -60,6 +65,7 @@ def run(args: argparse.Namespace) -> int:
         energy=args.energy,
         method=args.method,
         target_modules=patterns[0] if len(patterns) == 1 else patterns,
+        device=device,
     )
     found.made_by["tuned"] = args.tuned
     entries, template = _conversation(base, tuned)

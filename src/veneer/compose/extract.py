@@ -102,6 +102,7 @@ def extract(
     energy: float | None = None,
     method: Literal["lora", "dora"] = "lora",
     target_modules: str | Sequence[str] = "all-linear",
+    device: torch.device | str = "cpu",
 ) -> Extraction:
     """Extract the difference of ``tuned`` and ``base`` as an adapter.
 
@@ -113,6 +114,7 @@ def extract(
         energy: keep the least rank with this share of ||d||^2 (for DoRA: of the part that the gain leaves).
         method: the form of the adapter.
         target_modules: sites, as for training.
+        device: where the differences are decomposed, in fp64.
 
     Raises:
         ComposeError: models that do not match, weights that are not finite, impossible ranks, or models without a difference.
@@ -127,7 +129,7 @@ def extract(
     tensors: dict[str, Tensors] = {}
     found: list[SiteExtract] = []
     for site in sites:
-        tensors[site], entry = _site(base, tuned, site, rank, energy, form)
+        tensors[site], entry = _site(base, tuned, site, rank, energy, form, torch.device(device))
         if tensors[site]:
             found.append(entry)
     outside, unlike = _outside(base, tuned, list(sites))
@@ -147,10 +149,16 @@ def extract(
 
 
 def _site(
-    base: Skeleton, tuned: Skeleton, site: str, rank: int | None, energy: float | None, method: Method
+    base: Skeleton,
+    tuned: Skeleton,
+    site: str,
+    rank: int | None,
+    energy: float | None,
+    method: Method,
+    device: torch.device,
 ) -> tuple[Tensors, SiteExtract]:
-    weight_OK = base.weight_2d(site).double()
-    change = tuned.weight_2d(site).double() - weight_OK
+    weight_OK = base.weight_2d(site).to(device).double()
+    change = tuned.weight_2d(site).to(device).double() - weight_OK
     if not bool(torch.isfinite(change).all()):
         raise ComposeError(f"{site}: the weights hold values that are not finite")
     norm, size = float(change.norm()), float(weight_OK.norm())
@@ -158,11 +166,13 @@ def _site(
     if method.needs_base_weights and norm:
         gain_O = _fitted_gain(change, weight_OK, rank)
         rest = change - gain_O.unsqueeze(1) * weight_OK
-    u, s, vt = _leading(rest, rank, energy)
+    lost = float(rest.square().sum())
+    u, s, vt = (t.cpu() for t in _leading(rest, rank, energy))
+    weight_OK, gain_O = weight_OK.cpu(), None if gain_O is None else gain_O.cpu()
     like = SiteDelta(base.sites[site].geometry)
     cut = SiteDelta(like.geometry, from_svd(like, u, s, vt).terms if len(s) else (), gain_O)
     tensors = site_tensors(site, cut, method, weight_OK) if norm else {}
-    lost = max(0.0, float(rest.square().sum() - s.square().sum()))
+    lost = max(0.0, lost - float(s.square().sum()))
     kept = 1 - lost / norm**2 if norm else 1.0
     values = tuple(float(f"{value:.6g}") for value in s.tolist())
     # a gain alone is stored with factors of rank one that do nothing

@@ -106,7 +106,7 @@ def _gram(matrix: Tensor) -> Tensor:
     """The smaller Gram matrix, fp64; above the diagonal blocks it is zero, because eigh reads the lower triangle only."""
     small = matrix.detach() if matrix.shape[0] <= matrix.shape[1] else matrix.detach().T
     size = small.shape[0]
-    gram = torch.zeros(size, size, dtype=torch.float64)
+    gram = torch.zeros(size, size, dtype=torch.float64, device=matrix.device)
     for block in small.split(4096, dim=1):
         wide = block.double()
         for start in range(0, size, _GRAM_ROWS):
@@ -134,7 +134,8 @@ def _by_iteration(matrix: Tensor, rank: int, seed: int) -> Svd:
     wide = matrix.detach().double()
     generator = torch.Generator().manual_seed(seed)
     width = min(rank + _OVERSAMPLE, *wide.shape)
-    q = torch.linalg.qr(wide @ torch.randn(wide.shape[1], width, dtype=wide.dtype, generator=generator)).Q
+    start = torch.randn(wide.shape[1], width, dtype=wide.dtype, generator=generator).to(wide.device)  # alike on all
+    q = torch.linalg.qr(wide @ start).Q
     for _ in range(_ITERATIONS):
         q = torch.linalg.qr(wide @ torch.linalg.qr(wide.T @ q).Q).Q
     u, s, vt = torch.linalg.svd(q.T @ wide, full_matrices=False)
