@@ -33,7 +33,7 @@ ANSWERED = {
     "fp16": "choose the data type of the base with dtype",
     "trust_remote_code": "runs no code from model repositories",
     "deepspeed": "not supported",
-    "push_to_hub": "upload the adapter folder yourself",
+    "push_to_hub": "veneer push RUN OWNER/NAME",
 }
 
 

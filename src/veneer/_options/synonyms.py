@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 _ALWAYS = "always on"
 _NO_BATCHES = "not needed: batch_size counts the examples of an optimizer step, and tokens_per_pass bounds memory"
 _QUANTIZE = "not an option: choose the format of the base with quantize: nf4, fp4 or int8"
-_NO_HUB = "not supported: upload the adapter folder yourself, for example with hf upload"
+_NO_HUB = "not an option: upload the adapter when the run has ended, with veneer push RUN OWNER/NAME"
 _PRECISION = "not an option: choose the data type of the base with dtype (adapters train in float32)"
 _NO_CODE = "not supported: Veneer runs no code from model repositories"
 _LAUNCHER = "not supported: every process holds the whole base (processes)"
@@ -136,7 +136,7 @@ COMMANDS: dict[str, str] = {
         "cli repl talk": "chat",
         "awq dwq gptq quant": "quantize",
         "server api deploy webui webchat": "serve",
-        "upload push publish": "uploads are not supported; use hf upload",
+        "upload publish push_to_hub": "push",
         "version": "use veneer --version",
     }.items()
     for word in words.split()

@@ -43,6 +43,7 @@ COMMANDS = {
     "inspect": "show and verify the contents of an adapter",
     "import": "convert an adapter of mlx-lm or LitGPT to a PEFT folder",
     "export": "convert an adapter for another program, or write its model card",
+    "push": "upload an adapter to the Hugging Face Hub",
     "data check": "check a file of examples for problems",
     "data show": "show examples with the trained tokens marked",
     "serve": "serve a base with its adapters over the OpenAI API, and train more of them",

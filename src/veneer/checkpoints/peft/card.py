@@ -13,6 +13,8 @@ from typing import Any
 from veneer._version import __version__
 from veneer.adapters.adapter import Adapter
 
+FOLDER = "path/to/this/folder"
+"""Stands in a card for the place of the adapter, which the writer of a folder does not know."""
 _RECEIPT = {
     "data_sha256": "data (SHA-256)",
     "template_sha256": "chat template (SHA-256)",
@@ -33,7 +35,7 @@ def model_card(
     receipt: Mapping[str, Any],
     command: str | None = None,
     metrics: Mapping[str, Any] | None = None,
-    folder: str = "path/to/this/folder",
+    folder: str = FOLDER,
 ) -> str:
     """The card as Markdown. command: the command that made the adapter. metrics: name -> number, shown unchanged."""
     lines = [*_front_matter(adapter, base), f"# {adapter.name}", ""]
