@@ -139,7 +139,7 @@ def test_the_shape_is_reported_with_its_reason(tmp_path: Path) -> None:
         (
             {"prompt": "a", "chosen": "b", "rejected": "c"},
             {},
-            "to train on the chosen answers, pass --columns completion=chosen",
+            "pass --task dpo; to train on the chosen answers only, pass --columns completion=chosen",
         ),
         ({"message": []}, {}, "--columns messages=message"),
         ({"x": "a"}, {"columns": {"text": "y"}}, "no column 'y'"),

@@ -117,3 +117,15 @@ def test_training_watches_a_general_text(made: Path) -> None:
     text = pieces(general_text(), base.tokenizer, length=256, count=16)
     assert looks[0] == pytest.approx(example_losses(FlatRunner(base.model), text).mean, abs=1e-5)
     assert looks[4] != looks[0]
+
+
+def test_preferences_are_evaluated_against_the_base(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The base has the loss of a tie; an adapter has a margin of its own."""
+    rows = [{"prompt": f"What is {i}?", "chosen": f"It is {i * i}.", "rejected": "Who knows?"} for i in range(4)]
+    (made / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    words = ["evaluate", f"{made}/lora", "--data", f"{made}/pairs.jsonl", "--task", "dpo", "--dtype", "float32"]
+    assert main([*words, "--json"]) == 0
+    routes = told(capsys)["sets"][f"{made}/pairs.jsonl"]["routes"]
+    assert routes["base"]["loss"] == pytest.approx(0.6931472) and routes["base"]["reward_accuracy"] == 0.5
+    assert routes["lora"]["reward_margin"] != 0.0
+    assert main(words) == 0 and "reward accuracy" in capsys.readouterr().out

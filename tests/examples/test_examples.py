@@ -61,6 +61,12 @@ def test_trainer(base: str, tmp_path: Path) -> None:
     assert (tmp_path / "trainer" / "adapter" / "adapter_model.safetensors").is_file()
 
 
+def test_preferences(base: str, tmp_path: Path) -> None:
+    """The adapter prefers the short answers more often than the base, which has no preference."""
+    before, after = entry("preferences")(base, str(tmp_path / "preferences"), 30)
+    assert before == 0.5 and after > 0.7
+
+
 def test_every_example_is_tested() -> None:
     """Each script has a test above."""
     tested = Path(__file__).read_text(encoding="utf-8")

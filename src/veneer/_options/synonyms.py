@@ -67,6 +67,13 @@ _TABLE: Mapping[str, str] = {
     "rslora peft_use_rslora": "use_rslora",
     "loraplus_ratio loraplus_lr_embedding lora_plus": "loraplus_lr_ratio",
     "lora_model_dir adapter_name_or_path resume_adapter_file init_from_adapter adapter_model start_from network_weights": "init_from",
+    # tasks
+    "rl rlhf training_task": "task",
+    "dpo_beta rl_beta pref_beta orpo_alpha orpo_beta": "beta",
+    "loss_type pref_loss dpo_loss dpo_loss_type": "preference_loss",
+    "dpo_label_smoothing cdpo_label_smoothing": "label_smoothing",
+    "ref_model reference_free precompute_ref_log_probs ref_adapter_name model_adapter_name": "not needed: the reference is the base "
+    "without the adapter, so no second model is loaded",
     # steps
     "max_steps iters iterations total_steps num_steps": "steps",
     "n_epochs num_epochs num_train_epochs max_epochs epoch": "epochs",
@@ -121,7 +128,7 @@ COMMANDS: dict[str, str] = {
     word: answer
     for words, answer in {
         "fuse merge_lora export_model merge_and_unload": "merge",
-        "sft finetune fine_tune fine_tuning fit lora dora resume": "train",
+        "sft dpo orpo finetune fine_tune fine_tuning fit lora dora resume": "train",
         "infer inference predict run ask complete sample": "generate",
         "eval test benchmark perplexity score lm_eval": "evaluate",
         "preprocess validate lint": "data check",

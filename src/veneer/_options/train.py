@@ -98,6 +98,8 @@ class BaseOptions(Options):
 class DataOptions(Options):
     """Data."""
 
+    task: Literal["sft", "dpo", "orpo"] = "sft"
+    """Task: sft trains on the answers of the rows; dpo and orpo train on preferences, rows with prompt, chosen and rejected."""
     data: Paths = ()
     """Files of training examples."""
     valid: Paths = ()
@@ -145,6 +147,17 @@ class ContinualOptions(Options):
     """Orthogonality method: a penalty on the overlap of the A factors (O-LoRA), or projection onto the orthogonal complement."""
     orthogonal_weight: Positive = 0.5
     """Weight of the orthogonality penalty in the loss."""
+
+
+class PreferenceOptions(Options):
+    """Preference data."""
+
+    beta: Positive = 0.1
+    """DPO: strength of the tie to the model without the adapter; ORPO: weight of the odds ratio in the loss."""
+    label_smoothing: Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0, lt=0.5)] = 0.0
+    """Assumed fraction of preferences that are the wrong way round, less than 0.5 (DPO)."""
+    preference_loss: Literal["sigmoid", "ipo"] = "sigmoid"
+    """Loss of DPO: sigmoid is the original one, ipo the bounded one of IPO."""
 
 
 class StepOptions(Options):
@@ -211,7 +224,9 @@ class RunOptions(Options):
     """Also log metrics to an experiment tracker, whose package must be installed."""
 
 
-class TrainOptions(RunOptions, StepOptions, ContinualOptions, AdapterOptions, DataOptions, BaseOptions):
+class TrainOptions(
+    RunOptions, StepOptions, PreferenceOptions, ContinualOptions, AdapterOptions, DataOptions, BaseOptions
+):
     """Several jobs in one run."""
 
     jobs: PerRun[tuple[dict[str, Any], ...]] = ()
@@ -251,11 +266,26 @@ class TrainOptions(RunOptions, StepOptions, ContinualOptions, AdapterOptions, Da
                 "init_from and a projection are both given, and the projection would change the weights that training starts from; "
                 "use orthogonal: penalty"
             )
+        self._check_task()
         for key in self.sweep:
             field = type(self).model_fields.get(key)
             if field is not None and getattr(self, key) != field.default:
                 raise ValueError(f"{key} is given both as one value and in sweep; give only one of them")
         return self
+
+    def _check_task(self) -> None:
+        """Raise ValueError for options that have no effect with the task."""
+        if self.task == "sft":
+            return
+        if self.train_on == "all":
+            raise ValueError(
+                f"train_on: all would also score the prompt, and task {self.task} compares answers; use assistant"
+            )
+        if self.format != "auto":
+            raise ValueError(f"format is {self.format}, and task {self.task} reads preferences; leave out format")
+        smoothed = self.task == "dpo" and self.preference_loss == "sigmoid"
+        if self.label_smoothing and not smoothed:
+            raise ValueError("label_smoothing is part of DPO's sigmoid loss only; leave it out")
 
 
 PER_RUN_OPTIONS = tuple(name for name, field in TrainOptions.model_fields.items() if PER_RUN in field.metadata)

@@ -12,6 +12,7 @@ from veneer.errors import ConfigError
 if TYPE_CHECKING:
     from veneer.data.chat.render import Renderer
 
+TASKS = ("sft", "dpo", "orpo")
 FORMATS = ("auto", "messages", "sharegpt", "prompt", "alpaca", "text")
 
 
@@ -21,6 +22,7 @@ def add_row_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base", metavar="MODEL", default="smollm2-135m", help="base whose tokenizer and chat template are used"
     )
+    add_task_argument(parser)
     add_format_arguments(parser)
     parser.add_argument("--roles", metavar="TAG=ROLE", default="", help="map sharegpt tags to roles: npc=assistant")
     parser.add_argument(
@@ -37,6 +39,29 @@ def add_row_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--parse-specials", action="store_true", help="encode control strings in plain text rows as control tokens"
     )
+
+
+def add_task_argument(parser: argparse.ArgumentParser) -> None:
+    """Declare ``--task``."""
+    parser.add_argument(
+        "--task",
+        choices=TASKS,
+        default="sft",
+        help="task that the rows are for; dpo and orpo take preferences (default: sft)",
+    )
+
+
+def format_of(args: argparse.Namespace) -> str:
+    """The format of the rows: that of the task, or else of ``--format``.
+
+    Raises:
+        ConfigError: both are given.
+    """
+    if args.task == "sft":
+        return str(args.format)
+    if args.format != "auto":
+        raise ConfigError(f"--format {args.format}: task {args.task} reads preferences; leave out --format")
+    return "preference"
 
 
 def add_format_arguments(parser: argparse.ArgumentParser) -> None:

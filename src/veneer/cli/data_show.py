@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from veneer.cli._parser import at_least
-from veneer.cli._row_arguments import add_row_arguments, pairs_of, renderer_of
+from veneer.cli._row_arguments import add_row_arguments, format_of, pairs_of, renderer_of
 from veneer.errors import DataError
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     from veneer.data.rows.readers import splits
     from veneer.data.rows.shapes import RowReader
 
-    rows = RowReader(splits(args.file)["train"], format=args.format, columns=columns, roles=roles)
+    rows = RowReader(splits(args.file)["train"], format=format_of(args), columns=columns, roles=roles)
     renderer = renderer_of(args)
     from veneer.data.check import CheckReport, RowChecks, warning_lines
     from veneer.data.preview import shown_tokens

@@ -12,13 +12,14 @@ from veneer._files import decode
 from veneer._terminal import status
 from veneer.cli._output import as_json
 from veneer.cli._parser import add_json, at_least
-from veneer.cli._row_arguments import add_format_arguments, pairs_of
+from veneer.cli._row_arguments import add_format_arguments, add_task_argument, format_of, pairs_of
 from veneer.cli._targets import add_target_arguments, load_targets
 from veneer.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from veneer.adapters.runtime.route import RouteLike
     from veneer.data.example import Example
+    from veneer.evaluate.losses import Losses
     from veneer.models.load import Base
 
 
@@ -45,6 +46,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--limit", type=at_least(1), metavar="N", help="evaluate only the first N examples")
     parser.add_argument("--max-length", type=at_least(2), metavar="N", help="truncate longer examples at their end")
+    add_task_argument(parser)
+    parser.add_argument(
+        "--beta", type=float, default=0.1, help="beta of --task dpo or orpo, as in training (default: %(default)s)"
+    )
     add_format_arguments(parser)
     add_json(parser)
 
@@ -69,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
         report["sets"][label] = {
             "examples": len(examples),
             "tokens": sum(example.trained for example in examples),
-            "routes": _losses(runner, examples, loaded.bank, routes, args.against),
+            "routes": _losses(runner, examples, loaded.bank, routes, args),
         }
         if not args.json:
             print("\n".join(_lines(label, report["sets"][label], args.against)))
@@ -79,12 +84,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _losses(
-    runner: Any, examples: list[Example], bank: Any, routes: dict[str, RouteLike], against: str
+    runner: Any, examples: list[Example], bank: Any, routes: dict[str, RouteLike], args: argparse.Namespace
 ) -> dict[str, dict[str, float]]:
     from veneer.evaluate.losses import compare, example_losses
     from veneer.training.run.console import Console
 
-    console = Console(sys.stderr)
+    console, against = Console(sys.stderr), args.against
+    preferences = any(example.lengths for example in examples)
+    examples = [sequence for example in examples for sequence in example.sequences]
     results = {}
     for number, (name, route) in enumerate(routes.items()):
 
@@ -96,6 +103,8 @@ def _losses(
 
         results[name] = example_losses(runner, examples, bank=bank, route=route, progress=show)
     console.clear()
+    if preferences:
+        return {name: _preference_row(args, losses, results["base"]) for name, losses in results.items()}
     rows = {}
     for name, losses in results.items():
         rows[name] = {"loss": losses.mean, "perplexity": losses.perplexity}
@@ -103,6 +112,16 @@ def _losses(
             difference = compare(losses, results[against])
             rows[name] |= {f"against_{against}": difference.mean, "low": difference.low, "high": difference.high}
     return rows
+
+
+def _preference_row(args: argparse.Namespace, losses: Losses, base: Losses) -> dict[str, float]:
+    """The loss of a preference task and its further figures, with the base as the reference."""
+    from veneer.config import TrainOptions
+    from veneer.training.tasks import task_of
+
+    task = task_of(TrainOptions(data=(args.data,), task=args.task, beta=args.beta))
+    scores = task.scores(losses, base if task.reference else None)
+    return {"loss": scores.loss, **scores.figures}
 
 
 @status("reading the examples")
@@ -133,7 +152,7 @@ def _examples(args: argparse.Namespace, base: Base) -> list[Example]:
     length = min(context_of(base), args.max_length or context_of(base))
     renderer = Renderer(base.tokenizer, RenderOptions(max_length=length))
     columns = pairs_of("--columns", args.columns)
-    examples, report = load_examples([args.data], renderer, format=args.format, columns=columns, truncate="end")
+    examples, report = load_examples([args.data], renderer, format=format_of(args), columns=columns, truncate="end")
     if report.cut:
         print(f"{args.data}: {report.cut:,} examples were truncated to {length:,} tokens", file=sys.stderr)
     return examples[: args.limit]
@@ -163,7 +182,11 @@ def _lines(label: str, entry: dict[str, Any], against: str) -> list[str]:
     lines = [f"{label}: {entry['examples']} examples, {entry['tokens']} tokens"]
     width = max(len(name) for name in entry["routes"])
     for name, row in entry["routes"].items():
-        line = f"  {name:<{width}}  loss {row['loss']:.4f}  perplexity {row['perplexity']:.2f}"
+        figures = (
+            f"  {key.replace('_', ' ')} {row[key]:.4f}" for key in ("reward_accuracy", "reward_margin") if key in row
+        )
+        line = f"  {name:<{width}}  loss {row['loss']:.4f}" + "".join(figures)
+        line += f"  perplexity {row['perplexity']:.2f}" if "perplexity" in row else ""
         if (change := row.get(f"against_{against}")) is not None:
             line += f"  against {against} {change:+.4f} (95 %: {row['low']:+.4f} to {row['high']:+.4f})"
         lines.append(line)

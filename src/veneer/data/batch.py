@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
@@ -68,6 +69,20 @@ class Batch:
         """The number of positions with a weight."""
         return int((self.weights > 0).sum())
 
+    def select(self, segments: Sequence[int]) -> Batch:
+        """The batch of these segments alone, in the given order."""
+        spans = [(int(self.offsets[s]), int(self.offsets[s + 1])) for s in segments]
+        index = torch.cat([torch.arange(a, b) for a, b in spans])
+        return Batch(
+            ids=self.ids[index],
+            positions=self.positions[index],
+            offsets=torch.tensor([0, *accumulate(b - a for a, b in spans)]),
+            targets=self.targets[index],
+            weights=self.weights[index],
+            jobs=tuple(self.jobs[s] for s in segments),
+            sources=tuple(self.sources[s] for s in segments),
+        )
+
     def to(self, device: torch.device | str) -> Batch:
         """Move the per-token tensors to ``device``; ``offsets`` stay on the CPU, where they are read."""
         return Batch(
@@ -82,7 +97,7 @@ class Batch:
 
 
 def make_batch(examples: Sequence[Example], jobs: Sequence[str] | str) -> Batch:
-    """Concatenate examples in the given order.
+    """Concatenate examples in the given order; each sequence of an example is a segment.
 
     Args:
         examples: at least one.
@@ -101,12 +116,15 @@ def make_batch(examples: Sequence[Example], jobs: Sequence[str] | str) -> Batch:
     targets: list[int] = []
     weights: list[float] = []
     offsets = [0]
-    for example in examples:
-        ids.extend(example.ids)
-        positions.extend(range(len(example.ids)))
-        targets.extend(example.ids[1:])
+    segments = [
+        (sequence, job) for example, job in zip(examples, owners, strict=True) for sequence in example.sequences
+    ]
+    for sequence, _ in segments:
+        ids.extend(sequence.ids)
+        positions.extend(range(len(sequence.ids)))
+        targets.extend(sequence.ids[1:])
         targets.append(IGNORE)
-        weights.extend(example.weights[1:])
+        weights.extend(sequence.weights[1:])
         weights.append(0.0)
         offsets.append(len(ids))
     return Batch(
@@ -115,8 +133,8 @@ def make_batch(examples: Sequence[Example], jobs: Sequence[str] | str) -> Batch:
         offsets=torch.tensor(offsets, dtype=torch.long),
         targets=torch.tensor(targets, dtype=torch.long),
         weights=torch.tensor(weights, dtype=torch.float32),
-        jobs=owners,
-        sources=tuple(example.source for example in examples),
+        jobs=tuple(job for _, job in segments),
+        sources=tuple(sequence.source for sequence, _ in segments),
     )
 
 

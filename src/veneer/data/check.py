@@ -17,9 +17,9 @@ from typing import Any
 
 from veneer.data.chat.render import Rendered, Renderer
 from veneer.data.chat.rendered import NOTES
-from veneer.data.dataset import LoadReport, usable_parts
+from veneer.data.dataset import LoadReport, cut_problem, usable_parts
 from veneer.data.rows.messages import THINKING_KEYS
-from veneer.data.rows.row import BadRow, Row
+from veneer.data.rows.row import Row
 from veneer.data.rows.shapes import RowReader
 
 __all__ = ["FINDINGS", "CheckReport", "Finding", "RowChecks", "check_files", "report_lines", "warning_lines"]
@@ -168,9 +168,9 @@ def _add_lengths(report: CheckReport, parts: list[Rendered], row: Row) -> None:
         load.lost += lost
         longest = max(part.length for part in parts)
         report.add("truncated", f"{row.source} ({longest} tokens, {lost} trained lost)")
-    if not any(part.trained for part in parts):
-        reason = f"nothing to learn within {report.max_length} tokens: the answer comes after them"
-        load.refuse(BadRow(row.source, row.key, reason))
+    problem = cut_problem(row, parts, report.max_length)
+    if problem is not None:
+        load.refuse(problem)
 
 
 class RowChecks:
@@ -231,10 +231,14 @@ class RowChecks:
             change
             for part in parts
             for message, a, b in part.turns
-            if (change := _changed(row.messages[message], part.text, a, b))
+            if (change := _changed(_messages_of(row, part)[message], part.text, a, b))
         }
         for change in sorted(changes):
             self.report.add(change, row.source)
+
+
+def _messages_of(row: Row, part: Rendered) -> tuple[dict[str, Any], ...]:
+    return row.rejected.messages if row.rejected is not None and part.answer == "rejected" else row.messages
 
 
 def _changed(message: Mapping[str, Any], text: str, start: int, end: int) -> str:

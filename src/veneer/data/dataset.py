@@ -26,7 +26,7 @@ from veneer.data.rows.row import BadRow, Row
 from veneer.data.rows.shapes import RowReader
 from veneer.errors import ConfigError, DataError
 
-__all__ = ["Examples", "LoadReport", "Subset", "Truncate", "load_examples", "usable_parts"]
+__all__ = ["Examples", "LoadReport", "Subset", "Truncate", "cut_problem", "load_examples", "usable_parts"]
 
 Truncate = Literal["error", "drop", "end"]
 
@@ -42,11 +42,15 @@ class Examples(Sequence[Example]):
         self._weights = _Column("f", np.float32)
         self._offsets = array("q", [0])
         self._sources: list[str] = []
+        self._lengths: dict[int, tuple[int, ...]] = {}
+        """Lengths of the sequences of those examples that have several."""
         for example in examples:
             self.append(example)
 
     def append(self, example: Example) -> None:
         """Append an example."""
+        if example.lengths:
+            self._lengths[len(self)] = example.lengths
         self._ids.extend(example.ids)
         self._weights.extend(example.weights)
         self._offsets.append(self._offsets[-1] + len(example.ids))
@@ -66,7 +70,8 @@ class Examples(Sequence[Example]):
         if not 0 <= at < len(self):
             raise IndexError(f"example {index} of {len(self)}")
         a, b = self._offsets[at], self._offsets[at + 1]
-        return Example(tuple(self._ids.values(a, b)), tuple(self._weights.values(a, b)), self._sources[at])
+        ids, weights = tuple(self._ids.values(a, b)), tuple(self._weights.values(a, b))
+        return Example(ids, weights, self._sources[at], self._lengths.get(at, ()))
 
     @property
     def lengths(self) -> list[int]:
@@ -203,10 +208,10 @@ def load_examples(
         for result in renderer.render_many(rows):
             report.rows += 1
             parts = usable_parts(result, report)
-            if parts:
-                if on_row is not None and result[0] is not None:
+            if parts and result[0] is not None:
+                if on_row is not None:
                     on_row(result[0], parts)
-                _take(parts, renderer.options.max_length, truncate, examples, report)
+                _take(result[0], parts, renderer.options.max_length, truncate, examples, report)
         report.notices += [*rows.notices(), *renderer.notices(rows.shape.format)]
     if not skip_bad:
         report.raise_if_bad()
@@ -226,7 +231,12 @@ def usable_parts(result: tuple[Row | None, Any], report: LoadReport) -> list[Ren
         report.refuse(found)
         return []
     parts: list[Rendered] = found
-    if row is not None and not any(part.trained or part.lost for part in parts):
+    if row is not None and row.rejected is not None:
+        empty = next((part.answer for part in parts if not (part.trained or part.lost)), None)
+        if empty is not None:
+            report.refuse(BadRow(row.source, empty, f"nothing to compare: {_why_nothing(row)}"))
+            return []
+    elif row is not None and not any(part.trained or part.lost for part in parts):
         report.refuse(BadRow(row.source, row.key, f"nothing to learn: {_why_nothing(row)}"))
         return []
     report.notes.update({note for part in parts for note in part.notes})
@@ -234,7 +244,9 @@ def usable_parts(result: tuple[Row | None, Any], report: LoadReport) -> list[Ren
     return parts
 
 
-def _take(parts: list[Rendered], limit: int | None, truncate: Truncate, examples: Examples, report: LoadReport) -> None:
+def _take(
+    row: Row, parts: list[Rendered], limit: int | None, truncate: Truncate, examples: Examples, report: LoadReport
+) -> None:
     longest = max(part.length for part in parts)
     if limit is not None and longest > limit:
         if truncate == "error":
@@ -250,15 +262,33 @@ def _take(parts: list[Rendered], limit: int | None, truncate: Truncate, examples
             return
         report.cut += 1
         report.lost += sum(part.lost for part in parts)
+    problem = cut_problem(row, parts, limit)
+    if problem is not None:
+        report.refuse(problem)
+        return
     kept = [part for part in parts if part.trained]
-    if not kept:
-        report.refuse(
-            BadRow(parts[0].source, "", f"nothing to learn within {limit} tokens: the answer comes after them")
-        )
+    report.trained += sum(part.trained for part in kept)
+    if row.rejected is not None:
+        examples.append(Example.of_sequences([part.example for part in kept]))
         return
     for part in kept:
         examples.append(part.example)
-        report.trained += part.trained
+
+
+def cut_problem(row: Row, parts: list[Rendered], limit: int | None) -> BadRow | None:
+    """The reason why a row cannot be trained once its parts are cut to ``limit`` tokens; None if it can."""
+    if not any(part.trained for part in parts):
+        return BadRow(row.source, "", f"nothing to learn within {limit} tokens: the answer comes after them")
+    if row.rejected is None:
+        return None
+    for part in parts:
+        if not part.trained:
+            return BadRow(
+                row.source, part.answer, f"nothing to compare within {limit} tokens: the answer comes after them"
+            )
+    if parts[0].ids == parts[1].ids:
+        return BadRow(row.source, row.rejected.key, f"the two answers are the same within {limit} tokens")
+    return None
 
 
 def _why_nothing(row: Row) -> str:

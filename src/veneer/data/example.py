@@ -2,6 +2,9 @@
 
     loss of an example = sum_i weights[i] * -log p(ids[i] | ids[:i])
 
+An example of preference data has two sequences, the prompt with the chosen answer and the prompt with the rejected one, which share a
+loss (``training/tasks/``). They stand behind each other in ``ids``, and ``lengths`` tells them apart.
+
 ``weights[i]`` is the weight of predicting ``ids[i]``, so ``weights[0]`` is always 0: nothing predicts the first token.
 ``source`` ("rows.jsonl:17") lets later errors name the row. ``batch.py`` concatenates examples as tensors.
 """
@@ -9,7 +12,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 from veneer.errors import DataError
 
@@ -24,6 +29,7 @@ class Example:
         ids: token ids, at least one.
         weights: as long as ``ids``; finite, not negative; the first is 0 because nothing predicts the first token.
         source: "file:line" ("file:row 3" for a file without lines), for messages to the user.
+        lengths: tokens of each sequence, where an example has several; empty for one. The first weight of each is 0.
 
     Raises:
         DataError: ids and weights do not satisfy this.
@@ -32,6 +38,7 @@ class Example:
     ids: tuple[int, ...]
     weights: tuple[float, ...]
     source: str = ""
+    lengths: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.ids) != len(self.weights):
@@ -46,11 +53,31 @@ class Example:
                 f"{self.source or 'example'}: the first token has weight {self.weights[0]:g}, but nothing predicts it; "
                 "set it to 0"
             )
+        if self.lengths and (min(self.lengths) < 1 or sum(self.lengths) != len(self.ids)):
+            raise DataError(
+                f"{self.source or 'example'}: expected sequences of {len(self.ids)} tokens in all, found the lengths "
+                f"{', '.join(map(str, self.lengths))}"
+            )
         if not all(math.isfinite(w) and w >= 0.0 for w in self.weights):
             raise DataError(f"{self.source or 'example'}: expected weights that are finite and not negative")
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @classmethod
+    def of_sequences(cls, sequences: Sequence[Example]) -> Example:
+        """One example of several sequences that share a loss."""
+        ids = tuple(token for sequence in sequences for token in sequence.ids)
+        weights = tuple(weight for sequence in sequences for weight in sequence.weights)
+        return cls(ids, weights, sequences[0].source, tuple(map(len, sequences)))
+
+    @property
+    def sequences(self) -> tuple[Example, ...]:
+        """The sequences, each as an example of its own."""
+        if not self.lengths:
+            return (self,)
+        edges = [0, *accumulate(self.lengths)]
+        return tuple(Example(self.ids[a:b], self.weights[a:b], self.source) for a, b in pairwise(edges))
 
     @property
     def trained(self) -> int:

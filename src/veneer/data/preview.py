@@ -49,7 +49,8 @@ def shown_tokens(rendered: Rendered, encoder: Encoder) -> list[ShownToken]:
 
 def summary(rendered: Rendered) -> str:
     """One line: source, number of trained tokens, and what truncation cut off."""
-    line = f"{rendered.source}: trained {rendered.trained} of {len(rendered.ids)} tokens"
+    answer = f" {rendered.answer}" if rendered.answer else ""
+    line = f"{rendered.source}{answer}: trained {rendered.trained} of {len(rendered.ids)} tokens"
     if rendered.length > len(rendered.ids):
         line += f"; cut from {rendered.length}, {rendered.lost} trained tokens lost"
     return line

@@ -40,7 +40,7 @@ from veneer.kernels.tuning import (
     GPU_CROSS_ENTROPY_CHUNK_BYTES,
 )
 
-__all__ = ["linear_cross_entropy", "plain"]
+__all__ = ["linear_cross_entropy", "linear_token_losses", "plain"]
 
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -91,6 +91,40 @@ def linear_cross_entropy(
     return total, losses.new_zeros(len(targets_K)).index_copy_(0, live, losses)
 
 
+def linear_token_losses(hidden_KD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_K: Tensor) -> Tensor:
+    """Compute the cross-entropy of each token with a gradient, for losses that are not a weighted sum of them.
+
+    Args:
+        hidden_KD: hidden states that the head sees.
+        weight_VD, bias_V: the head, which is frozen.
+        targets_K: token ids, long.
+
+    Returns:
+        The losses [K] in nats; fp32 (fp64 for fp64). They can be backpropagated once, to ``hidden_KD``.
+    """
+    losses: Any = _TokenLosses.apply
+    needs_grad = torch.is_grad_enabled() and hidden_KD.requires_grad
+    return losses(hidden_KD, weight_VD, bias_V, targets_K, needs_grad)  # type: ignore[no-any-return]
+
+
+class _TokenLosses(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_KD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_K: Tensor, needs_grad: bool
+    ) -> Tensor:
+        wide = torch.promote_types(hidden_KD.dtype, torch.float32)
+        ones_K = torch.ones(len(targets_K), dtype=wide, device=hidden_KD.device)
+        losses_K, sums = _chunked(hidden_KD, weight_VD, bias_V, targets_K, ones_K, (needs_grad, False, False))
+        ctx.save_for_backward(sums[0])
+        return losses_K
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_K: Tensor) -> tuple[Tensor | None, ...]:
+        (d_hidden_KD,) = ctx.saved_tensors
+        return d_hidden_KD * grad_K.to(d_hidden_KD.dtype).unsqueeze(1), None, None, None, None
+
+
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -104,14 +138,7 @@ class _Fused(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(hidden_KD.dtype, torch.float32)
         weights_K = weights_K.detach().to(wide)
-        losses_K = torch.empty(len(targets_K), dtype=wide, device=hidden_KD.device)
-        sums = _empty_like(hidden_KD, weight_VD, bias_V, needs_grad)
-        step = _chunk(len(targets_K), weight_VD.shape[0], hidden_KD.element_size(), hidden_KD.device)
-        for at in range(0, len(targets_K), step):
-            part = slice(at, at + step)
-            logits = linear(hidden_KD[part], weight_VD, bias_V)
-            losses_K[part] = _softmax_gradient_(logits, targets_K[part], weights_K[part], any(needs_grad))
-            _accumulate_(sums, part, logits, hidden_KD, weight_VD)
+        losses_K, sums = _chunked(hidden_KD, weight_VD, bias_V, targets_K, weights_K, needs_grad)
         ctx.save_for_backward(*sums)
         ctx.mark_non_differentiable(losses_K)
         return (losses_K * weights_K).sum(), losses_K
@@ -120,6 +147,26 @@ class _Fused(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         return (*(None if s is None else s * grad.to(s.dtype) for s in ctx.saved_tensors), None, None, None)
+
+
+def _chunked(
+    hidden_KD: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    targets_K: Tensor,
+    weights_K: Tensor,
+    needs_grad: tuple[bool, bool, bool],
+) -> tuple[Tensor, Grads]:
+    """The losses [K], and the gradients of their weighted sum, chunk by chunk."""
+    losses_K = torch.empty(len(targets_K), dtype=weights_K.dtype, device=hidden_KD.device)
+    sums = _empty_like(hidden_KD, weight_VD, bias_V, needs_grad)
+    step = _chunk(len(targets_K), weight_VD.shape[0], hidden_KD.element_size(), hidden_KD.device)
+    for at in range(0, len(targets_K), step):
+        part = slice(at, at + step)
+        logits = linear(hidden_KD[part], weight_VD, bias_V)
+        losses_K[part] = _softmax_gradient_(logits, targets_K[part], weights_K[part], any(needs_grad))
+        _accumulate_(sums, part, logits, hidden_KD, weight_VD)
+    return losses_K, sums
 
 
 def _empty_like(

@@ -85,7 +85,7 @@ def _spread(job: Job, count: int) -> list[Example]:
     """Examples that lie evenly over the held-out ones, or over those of training where nothing is held out."""
     examples = job.held_out or job.examples
     count = min(count, len(examples))
-    return [examples[i * len(examples) // count] for i in range(count)]
+    return [examples[i * len(examples) // count].sequences[0] for i in range(count)]
 
 
 def _answer_of(example: Example) -> tuple[int, int]:

@@ -77,10 +77,11 @@ class Renderer:
 
     def notices(self, format: str) -> list[str]:
         """Describe how rows of a format are rendered, one line each; empty if it goes without saying."""
-        if format not in ("prompt", "alpaca"):
+        if format not in ("prompt", "alpaca", "preference"):
             return []
         way = "as a conversation through the chat template" if self._pairs_chat() else "as plain text"
-        return [f"prompt and completion are rendered {way}"]
+        what = "prompt and answer, where they are texts," if format == "preference" else "prompt and completion"
+        return [f"{what} are rendered {way}"]
 
     def render(self, row: Row) -> list[Rendered]:
         """Render one row: one part, or several if the template cannot render all turns in one text.
@@ -140,8 +141,9 @@ class Renderer:
             return error
 
     def _plan(self, row: Row) -> list[Draft]:
-        as_chat = row.kind == "chat" or (row.kind == "pair" and self._pairs_chat())
-        if as_chat:
+        if row.rejected is not None:
+            return self._plan_answers(row, row.rejected)
+        if self._as_chat(row):
             return self._plan_chat(row)
         text = row.prompt + row.completion if row.kind == "pair" else row.text
         if (found := self.encoder.reserved.search(text)) is not None:
@@ -151,6 +153,23 @@ class Renderer:
             guards = tuple(match.span() for match in self.encoder.control_pattern.finditer(text))
         first = len(row.prompt) if row.kind == "pair" and self.options.train_on != "all" else 0
         return [Draft(GuardedText(text, guards), ((first, len(text)),) if first < len(text) else ())]
+
+    def _plan_answers(self, row: Row, rejected: Row) -> list[Draft]:
+        """One draft for each answer of a preference."""
+        drafts = []
+        for answer, one in (("chosen", replace(row, rejected=None)), ("rejected", rejected)):
+            found = self._plan(one)
+            if len(found) > 1:
+                raise DataError(
+                    f"the chat template renders the turns of the {answer} answer in {len(found)} texts, and answers are compared as one; "
+                    "write a row for each turn, or choose another template with --chat-template"
+                )
+            drafts.append(replace(found[0], answer=answer))
+        return drafts
+
+    def _as_chat(self, row: Row) -> bool:
+        """True for rows that go through the chat template."""
+        return row.kind == "chat" or (row.kind == "pair" and bool(row.messages) and self._pairs_chat())
 
     def _pairs_chat(self) -> bool:
         if self.options.prompt_style == "auto":
@@ -218,7 +237,7 @@ class Renderer:
             weights[i:j] = [1.0] * (j - i)
         ids, starts, ends = encoded.ids, encoded.starts, encoded.ends
         last = [] if "no_end_token" in notes else [encoded.token_range(0, turn.end)[1] - 1 for turn in draft.turns]
-        if not draft.turns and not (row.kind == "chat" or (row.kind == "pair" and self._pairs_chat())):
+        if not draft.turns and not self._as_chat(row):
             ids, weights, starts, ends = self._framed(text, ids, weights, starts, ends, notes)
             last = [] if self._eos is None else [len(ids) - 1]
         if not ids:
@@ -240,6 +259,7 @@ class Renderer:
             lost=len(weights[keep:]) - weights[keep:].count(0.0),
             stops=tuple(ids[i] for i in last if i < keep),
             typed=tuple(text[a:b] for a, b in draft.text.guards),
+            answer=draft.answer,
         )
 
     def _beyond_embedding(self, token: int) -> str:

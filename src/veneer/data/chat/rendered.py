@@ -79,6 +79,7 @@ class Rendered:
         lost: number of trained tokens that were cut off.
         stops: the token at the end of each trained turn, or of a text, after which generation has to stop.
         typed: control strings that are part of the row's own text and stay text.
+        answer: in preference data "chosen" or "rejected", the answer of this part.
     """
 
     source: str
@@ -93,6 +94,7 @@ class Rendered:
     lost: int
     stops: tuple[int, ...] = ()
     typed: tuple[str, ...] = ()
+    answer: str = ""
 
     @property
     def trained(self) -> int:

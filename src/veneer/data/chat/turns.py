@@ -63,6 +63,7 @@ class Draft:
     spans: tuple[tuple[int, int], ...]
     turns: tuple[Turn, ...] = ()
     notes: tuple[str, ...] = ()
+    answer: str = ""
 
 
 class TurnFinder:

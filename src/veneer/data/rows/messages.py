@@ -51,6 +51,14 @@ class RowErrors:
     def __len__(self) -> int:
         return len(self.bad)
 
+    def renamed(self, **columns: str) -> RowErrors:
+        """A view that adds to the same list, with more of our columns under other names."""
+        view = RowErrors(
+            self.source, {**self._columns, **{ours: self.name(theirs) for ours, theirs in columns.items()}}
+        )
+        view.bad = self.bad
+        return view
+
     def name(self, column: str) -> str:
         """The file's name of one of our columns."""
         return self._columns.get(column, column)

@@ -47,6 +47,7 @@ class Row:
         prompt, completion: the plain form of a pair.
         text: the text of a text row.
         key: the column of the file that errors of this row name.
+        rejected: in preference data, the row with the rejected answer; this row has the chosen one.
     """
 
     kind: RowKind
@@ -58,6 +59,7 @@ class Row:
     completion: str = ""
     text: str = ""
     key: str = ""
+    rejected: Row | None = None
 
     @staticmethod
     def chat(source: str, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> Row:

@@ -1,10 +1,11 @@
-"""Row shapes: five meanings of a file's columns, detected from the column names.
+"""Row shapes: six meanings of a file's columns, detected from the column names.
 
     messages    messages: [{role, content, weight?, tool_calls?, name?}], tools?         a conversation
     sharegpt    conversations: [{from, value}], system?, tools?                          a conversation
     prompt      prompt, completion: two texts, or two lists of messages                  only the completion is trained
     alpaca      instruction, output, input?, system?, history?: [[question, answer]]     a conversation
     text        text                                                                     all of it is trained
+    preference  chosen, rejected, prompt?, tools?                                        the two answers are compared
 
 A file with other column names is read with a mapping from our names to the file's, ``{"prompt": "question",
 "completion": "answer"}``. The first readable row determines the shape of the file; a later row without the needed columns
@@ -23,6 +24,7 @@ from pathlib import Path
 
 from veneer.data.rows.columns import CONVERTERS, TAGS, ColumnValues
 from veneer.data.rows.messages import RowErrors
+from veneer.data.rows.preference import preference
 from veneer.data.rows.readers import RecordReader
 from veneer.data.rows.row import BadRow, Record, Row
 from veneer.errors import ConfigError, DataError
@@ -35,6 +37,7 @@ _REQUIRED = {
     "prompt": ("prompt", "completion"),
     "alpaca": ("instruction", "output"),
     "text": ("text",),
+    "preference": ("chosen", "rejected"),
 }
 _OPTIONAL = {
     "messages": ("tools",),
@@ -42,6 +45,7 @@ _OPTIONAL = {
     "prompt": ("tools",),
     "alpaca": ("input", "system", "history"),
     "text": (),
+    "preference": ("prompt", "tools"),
 }
 FORMATS = tuple(_REQUIRED)
 """The names of the shapes."""
@@ -75,12 +79,14 @@ class RowShape:
         reason: why this shape was chosen, as a clause.
         columns: our names to the file's, where they differ.
         unused: columns of the file that the shape does not use.
+        implicit_prompt: preferences have no column for the prompt.
     """
 
     format: str
     reason: str
     columns: Mapping[str, str]
     unused: tuple[str, ...] = ()
+    implicit_prompt: bool = False
 
     def describe(self) -> str:
         """Describe the detected shape in one line."""
@@ -89,6 +95,8 @@ class RowShape:
             text += "; " + ", ".join(f"{ours} is column {theirs}" for ours, theirs in self.columns.items())
         if self.format == "alpaca":
             text += "; answers in history are trained like the others"
+        if self.format == "preference" and self.implicit_prompt:
+            text += "; the prompt is what chosen and rejected begin with"
         if self.unused:
             text += f"; not used: {', '.join(self.unused)}"
         return text
@@ -145,10 +153,11 @@ class RowReader:
             if key not in columns:
                 errors.add(key, f"missing; the row has {_listed(record.values)}")
         if not errors:
-            row = CONVERTERS[self.shape.format](record.source, ColumnValues(columns, errors, self._tags))
+            convert = preference if self.shape.format == "preference" else CONVERTERS[self.shape.format]
+            row = convert(record.source, ColumnValues(columns, errors, self._tags))
             if row is not None and not errors:
                 return [row]
-        return list(errors.bad)
+        return list(dict.fromkeys(errors.bad))  # a bad prompt is found with both answers of a preference
 
     def _detect(self, format: str) -> RowShape:
         bad: list[BadRow] = []
@@ -210,7 +219,8 @@ def _shape_of(record: Record, format: str, columns: Mapping[str, str]) -> RowSha
             )
         return _shape(format, "as requested", names, columns)
     for name, required in _REQUIRED.items():
-        if all(key in names for key in required):
+        # An answer that others reject must not be trained by mistake, so preferences are read only where they are asked for.
+        if name != "preference" and all(key in names for key in required):
             return _shape(name, f"the rows have {' and '.join(required)}", names, columns)
     raise DataError(
         f"{record.source}: unknown columns: expected messages, conversations, prompt and completion, instruction and "
@@ -221,7 +231,7 @@ def _shape_of(record: Record, format: str, columns: Mapping[str, str]) -> RowSha
 def _shape(format: str, reason: str, names: list[str], columns: Mapping[str, str]) -> RowShape:
     known = (*_REQUIRED[format], *_OPTIONAL[format])
     mapped = {ours: theirs for ours, theirs in columns.items() if ours != theirs}
-    return RowShape(format, reason, mapped, tuple(name for name in names if name not in known))
+    return RowShape(format, reason, mapped, tuple(name for name in names if name not in known), "prompt" not in names)
 
 
 def _remedy(names: list[str], format: str) -> str:
@@ -229,8 +239,7 @@ def _remedy(names: list[str], format: str) -> str:
     if not format and {"chosen", "rejected"} <= set(names):
         mapping = "completion=chosen" if "prompt" in names else "messages=chosen"
         return (
-            "preferences (chosen and rejected) are not supported; to train on the chosen answers, pass "
-            f"--columns {mapping}"
+            f"to train on preferences, pass --task dpo; to train on the chosen answers only, pass --columns {mapping}"
         )
     for required in (_REQUIRED[format],) if format else (("prompt", "completion"), ("messages",), ("text",)):
         guess: dict[str, str] = {}

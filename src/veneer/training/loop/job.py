@@ -20,9 +20,11 @@ from veneer.config import TrainOptions
 from veneer.data.batch import Order
 from veneer.data.example import Example
 from veneer.errors import TrainingError
+from veneer.evaluate.losses import Losses
 from veneer.training.loop.orthogonal import Orthogonality
 from veneer.training.loop.schedule import learning_rate_at
 from veneer.training.loop.step import JobLoss, PieceSum, read
+from veneer.training.tasks import task_of
 
 _SHOWN = 3
 
@@ -50,6 +52,8 @@ class Progress:
     evaluations_without_gain: int = 0
     evaluations: list[tuple[int, float]] = field(default_factory=list)
     general: list[tuple[int, float]] = field(default_factory=list)
+    figures: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    """Figures of the task other than the loss, at each evaluation."""
 
 
 class Job:
@@ -98,6 +102,11 @@ class Job:
         """A general text, evaluated with the held-out examples."""
         self.route: dict[str, float] | None = None
         """The route of its rows, if it is more than its own adapter."""
+        self.task = task_of(options)
+        self.reference: dict[str, float] | None = None
+        """The route without its own adapter, for a task with a reference; None is the base alone."""
+        self.reference_losses: Losses | None = None
+        """Losses of the held-out examples on that route, which do not change."""
         self.orthogonality: Orthogonality | None = None
         """Keeps its A factors orthogonal to those of earlier adapters."""
         self.built_on: dict[str, Any] = {}

@@ -24,29 +24,30 @@ from torch import Tensor
 from veneer.adapters import Bank, Route
 from veneer.adapters.runtime.route import MixLike
 from veneer.data.batch import Batch
-from veneer.kernels.cross_entropy import linear_cross_entropy
+from veneer.kernels.cross_entropy import linear_cross_entropy, linear_token_losses
 from veneer.models.flat import FlatRunner, PreparedBatch
+from veneer.training.tasks.base import Task, TaskLosses, TokenLosses, token_units
 
 
 class PassLosses:
-    """The loss of each supervised token of a pass, [K], on the base's device until it is read."""
+    """The loss of each unit of a pass (a supervised token, or what a job's task counts), [U], on the base's device until it is read."""
 
-    def __init__(self, batch: Batch, jobs: list[str], keep: Tensor, losses_K: Tensor) -> None:
-        self.losses_K: Tensor | None = losses_K
+    def __init__(self, batch: Batch, jobs: list[str], found: TaskLosses) -> None:
+        self.losses_U: Tensor | None = found.losses_U
         self._batch = batch
         self._number = torch.tensor([jobs.index(job) for job in batch.jobs])
-        self._owner_K = torch.searchsorted(batch.offsets, keep, right=True) - 1
-        self._weights_K = batch.weights[keep].double()
-        self._weighted_K = self._weights_K
+        self._owners_U = found.owners_U
+        self._weights_U = found.weights_U.double()
+        self._weighted_U = self._weights_U
         self._tokens = self._sums(self._number, batch.offsets.diff())
-        self._weight = self._sums(self._number[self._owner_K], self._weights_K)
+        self._weight = self._sums(self._number[self._owners_U], self._weights_U)
         self._loss = self._weight
 
-    def take(self, losses_K: Tensor) -> None:
+    def take(self, losses_U: Tensor) -> None:
         """Set the losses as read, on the CPU."""
-        self.losses_K = None
-        self._weighted_K = losses_K.double() * self._weights_K
-        self._loss = self._sums(self._number[self._owner_K], self._weighted_K)
+        self.losses_U = None
+        self._weighted_U = losses_U.double() * self._weights_U
+        self._loss = self._sums(self._number[self._owners_U], self._weighted_U)
 
     def of(self, job: int, name: str) -> JobLoss:
         """The part of one job, by its number in the batch."""
@@ -60,7 +61,7 @@ class PassLosses:
     def faults(self, name: str) -> tuple[str, ...]:
         """Sources of the job's examples whose loss is not finite."""
         read([self])
-        broken = {int(s) for s in self._owner_K[~torch.isfinite(self._weighted_K)]}
+        broken = {int(s) for s in self._owners_U[~torch.isfinite(self._weighted_U)]}
         return tuple(self._batch.sources[s] for s in sorted(broken) if self._batch.jobs[s] == name)
 
     def _sums(self, number: Tensor, values: Tensor) -> Tensor:
@@ -104,13 +105,13 @@ class PieceSum:
 
 def read(passes: Sequence[PassLosses], *more: Tensor) -> list[Tensor]:
     """Read the losses of passes that are not read yet and other tensors [n] from their device, in one copy; returns the others."""
-    left = [one for one in dict.fromkeys(passes) if one.losses_K is not None]
-    found = [*(one.losses_K for one in left if one.losses_K is not None), *more]
+    left = [one for one in dict.fromkeys(passes) if one.losses_U is not None]
+    found = [*(one.losses_U for one in left if one.losses_U is not None), *more]
     if found and not found[0].is_cpu:
         joined = torch.cat([t.to(found[0].dtype) for t in found]).cpu()
         found = list(joined.split([len(t) for t in found]))
-    for one, losses_K in zip(left, found, strict=False):
-        one.take(losses_K)
+    for one, losses_U in zip(left, found, strict=False):
+        one.take(losses_U)
     return found[len(left) :]
 
 
@@ -123,6 +124,8 @@ class Stepper:
         bank: Bank,
         routes: Mapping[str, MixLike] | None = None,
         *,
+        tasks: Mapping[str, Task] | None = None,
+        references: Mapping[str, MixLike] | None = None,
         turn: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         """Create a stepper.
@@ -131,8 +134,12 @@ class Stepper:
             runner: runs batches.
             bank: holds the adapters.
             routes: the route of each job whose segments use more than the adapter of the job's name.
+            tasks: the task of each job that does something else than supervised fine-tuning.
+            references: for jobs whose task has a reference, its route where it is not the base alone.
             turn: a context that holds the model for one pass, where others use it too.
         """
+        self.tasks = {name: task for name, task in (tasks or {}).items() if type(task) is not Task}
+        self.references = dict(references or {})
         self.runner = runner
         self.bank = bank
         self.routes = dict(routes or {})
@@ -154,17 +161,19 @@ class Stepper:
         keep = (batch.weights != 0).nonzero().squeeze(1)
         jobs = list(dict.fromkeys(batch.jobs))
         flat, supervised = self.runner.send(batch, keep, batch.targets[keep], batch.weights[keep])
-        route = self._route(batch, jobs, flat.layout.index)
+        route = self._route(batch, {job: self.routes.get(job, job) for job in jobs}, flat.layout.index)
         adapters = [self.bank[name] for name in route.names]
         counters = [adapter.counters for adapter in adapters]
         trained = [p for adapter in adapters for p in adapter.parameters() if p.requires_grad]
         try:
-            with self.turn(), self.bank.use(route, keep=self.runner.head_cells(flat, keep), training=True):
-                total, losses_K = self._loss(batch.jobs, flat, keep, supervised)
-                if between is not None:
-                    between()
-                # Not backward(): if it failed halfway, the gradients of some layers would stay behind.
-                grads = torch.autograd.grad(total, trained, allow_unused=True) if total.requires_grad else ()
+            with self.turn():
+                references = self._references(batch)
+                with self.bank.use(route, keep=self.runner.head_cells(flat, keep), training=True):
+                    total, found = self._loss(batch, route, flat, keep, supervised, references)
+                    if between is not None:
+                        between()
+                    # Not backward(): if it failed halfway, the gradients of some layers would stay behind.
+                    grads = torch.autograd.grad(total, trained, allow_unused=True) if total.requires_grad else ()
         except BaseException:
             for adapter, before in zip(adapters, counters, strict=True):
                 adapter.counters = before
@@ -173,34 +182,91 @@ class Stepper:
             if grad is not None:
                 # torch's fused optimizers read a gradient in the parameter's memory order, whatever its strides.
                 parameter.grad = grad.contiguous() if parameter.grad is None else parameter.grad.add_(grad)
-        losses = PassLosses(batch, jobs, keep, losses_K)
+        losses = PassLosses(batch, jobs, found)
         return {job: losses.of(number, job) for number, job in enumerate(jobs)}
 
-    def _route(self, batch: Batch, jobs: list[str], cells: Tensor) -> Route:
-        mixes: list[MixLike] = [None, *(self.routes.get(job, job) for job in jobs)]
-        if len(jobs) == 1 and (bool((cells >= 0).all()) or not self._drops(jobs[0])):
+    def _route(self, batch: Batch, routes: Mapping[str, MixLike], cells: Tensor) -> Route:
+        """The route of a batch, from that of each of its jobs."""
+        jobs = list(routes)
+        mixes: list[MixLike] = [None, *routes.values()]
+        if len(jobs) == 1 and (bool((cells >= 0).all()) or not self._drops(mixes[1])):
             return Route.parse(mixes[1])
         number = torch.tensor([jobs.index(job) + 1 for job in batch.jobs])
         owner_T = number.repeat_interleave(batch.offsets.diff())
         # Padding takes the base's route: no adapter computes it, and no dropout is drawn for it.
         return Route.tokens(mixes, torch.where(cells >= 0, owner_T[cells.clamp_min(0)], 0))
 
-    def _drops(self, job: str) -> bool:
-        return any(self.bank[name].method.lora_dropout for name in Route.parse(self.routes.get(job, job)).names)
+    def _drops(self, mix: MixLike) -> bool:
+        return any(self.bank[name].method.lora_dropout for name in Route.parse(mix).names)
+
+    def _references(self, batch: Batch) -> dict[int, Tensor]:
+        """The log-probability of each segment whose task has a reference, under the model without the job's adapter.
+
+        The segments go through the base once more, forward only: beside the others they would hold activations and take a backward pass.
+        """
+        wanted = [s for s, job in enumerate(batch.jobs) if job in self.tasks and self.tasks[job].reference]
+        if not wanted:
+            return {}
+        part = batch.select(wanted)
+        keep = part.weights.nonzero().squeeze(1)
+        flat, (index_K, targets_K) = self.runner.send(part, keep, part.targets[keep])
+        routes = {job: self.references.get(job) for job in dict.fromkeys(part.jobs)}
+        route = self._route(part, routes, flat.layout.index)
+        with torch.no_grad(), self.bank.use(route, keep=self.runner.head_cells(flat, keep), training=False):
+            losses_K = self._token_losses(route, flat, keep, index_K, targets_K)
+        owners_K = torch.searchsorted(part.offsets, keep, right=True) - 1
+        logps_S, _ = TokenLosses(losses_K, part.weights[keep], owners_K, tuple(range(len(wanted)))).sums()
+        return dict(zip(wanted, logps_S.unbind(), strict=True))
 
     def _loss(
-        self, jobs: tuple[str, ...], flat: PreparedBatch, keep: Tensor, supervised: list[Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """(sum of weight times loss, loss of each token [K]). ``supervised``: on the device, their indices, targets and weights."""
+        self,
+        batch: Batch,
+        route: Route,
+        flat: PreparedBatch,
+        keep: Tensor,
+        supervised: list[Tensor],
+        references: Mapping[int, Tensor],
+    ) -> tuple[Tensor, TaskLosses]:
+        """(sum of weight times loss, losses of the units). ``supervised``: on the device, indices of tokens, targets and weights."""
         index_K, targets_K, weights_K = supervised
-        head = None if self._head_is_adapted(jobs) else self.runner.head()
-        if head is not None:
+        owners_K = torch.searchsorted(batch.offsets, keep, right=True) - 1
+        head = None if self._head_is_adapted(route) else self.runner.head()
+        if head is not None and not any(job in self.tasks for job in batch.jobs):
             hidden_KD = self.runner.hidden(flat)[index_K]
-            return linear_cross_entropy(hidden_KD, head[0], head[1], targets_K, weights_K, all_count=True)
-        logits_KV = self.runner.logits(flat, keep)
-        losses_K = F.cross_entropy(logits_KV.float(), targets_K, reduction="none")
-        return (losses_K * weights_K).sum(), losses_K.detach()
+            total, losses_K = linear_cross_entropy(hidden_KD, head[0], head[1], targets_K, weights_K, all_count=True)
+            return total, TaskLosses(losses_K, batch.weights[keep], owners_K)
+        losses_K = self._token_losses(route, flat, keep, index_K, targets_K)
+        if not any(job in self.tasks for job in batch.jobs):
+            return (losses_K * weights_K).sum(), TaskLosses(losses_K.detach(), batch.weights[keep], owners_K)
+        return self._by_task(batch, owners_K, losses_K, batch.weights[keep], references)
 
-    def _head_is_adapted(self, jobs: tuple[str, ...]) -> bool:
-        names = {name for job in set(jobs) for name in Route.parse(self.routes.get(job, job)).names}
-        return any(site.is_head for name in names for site in self.bank.sites_of(name))
+    def _by_task(
+        self, batch: Batch, owners_K: Tensor, losses_K: Tensor, weights_K: Tensor, references: Mapping[int, Tensor]
+    ) -> tuple[Tensor, TaskLosses]:
+        """As `_loss`, with the units of each job's task."""
+        found = []
+        for job in dict.fromkeys(batch.jobs):
+            segments = tuple(s for s, owner in enumerate(batch.jobs) if owner == job)
+            own = torch.isin(owners_K, torch.tensor(segments)).nonzero().squeeze(1)
+            reference_S = torch.stack([references[s] for s in segments]) if segments[0] in references else None
+            tokens = TokenLosses(
+                losses_K[own.to(losses_K.device)], weights_K[own], owners_K[own], segments, reference_S
+            )
+            task = self.tasks.get(job)
+            found.append(token_units(tokens) if task is None else task.losses(tokens))
+        losses_U = torch.cat([each.losses_U for each in found])
+        weights_U = torch.cat([each.weights_U for each in found])
+        total = (losses_U * weights_U.to(losses_U)).sum()
+        return total, TaskLosses(losses_U.detach(), weights_U, torch.cat([each.owners_U for each in found]))
+
+    def _token_losses(
+        self, route: Route, flat: PreparedBatch, keep: Tensor, index_K: Tensor, targets_K: Tensor
+    ) -> Tensor:
+        """The cross-entropy of each kept token, [K], with a gradient."""
+        head = None if self._head_is_adapted(route) else self.runner.head()
+        if head is not None:
+            return linear_token_losses(self.runner.hidden(flat)[index_K], head[0], head[1], targets_K)
+        return F.cross_entropy(self.runner.logits(flat, keep).float(), targets_K, reduction="none")
+
+    def _head_is_adapted(self, route: Route) -> bool:
+        return any(site.is_head for name in route.names for site in self.bank.sites_of(name))

@@ -22,10 +22,11 @@ from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
+from veneer.adapters.runtime.route import MixLike
 from veneer.data.batch import make_batch
 from veneer.data.example import Example
 from veneer.errors import DataError, ProcessError, TrainingError
-from veneer.evaluate.losses import example_losses
+from veneer.evaluate.losses import Losses, example_losses
 from veneer.models.devices import device_of
 from veneer.training.device_memory import DeviceMemory, memory_of
 from veneer.training.loop.job import Job, JobState
@@ -34,6 +35,7 @@ from veneer.training.parallel.numbering import Numbering
 from veneer.training.parallel.processes import ALONE, Processes, deal
 from veneer.training.parallel.reduction import Fault, JobSum
 from veneer.training.process_memory import Heap
+from veneer.training.tasks import TaskScores
 
 S = TypeVar("S", bound=Sized)
 Verb = Literal["cancel", "pause", "resume"]
@@ -326,7 +328,8 @@ class Trainer:
             return
         progress = job.progress
         try:
-            loss = self.mean_loss(job, job.held_out)
+            scores = self.scores(job)
+            loss = scores.loss
             if job.general:
                 progress.general.append((progress.step, self.mean_loss(job, job.general)))
         except ProcessError:
@@ -335,6 +338,8 @@ class Trainer:
             self._fail(job, _code(error), f"its evaluation failed: {_message(error)}", error)
             return
         progress.evaluations.append((progress.step, loss))
+        if scores.figures:
+            progress.figures.append((progress.step, scores.figures))
         better = loss == loss and (progress.best is None or loss < progress.best)
         if better:
             progress.best, progress.best_step, progress.evaluations_without_gain = loss, progress.step, 0
@@ -349,21 +354,34 @@ class Trainer:
             )
             self.listener.ended(job)
 
+    def scores(self, job: Job) -> TaskScores:
+        """The loss of the job's held-out examples, and the other figures of its task."""
+        sequences = [sequence for example in job.held_out for sequence in example.sequences]
+        if job.task.reference and job.reference_losses is None:
+            job.reference_losses = self._losses(job, sequences, job.reference)
+        return job.task.scores(self._losses(job, sequences, self._route_of(job)), job.reference_losses)
+
     def mean_loss(self, job: Job, examples: Sequence[Example]) -> float:
         """Mean loss of examples under the job's route."""
+        return self._losses(job, examples, self._route_of(job)).mean
+
+    def _route_of(self, job: Job) -> MixLike:
+        return self.stepper.routes.get(job.name, job.name)
+
+    def _losses(self, job: Job, examples: Sequence[Example], route: MixLike) -> Losses:
         self._heap.give_back()
         losses = example_losses(
             self.stepper.runner,
             examples,
             bank=self.stepper.bank,
-            route=self.stepper.routes.get(job.name, job.name),
+            route=route,
             tokens_per_pass=self.tokens_per_pass,
             turn=self.stepper.turn,
             progress=lambda done: self.listener.evaluating(job, done, len(examples)),
             ranks=None if self.processes.alone else self.processes,
         )
         self._heap.give_back()
-        return losses.mean
+        return losses
 
     def _fail(self, job: Job, code: str, reason: str, error: Exception) -> None:
         prefix = f'job "{job.name}"'

@@ -205,7 +205,7 @@ class Profiler:
         return self._measured(rows, step)
 
     def _evaluate(self, rows: JobExamples) -> Measurement:
-        examples = [example for _, example in rows]
+        examples = [sequence for _, example in rows for sequence in example.sequences]
         name = self.jobs[0].name
         route = self.stepper.routes.get(name, name)
         return self._measured(

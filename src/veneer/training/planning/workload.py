@@ -94,6 +94,10 @@ def lengths_of(examples: Sequence[Example]) -> list[int]:
 
 def _end(example: Example, tokens: int) -> Example:
     """The end of an example, where its answer is; all tokens count if none of the answer is left."""
+    if example.lengths:
+        return Example.of_sequences([_end(one, max(2, tokens // 2)) for one in example.sequences])
+    if len(example) <= tokens:
+        return example
     weights = (0.0, *example.weights[-tokens:][1:])
     if not any(weights):
         weights = (0.0, *[1.0] * (tokens - 1))

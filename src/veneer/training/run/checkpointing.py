@@ -130,6 +130,7 @@ class Saver:
             progress[name] = progress.pop(stored)
         for key in ("evaluations", "general"):
             progress[key] = [(int(step), float(loss)) for step, loss in progress.get(key, [])]
+        progress["figures"] = [(int(step), dict(figures)) for step, figures in progress.get("figures", [])]
         job.progress = Progress(**progress)
         tokens = {stack: torch.tensor(counts) for stack, counts in saved.get("expert_tokens", {}).items()}
         self.bank[job.name].counters = saved["draws"], self.bank[job.name].expert_tokens | tokens

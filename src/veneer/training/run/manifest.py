@@ -59,7 +59,9 @@ def manifest_of(setup: Setup, processes: int = 1) -> Manifest:
         "template": {name: data.template_hash for name, data in setup.data.items()},
         "built_on": {
             job.name: [
-                parent["sha256"] for key in ("on_top_of", "orthogonal_to") for parent in job.built_on.get(key, ())
+                parent["sha256"]
+                for key in ("on_top_of", "orthogonal_to", "reference")
+                for parent in job.built_on.get(key, ())
             ]
             for job in setup.jobs
             if job.built_on

@@ -4,6 +4,8 @@
     on_top_of        frozen, active in the job's route during training and evaluation: {new: 1, old: 1, ...}
     orthogonal_to    only their A factors are used (``orthogonal.py``)
 
+A task with a reference (DPO) compares the new adapter with its start: the base, with the adapters of ``init_from`` and ``on_top_of``.
+
 The new adapter's receipt names its parents with their hashes, and a resumed run refuses parents that have changed, except the one that
 it started from.
 """
@@ -36,6 +38,7 @@ def load_parents(jobs: Sequence[Job], bank: Bank) -> None:
         options = job.options
         if options.init_from is not None:
             job.built_on["init_from"] = {"name": find_adapter(options.init_from)[0], **_origin(options.init_from)}
+        _set_reference(job, bank, active)
         names = [_activate(path, bank, active) for path in options.on_top_of]
         if names:
             job.route = {job.name: 1.0, **dict.fromkeys(names, 1.0)}
@@ -49,6 +52,16 @@ def load_parents(jobs: Sequence[Job], bank: Bank) -> None:
             )
             job.built_on["orthogonal_to"] = [_origin(path) for path in options.orthogonal_to]
             job.built_on["orthogonal"] = options.orthogonal
+
+
+def _set_reference(job: Job, bank: Bank, active: dict[Path, str]) -> None:
+    """Set the model that a task with a reference compares the job with: the one that its training starts from."""
+    options = job.options
+    paths = [*([options.init_from] if options.init_from is not None else []), *options.on_top_of]
+    if not job.task.reference or not paths:
+        return
+    job.reference = {_activate(path, bank, active): 1.0 for path in paths}
+    job.built_on["reference"] = [_origin(path) for path in paths]
 
 
 _OF_TRAINING = ("lora_dropout", "loraplus_lr_ratio")
@@ -142,6 +155,8 @@ def _activate(path: Path, bank: Bank, active: dict[Path, str]) -> str:
         free = next(n for n in (name, *(f"{name}-{i}" for i in range(2, 1000))) if n not in bank)
         bank.load(folder, name=free)
         bank[free].requires_grad_(False)
+        # Its dropout stream is in no checkpoint, and jobs that share the parent would move it for each other.
+        bank[free].method = bank[free].method.model_copy(update={"lora_dropout": 0.0})
         active[folder] = free
     return active[folder]
 

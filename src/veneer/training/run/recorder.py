@@ -112,6 +112,10 @@ class Recorder(Listener):
         """A job was evaluated on its held-out examples."""
         line: dict[str, Any] = {"step": job.progress.step, "held_out_loss": _finite(loss), "best": best}
         text = f"held-out loss {loss:.4f}{_change(job.progress.evaluations)}"
+        if job.progress.figures:
+            figures = job.progress.figures[-1][1]
+            line |= {f"held_out_{name}": _finite(value) for name, value in figures.items()}
+            text += "".join(f", {name.replace('_', ' ')} {value:.4f}" for name, value in figures.items())
         if job.progress.general:
             general = job.progress.general[-1][1]
             line["general_loss"] = _finite(general)

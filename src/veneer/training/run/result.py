@@ -39,6 +39,8 @@ class JobResult:
     best: Path
     changes: Mapping[str, Any]
     init_from: Path | None = None
+    figures: tuple[tuple[int, dict[str, float]], ...] = ()
+    """(step, further figures of the task by name) of each evaluation, such as the reward accuracy of preferences."""
     unreached: tuple[str, ...] = ()
     """Experts that the adapter acts on and that no token of the job was routed to."""
 
@@ -119,6 +121,7 @@ def result_of(folder: RunFolder, jobs: list[Job]) -> RunResult:
             best=folder.best(job.name),
             changes=changes[job.name],
             init_from=job.options.init_from,
+            figures=tuple(job.progress.figures),
             unreached=job.unreached_experts(),
         )
         for job in jobs

@@ -42,6 +42,7 @@ from veneer.training.loop.step import Stepper
 from veneer.training.run.jobs import number_of_steps
 from veneer.training.run.parent_adapters import load_parents, seed_of, start_from_adapter
 from veneer.training.shared_base import SharedBase
+from veneer.training.tasks import TASKS
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,14 @@ def _with_adapters(
     runner = FlatRunner(base.model)
     if runner.kind != "flat":
         say(f"rows are padded: {runner.reason}")
-    stepper = Stepper(runner, bank, {job.name: job.route for job in made if job.route}, turn=turn)
+    stepper = Stepper(
+        runner,
+        bank,
+        {job.name: job.route for job in made if job.route},
+        tasks={job.name: job.task for job in made},
+        references={job.name: job.reference for job in made if job.reference},
+        turn=turn,
+    )
     return Setup(options, base, bank, data, made, stepper)
 
 
@@ -204,6 +212,7 @@ def load_data(options: TrainOptions, base: Base, limit: int) -> JobData:
     )
     renderer = Renderer(base.tokenizer, rendering)
     shared: dict[str, Any] = {key: getattr(options, key) for key in ("format", "columns", "roles", "truncate")}
+    shared["format"] = TASKS[options.task].rows_format or options.format
     checked = CheckReport(max_length=length)
     remarks = RowChecks(checked, renderer)
     files, valid = files_of(options)
@@ -289,7 +298,7 @@ def make_job(name: str, options: TrainOptions, base: Base, bank: Bank, data: Job
     else:
         options = start_from_adapter(name, options, method, bank)
     check_tokens(options.trainable_token_indices, data.train, base.tokenizer)
-    peak = options.learning_rate or default_rate(base, options.method)
+    peak = options.learning_rate or default_rate(base, options.method) * TASKS[options.task].rate
     steps = number_of_steps(options, len(data.train))
     job = Job(name, options, bank, data.train, data.held_out, peak=peak, steps=steps)
     job.general = data.general
