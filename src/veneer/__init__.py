@@ -62,12 +62,14 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name == "errors":
-        return import_module("veneer.errors")
-    if name not in _HOMES:
-        raise AttributeError(f"module 'veneer' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+if not TYPE_CHECKING:  # else every misspelt name would have a type
+
+    def __getattr__(name: str) -> Any:
+        if name == "errors":
+            return import_module("veneer.errors")
+        if name not in _HOMES:
+            raise AttributeError(f"module 'veneer' has no attribute {name!r}")
+        return getattr(import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:
