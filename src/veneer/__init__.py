@@ -23,7 +23,7 @@ from veneer._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from veneer import errors
-    from veneer.adapters import Adapter, Bank, DoRA, LoRA, Route, bank_of
+    from veneer.adapters import Adapter, Bank, BitFit, DoRA, Full, LoRA, Route, bank_of
     from veneer.checkpoints import attach
     from veneer.models.load import Base, load_base
     from veneer.training import train
@@ -38,7 +38,9 @@ __all__ = [
     "Adapter",
     "Bank",
     "Base",
+    "BitFit",
     "DoRA",
+    "Full",
     "LoRA",
     "Route",
     "attach",
@@ -52,7 +54,9 @@ _HOMES = {
     "Adapter": "veneer.adapters",
     "Bank": "veneer.adapters",
     "Base": "veneer.models.load",
+    "BitFit": "veneer.adapters",
     "DoRA": "veneer.adapters",
+    "Full": "veneer.adapters",
     "LoRA": "veneer.adapters",
     "Route": "veneer.adapters",
     "attach": "veneer.checkpoints",

@@ -29,13 +29,13 @@ from veneer._options.base import (
 from veneer._options.document import Document, load_yaml
 from veneer._options.flags import add_flags, given_flags, given_sets
 from veneer._options.low_rank import Alpha, LowRankOptions, Rank
+from veneer._options.method import MethodOptions
 from veneer._options.output import given, json_schema, plain, to_yaml
 from veneer._options.resolve import Difference, Provenance, differences, flag_name, resolve
 from veneer._options.synonyms import command_hint, near_miss, similar
-from veneer._options.train import FULL, PER_RUN_OPTIONS, DataOptions, TrainOptions, default_learning_rate
+from veneer._options.train import PER_RUN_OPTIONS, DataOptions, TrainOptions, default_learning_rate
 
 __all__ = [
-    "FULL",
     "PER_RUN_OPTIONS",
     "Alpha",
     "Count",
@@ -45,6 +45,7 @@ __all__ = [
     "Flag",
     "Fraction",
     "LowRankOptions",
+    "MethodOptions",
     "NotNegative",
     "Options",
     "Paths",

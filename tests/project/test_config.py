@@ -16,7 +16,6 @@ from tests.project.source import dotted, modules, tree
 
 from veneer._options.text import kinds_of
 from veneer.config import (
-    FULL,
     PER_RUN_OPTIONS,
     Count,
     Flag,
@@ -114,7 +113,7 @@ def test_every_mistake_is_told_at_once(tmp_path: Path) -> None:
             f"  - {file}, line 2: learning_rat: unknown option; did you mean learning_rate?",
             f"  - {file}, line 3: r: expected a whole number, found true",
             f"  - {file}, line 4: lora_alpha: expected a number, found '1'",
-            f"  - {file}, line 5: method: expected 'lora', 'dora' or 'full', found 'dorra'; did you mean dora?",
+            f"  - {file}, line 5: method: expected 'lora', 'dora', 'full' or 'bitfit', found 'dorra'; did you mean dora?",
             f"  - {file}, line 6: betas.1: a value is missing here",
             "  - --set lr=3: lr: unknown option; did you mean learning_rate?",
             "  - --set rank_pattern.q=x: rank_pattern.q: expected a whole number, found 'x'",
@@ -385,10 +384,10 @@ def test_former_names_are_accepted(tmp_path: Path) -> None:
 
 
 def test_methods_of_the_options_are_those_of_the_table() -> None:
-    """``method`` takes the names of all adapter methods, and full fine-tuning."""
+    """``method`` takes the names of all adapter methods."""
     from veneer.adapters import METHODS
 
-    assert set(kinds_of(TrainOptions.model_fields["method"].annotation).words) == {*METHODS, FULL}
+    assert set(kinds_of(TrainOptions.model_fields["method"].annotation).words) == {*METHODS}
 
 
 def test_an_option_is_not_given_by_two_names() -> None:

@@ -8,9 +8,11 @@ from collections.abc import Iterator
 import pytest
 from tests.project.source import PACKAGE, dotted, modules, tree
 
+from veneer.adapters import METHODS as TABLE
+
 METHODS = PACKAGE / "adapters" / "methods"
-CLASSES = {"LoRA", "DoRA"}
-NAMES = {"lora", "dora"}
+CLASSES = {method.__name__ for method in TABLE.values()}
+NAMES = {*TABLE}
 
 
 def _last(node: ast.AST) -> str:
@@ -91,6 +93,7 @@ def test_no_other_file_asks_for_the_method() -> None:
         "hasattr(adapter.method, 'exact_norm_gradient')",
         "x = adapter.method.name == 'dora'",
         "x = 'dora' != options.method",
+        "x = options.method == 'full'",
         "x = type(m) is DoRA",
         "x = 1 if settings.use_dora else 2",
         "if not flags['use_dora']:\n    pass",
@@ -110,7 +113,6 @@ def test_every_form_of_the_question_is_found(source: str) -> None:
         "from veneer.adapters.methods import DoRA, LoRA",
         "x = adapter.method.needs_base_weights",
         "print(adapter.method.name, adapter.method.label)",
-        "x = options.method == 'full'",
         "x = layout.has_magnitude",
         "use_dora: bool = False",
     ],

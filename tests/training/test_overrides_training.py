@@ -30,6 +30,8 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "tokens, dora": ("qwen3", TIED, {"trainable_token_indices": ("3",), "method": "dora"}),
     "biases": ("opt", {}, {"bias": "all"}),
     "biases of adapted layers": ("opt", {}, {"bias": "lora_only"}),
+    "bitfit": ("opt", {}, {"method": "bitfit"}),
+    "full fine-tuning": ("opt", {}, {"method": "full"}),
     "a bias of B": ("llama", UNTIED, {"lora_bias": True}),
 }
 

@@ -9,13 +9,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from veneer._options.base import Flag, Fraction, Options, Positive, Texts, Whole
+from veneer._options.base import Flag, Fraction, Positive
+from veneer._options.method import MethodOptions
 
 Rank = Annotated[int, Field(strict=True, ge=1, le=4096)]
 Alpha = Annotated[float, Field(strict=True, allow_inf_nan=False, gt=0, le=1e6)]
 
 
-class LowRankOptions(Options):
+class LowRankOptions(MethodOptions):
     """Adapter."""
 
     r: Rank = 16
@@ -30,24 +31,12 @@ class LowRankOptions(Options):
     """Ratio of B's learning rate to A's (LoRA+, arXiv 2402.12354)."""
     init_lora_weights: Literal["kaiming_uniform", "gaussian"] = "kaiming_uniform"
     """Initialization of A; B starts at zero, so that training starts from the base model."""
-    target_modules: Literal["all-linear"] | Texts = "all-linear"
-    """Modules to adapt: all linear layers of the blocks (without the head), or names, globs, and regular expressions after re:."""
-    exclude_modules: Texts = ()
-    """Modules to leave out, given in the same way."""
-    layers_to_transform: tuple[Whole, ...] | None = None
-    """Indices of the blocks to adapt, from 0 (default: all)."""
     rank_pattern: dict[str, Rank] = {}
     """Ranks of particular modules, by pattern: q_proj=8."""
     alpha_pattern: dict[str, Alpha] = {}
     """lora_alpha of particular modules, by pattern: q_proj=16."""
     shared_outer: Flag = False
     """Let all experts of a stack share the factor on the hidden side: A of gate_proj and up_proj, B of down_proj."""
-    ensure_weight_tying: Flag = False
-    """Let an adapter on a tied embedding adapt the head with the same factors."""
-    modules_to_save: Texts = ()
-    """Modules to train in full and save with the adapter, by name: a head (lm_head, score), an embedding, norms."""
-    trainable_token_indices: tuple[Whole, ...] = ()
-    """Token ids whose embedding rows are trained and saved with the adapter."""
     bias: Literal["none", "all", "lora_only"] = "none"
     """Biases to train: none, those of adapted layers only (lora_only), or all."""
     lora_bias: Flag = False

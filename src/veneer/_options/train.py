@@ -34,9 +34,6 @@ from veneer._options.base import (
 from veneer._options.low_rank import LowRankOptions
 from veneer._options.text import kinds_of, read
 
-FULL = "full"
-"""The ``method`` of full fine-tuning. All others are names of adapter methods."""
-
 
 def default_learning_rate(hidden: int, model_type: str) -> float:
     """The learning rate for a base model with ``hidden`` features, of transformers' ``model_type``.
@@ -130,8 +127,8 @@ class DataOptions(Options):
 class AdapterOptions(LowRankOptions):
     """Adapter."""
 
-    method: Literal["lora", "dora", "full"] = "lora"
-    """Adapter method; full trains complete copies of the layers, as a baseline."""
+    method: Literal["lora", "dora", "full", "bitfit"] = "lora"
+    """Adapter method: lora, dora, full (complete copies of the layers), or bitfit (the biases)."""
 
 
 class ContinualOptions(Options):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from veneer.adapters.adapter import Adapter
 from veneer.adapters.attach import attach, bank_of
 from veneer.adapters.bank import Bank
-from veneer.adapters.methods import METHODS, DoRA, LoRA, Method
+from veneer.adapters.methods import METHODS, BitFit, DoRA, Full, LoRA, Method
 from veneer.adapters.runtime.route import Route
 
-__all__ = ["METHODS", "Adapter", "Bank", "DoRA", "LoRA", "Method", "Route", "attach", "bank_of"]
+__all__ = ["METHODS", "Adapter", "Bank", "BitFit", "DoRA", "Full", "LoRA", "Method", "Route", "attach", "bank_of"]

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from veneer.adapters.layers.site import Site, Survey
 from veneer.adapters.methods import Method
-from veneer.adapters.targets import by_pattern
 from veneer.errors import AdapterError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -28,8 +27,8 @@ class Adapter:
 
     Attributes:
         name: its name in routes.
-        method: `LoRA` or `DoRA`, frozen.
-        tensors: {site: {tensor name: Parameter}} in PEFT's names and shapes.
+        method: an instance of `LoRA`, `DoRA` or another `Method`, frozen.
+        tensors: {site: {tensor name: Parameter}} of the method's own, in PEFT's names and shapes.
         overrides: {site: {"weight", "bias", "rows" or "lora_bias": Parameter}}; two sites may share a Parameter.
         tokens: the tokens of the overridden rows, by site.
         kinds: the layer kind of each site.
@@ -69,17 +68,17 @@ class Adapter:
         return f"Adapter({self.name!r}, {self.method.name}, {sizes})"
 
     def rank(self, site: str) -> int:
-        """Rank at a site: the length of A's first dimension."""
-        return int(self.tensors[site][self.method.factor_names(self.kinds[site])[0]].shape[0])
+        """Rank at a site: the length of A's first dimension, or zero for a method without factors."""
+        return self.method.rank(self.tensors[site])
 
     def alpha(self, site: str) -> float:
         """lora_alpha at a site, alpha_pattern applied."""
         if site in self._alphas:
             return self._alphas[site]
-        return by_pattern(self.method.alpha_pattern, site, self.method.lora_alpha)
+        return self.method.alpha(site)
 
     def scale(self, site: str) -> float:
-        """s in W + s B A at a site."""
+        """s in W + s B A at a site; one for a method without a scale."""
         return self.method.scaling(self.rank(site), self.alpha(site))
 
     def rename(self, sites: Mapping[str, Mapping[str, Mapping[str, Tensor]]]) -> None:
@@ -179,16 +178,10 @@ def new_adapter(
     """
     tensors: dict[str, dict[str, Tensor]] = {}
     for site in sites:
-        r = by_pattern(method.rank_pattern, site.name, max(1, method.r // site.active_experts))
         dtype = torch.promote_types(site.dtype, torch.float32)
-        if site.weight.is_meta:
-            # A base without values: shapes are enough for counting and planning.
-            shapes = method.tensor_shapes(site.geometry, r)
-            tensors[site.name] = {key: torch.empty(shape, dtype=dtype, device="meta") for key, shape in shapes.items()}
-            continue
         generator = torch.Generator().manual_seed(stream_seed(seed, site.name))
-        tensors[site.name] = method.init(site.geometry, r, site.squared_norms, generator, dtype)
-    if method.shared_outer:
+        tensors[site.name] = method.init(site, generator, dtype)
+    if method.shares_experts:
         share_outer(tensors, [site.name for site in sites if site.stack is not None])
     kinds = {site.name: site.kind for site in sites}
     return Adapter(name, method, tensors, kinds, overrides=overrides, tokens=tokens, seed=seed)

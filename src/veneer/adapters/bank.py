@@ -27,14 +27,12 @@ from veneer.adapters.compatibility import check_fit, check_overrides, check_tyin
 from veneer.adapters.layers.site import Site, Survey
 from veneer.adapters.merge import merged_state_dict, unties
 from veneer.adapters.methods import Method
-from veneer.adapters.methods.base import LowRankMethod
 from veneer.adapters.module import adapter_module
 from veneer.adapters.overrides import fresh_overrides
 from veneer.adapters.patches import Patches
 from veneer.adapters.runtime.route import Route, RouteLike
 from veneer.adapters.runtime.runtime import Runtime
 from veneer.adapters.runtime.tracker import RouteTracker
-from veneer.adapters.targets import select
 from veneer.adapters.training_checks import is_untouched, optimizers_checked
 from veneer.errors import AdapterError, RouteError
 
@@ -107,9 +105,8 @@ class Bank:
         return list(self._adapters)
 
     def __repr__(self) -> str:
-        adapters = ", ".join(
-            f"{name}: {adapter.method.label} r={adapter.method.r}" for name, adapter in self._adapters.items()
-        )
+        methods = {name: adapter.method for name, adapter in self._adapters.items()}
+        adapters = ", ".join(f"{name}: {method.label} {method.size}".rstrip() for name, method in methods.items())
         ended = ", detached" if self._detached else ""
         return f"Bank({type(self.model).__name__}, {len(self.sites)} sites, {adapters or 'no adapters'}{ended})"
 
@@ -141,22 +138,23 @@ class Bank:
         Raises TargetError for patterns that match nothing, AdapterError for a name that is taken or unfit.
         """
         given: object = method
-        if not isinstance(given, LowRankMethod):
+        if not isinstance(given, Method):
             found = f"the class {given.__name__}" if isinstance(given, type) else repr(given)
             raise AdapterError(
                 f"bank.add takes the adapter's method with its options, such as LoRA(r=16); found {found}"
             )
         self._check_free(name)
         # Experts are most of a mixture's layers, so they are not left out.
-        left_out = [name for name in self.not_portable(method) if self.sites[name].stack is None]
-        chosen = select(self.survey, method, method.kinds, left_out=left_out)
+        left_out = [site for site in self.not_portable(method) if self.sites[site].stack is None]
+        chosen = method.choose(self.survey, left_out=left_out)
         overrides, tokens = fresh_overrides(self.model, self.survey, method, chosen)
         check_tying(method, [*chosen, *overrides], self.sites)
         if method.ensure_weight_tying:
             # A head that was chosen too takes the embedding's factors, as in PEFT, and none of its own.
-            chosen = [site for site in chosen if self.sites[site].tied_to not in chosen]
+            chosen = [site for site in chosen if self.survey.site(site).tied_to not in chosen]
         # As in PEFT, a layer whose weight is overridden is not adapted too.
-        sites = [self.sites[site] for site in chosen if "weight" not in overrides.get(site, ())]
+        own = [site for site in chosen if "weight" not in overrides.get(site, ())]
+        sites = [site for site in map(self.survey.site, own) if method.tensor_names(site.kind)]
         adapter = new_adapter(name, method, sites, seed=seed, overrides=overrides, tokens=tokens)
         check_overrides(adapter, self.survey)
         return self._install(adapter)
@@ -255,12 +253,14 @@ class Bank:
     def parameter_groups(self, name: str, lr: float) -> list[dict[str, Any]]:
         """Optimizer groups of an adapter: B at ``loraplus_lr_ratio`` times the rate of the rest (LoRA+)."""
         adapter = self[name]
-        ratio = adapter.method.loraplus_lr_ratio
-        ups = {site: adapter.method.factor_names(kind)[1] for site, kind in adapter.kinds.items()}
-        fast = list({id(tensors[ups[site]]): tensors[ups[site]] for site, tensors in adapter.tensors.items()}.values())
-        known = {id(p) for p in fast}
-        rest = [p for p in adapter.parameters() if id(p) not in known]
-        return [{"params": rest, "lr": lr}, {"params": fast, "lr": lr * ratio}]
+        fast: dict[int, nn.Parameter] = {}
+        ratio = 1.0
+        for site, tensors in adapter.tensors.items():
+            names, ratio = adapter.method.faster(adapter.kinds[site])
+            fast |= {id(tensors[name]): tensors[name] for name in names}
+        rest = [p for p in adapter.parameters() if id(p) not in fast]
+        groups = [{"params": rest, "lr": lr}, {"params": list(fast.values()), "lr": lr * ratio}]
+        return groups if fast else groups[:1]
 
     def module(self, name: str) -> nn.Module:
         """The base under one adapter, as a module whose parameters and state_dict are the adapter's, for transformers' Trainer or any other

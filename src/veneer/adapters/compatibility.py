@@ -36,8 +36,7 @@ def tensor_problems(method: Method, site: Site, tensors: Mapping[str, Tensor]) -
     found += [f"{name}: {method.name} has no tensor {key}" for key in tensors if key not in names]
     if found:
         return found
-    rank = int(tensors[method.factor_names(site.kind)[0]].shape[0])
-    expected = method.tensor_shapes(site.geometry, rank)
+    expected = method.tensor_shapes(site.geometry, {key: tuple(tensor.shape) for key, tensor in tensors.items()})
     return [
         f"{name}.{key}: expected shape {expected[key]}, found {tuple(tensor.shape)}"
         for key, tensor in tensors.items()

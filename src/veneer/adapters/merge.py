@@ -23,8 +23,19 @@ from veneer.kernels.quantized.state import is_companion
 Weighted = Sequence[tuple[Adapter, float]]
 
 
+def check_mergeable(adapter: Adapter) -> None:
+    """Raise AdapterError for an adapter whose change no weights can hold."""
+    if adapter.method.no_delta:
+        raise AdapterError(
+            f'"{adapter.name}" is a {adapter.method.label} adapter and cannot be merged: {adapter.method.no_delta}; use it beside the base'
+        )
+
+
 def merged_weight(site: Site, mix: Weighted, dtype: torch.dtype | None = None) -> Tensor | None:
     """The merged weight of one site in its stored layout and ``dtype`` (the base's by default), or None if the mix leaves it."""
+    replaced = _replacement(site.name, "weight", mix)
+    if replaced is not None and site.kind != "vector_layer":
+        return replaced.to(site.weight.device, dtype or site.dtype).contiguous()
     base = site.weight_2d
     wide = torch.promote_types(base.dtype, torch.float32)
     merged: Tensor | None = None
@@ -43,12 +54,23 @@ def merged_weight(site: Site, mix: Weighted, dtype: torch.dtype | None = None) -
     return site.layer_kind.stored(site.module, merged).to(dtype or base.dtype).contiguous()
 
 
+def _replacement(layer: str, key: str, mix: Weighted) -> Tensor | None:
+    """The trained parameter itself, where one adapter of weight one replaces it and nothing else changes it."""
+    found = [(adapter, weight) for adapter, weight in mix if layer in adapter.tensors or layer in adapter.overrides]
+    if len(found) != 1 or found[0][1] != 1 or layer in found[0][0].tensors:
+        return None
+    value = found[0][0].overrides[layer].get(key)
+    return None if value is None or "lora_bias" in found[0][0].overrides[layer] else value.detach()
+
+
 def merged_state_dict(model: nn.Module, survey: Survey, mix: Weighted) -> dict[str, Tensor]:
     """The attached model's state_dict with merged weights in place of adapted ones; what is not adapted is the base's own tensor.
 
     A merged weight is dense where the base's is quantized.
     A module that the model has under several names is written under each. Raises AdapterError where the state_dict has no such name.
     """
+    for adapter, _ in mix:
+        check_mergeable(adapter)
     state: dict[str, Tensor] = {name: value.detach() for name, value in model.state_dict().items()}
     stacks: set[str] = set()
     for site in survey.sites.values():
@@ -93,20 +115,24 @@ def _merged_vectors(survey: Survey, mix: Weighted) -> dict[str, Tensor]:
     """Merged biases, and merged parameters of vector layers, by their names in the model."""
     sums: dict[str, Tensor] = {}
     bases: dict[str, Tensor | None] = {}
+    exact: dict[str, Tensor] = {}
     for adapter, weight in mix:
-        for name in adapter.overrides:
+        for name in dict.fromkeys([*adapter.tensors, *adapter.overrides]):
             site = survey.site(name)
             for key, change in vector_deltas(adapter, site).items():
                 base: Tensor | None = getattr(site.module, key, None)
+                value = _replacement(name, key, mix)
                 for path in site.names:
                     full = f"{path}.{key}" if path else key
                     bases[full] = base
                     sums[full] = sums.get(full, torch.zeros_like(change)).add(change, alpha=weight)
+                    if value is not None and base is not None:
+                        exact[full] = value.to(base.device, base.dtype)
     merged = {}
     for full, change in sums.items():
         known = bases[full]
         merged[full] = change if known is None else (known.detach().to(change) + change).to(known.dtype)
-    return merged
+    return merged | exact
 
 
 def unties(survey: Survey, mix: Weighted) -> list[tuple[str, ...]]:

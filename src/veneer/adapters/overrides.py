@@ -8,7 +8,7 @@ can a vector layer (a norm).
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -127,7 +127,7 @@ def matrix_deltas(adapter: Adapter, site: Site) -> list[Tensor]:
 
 def vector_deltas(adapter: Adapter, site: Site) -> dict[str, Tensor]:
     """The change of an adapter's overrides in a layer's vectors: {"weight" (of a vector layer), "bias": change}, fp32 or wider."""
-    tensors = adapter.overrides[site.name]
+    tensors = adapter.overrides.get(site.name, {})
     found: dict[str, Tensor] = {}
     for key in (WEIGHT, BIAS) if site.kind == "vector_layer" else (BIAS,):
         if key in tensors:
@@ -137,6 +137,11 @@ def vector_deltas(adapter: Adapter, site: Site) -> dict[str, Tensor]:
     if LORA_BIAS in tensors:
         change = adapter.scale(site.name) * tensors[LORA_BIAS].detach().float()
         found[BIAS] = found[BIAS] + change.to(found[BIAS]) if BIAS in found else change
+    bias = getattr(site.module, BIAS, None)
+    if site.name in adapter.tensors and isinstance(bias, Tensor):
+        moved = adapter.method.bias_delta(adapter.tensors[site.name], bias.detach())
+        if moved is not None:
+            found[BIAS] = found.get(BIAS, torch.zeros_like(moved)) + moved
     return found
 
 
@@ -152,18 +157,17 @@ def fresh_overrides(
     for pattern in as_list(method.modules_to_save):
         for site in _sites_of(pattern, model, survey, problems):
             found.setdefault(site.name, _fresh_layer(site))
-    biased = (
-        survey.every() if method.bias == "all" else (survey.sites[name] for name in chosen if method.bias != "none")
-    )
-    for site in biased:
-        if isinstance(getattr(site.module, BIAS, None), Tensor) and not site.reason:
-            if site.stack is not None:
-                problems.add(
-                    f'bias: "{method.bias}" names {site.name}, and biases of stacked experts cannot be trained'
-                )
-                break
-            found.setdefault(site.name, {}).setdefault(BIAS, fresh_values(site.module, (BIAS,))[BIAS])
-    for name in chosen if method.lora_bias else ():
+    for name, keys in method.copies(survey, chosen).items():
+        site = survey.site(name)
+        if site.reason or (keys == (BIAS,) and not isinstance(getattr(site.module, BIAS, None), Tensor)):
+            continue
+        if site.stack is not None:
+            problems.add(
+                f"{name}: parameters of stacked experts cannot be trained so; choose other layers, or no biases"
+            )
+            break
+        found[name] = {**_fresh_layer(site, keys), **found.get(name, {})}
+    for name in chosen if method.adds_bias else ():
         site = survey.sites[name]
         if site.kind != "embedding":
             found.setdefault(name, {})[LORA_BIAS] = torch.zeros(site.geometry.out)
@@ -195,10 +199,10 @@ def _sites_of(pattern: str, model: nn.Module, survey: Survey, problems: Problems
     return list(found.values())
 
 
-def _fresh_layer(site: Site) -> dict[str, Tensor]:
-    """Copies of all parameters of a layer, a quantized weight dequantized."""
-    values = fresh_values(site.module, (WEIGHT, BIAS))
-    if site.layer_kind.quantized(site.module) is not None:
+def _fresh_layer(site: Site, keys: Collection[str] = (WEIGHT, BIAS)) -> dict[str, Tensor]:
+    """Copies of these parameters of a layer, a quantized weight dequantized."""
+    values = fresh_values(site.module, keys)
+    if WEIGHT in keys and site.layer_kind.quantized(site.module) is not None:
         values[WEIGHT] = site.dense.to("cpu", torch.promote_types(site.dtype, torch.float32))
     return values
 
@@ -237,11 +241,10 @@ def _share_with_heads(survey: Survey, overrides: dict[str, dict[str, Tensor]]) -
             overrides[site.name] = {**overrides.get(site.name, {}), WEIGHT: overrides[site.tied_to][WEIGHT]}
 
 
-def fresh_values(module: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+def fresh_values(module: nn.Module, names: Collection[str]) -> dict[str, Tensor]:
     """Copies of a layer's own parameters, in fp32 or wider, to train from."""
-    known = dict(module.named_parameters(recurse=False))
+    known = {name: value.detach() for name, value in module.named_parameters(recurse=False) if name in names}
     return {
-        name: known[name].detach().to("cpu", torch.promote_types(known[name].dtype, torch.float32), copy=True)
-        for name in names
-        if name in known
+        name: value.to("meta" if value.is_meta else "cpu", torch.promote_types(value.dtype, torch.float32), copy=True)
+        for name, value in known.items()
     }

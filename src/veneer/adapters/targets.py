@@ -1,6 +1,7 @@
 """Chooses an adapter's sites by patterns over site names. A pattern that matches nothing is an error.
 
     all-linear          every linear layer of the blocks, not the head, save those that PEFT cannot read from a folder
+    all                 every layer of the body that the method takes: without the head
     q_proj              a name: the last part of a path, or any tail of it ("self_attn.q_proj")
     model.layers.*.mlp.*   a glob over the whole path or a tail of it
     re:.*\\.(q|v)_proj   a regular expression that must match the whole path
@@ -19,11 +20,11 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TypeVar
 
-from veneer.adapters.layers.site import Site, Survey
-from veneer.config import LowRankOptions
+from veneer.adapters.layers.site import Site
+from veneer.config import MethodOptions
 from veneer.errors import Problems, TargetError
 
-ALL_LINEAR = "all-linear"
+ALL_LINEAR, ALL = "all-linear", "all"
 T = TypeVar("T")
 
 
@@ -42,34 +43,51 @@ def matches(pattern: str, path: str) -> bool:
 
 
 def select(
-    survey: Survey, options: LowRankOptions, kinds: tuple[str, ...], *, left_out: Collection[str] = ()
+    layers: Mapping[str, Site],
+    options: MethodOptions,
+    kinds: Collection[str],
+    *,
+    left_out: Collection[str] = (),
+    uncovered: Mapping[str, str] | None = None,
+    tables: Mapping[str, Mapping[str, object]] | None = None,
 ) -> list[str]:
-    """Names of the sites that ``options`` asks for, in the model's order; ``all-linear`` does not take those in ``left_out``.
+    """Names of the layers that ``options`` asks for, in the model's order.
+
+    Args:
+        layers: the layers to choose from: a survey's sites, perhaps with its vector layers.
+        options: the options.
+        kinds: layer kinds that the method acts on.
+        left_out: what ``all-linear`` does not take.
+        uncovered: layers that cannot be adapted, with the reason.
+        tables: options by pattern, such as rank_pattern, whose patterns must match something too.
 
     Raises TargetError naming every pattern that matches nothing and every layer that cannot be adapted, with the reason.
     """
     problems = Problems()
     chosen: set[str] = set()
     for pattern in _valid(as_list(options.target_modules), problems):
-        chosen |= (
-            _all_linear(survey, left_out, problems) if pattern == ALL_LINEAR else _one(pattern, survey, kinds, problems)
-        )
+        if pattern == ALL_LINEAR:
+            chosen |= _all_linear(layers, left_out, problems)
+        elif pattern == ALL:
+            chosen |= _all(layers, kinds, problems)
+        else:
+            chosen |= _one(pattern, layers, uncovered or {}, kinds, problems)
     for pattern in _valid(as_list(options.exclude_modules), problems):
-        excluded = {name for name in chosen if _names(pattern, survey.sites[name])}
+        excluded = {name for name in chosen if _names(pattern, layers[name])}
         if not excluded:
-            near = _near(pattern, {name: survey.sites[name] for name in chosen})
+            near = _near(pattern, {name: layers[name] for name in chosen})
             problems.add(f'exclude_modules: "{pattern}" matches none of the sites that target_modules chose{near}')
         chosen -= excluded
-    chosen = _only_layers(chosen, survey, options.layers_to_transform, problems)
+    chosen = _only_layers(chosen, layers, options.layers_to_transform, problems)
     if not chosen and not problems:
         problems.add("no site is left after exclude_modules and layers_to_transform")
-    for label, table in (("rank_pattern", options.rank_pattern), ("alpha_pattern", options.alpha_pattern)):
+    for label, table in (tables or {}).items():
         for pattern in _valid(table, problems):
             if not any(matches(pattern, name) for name in chosen):
-                near = _near(pattern, {name: survey.sites[name] for name in chosen})
+                near = _near(pattern, {name: layers[name] for name in chosen})
                 problems.add(f'{label}: "{pattern}" matches none of the adapted sites{near}')
     problems.raise_if_any(TargetError, "the adapter's sites cannot be chosen")
-    return [name for name in survey.sites if name in chosen]
+    return [name for name in layers if name in chosen]
 
 
 def by_pattern(table: Mapping[str, T], path: str, default: T) -> T:
@@ -77,36 +95,46 @@ def by_pattern(table: Mapping[str, T], path: str, default: T) -> T:
     return next((value for pattern, value in table.items() if matches(pattern, path)), default)
 
 
-def _all_linear(survey: Survey, left_out: Collection[str], problems: Problems) -> set[str]:
+def _all_linear(layers: Mapping[str, Site], left_out: Collection[str], problems: Problems) -> set[str]:
     linear = [
-        site
-        for site in survey.sites.values()
-        if site.kind in ("linear", "conv1d") and not (site.is_head or site.is_router)
+        site for site in layers.values() if site.kind in ("linear", "conv1d") and not (site.is_head or site.is_router)
     ]
     in_blocks = [site for site in linear if site.in_block] or linear
     found = {site.name for site in in_blocks if not site.reason and site.name not in left_out}
     if not found:
         what = "no linear layer" + (" that PEFT reads from a folder" if left_out else "")
-        problems.add(f'target_modules: "{ALL_LINEAR}" finds {what}; the model has {_inventory(survey.sites)}')
+        problems.add(f'target_modules: "{ALL_LINEAR}" finds {what}; the model has {_inventory(layers)}')
     return found
 
 
-def _one(pattern: str, survey: Survey, kinds: tuple[str, ...], problems: Problems) -> set[str]:
-    sites = survey.sites
-    found = {name for name, site in sites.items() if _names(pattern, site)}
+def _all(layers: Mapping[str, Site], kinds: Collection[str], problems: Problems) -> set[str]:
+    found = {
+        site.name
+        for site in layers.values()
+        if site.in_body and site.kind in kinds and not (site.reason or site.is_router or site.stack is not None)
+    }
+    if not found:
+        problems.add(f'target_modules: "{ALL}" finds no layer of a kind that this method takes')
+    return found
+
+
+def _one(
+    pattern: str, layers: Mapping[str, Site], uncovered: Mapping[str, str], kinds: Collection[str], problems: Problems
+) -> set[str]:
+    found = {name for name, site in layers.items() if _names(pattern, site)}
     for name in sorted(found):
-        if sites[name].reason:
-            problems.add(f'target_modules: "{pattern}" names {name}, which cannot be adapted: {sites[name].reason}')
-        elif sites[name].kind not in kinds:
+        if layers[name].reason:
+            problems.add(f'target_modules: "{pattern}" names {name}, which cannot be adapted: {layers[name].reason}')
+        elif layers[name].kind not in kinds:
             problems.add(
-                f'target_modules: "{pattern}" names {name}, a {sites[name].kind} layer, which this method does not take'
+                f'target_modules: "{pattern}" names {name}, a {layers[name].kind} layer, which this method does not take'
             )
-    refused = {name: why for name, why in survey.uncovered.items() if matches(pattern, name)}
+    refused = {name: why for name, why in uncovered.items() if matches(pattern, name) and name not in layers}
     for name, why in sorted(refused.items()):
         problems.add(f'target_modules: "{pattern}" names {name}, which cannot be adapted: {why}')
     if not found and not refused:
         problems.add(
-            f'target_modules: "{pattern}" matches nothing{_near(pattern, sites)}; the model has {_inventory(sites)}'
+            f'target_modules: "{pattern}" matches nothing{_near(pattern, layers)}; the model has {_inventory(layers)}'
         )
     return found
 
@@ -129,15 +157,17 @@ def _valid(patterns: Iterable[str], problems: Problems) -> Iterator[str]:
             yield pattern
 
 
-def _only_layers(chosen: set[str], survey: Survey, layers: tuple[int, ...] | None, problems: Problems) -> set[str]:
-    if layers is None:
+def _only_layers(
+    chosen: set[str], layers: Mapping[str, Site], blocks: tuple[int, ...] | None, problems: Problems
+) -> set[str]:
+    if blocks is None:
         return chosen
-    have = {survey.sites[name].block for name in chosen} - {None}
-    for layer in layers:
+    have = {layers[name].block for name in chosen} - {None}
+    for layer in blocks:
         if layer not in have:
             span = f"{min(have)} to {max(have)}" if have else "none"  # type: ignore[type-var]
             problems.add(f"layers_to_transform: block {layer} holds none of the chosen sites (blocks: {span})")
-    return {name for name in chosen if survey.sites[name].block in layers}
+    return {name for name in chosen if layers[name].block in blocks}
 
 
 def _near(pattern: str, sites: Mapping[str, Site]) -> str:

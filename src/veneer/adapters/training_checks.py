@@ -53,11 +53,12 @@ def is_untouched(adapter: Adapter, model: nn.Module, survey: Survey) -> bool:
     """True if every tensor of an adapter still has the value with which it was made, to the bit."""
     method = adapter.method
     for site, tensors in adapter.tensors.items():
-        first = tensors[method.zero_at_start(adapter.kinds[site])]
-        if first.is_meta or bool(first.any()):
+        name = method.zero_at_start(adapter.kinds[site])
+        if name and (tensors[name].is_meta or bool(tensors[name].any())):
             return False
     sites = [survey.sites[site] for site in adapter.tensors]
-    overrides, tokens = fresh_overrides(model, survey, method, [site.name for site in sites])
+    chosen = [*adapter.tensors] or [layer for layer in adapter.overrides if survey.find(layer) is not None]
+    overrides, tokens = fresh_overrides(model, survey, method, chosen)
     fresh = new_adapter(adapter.name, method, sites, seed=adapter.seed, overrides=overrides, tokens=tokens)
     made = {(site, key): value for site, key, value in fresh.named_tensors()}
     return all(

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from veneer.adapters.adapter import Adapter
+from veneer.adapters.methods import low_rank
 from veneer.deltas.build import Tensors, assemble, site_tensors
 from veneer.deltas.delta import LowRankTerm, SiteDelta, Weights, site_delta
 from veneer.deltas.linalg import Eigen, dense_svd_near, gram_eigh
@@ -72,6 +73,7 @@ def reduce_intruders(
     _check(top_k, threshold)
     if not 0 <= keep < 1:
         raise ComposeError(f"keep: expected a share of 0 or more and below 1, found {keep:g}")
+    method = low_rank(adapter.method, f'the adapter "{adapter.name}" has no low-rank change')
     tensors: dict[str, Tensors] = {}
     found: dict[str, int] = {}
     for site in adapter.tensors:
@@ -84,13 +86,13 @@ def reduce_intruders(
         if indices:
             removed = LowRankTerm(keep - 1, u[:, indices] * s[indices], vt[indices])
             delta = delta + SiteDelta(delta.geometry, (removed,))
-        tensors[site] = site_tensors(site, delta, adapter.method, weight_OK)
+        tensors[site] = site_tensors(site, delta, method, weight_OK)
     if not any(found.values()):
         raise ComposeError(
             f'the adapter "{adapter.name}" has no intruder among the {top_k} leading directions of any site, so there is nothing to reduce'
         )
     tied = adapter.method.ensure_weight_tying
-    return ReducedAdapter(assemble(tensors, adapter.kinds, name, method=adapter.method, tied=tied), found)
+    return ReducedAdapter(assemble(tensors, adapter.kinds, name, method=method, tied=tied), found)
 
 
 def _intruders(weight_OK: Tensor, base: Eigen, ours: Tensor, threshold: float) -> Intruders:

@@ -110,7 +110,7 @@ def view(adapter: Adapter, bank: Bank | None = None) -> View:
         adapter.num_parameters(),
         sum(file.stat().st_size for file in path.glob("adapter_*") if file.is_file()),
         sites,
-        {"r": adapter.method.r, "lora_alpha": adapter.method.lora_alpha, **options},
+        {**{key: value for key, value in adapter.method.model_dump().items() if key in ("r", "lora_alpha")}, **options},
         adapter.meta.get("receipt"),
         [_override(adapter, layer, key, base) for layer, keys in adapter.overrides.items() for key in keys],
         list(adapter.meta.get("notes", ())),

@@ -67,6 +67,8 @@ def make_receipt(adapter: Adapter, base: BaseView, digest: str, extra: Mapping[s
         **(extra or {}),
     }
     receipt["options"] = _options_beyond_peft(adapter)
+    if not adapter.method.flags:
+        receipt["method"] = adapter.method.name
     if adapter.overrides:
         receipt["own"] = _override_record(adapter)
     if names := base.expert_names(adapter.tensors):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from veneer.adapters.adapter import Adapter
 from veneer.adapters.layers.kinds import Geometry
-from veneer.adapters.methods import METHODS, LoRA, Method
+from veneer.adapters.methods import LOW_RANK, LoRA, LowRankMethod, Method, low_rank
 from veneer.checkpoints.base_files import check_changes_only, check_finite
 from veneer.checkpoints.receipt import base_records
 from veneer.compose.ops import OPERATIONS, Operation, OperationSettings, SiteContext
@@ -128,13 +128,14 @@ def combine(
     if not math.isfinite(settings.scale):
         raise ComposeError(f"scale: expected a finite number, found {settings.scale}")
     _check(chosen, parents, rank, energy, any_base)
-    with_magnitude = [parent.adapter for parent in parents if parent.adapter.method.needs_base_weights]
-    if with_magnitude and weights is None:
-        raise needs_base(with_magnitude[0])
+    dependent = [parent.adapter for parent in parents if parent.adapter.method.needs_base_weights]
+    if dependent and weights is None:
+        raise needs_base(dependent[0])
+    methods = [low_rank(adapter.method, adapter.name) for adapter in dependent if adapter.method.low_rank]
     if form == "auto":
-        method: Method = with_magnitude[0].method if with_magnitude and chosen.exact else LoRA()
+        method = methods[0] if methods and chosen.exact else LoRA()
     else:
-        method = METHODS[form]()
+        method = LOW_RANK[form]()
     combiner = _Combiner(chosen, parents, weights, rank, energy, settings, method)
     if chosen.check is not None:
         chosen.check([parent.adapter for parent in parents], settings, combiner.most)
@@ -176,7 +177,7 @@ class _Combiner:
     rank: int | None
     energy: float | None
     settings: OperationSettings
-    method: Method
+    method: LowRankMethod
     last_weight: tuple[str, Tensor] | None = None
 
     def sites(self) -> list[str]:

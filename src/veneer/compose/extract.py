@@ -23,8 +23,7 @@ import torch
 from torch import Tensor
 
 from veneer.adapters.adapter import Adapter
-from veneer.adapters.methods import METHODS, LoRA, Method
-from veneer.adapters.targets import select
+from veneer.adapters.methods import LOW_RANK, LoRA, LowRankMethod
 from veneer.checkpoints.base_files import Skeleton
 from veneer.checkpoints.peft.portable import as_parameters, not_portable
 from veneer.deltas.build import MAX_RANK, Tensors, assemble, site_tensors
@@ -122,9 +121,9 @@ def extract(
     _check_request(rank, energy)
     targets = target_modules if isinstance(target_modules, str) else tuple(target_modules)
     options = LoRA(target_modules=targets)
-    form = METHODS[method]()
+    form = LOW_RANK[method]()
     left_out = [site for site in not_portable(base.model, base.sites, form) if base.sites[site].stack is None]
-    sites = select(base.survey, options, options.kinds, left_out=left_out)
+    sites = options.choose(base.survey, left_out=left_out)
     _check_match(base, tuned, sites)
     tensors: dict[str, Tensors] = {}
     found: list[SiteExtract] = []
@@ -154,7 +153,7 @@ def _site(
     site: str,
     rank: int | None,
     energy: float | None,
-    method: Method,
+    method: LowRankMethod,
     device: torch.device,
 ) -> tuple[Tensors, SiteExtract]:
     weight_OK = base.weight_2d(site).to(device).double()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from veneer.adapters.adapter import Adapter
-from veneer.adapters.methods import LoRA, Method
+from veneer.adapters.methods import LoRA, LowRankMethod
 from veneer.deltas.delta import SiteDelta
 from veneer.errors import ComposeError
 
@@ -26,7 +26,7 @@ Tensors = dict[str, Tensor]
 MAX_RANK = 4096
 
 
-def site_tensors(site: str, delta: SiteDelta, method: Method, weight_OK: Tensor | None = None) -> Tensors:
+def site_tensors(site: str, delta: SiteDelta, method: LowRankMethod, weight_OK: Tensor | None = None) -> Tensors:
     """A site's tensors at scale one, fp32, in the form of a method; empty where there is no change.
 
     Raises:
@@ -54,7 +54,7 @@ def assemble(
     kinds: Mapping[str, str],
     name: str,
     *,
-    method: Method | None = None,
+    method: LowRankMethod | None = None,
     tied: bool = False,
     parameters: Iterable[str] = (),
 ) -> Adapter:

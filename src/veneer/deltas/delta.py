@@ -22,6 +22,7 @@ from torch import Tensor
 
 from veneer.adapters.adapter import Adapter
 from veneer.adapters.layers.kinds import Geometry
+from veneer.adapters.methods import low_rank
 from veneer.deltas.linalg import factored_norm
 from veneer.errors import ComposeError
 
@@ -126,7 +127,8 @@ class SiteDelta:
 def geometry_of(adapter: Adapter, site: str) -> Geometry:
     """The shapes of a site, from the adapter's own tensors."""
     kind = adapter.kinds[site]
-    a, b = (adapter.tensors[site][name] for name in adapter.method.factor_names(kind))
+    method = low_rank(adapter.method, f'the adapter "{adapter.name}" has no low-rank change')
+    a, b = (adapter.tensors[site][name] for name in method.factor_names(kind))
     kernel = (int(a.shape[2]), int(a.shape[3])) if kind == "conv2d" else (1, 1)
     return Geometry(kind, int(b.shape[0]), int(a.shape[1]), kernel)
 
@@ -139,7 +141,7 @@ def site_delta(adapter: Adapter, site: str, weights: Weights | None = None) -> S
     Raises:
         ComposeError: the delta depends on the base weights and ``weights`` is not given.
     """
-    method = adapter.method
+    method = low_rank(adapter.method, f'the adapter "{adapter.name}" has no low-rank change')
     if method.needs_base_weights and weights is None:
         raise needs_base(adapter)
     weight_OK = weights(site) if method.needs_base_weights and weights is not None else None

@@ -208,7 +208,9 @@ class _Merger:
             rows = slice(start, start + len(block))
             base = block.to(wide)
             delta = sum((change.rows(base, start) for change in planned.changes), torch.zeros_like(base))
-            rounded = _rounded(base + delta, target, generator, planned.site)
+            only = planned.changes[0].value if len(planned.changes) == 1 else None
+            exact = base + delta if only is None else only(start, start + len(block)).to(wide)
+            rounded = _rounded(exact, target, generator, planned.site)
             merged_OK[rows] = rounded
             totals.add(base, delta, rounded)
             if residual:

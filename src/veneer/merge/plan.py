@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from veneer.adapters.adapter import Adapter
+from veneer.adapters.merge import check_mergeable
 from veneer.adapters.methods import factors_2d
 from veneer.adapters.overrides import BIAS, LORA_BIAS, ROWS, WEIGHT
 from veneer.checkpoints.base_files import Skeleton, as_2d
@@ -30,10 +31,12 @@ class WeightChange:
     Attributes:
         identity: equal for two changes that do the same to two modules.
         rows: the change of some rows of a weight [out, in], from these rows and the index of the first.
+        value: the new rows themselves, from the first index and the one behind the last, where the change replaces them.
     """
 
     identity: tuple[object, ...]
     rows: Callable[[Tensor, int], Tensor]
+    value: Callable[[int, int], Tensor] | None = None
 
 
 def _low_rank_change(adapter: Adapter, site: str, weight: float, *, transposed: bool = False) -> WeightChange:
@@ -57,7 +60,8 @@ def _replacement(parameter: Tensor, value_OK: Tensor, weight: float) -> WeightCh
     def rows(weight_OK: Tensor, start: int) -> Tensor:
         return weight * (value_OK[start : start + len(weight_OK)].to(weight_OK) - weight_OK)
 
-    return WeightChange((id(parameter), weight), rows)
+    value = (lambda start, stop: value_OK[start:stop]) if weight == 1 else None
+    return WeightChange((id(parameter), weight), rows, value)
 
 
 def _added_vector(value_O: Tensor, weight: float) -> WeightChange:
@@ -84,6 +88,18 @@ def _token_rows(rows_nD: Tensor, tokens: tuple[int, ...], weight: float, *, colu
         return weight * change
 
     return WeightChange((id(rows_nD), tokens, weight), rows)
+
+
+def _bias_change(adapter: Adapter, site: str, weight: float) -> WeightChange:
+    """The change of a layer's bias by the adapter's own tensors there."""
+    tensors = {key: value.detach() for key, value in adapter.tensors[site].items()}
+
+    def rows(bias_O1: Tensor, start: int) -> Tensor:
+        some = adapter.method.output_rows(tensors, slice(start, start + len(bias_O1)))
+        change = adapter.method.bias_delta(some, bias_O1.squeeze(1))
+        return torch.zeros_like(bias_O1) if change is None else weight * change.unsqueeze(1).to(bias_O1)
+
+    return WeightChange((id(adapter), site, "bias", weight), rows)
 
 
 @dataclass(frozen=True)
@@ -117,7 +133,10 @@ def plan_merge(mix: Mix, base: Skeleton) -> MergePlan:
     changes: dict[str, list[WeightChange]] = {}
     vectors: dict[str, list[WeightChange]] = {}
     for adapter, weight in mix:
+        check_mergeable(adapter)
         for name in adapter.tensors:
+            if adapter.method.changes_biases and (stored := base.parameter_key(f"{name}.{BIAS}")) is not None:
+                vectors.setdefault(stored, []).append(_bias_change(adapter, name, weight))
             changes.setdefault(name, []).append(_low_rank_change(adapter, name, weight))
             for other in base.survey.tied.get(name, ()):
                 if adapter.follows_at(base.sites[other]) and base.sites[other].tied_to == name:

@@ -48,6 +48,8 @@ class Site:
     """The module of stacked experts that this layer is a part of (``experts.py``); its forward computes this layer."""
     active_experts: int = 1
     """Number of experts that compute a token, for a layer of an expert: each has this share of an adapter's rank."""
+    in_body: bool = True
+    """False for the output head and what else stands outside of the model's body (a pooler)."""
     is_router: bool = False
     """True for a linear layer that chooses a token's experts; all-linear leaves it out."""
     _squared: tuple[object, Tensor, StorageWeakRef] | None = field(default=None, repr=False)

@@ -26,6 +26,8 @@ from veneer.adapters.layers.site import Site, Survey
 from veneer.kernels.quantized.bitsandbytes import keep_packing, quantized_layer
 
 HEAD_NAMES = ("lm_head", "embed_out", "score", "classifier", "qa_outputs", "output_layer")
+_HEAD_PARTS = ("pooler",)
+"""Modules inside a base's body that compute the input of its head."""
 _KINDS: dict[str, LayerKind] = {kind.kind: kind for kind in (LayerKind(), Conv1DKind(), EmbeddingKind(), Conv2dKind())}
 _SCALED = ScaledEmbeddingKind()
 _QUANTIZED = QuantizedLinearKind()
@@ -65,6 +67,7 @@ def survey(model: nn.Module) -> Survey:
         is_head = kind is not _VECTOR and (module in heads or (block is None and tail in HEAD_NAMES))
         parent = model.get_submodule(path) if name else None
         site = Site(name, module, kind, block is not None, block, is_head, parent=parent, names=(name, *others))
+        site.in_body = not is_head and _in_body(name, model)
         (vector_layers if kind is _VECTOR else sites)[name] = site
         if kind is not _VECTOR:
             weight: Any = module.weight
@@ -75,6 +78,13 @@ def survey(model: nn.Module) -> Survey:
             sites[name].tied_to = next((other for other in group if sites[other].kind == "embedding"), None)
     _mark_routers(sites, stacks)
     return Survey(sites, uncovered, tied, vector_layers, stacks)
+
+
+def _in_body(name: str, model: nn.Module) -> bool:
+    """True for a layer of the model without its head: transformers names the body in ``base_model_prefix``."""
+    prefix = getattr(model, "base_model_prefix", "")
+    inside = not prefix or not hasattr(model, prefix) or name.startswith(f"{prefix}.")
+    return inside and not {*name.split(".")} & {*_HEAD_PARTS}
 
 
 def _stack_site(

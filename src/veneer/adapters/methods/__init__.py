@@ -5,23 +5,53 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from veneer.adapters.methods.base import factors_2d
+from veneer.adapters.methods.base import Method
+from veneer.adapters.methods.bitfit import BitFit
 from veneer.adapters.methods.dora import DoRA
+from veneer.adapters.methods.full import Full
 from veneer.adapters.methods.lora import LoRA
+from veneer.adapters.methods.low_rank import LowRankMethod, factors_2d, low_rank
 
-Method = LoRA | DoRA
-METHODS: dict[str, type[LoRA] | type[DoRA]] = {LoRA.name: LoRA, DoRA.name: DoRA}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (LoRA, DoRA, Full, BitFit)}
+LOW_RANK: dict[str, type[LowRankMethod]] = {
+    name: method for name, method in METHODS.items() if issubclass(method, LowRankMethod)
+}
+"""The methods that low-rank factors can be written as."""
+OPTIONS = frozenset(name for method in METHODS.values() for name in method.model_fields)
+"""Options that some method has."""
 
-__all__ = ["METHODS", "DoRA", "LoRA", "Method", "factors_2d", "method_class_for"]
+__all__ = [
+    "LOW_RANK",
+    "METHODS",
+    "OPTIONS",
+    "BitFit",
+    "DoRA",
+    "Full",
+    "LoRA",
+    "LowRankMethod",
+    "Method",
+    "factors_2d",
+    "has_option",
+    "low_rank",
+    "method_class_for",
+]
 
 
-def method_class_for(settings: Any) -> type[LoRA] | type[DoRA]:
-    """The method whose flags these settings of PEFT have: a mapping, or an object with the keys as attributes.
+def has_option(method: str, option: str) -> bool:
+    """False for an option that belongs to other methods than the one of this name."""
+    return option not in OPTIONS or option in METHODS[method].model_fields
 
+
+def method_class_for(settings: Any, recorded: object = None) -> type[Method]:
+    """The method whose ``peft_type`` and flags these settings of PEFT have: a mapping, or an object with the keys as attributes.
+
+    recorded: the name of the method in a receipt, by which methods without flags are found.
     Raises KeyError where no method has them.
     """
     read = settings.get if isinstance(settings, Mapping) else lambda key: getattr(settings, key)
+    if isinstance(recorded, str) and recorded in METHODS and not METHODS[recorded].flags:
+        return METHODS[recorded]
     for method in METHODS.values():
-        if all(bool(read(key)) == value for key, value in method.flags.items()):
+        if method.flags and all(bool(read(key)) == value for key, value in method.flags.items()):
             return method
     raise KeyError("no method has these flags")

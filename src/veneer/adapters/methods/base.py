@@ -1,7 +1,14 @@
-"""The contract of a method: the questions that the rest of the package asks of it, with the answers of plain low-rank methods.
+"""The contract of a method: the questions that the rest of the package asks of it, with the answers of a method that changes nothing.
 
-To add a method, copy ``lora.py``, change the answers that differ, and add the class to the table in ``methods/__init__.py``. No other
-file asks which method an adapter has: a question that is missing here becomes a property or function of this class.
+A method changes a layer in one or both of two ways:
+
+    trained copies    of the base's own parameters, in place of them for the adapter's tokens (`copies`)
+    own tensors       at each site, and the change that they make to the layer's output (`init`, `change`)
+
+That is all that a method needs for attaching, mixed batches, training, checkpoints and serving. A method whose change is one of the
+weights answers `delta` too, and is merged; one whose change has low rank is a `LowRankMethod` (``low_rank.py``) and has fast paths.
+Otherwise `no_delta` says why there is no such change. No other file asks which method an adapter has: a question that is missing here
+becomes a property or function of this class.
 
 The option fields are declared in ``veneer.config``, so ``LoRA(r=8)`` and a training run's ``--r 8`` are the same option.
 """
@@ -9,47 +16,72 @@ The option fields are declared in ``veneer.config``, so ``LoRA(r=8)`` and a trai
 from __future__ import annotations
 
 import inspect
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from veneer.adapters.layers.kinds import Geometry
-from veneer.adapters.methods.initialisers import initial_factors
-from veneer.config import LowRankOptions
+from veneer.adapters.layers.site import Site, Survey
+from veneer.adapters.targets import select
+from veneer.config import MethodOptions
+from veneer.errors import AdapterError, TargetError
 
-SquaredNorms = Callable[[], Tensor]
-"""||W_o||^2 of the base weight at a site, [out], computed when called."""
+Shapes = Mapping[str, tuple[int, ...]]
+"""Shapes of a site's tensors, by name."""
+
+EVERY_KIND = ("linear", "conv1d", "embedding", "conv2d", "vector_layer")
+"""All layer kinds, norms (vector_layer) among them."""
 
 
-class LowRankMethod(LowRankOptions):
-    """Options and behaviour of a low-rank method. Frozen; unknown options are errors.
+class Method(MethodOptions):
+    """Options and behaviour of a method. Frozen; unknown options are errors.
 
-    In all functions ``tensors`` are one site's tensors by their names on disk, ``scale`` is s in W + s B A, and ``weight_2d`` is the
-    base weight as [out, in].
+    In all functions ``tensors`` are one site's tensors by their names on disk, ``scale`` is the adapter's scale there (one, except for
+    low-rank methods), and ``weight_2d`` is the base weight as [out, in].
     """
 
     name: ClassVar[str]
     kinds: ClassVar[tuple[str, ...]] = ("linear", "conv1d", "embedding", "conv2d")
     """Layer kinds that the method acts on."""
-    tags: ClassVar[tuple[str, ...]] = ("lora",)
+    tags: ClassVar[tuple[str, ...]] = ()
     """Tags of a model card."""
-    flags: ClassVar[Mapping[str, bool]]
-    """Keys of PEFT's ``adapter_config.json`` that tell this method from others."""
-    beyond_peft: ClassVar[tuple[str, ...]] = ("loraplus_lr_ratio", "shared_outer")
-    """Options that PEFT's ``adapter_config.json`` has no key for."""
+    peft_type: ClassVar[str] = "LORA"
+    """``peft_type`` in ``adapter_config.json``."""
+    flags: ClassVar[Mapping[str, bool]] = {}
+    """Keys of ``adapter_config.json`` that tell this method from others of its ``peft_type``; none if only the receipt tells."""
+    beyond_peft: ClassVar[tuple[str, ...]] = (
+        "target_modules",
+        "exclude_modules",
+        "layers_to_transform",
+        "modules_to_save",
+    )
+    """Options that ``adapter_config.json`` has no key for."""
+    tables: ClassVar[tuple[str, ...]] = ()
+    """Options that hold a value by pattern (rank_pattern)."""
+    learning_rate_factor: ClassVar[float] = 1.0
+    """The default learning rate relative to that of LoRA."""
+    low_rank: ClassVar[bool] = False
+    """True if a site's first two tensors are the factors A and B of its change (`LowRankMethod`)."""
+    takes_experts: ClassVar[bool] = False
+    """True if the method acts on the layers of stacked experts."""
     needs_base_weights: ClassVar[bool] = False
     """True if the delta depends on the base weights."""
-    as_parameter: ClassVar[bool] = True
+    as_parameter: ClassVar[bool] = False
     """True if PEFT can hold the change as that of a bare parameter (``target_parameters``): low-rank factors alone."""
     serves_tied_head: ClassVar[bool] = True
-    """True if an output head can use the factors of the embedding that it is tied to."""
-    overrides_beside: ClassVar[frozenset[str]] = frozenset({"weight", "bias", "lora_bias"})
-    """Overrides that an adapter may have at a site in addition to its low-rank change."""
+    """True if an output head can use the tensors of the embedding that it is tied to."""
+    overrides_beside: ClassVar[frozenset[str]] = frozenset({"bias"})
+    """Overrides that an adapter may have at a site in addition to its own tensors there."""
+    changes_biases: ClassVar[bool] = False
+    """True if a site's own tensors change the layer's bias too (`bias_delta`)."""
     keeps_output: ClassVar[bool] = False
     """True if backward needs the layer's output."""
+    no_delta: ClassVar[str] = ""
+    """The reason that no weights hold the change, so that it cannot be merged; empty if they do."""
+    no_low_rank: ClassVar[str] = "its change is not kept as low-rank factors"
+    """The reason that the change cannot be composed, reduced or exported as low-rank factors."""
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
@@ -71,50 +103,110 @@ class LowRankMethod(LowRankOptions):
         """Name of the method as the field writes it."""
         return self.name
 
+    @property
+    def size(self) -> str:
+        """The option that sets the number of trained values, as ``r=16``; empty if there is none."""
+        return ""
+
+    @property
+    def dropout(self) -> float:
+        """Dropout probability on the input of the change."""
+        return 0.0
+
+    @property
+    def every_bias(self) -> bool:
+        """True if the biases of layers that are not adapted are trained too."""
+        return False
+
+    @property
+    def adds_bias(self) -> bool:
+        """True if a bias of B is trained at each site."""
+        return False
+
+    @property
+    def shares_experts(self) -> bool:
+        """True if the experts of a stack share the factors on their hidden side."""
+        return False
+
     def peft_flags(self) -> dict[str, bool]:
         """Keys of PEFT's ``adapter_config.json`` that tell this method from others."""
         return dict(self.flags)
 
-    def scaling(self, r: int, lora_alpha: float) -> float:
-        """s in W + s B A."""
-        return lora_alpha / (math.sqrt(r) if self.use_rslora else r)
+    # Layers
+
+    def choose(self, survey: Survey, *, left_out: Collection[str] = ()) -> list[str]:
+        """Names of the layers that the options ask for, in the model's order; ``all-linear`` does not take those in ``left_out``.
+
+        Raises TargetError where a pattern matches nothing or names a layer that the method cannot act on.
+        """
+        layers: dict[str, Site] = dict(survey.sites)
+        if "vector_layer" in self.kinds:
+            layers |= survey.vector_layers
+        tables = {name: getattr(self, name) for name in self.tables}
+        chosen = select(layers, self, self.kinds, left_out=left_out, uncovered=survey.uncovered, tables=tables)
+        expert = next((name for name in chosen if layers[name].stack is not None), None)
+        if expert is not None and not self.takes_experts:
+            raise TargetError(
+                f"{self.label} does not act on stacked experts, such as {expert}; leave them out (exclude_modules), or use lora"
+            )
+        return chosen
+
+    def copies(self, survey: Survey, chosen: Sequence[str]) -> Mapping[str, tuple[str, ...]]:
+        """{layer: names of the base's own parameters there that the adapter trains copies of}. ``chosen``: the answer of `choose`."""
+        return {}
 
     # Tensors
 
-    def factor_names(self, kind: str) -> tuple[str, str]:
-        """Names on disk of A and B at a site of this layer kind."""
-        return ("lora_embedding_A", "lora_embedding_B") if kind == "embedding" else ("lora_A", "lora_B")
-
     def tensor_names(self, kind: str) -> tuple[str, ...]:
-        """Names on disk of all of a site's tensors, A and B first."""
-        return self.factor_names(kind)
+        """Names on disk of a site's own tensors."""
+        return ()
 
-    def tensor_shapes(self, geometry: Geometry, r: int) -> dict[str, tuple[int, ...]]:
-        """Shapes of all of a site's tensors at rank ``r``, by name."""
-        shapes = (geometry.shape_a(r), geometry.shape_b(r), (geometry.out,))
-        return dict(zip(self.tensor_names(geometry.kind), shapes, strict=False))
+    def tensor_shapes(self, geometry: Geometry, found: Shapes) -> dict[str, tuple[int, ...]]:
+        """Shapes that a site's tensors must have. ``found``: their shapes in a file, which tell the rank and the like."""
+        return {}
 
-    def zero_at_start(self, kind: str) -> str:
-        """Name of the factor that `init` sets to zero, so that the first change is zero."""
-        return self.factor_names(kind)[0 if kind == "embedding" else 1]
+    def init(self, site: Site, generator: torch.Generator, dtype: torch.dtype) -> dict[str, Tensor]:
+        """A new site's tensors; the adapted layer then equals the base exactly. On the meta device for a base without values."""
+        return {}
 
     def trained_first(self, kind: str) -> tuple[str, ...]:
         """Names of the tensors that receive a gradient in the first step."""
-        return (self.zero_at_start(kind),)
+        return self.tensor_names(kind)
 
-    def output_rows(self, tensors: Mapping[str, Tensor], rows: slice) -> dict[str, Tensor]:
-        """The tensors of a layer that has only these output rows: A is shared by all outputs, everything else is per output."""
-        downs = ("lora_A", "lora_embedding_A")
-        return {key: value if key in downs else value[rows] for key, value in tensors.items()}
+    def zero_at_start(self, kind: str) -> str:
+        """Name of a tensor that is zero in a new adapter and not in a trained one; empty if there is none."""
+        return ""
 
-    def init(
-        self, geometry: Geometry, r: int, squared: SquaredNorms, generator: torch.Generator, dtype: torch.dtype
-    ) -> dict[str, Tensor]:
-        """A new site's tensors; the adapted layer then equals the base exactly."""
-        factors = initial_factors(self.init_lora_weights, geometry, r, generator, dtype)
-        return dict(zip(self.factor_names(geometry.kind), factors, strict=True))
+    def faster(self, kind: str) -> tuple[tuple[str, ...], float]:
+        """(names of the tensors that train at another learning rate, its ratio to that of the others)."""
+        return (), 1.0
+
+    def rank(self, tensors: Mapping[str, Tensor]) -> int:
+        """Rank of a site's change, or zero for a method without one."""
+        return 0
+
+    def alpha(self, site: str) -> float:
+        """lora_alpha at a site; one for a method without a scale."""
+        return 1.0
+
+    def scaling(self, r: int, lora_alpha: float) -> float:
+        """Factor of the change at a site."""
+        return 1.0
 
     # Forward
+
+    def change(
+        self, tensors: Mapping[str, Tensor], x: Tensor, y: Tensor, product: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """The change of a layer's output for the adapter's tokens, zero for a new adapter.
+
+        Args:
+            tensors: the site's tensors, in the dtype of ``y``.
+            x: the layer's input [n, in].
+            y: the base layer's output [n, out], with its bias.
+            product: x -> W x [n, out], the base layer's product without the bias.
+        """
+        raise AdapterError(f"{type(self).__name__} has tensors of its own and does not say what they do (change)")
 
     @property
     def norms(self) -> Literal["none", "constant", "exact"]:
@@ -161,47 +253,20 @@ class LowRankMethod(LowRankOptions):
 
     # Merging
 
-    def merged(self, weight_2d: Tensor, tensors: Mapping[str, Tensor], scale: float) -> Tensor:
-        """W' [out, in] in the dtype of ``weight_2d``."""
-        a, b = factors_2d(tensors, weight_2d.dtype)
-        return torch.addmm(weight_2d, b, a, alpha=scale)
-
     def delta(self, tensors: Mapping[str, Tensor], scale: float, weight_2d: Tensor | None) -> Tensor:
         """W' - W [out, in] in fp32, or fp64 for an fp64 base. Methods that `needs_base_weights` require ``weight_2d``."""
-        wide = torch.float64 if weight_2d is not None and weight_2d.dtype == torch.float64 else torch.float32
-        a, b = factors_2d(tensors, wide)
-        return scale * (b @ a)
+        raise AdapterError(
+            f"a {self.label} adapter has no change of the weight: {self.no_delta or 'delta is not defined'}"
+        )
 
-    def delta_parts(
-        self, tensors: Mapping[str, Tensor], scale: float, weight_2d: Tensor | None
-    ) -> tuple[Tensor | None, Tensor, Tensor, float]:
-        """(scale_change [out] or None, A [r, in], B [out, r], coefficient) with W' - W = diag(scale_change) W + coefficient * B A.
+    def bias_delta(self, tensors: Mapping[str, Tensor], bias: Tensor) -> Tensor | None:
+        """b' - b [out] for a layer with the bias b, or None where the bias stays."""
+        return None
 
-        Computed parts are fp64. A and B are the adapter's own tensors where nothing has to be computed.
-        """
-        return None, *factors_of(tensors), scale
-
-    def tensors_of_delta(
-        self, geometry: Geometry, scale_change: Tensor | None, a: Tensor, b: Tensor, weight_2d: Tensor | None
-    ) -> dict[str, Tensor]:
-        """The inverse of `delta_parts`: fp32 tensors of a site at scale one. Methods without a magnitude hold no scale_change."""
-        shapes = geometry.shape_a(a.shape[0]), geometry.shape_b(a.shape[0])
-        factors = [value.float().reshape(shape).contiguous() for value, shape in zip((a, b), shapes, strict=True)]
-        return dict(zip(self.factor_names(geometry.kind), factors, strict=True))
+    def output_rows(self, tensors: Mapping[str, Tensor], rows: slice) -> dict[str, Tensor]:
+        """The tensors of a layer that has only these output rows."""
+        return dict(tensors)
 
     def changes_nothing(self, tensors: Mapping[str, Tensor]) -> bool:
         """True if a site's tensors alone show that its delta is zero."""
-        return not all(bool(factor.any()) for factor in factors_of(tensors))
-
-
-def factors_2d(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(A [r, in], B [out, r]) of a site as detached matrices, for every layer kind."""
-    a, b = factors_of(tensors)
-    return a.detach().to(dtype), b.detach().to(dtype)
-
-
-def factors_of(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """(A [r, in], B [out, r]) of a site as matrices, for every layer kind."""
-    if "lora_embedding_A" in tensors:
-        return tensors["lora_embedding_A"], tensors["lora_embedding_B"]
-    return tensors["lora_A"].flatten(1), tensors["lora_B"].flatten(1)
+        return False

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from veneer.adapters.layers.kinds import Geometry
-from veneer.adapters.methods.base import LowRankMethod, SquaredNorms, factors_2d, factors_of
+from veneer.adapters.layers.site import Site
+from veneer.adapters.methods.low_rank import LowRankMethod, factors_2d, factors_of
 from veneer.kernels.lora.dora_norm import dora_norm, dora_norms
 
 MAGNITUDE = "lora_magnitude_vector"
@@ -58,11 +59,9 @@ class DoRA(LowRankMethod):
     def trained_first(self, kind: str) -> tuple[str, ...]:
         return (self.zero_at_start(kind), MAGNITUDE)
 
-    def init(
-        self, geometry: Geometry, r: int, squared: SquaredNorms, generator: torch.Generator, dtype: torch.dtype
-    ) -> dict[str, Tensor]:
-        factors = super().init(geometry, r, squared, generator, dtype)
-        return {**factors, MAGNITUDE: squared().sqrt().to(dtype=dtype, device="cpu")}
+    def new_tensors(self, site: Site, r: int, generator: torch.Generator, dtype: torch.dtype) -> dict[str, Tensor]:
+        factors = super().new_tensors(site, r, generator, dtype)
+        return {**factors, MAGNITUDE: site.squared_norms().sqrt().to(dtype=dtype, device="cpu")}
 
     @property
     def norms(self) -> Literal["none", "constant", "exact"]:

@@ -11,7 +11,7 @@ from typing import ClassVar, Literal, final
 
 from torch import Tensor
 
-from veneer.adapters.methods.base import LowRankMethod
+from veneer.adapters.methods.low_rank import LowRankMethod
 
 
 @final

@@ -41,7 +41,7 @@ def groups_of(layer: AdaptedLayer, plan: RoutePlan, assignments: list[Assignment
     alike: dict[tuple[object, ...], list[tuple[int, Assignment]]] = {}
     for one, at, rank in zip(assignments, adapters, ranks, strict=True):
         method = at.adapter.method
-        if one.tokens is None or len(one.tokens) > _FEW_TOKENS or method.lora_dropout:
+        if one.tokens is None or len(one.tokens) > _FEW_TOKENS or method.dropout:
             single.append(one)
         else:
             # Keeping the output for backward costs the whole layer's, so methods that do not are kept apart.

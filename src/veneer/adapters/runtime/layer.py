@@ -25,7 +25,7 @@ class AdapterAtSite:
 
     Attributes:
         tensors: its factors there, by name; None where it has overrides only.
-        a, b: names of the factors. A head that follows a tied embedding has the embedding's, exchanged and transposed (`tied`).
+        a, b: names of the factors, if any. A head that follows a tied embedding has the embedding's, exchanged, transposed (`tied`).
         scale: s in W + s B A.
         norms, drops_base_product: the method's answers (``methods/base.py``).
         overrides: whether it has overrides at the layer.
@@ -48,7 +48,7 @@ def adapter_at(adapter: Adapter, site: Site) -> AdapterAtSite:
     tied = adapter.follows_at(site)
     source = site.tied_to if tied else name
     tensors = None if source is None else adapter.tensors.get(source)
-    a, b = method.factor_names("embedding" if tied else site.kind)
+    a, b = method.tensor_names("embedding" if tied else site.kind)[:2] if method.low_rank else ("", "")
     scale = 1.0 if tensors is None or source is None else adapter.scale(source)
     norms = "none" if tied or tensors is None else method.norms
     a, b = (b, a) if tied else (a, b)
@@ -120,7 +120,7 @@ class AdaptedLayer:
         The stream belongs to the adapter and is keyed by its seed, the pass and the site: other adapters in the batch do not shift it,
         and running the layer again draws the same mask.
         """
-        p = adapter.method.lora_dropout
+        p = adapter.method.dropout if current.plan.drops else 0.0
         if p == 0 or not self.training(current) or self.site.kind == "embedding":
             return None
         number = current.draws.get(adapter.name)

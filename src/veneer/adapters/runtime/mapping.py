@@ -64,7 +64,7 @@ class RoutePlan:
         self.exclusive = all(len(mix) <= 1 for mix in route.mixes)
         """True if no token uses more than one adapter."""
         self.has_overrides = any(adapter.overrides for adapter in self.adapters.values())
-        self.drops = any(adapter.method.lora_dropout for adapter in self.adapters.values())
+        self.drops = any(adapter.method.dropout for adapter in self.adapters.values())
         self.uniform: tuple[Assignment, ...] | None = None
         """The assignments of every layer, where one mix holds for all tokens."""
         if route.uniform:

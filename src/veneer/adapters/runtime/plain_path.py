@@ -5,13 +5,14 @@ It computes every method, layer kind, dtype and mix. Autograd derives the backwa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from veneer.adapters.layers.kinds import LayerKind
 from veneer.adapters.runtime.forward_pass import ForwardPass
-from veneer.adapters.runtime.layer import AdaptedLayer
+from veneer.adapters.runtime.layer import AdaptedLayer, AdapterAtSite
 from veneer.adapters.runtime.mapping import Assignment
 from veneer.kernels.lora.dropout import drop
 from veneer.kernels.lora.reference import AdapterTerm, adapted
@@ -33,6 +34,9 @@ def _term(layer: AdaptedLayer, current: ForwardPass, assignment: Assignment, y: 
     at = layer.adapters[assignment.adapter]
     assert at.tensors is not None
     kind, module, weight = layer.site.layer_kind, layer.site.module, assignment.weight
+    weight = weight if isinstance(weight, float) else weight.to(y.dtype)
+    if not at.adapter.method.low_rank:
+        return AdapterTerm(assignment.tokens, weight, change=_change(layer, at, y.dtype))
     a, b = at.tensors[at.a].to(y.dtype), at.tensors[at.b].to(y.dtype)
     if at.tied:
         a, b = a.T, b.T
@@ -42,12 +46,17 @@ def _term(layer: AdaptedLayer, current: ForwardPass, assignment: Assignment, y: 
     dropout = None if at.tied else layer.dropout(current, at.adapter)
     return AdapterTerm(
         assignment.tokens,
-        weight if isinstance(weight, float) else weight.to(y.dtype),
+        weight,
         lambda x_n: kind.low_rank(module, x_n, a, b) * at.scale,
         None if dropout is None else lambda x_n: drop(x_n, *dropout),
         None if scale is None else kind.per_output(scale),
         (lambda x_n: _product(layer, kind, x_n)) if dropout is not None and at.drops_base_product else None,
     )
+
+
+def _change(layer: AdaptedLayer, at: AdapterAtSite, dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
+    tensors, kind = {key: value.to(dtype) for key, value in (at.tensors or {}).items()}, layer.site.layer_kind
+    return lambda x_n, y_n: at.adapter.method.change(tensors, x_n, y_n, lambda x: _product(layer, kind, x))
 
 
 def _product(layer: AdaptedLayer, kind: LayerKind, x_n: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ def build(
     settings = _check_tying(settings, placement.method, tensors, overrides, base, found)
     ranks = {site: next(iter(held.values())).shape[0] for site, held in tensors.items()}
     method = _method(type(placement.method), ranks, alphas, settings, receipt.get("options"), base, found)
-    if method.shared_outer:
+    if method.shares_experts:
         _share_again(tensors, base)
     kinds = {site: placement.kinds[site] for site in tensors}
     if not base.sites and isinstance(receipt.get("kinds"), dict):
@@ -163,8 +163,24 @@ def _method(
     found: Findings,
 ) -> Method:
     """The adapter's options. recorded: the receipt's, for those that the settings have no key for."""
+    options = _low_rank_options(ranks, alphas, settings, base) if cls.low_rank else {}
+    options["ensure_weight_tying"] = settings.ensure_weight_tying
+    if isinstance(settings.trainable_token_indices, list):
+        options["trainable_token_indices"] = tuple(settings.trainable_token_indices)
+    known = [*cls.beyond_peft, *(["lora_dropout"] if cls.low_rank else [])]  # PEFT holds none beside target_parameters
+    extra = {key: recorded[key] for key in known if key in recorded} if isinstance(recorded, dict) else {}
+    try:
+        return cls(**{**options, **extra})
+    except ConfigError as error:
+        found.refuse(f"the receipt holds options that are not valid: {shown(error)}", "receipt")
+        return cls(**options)
+
+
+def _low_rank_options(
+    ranks: dict[str, int], alphas: dict[str, float], settings: Settings, base: BaseView
+) -> dict[str, Any]:
     targets = names_for(ranks, base.paths)
-    options: dict[str, Any] = {
+    return {
         "r": settings.r,
         "lora_alpha": settings.lora_alpha,
         "lora_dropout": settings.lora_dropout,
@@ -173,20 +189,10 @@ def _method(
         "target_modules": tuple(sorted(ranks)) if isinstance(targets, str) else tuple(targets),
         "rank_pattern": table_for(ranks, settings.r),
         "alpha_pattern": table_for(alphas, settings.lora_alpha),
-        "ensure_weight_tying": settings.ensure_weight_tying,
         "bias": settings.bias,
         "lora_bias": settings.lora_bias,
         "modules_to_save": base.meaningful(settings.modules_to_save or ()),
     }
-    if isinstance(settings.trainable_token_indices, list):
-        options["trainable_token_indices"] = tuple(settings.trainable_token_indices)
-    known = (*cls.beyond_peft, "lora_dropout")  # PEFT holds no dropout beside target_parameters
-    extra = {key: recorded[key] for key in known if key in recorded} if isinstance(recorded, dict) else {}
-    try:
-        return cls(**{**options, **extra})
-    except ConfigError as error:
-        found.refuse(f"the receipt holds options that are not valid: {shown(error)}", "receipt")
-        return cls(**options)
 
 
 # Initialisers that move a part of the base into the adapter

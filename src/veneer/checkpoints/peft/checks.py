@@ -28,7 +28,7 @@ from veneer.checkpoints.files import fill
 from veneer.checkpoints.findings import Findings, listed, shown
 from veneer.checkpoints.peft.patterns import PatternTable, layer_of, tails
 from veneer.checkpoints.peft.placement import Placement
-from veneer.checkpoints.peft.settings import Settings
+from veneer.checkpoints.peft.settings import NO_TARGETS, Settings
 from veneer.checkpoints.peft.tensor_names import VECTORS
 from veneer.checkpoints.tensors import DTYPES, Entry, Header
 
@@ -43,7 +43,7 @@ _PIECE = 512 << 10
 def check_agreement(placement: Placement, settings: Settings, base: BaseView, found: Findings) -> None:
     """Compare the sites and ranks of the tensors with what the settings ask for, and fill in ``placement.alphas``."""
     _check_patterns(placement, settings, base, found)
-    targets = settings.target_modules
+    targets = [] if settings.target_modules == NO_TARGETS else settings.target_modules
     if isinstance(targets, str):
         if targets.lower() != "all-linear":
             found.note(

@@ -60,9 +60,13 @@ def place(
     found: Findings,
     *,
     named: Mapping[str, str] | None = None,
+    method: object = None,
 ) -> Placement:
-    """Give every tensor its layer; what has none, or does not fit, is refused. named: names of sites in the settings."""
-    placement = Placement(method_class_for(settings)(), named=named or {})
+    """Give every tensor its layer; what has none, or does not fit, is refused.
+
+    named: names of sites in the settings. method: the name of the method in the receipt.
+    """
+    placement = Placement(method_class_for(settings, method)(), named=named or {})
     for key, entry in keys:
         if key.kind == "low_rank":
             placement.sites.setdefault(key.site, {})[key.tensor] = entry
@@ -98,14 +102,15 @@ def _place_site(site: str, placement: Placement, settings: Settings, base: BaseV
         if name not in expected:
             flags = ", ".join(f"{key} is {str(value).lower()}" for key, value in method.peft_flags().items())
             why = f"{flags} in adapter_config.json" if name in VECTORS else f"the layer is a {kind} layer"
+            why = why if expected else f"it is a {method.label} adapter, which has no such tensors"
             found.refuse(f"{shown(site)}: {name} does not belong here: {why}")
-    if missing:
+    if missing or not expected:
         return
-    shape_a, shape_b = (factors[name] for name in method.factor_names(kind))
+    shape_a, shape_b = (factors[name] for name in expected[:2])
     if shape_a[0] > MAX_RANK:
         found.refuse(f"{shown(site)}: rank {shape_a[0]:,}; at most {MAX_RANK:,} is read")
         return
-    shapes = method.tensor_shapes(base.geometry(site, kind, shape_a, shape_b), shape_a[0])
+    shapes = method.tensor_shapes(base.geometry(site, kind, shape_a, shape_b), factors)
     placement.shapes[site] = shapes
     for name, shape in shapes.items():
         entry, stored = tensors[name], stored_shape(shape, kind)

@@ -25,7 +25,7 @@ from veneer.adapters.adapter import Adapter
 from veneer.adapters.bank import Bank
 from veneer.adapters.layers.site import Site
 from veneer.adapters.methods import Method
-from veneer.adapters.targets import as_list, select
+from veneer.adapters.targets import as_list
 from veneer.checkpoints.peft.patterns import names_for
 from veneer.models.names import conversion_family, respelt
 
@@ -79,7 +79,7 @@ def not_portable(model: nn.Module | None, sites: Mapping[str, Site], method: Met
         found |= {
             site: f"PEFT refuses such layers in {kind} models" for site in sites if site.rpartition(".")[2] in REFUSED
         }
-    if not method.as_parameter or method.lora_bias:
+    if not method.as_parameter or method.adds_bias:
         what = f"{method.label} change" if not method.as_parameter else "bias of B"
         reason = f"PEFT adapts such layers of {kind} models as bare parameters, which can have no {what}"
         found |= dict.fromkeys(as_parameters(model, sites), reason)
@@ -101,7 +101,7 @@ def remarks(bank: Bank, adapter: Adapter) -> list[str]:
     method, refused = adapter.method, bank.not_portable(adapter.method)
     if not refused or not adapter.tensors:
         return []
-    asked = select(bank.survey, method, method.kinds)
+    asked = method.choose(bank.survey)
     paths = (*(path for path, _ in bank.model.named_modules()), *bank.uncovered, *bank.sites)
     lines = []
     left = {site: refused[site] for site in asked if site in refused and site not in adapter.tensors}

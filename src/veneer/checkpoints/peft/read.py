@@ -70,19 +70,17 @@ def read_adapter_folder(
                 found.raise_if_any(headline)
             assert settings is not None
             keys, names = today(keys, base, found)
-            receipt = (
-                _receipt(header, Findings(found.force))
-                if '"experts"' in header.metadata.get(receipts.KEY, "")
-                else None
-            )
-            keys, expansion = expand_experts(keys, settings, base, receipt, found)
-            placement = place(keys, settings, base, found, named={**names, **expansion.named})
+            text = header.metadata.get(receipts.KEY, "")
+            early = _receipt(header, Findings(found.force)) if '"experts"' in text or '"method"' in text else None
+            keys, expansion = expand_experts(keys, settings, base, early, found)
+            named, method = {**names, **expansion.named}, (early or {}).get("method")
+            placement = place(keys, settings, base, found, named=named, method=method)
             check_init(settings, placement, base, convert, found)
             check_agreement(placement, settings, base, found)
             found.raise_if_any(headline)
-            early = Findings(found.force)  # its notes are found again in the numbers that are kept
-            check_stored(file, header, placement, settings, str(path / WEIGHTS), early)
-            early.raise_if_any(headline)
+            first = Findings(found.force)  # its notes are found again in the numbers that are kept
+            check_stored(file, header, placement, settings, str(path / WEIGHTS), first)
+            first.raise_if_any(headline)
             receipt = _receipt(header, found)
             base_agrees = receipt is not None and receipts.verify_base(receipt, placement.sites, base, found, names)
             found.raise_if_any(headline)

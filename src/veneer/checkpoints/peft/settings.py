@@ -26,6 +26,9 @@ Names = Annotated[list[Name], Field(max_length=20_000)]
 INIT_PLAIN = (True, False, "gaussian", "eva", "orthogonal", "mica", None)
 INIT_MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
+NO_TARGETS = "dummy-target-modules"
+"""PEFT's word for an adapter without factors."""
+
 REFUSED = {
     "alora_invocation_tokens": "activated LoRA acts only behind its invocation tokens",
     "layer_replication": "it builds a model with repeated layers",

@@ -30,6 +30,7 @@ from typing import Any, Literal, TypeVar
 from torch import Tensor
 
 from veneer.adapters.adapter import Adapter
+from veneer.adapters.methods import LoRA, low_rank
 from veneer.adapters.overrides import BIAS, LORA_BIAS, ROWS, WEIGHT
 from veneer.adapters.targets import as_list
 from veneer.checkpoints import receipt as receipts
@@ -42,13 +43,15 @@ from veneer.checkpoints.peft.patterns import ends_with, names_for, table_for
 from veneer.checkpoints.peft.placement import stored_shape
 from veneer.checkpoints.peft.portable import as_parameters, converts_experts, stored_sites
 from veneer.checkpoints.peft.read import MAX_CONFIG, TEMPLATE
-from veneer.checkpoints.peft.settings import written_settings
+from veneer.checkpoints.peft.settings import NO_TARGETS, written_settings
 from veneer.checkpoints.peft.tensor_names import PREFIX, TOKEN_ROWS, key_of
 from veneer.checkpoints.tensors import digest, read_header, read_tensors, to_buffers
 from veneer.errors import CheckpointError
 from veneer.models.embedded import alias_of, public_name
 
 CARD = "README.md"
+_NO_FACTORS = LoRA(r=8, lora_alpha=8)
+"""What PEFT's settings say of factors where an adapter has none: the defaults."""
 T = TypeVar("T", int, float)
 _TASKS = {
     "ForCausalLM": "CAUSAL_LM",
@@ -92,8 +95,8 @@ def write_adapter_folder(
     alias = alias_of(_base_name(adapter, base, base_name) or "")
     if alias is not None:
         note["base_name"] = alias
-    if settings["lora_dropout"] != adapter.method.lora_dropout:
-        note["options"]["lora_dropout"] = adapter.method.lora_dropout
+    if settings["lora_dropout"] != adapter.method.dropout:
+        note["options"]["lora_dropout"] = adapter.method.dropout
     metadata = {"format": "pt", receipts.KEY: json.dumps(note, sort_keys=True, separators=(",", ":"))}
     config = (json.dumps(settings, indent=2, sort_keys=True) + "\n").encode()
     files: dict[str, Sequence[bytes | memoryview]] = {
@@ -167,7 +170,7 @@ def _stored_overrides(adapter: Adapter, base: BaseView) -> dict[str, Tensor]:
 def _settings(
     adapter: Adapter, base: BaseView, base_name: str | None, task_type: str | None, fused: FusedExperts
 ) -> dict[str, Any]:
-    method = adapter.method
+    method = low_rank(adapter.method, adapter.name) if adapter.method.low_rank else _NO_FACTORS
     names = {site: base.written_name(site) for site in adapter.tensors if site not in fused.sites}
     ranks = {name: adapter.rank(site) for site, name in names.items()} | fused.ranks
     alphas = {name: adapter.alpha(site) for site, name in names.items()} | fused.alphas
@@ -185,7 +188,9 @@ def _settings(
         use_rslora=method.use_rslora,
         **method.peft_flags(),
         init_lora_weights="gaussian" if method.init_lora_weights == "gaussian" else True,
-        target_modules=names_for([name for site, name in names.items() if site not in parameters], base.paths),
+        target_modules=names_for([name for site, name in names.items() if site not in parameters], base.paths)
+        if adapter.tensors
+        else NO_TARGETS,
         target_parameters=[*_parameters(fused, base), *_parameter_names(parameters, base)] or None,
         rank_pattern=_table(ranks, r, parameters),
         alpha_pattern=_table(alphas, alpha, parameters),
@@ -208,7 +213,7 @@ def _only_fused(adapter: Adapter, base: BaseView) -> bool:
     It stacks separate factors of some models, if all experts have all their projections at one rank and scale.
     """
     held = [site for site in adapter.tensors if base.is_expert(site)]
-    if not held or not adapter.method.as_parameter or adapter.method.lora_bias:
+    if not held or not adapter.method.as_parameter or adapter.method.adds_bias:
         return False
     every = sum(base.is_expert(site) for site in base.sites)
     alike = {(adapter.rank(site), adapter.alpha(site)) for site in held}
@@ -253,7 +258,7 @@ def _table(values: Mapping[str, T], default: T, parameters: Collection[str]) -> 
 def _override_settings(adapter: Adapter, base: BaseView) -> dict[str, Any]:
     """The settings that declare the overrides."""
     biased = [layer for layer, overrides in adapter.overrides.items() if BIAS in overrides and WEIGHT not in overrides]
-    beside = adapter.method.bias != "all" and all(layer in adapter.tensors for layer in biased)
+    beside = all(layer in adapter.tensors for layer in biased) and not adapter.method.every_bias
     return {
         "modules_to_save": _saved(adapter, base) or None,
         "bias": "none" if not biased else "lora_only" if beside else "all",

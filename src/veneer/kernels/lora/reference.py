@@ -25,19 +25,21 @@ class AdapterTerm:
 
     rows:   tokens that it acts on, LongTensor [n], or None for all
     weight: w_tj, a float or a tensor [n] in the compute dtype
-    low:    x_n -> s B A x_n, [n, O, ...]
+    low:    x_n -> s B A x_n, [n, O, ...]; None for a change that is not of low rank
     drop:   dropout on the low-rank branch's input, or None
     scale:  S [O, ...] shaped to broadcast over the output, or None for 1
     base:   None, or dropped x_n -> W x_n, for PEFT's form of DoRA dropout: the magnitude then scales this second base
             product instead of the layer's own output
+    change: (x_n, base_n) -> the change, in place of ``low``, for methods that are not of low rank
     """
 
     rows: Tensor | None
     weight: float | Tensor
-    low: Callable[[Tensor], Tensor]
+    low: Callable[[Tensor], Tensor] | None = None
     drop: Callable[[Tensor], Tensor] | None = None
     scale: Tensor | None = None
     base: Callable[[Tensor], Tensor] | None = None
+    change: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
 def adapted(y: Tensor, x: Tensor, bias: Tensor | None, terms: Sequence[AdapterTerm]) -> Tensor:
@@ -51,7 +53,10 @@ def adapted(y: Tensor, x: Tensor, bias: Tensor | None, terms: Sequence[AdapterTe
         x_n = x if term.rows is None else x.index_select(0, term.rows)
         if term.drop is not None:
             x_n = term.drop(x_n)
-        change = term.low(x_n)
+        if term.low is not None:
+            change = term.low(x_n)
+        elif term.change is not None:
+            change = term.change(x_n, y if term.rows is None else y.index_select(0, term.rows))
         if term.scale is not None:
             change = change * term.scale.to(change.dtype) + _magnitude_change(y, x_n, bias, term)
         if isinstance(term.weight, Tensor):

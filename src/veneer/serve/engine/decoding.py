@@ -75,7 +75,12 @@ class DecodingRunner:
         assert self._bank is not None
         trained = any(parameter.requires_grad for parameter in adapter.parameters())
         sites = adapter.sites(self._bank.survey)
-        if trained or adapter.overrides or any(site.name not in adapter.tensors for site in sites):
+        if (
+            trained
+            or adapter.overrides
+            or not adapter.method.low_rank
+            or any(site.name not in adapter.tensors for site in sites)
+        ):
             return None
         parts: dict[tuple[int, str], LowRankLayer] = {}
         for site in sites:
@@ -83,7 +88,7 @@ class DecodingRunner:
             if place is None:
                 return None
             tensors, scale, method = adapter.tensors[site.name], adapter.scale(site.name), adapter.method
-            a, b = (tensors[name].detach() for name in method.factor_names(site.kind))
+            a, b = (tensors[name].detach() for name in method.tensor_names(site.kind)[:2])
             norm = method.norm(tensors, site.weight_2d, site.squared_norms(), scale)
             s = None if norm is None else method.magnitude_scale(tensors, norm)
             b = b * scale if s is None else b * (scale * s).to(b.dtype)[:, None]

@@ -22,8 +22,9 @@ import torch
 
 from veneer._files import replace_text
 from veneer.adapters import Bank
+from veneer.adapters.methods import has_option
 from veneer.checkpoints import attach
-from veneer.config import FULL, TrainOptions, given
+from veneer.config import TrainOptions, given
 from veneer.data.batch import make_batch
 from veneer.data.example import Example
 from veneer.errors import ConfigError
@@ -173,10 +174,9 @@ def contestants_of(options: TrainOptions) -> list[Contestant]:
         combinations = [{**one, key: value} for one in combinations for value in values]
     found: dict[str, Contestant] = {}
     for one in combinations:
-        if one.get("method", options.method) == FULL:
-            one.pop("r", None)
         method = one.get("method", options.method)
-        rank = "" if method == FULL else f" r={one.get('r', options.r)}"
+        one = {key: value for key, value in one.items() if has_option(method, key)}
+        rank = f" r={one.get('r', options.r)}" if has_option(method, "r") else ""
         others = "".join(f" {key}={value}" for key, value in one.items() if key not in ("method", "r"))
         label = f"{method}{rank}{others}"
         found.setdefault(label, Contestant(label, one))
@@ -303,7 +303,7 @@ def _row(
     return ContestantRow(
         label=one.label,
         method=jobs[0].method,
-        r=None if jobs[0].method == FULL else jobs[0].r,
+        r=jobs[0].r if has_option(jobs[0].method, "r") else None,
         parameters=parameters,
         learning_rate=jobs[0].learning_rate,
         rates={job.learning_rate: _lowest(job) for job in tried},

@@ -197,7 +197,7 @@ class Stepper:
         return Route.tokens(mixes, torch.where(cells >= 0, owner_T[cells.clamp_min(0)], 0))
 
     def _drops(self, mix: MixLike) -> bool:
-        return any(self.bank[name].method.lora_dropout for name in Route.parse(mix).names)
+        return any(self.bank[name].method.dropout for name in Route.parse(mix).names)
 
     def _references(self, batch: Batch) -> dict[int, Tensor]:
         """The log-probability of each segment whose task has a reference, under the model without the job's adapter.

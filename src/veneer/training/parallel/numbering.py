@@ -32,7 +32,7 @@ class Numbering:
         for piece in pieces:
             name = piece.job.name
             used = Route.parse(stepper.routes.get(name, name)).names
-            drawn = [one for one in used if self._bank[one].method.lora_dropout]
+            drawn = [one for one in used if self._bank[one].method.dropout]
             self._numbers[id(piece)] = {one: self._next[one] for one in drawn}
             for one in drawn:
                 self._next[one] += 1

@@ -21,11 +21,9 @@ from typing import Any
 
 import torch
 
-from veneer.adapters import METHODS
 from veneer.adapters.layers.kinds import Geometry
 from veneer.adapters.layers.survey import survey
-from veneer.adapters.methods.base import LowRankMethod
-from veneer.adapters.targets import select
+from veneer.adapters.methods import LOW_RANK, LowRankMethod
 from veneer.models.load import model_class
 from veneer.models.quantized.loading import quantized_names
 
@@ -101,8 +99,8 @@ def shape_of(folder: Path, method: str) -> Shape:
     heads = int(getattr(text, "num_attention_heads", 0) or getattr(text, "n_head", 1))
     width = int(getattr(text, "head_dim", 0) or hidden // heads)
     found = survey(model)
-    options = METHODS[method]()
-    chosen = [found.sites[name].geometry for name in select(found, options, options.kinds)]
+    options = LOW_RANK[method]()
+    chosen = [found.sites[name].geometry for name in options.choose(found)]
     return Shape(
         linear=sum(linear.values()),
         other=total - sum(linear.values()),
@@ -121,7 +119,7 @@ def memory_of(
     """The estimated peak of a training process, in bytes."""
     weights = int(shape.linear * _BITS[quantize] / 8) + 2 * shape.other
     dequantized = 0 if quantize == "bfloat16" else 2 * shape.widest
-    tensors = [method().tensor_shapes(geometry, r).values() for geometry in shape.sites]
+    tensors = [method().shapes_of_rank(geometry, r).values() for geometry in shape.sites]
     trained = sum(math.prod(size) for shapes in tensors for size in shapes)
     outputs = 2 * shape.hidden if method.keeps_output else 0
     layer = 6 * shape.hidden + 2 * shape.values + 3 * shape.intermediate + outputs
@@ -137,7 +135,7 @@ def settings(shape: Shape, memory: int, method: str, ranks: Sequence[int]) -> li
         for r in ranks:
             for checkpointing in (False, True):
                 estimates = [
-                    (memory_of(shape, quantize, METHODS[method], r, n, checkpointing=checkpointing), n) for n in TOKENS
+                    (memory_of(shape, quantize, LOW_RANK[method], r, n, checkpointing=checkpointing), n) for n in TOKENS
                 ]
                 bytes_, tokens = next(((size, n) for size, n in estimates if size <= memory), estimates[-1])
                 found.append(Setting(quantize, r, checkpointing, tokens, bytes_, bytes_ <= memory))

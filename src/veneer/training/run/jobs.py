@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from veneer.adapters.adapter import check_name
-from veneer.config import FULL, PER_RUN_OPTIONS, TrainOptions, current_names, given, near_miss, plain, resolve
+from veneer.adapters.methods import METHODS, has_option
+from veneer.config import PER_RUN_OPTIONS, TrainOptions, current_names, given, near_miss, plain, resolve
 from veneer.data.rows.readers import near_file
 from veneer.errors import AdapterError, ConfigError, Problems, VeneerError
 from veneer.training.loop.job import Job, JobState
@@ -28,7 +29,6 @@ from veneer.training.loop.schedule import learning_rate_at
 from veneer.training.run.run_folder import CONFIG
 
 MOST_JOBS = 256
-_LOW_RANK = ("r", "lora_alpha", "lora_dropout", "use_rslora", "loraplus_lr_ratio", "init_lora_weights")
 
 _MAY_CHANGE = (
     *("out", "name", "data", "valid", "threads", "save_every", "checkpoint_minutes", "track", "jobs", "sweep"),
@@ -183,11 +183,10 @@ def _combinations(sweep: Mapping[str, Any], problems: Problems) -> list[dict[str
     found: list[dict[str, Any]] = []
     for values in itertools.product(*sweep.values()):
         variant = dict(zip(sweep, values, strict=True))
-        if variant.get("method") == FULL:  # it has no rank, so it is tried once
-            variant = {key: value for key, value in variant.items() if key not in _LOW_RANK}
-            if variant in found:
-                continue
-        found.append(variant)
+        if variant.get("method") in METHODS:  # without options that it lacks, such as a rank, it is tried once
+            variant = {key: value for key, value in variant.items() if has_option(variant["method"], key)}
+        if variant not in found:
+            found.append(variant)
     return found
 
 

@@ -18,10 +18,10 @@ from pathlib import Path
 
 from veneer.adapters import Adapter, Bank, Method
 from veneer.adapters.adapter import stream_seed
-from veneer.adapters.targets import by_pattern, select
+from veneer.adapters.targets import by_pattern
 from veneer.checkpoints.locate import CONFIG, WEIGHTS, find_adapter
 from veneer.checkpoints.peft.folders import PeftFolders
-from veneer.config import FULL, LowRankOptions, TrainOptions, flag_name, given
+from veneer.config import LowRankOptions, TrainOptions, flag_name, given
 from veneer.errors import ConfigError, Problems
 from veneer.training.loop.job import Job
 from veneer.training.loop.orthogonal import Penalty, Projection
@@ -94,36 +94,38 @@ def start_from_adapter(name: str, options: TrainOptions, asked: Method, bank: Ba
     adapter = PeftFolders().read(find_adapter(options.init_from)[1], name, bank)
     problems = _conflicts(options, asked, adapter, bank)
     problems.raise_if_any(ConfigError, f"{options.init_from} cannot be the start of {name}")
-    method = adapter.method.model_copy(update={key: getattr(options, key) for key in _OF_TRAINING})
+    own = [key for key in _OF_TRAINING if key in type(adapter.method).model_fields]
+    method = adapter.method.model_copy(update={key: getattr(options, key) for key in own})
     adapter.method, adapter.seed, adapter.meta = method, seed_of(options), {}
     adapter.requires_grad_(True)
     bank.insert(adapter)
-    return options.model_copy(update={**dict(method), "method": FULL if options.method == FULL else method.name})
+    return options.model_copy(update={**dict(method), "method": method.name})
 
 
 def _conflicts(options: TrainOptions, asked: Method, adapter: Adapter, bank: Bank) -> Problems:
     """Options that were given and say something else than the adapter, each with what it has."""
     problems, method = Problems(), adapter.method
     here, there = dict(asked), dict(method)
-    typed = [key for key in OF_THE_ADAPTER if key in given(options)]
+    typed = [key for key in OF_THE_ADAPTER if key in given(options) and (key == "method" or key in here)]
 
     def add(keys: Sequence[str], here: object, there: object) -> None:
         key = next(key for key in keys if key in typed)
         problems.add(f"{key} is {here}, and the adapter has {there}; leave out {flag_name(key)}")
 
-    if "method" in typed and (adapter.tensors if options.method == FULL else type(asked) is not type(method)):
+    if "method" in typed and type(asked) is not type(method):
         add(["method"], options.method, method.name)
     if {*_MODULES} & {*typed}:
-        chosen = {*select(bank.survey, asked, asked.kinds)} - {*adapter.overrides}
-        if chosen != adapter.tensors.keys():
+        chosen = {*asked.choose(bank.survey)}
+        there_too = {*adapter.tensors} or {*adapter.overrides}
+        if chosen - ({*adapter.overrides} - there_too) != there_too:
             add(
                 _MODULES,
                 f"a choice of {len(chosen)} modules",
-                f"a choice of {len(adapter.tensors)}, not all of them the same",
+                f"a choice of {len(there_too)}, not all of them the same",
             )
     for keys, value_at in ((_RANKS, adapter.rank), (_ALPHAS, adapter.alpha)):
-        own, pattern = (getattr(asked, key) for key in keys)
-        wanted = {site: by_pattern(pattern, site, own) for site in adapter.tensors}
+        own, pattern = (here.get(key, there.get(key)) for key in keys)
+        wanted = {site: by_pattern(pattern, site, own) for site in adapter.tensors} if pattern is not None else {}
         other = next((site for site, value in wanted.items() if value != value_at(site)), None)
         if {*keys} & {*typed} and other is not None:
             add(keys, f"{wanted[other]:g} at {other}", f"{value_at(other):g}")
@@ -133,7 +135,7 @@ def _conflicts(options: TrainOptions, asked: Method, adapter: Adapter, bank: Ban
         )
     for key in typed:
         simple = key not in ("method", "init_lora_weights", *_MODULES, *_RANKS, *_ALPHAS)
-        if simple and here[key] != there[key]:
+        if simple and here.get(key) != there.get(key):
             add([key], here[key], there[key])
     return problems
 

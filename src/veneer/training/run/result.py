@@ -1,11 +1,12 @@
 """The result of a run: its folder, the end of each job, and for several jobs a table and a plot of the final losses.
 
 A new adapter equals the base, so a job's evaluation before its first step is the loss of the base: a dashed line in the plot. Full
-fine-tuning (``method: [lora, full]``) has no rank; the best of it is a dotted line.
+fine-tuning (``method: [lora, full]``) and other methods have no rank; the best of each is a line.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -14,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from veneer._files import replace_text, replacing
+from veneer.adapters.methods import METHODS, has_option
 from veneer.checkpoints.locate import better_adapter
-from veneer.config import FULL, PER_RUN_OPTIONS, TrainOptions, plain
+from veneer.config import PER_RUN_OPTIONS, TrainOptions, plain
 from veneer.training.loop.job import Job
 from veneer.training.run.run_folder import RunFolder
 
@@ -188,7 +190,7 @@ def write_summary(result: RunResult) -> list[Path]:
 def plot(result: RunResult, path: Path) -> bool:
     """Plot final held-out losses; returns False if there are none. Raises ImportError if matplotlib is not installed."""
     evaluated = [job for job in result.jobs.values() if math.isfinite(job.final_loss)]
-    jobs = [job for job in evaluated if job.method != FULL]
+    jobs = [job for job in evaluated if has_option(job.method, "r")]
     if not jobs:
         return False
     import matplotlib
@@ -217,9 +219,10 @@ def plot(result: RunResult, path: Path) -> bool:
                     markerfacecolor="white",
                     color=line.get_color(),
                 )
-    full = min((job.final_loss for job in evaluated if job.method == FULL), default=None)
-    if full is not None:
-        axes.axhline(full, linestyle=":", color="black", label="full fine-tuning")
+    without_rank = sorted({job.method for job in evaluated if not has_option(job.method, "r")})
+    for method, style in zip(without_rank, itertools.cycle((":", "-.", (0, (1, 3)), (0, (5, 5))))):
+        best = min(job.final_loss for job in evaluated if job.method == method)
+        axes.axhline(best, linestyle=style, color="black", label=METHODS[method]().label)
     base = base_loss(evaluated)
     if base is not None:
         axes.axhline(base, linestyle="--", color="grey", label="base")
@@ -233,8 +236,8 @@ def plot(result: RunResult, path: Path) -> bool:
 
 
 def _cell(job: JobResult, key: str) -> str:
-    """A job's option in the table: the resolved learning rate, and no rank for full fine-tuning."""
-    if key == "r" and job.method == FULL:
+    """A job's option in the table: the resolved learning rate, and nothing for an option that its method lacks."""
+    if not has_option(job.method, key):
         return "-"
     value = job.learning_rate if key == "learning_rate" else job.changes[key]
     return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else _shown(value)

@@ -33,15 +33,16 @@ class SanityChecks:
     def __init__(self, adapter: Adapter, vocabulary: int | None, steps: int = _STEPS) -> None:
         """Remember the initial tensors. ``vocabulary`` is the number of tokens, ``steps`` the number of steps of the job."""
         method = adapter.method
-        factors = {name for kind in method.kinds for name in method.factor_names(kind)}
-        first = dict.fromkeys(name for kind in method.kinds for name in method.trained_first(kind))
+        kinds = set(adapter.kinds.values())
+        own = {name for kind in kinds for name in method.tensor_names(kind)}
+        first = dict.fromkeys(name for kind in sorted(kinds) for name in method.trained_first(kind))
         self.adapter = adapter
         self.limit = None if vocabulary is None else _ABOVE_CHANCE * math.log(vocabulary)
         self.last = min(_STEPS, steps)
         self.done = False
         self._first = (*first, WEIGHT, BIAS, LORA_BIAS)
-        self._late = factors - first.keys()
-        self._lookup_factors = set(method.factor_names("embedding"))
+        self._late = own - first.keys()
+        self._lookup_factors = set(method.tensor_names("embedding")[:2]) if method.low_rank else set()
         self._start = {key: value.detach().clone() for key, value in _tensors(adapter).items()}
         self._reached: set[str] = set()
 

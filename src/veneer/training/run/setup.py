@@ -16,12 +16,12 @@ from typing import Any
 import torch
 
 from veneer._version import __version__
-from veneer.adapters import METHODS, Bank, LoRA, Method
-from veneer.adapters.targets import select
+from veneer.adapters import METHODS, Bank, Method
+from veneer.adapters.methods import OPTIONS
 from veneer.checkpoints import attach
 from veneer.checkpoints.peft.portable import remarks
 from veneer.checkpoints.receipt import trained_tokens
-from veneer.config import FULL, DataOptions, LowRankOptions, TrainOptions, default_learning_rate
+from veneer.config import DataOptions, TrainOptions, default_learning_rate
 from veneer.data.chat.render import Renderer, RenderOptions
 from veneer.data.chat.stops import other_ends, taught_stops
 from veneer.data.chat.template import read_template
@@ -292,7 +292,7 @@ def _split(examples: Examples, fraction: float) -> tuple[list[Example], Subset]:
 
 def make_job(name: str, options: TrainOptions, base: Base, bank: Bank, data: JobData) -> Job:
     """Add the job's adapter to the bank and make the job."""
-    method = method_of(options, bank)
+    method = method_of(options)
     if options.init_from is None:
         bank.add(name, method, seed=seed_of(options))
     else:
@@ -307,22 +307,17 @@ def make_job(name: str, options: TrainOptions, base: Base, bank: Bank, data: Job
 
 
 def default_rate(base: Base, method: str) -> float:
-    """The learning rate of a method on a base: by the size of the base, and a tenth of an adapter's for full fine-tuning."""
+    """The learning rate of a method on a base: by the size of the base, times the method's own factor."""
     text = _text_config(base)
     usual = default_learning_rate(getattr(text, "hidden_size", 2000), getattr(text, "model_type", ""))
-    return usual / 10 if method == FULL else usual
+    return usual * METHODS[method].learning_rate_factor
 
 
-def method_of(options: TrainOptions, bank: Bank) -> Method:
-    """The adapter method with its options. Full fine-tuning is an adapter with complete copies of its layers, so that it trains beside
-    other jobs on the same base."""
-    full = options.method == FULL
-    chosen = LoRA if full else METHODS[options.method]
-    method = chosen(**{name: getattr(options, name) for name in LowRankOptions.model_fields})
-    if not full:
-        return method
-    layers = select(bank.survey, method, method.kinds)
-    return method.model_copy(update={"modules_to_save": (*method.modules_to_save, *layers)})
+def method_of(options: TrainOptions) -> Method:
+    """The adapter method with those of its options that were given."""
+    chosen = METHODS[options.method]
+    known = chosen.model_fields.keys() & options.model_fields_set
+    return chosen(**{name: getattr(options, name) for name in known})
 
 
 def check_tokens(tokens: Sequence[int], examples: Sequence[Example], tokenizer: Any) -> None:
@@ -376,14 +371,15 @@ def describe(setup: Setup, *, restored: bool) -> list[str]:
         adapter, report = setup.bank[job.name], setup.data[job.name].report
         count = adapter.num_parameters()
         tokens = round(job.steps * job.options.batch_size * report.tokens / max(1, report.examples))
-        what = f"{job.options.method} r={job.options.r} at {len(adapter.tensors)} sites"
-        if job.options.method == FULL:
-            what = f"full fine-tuning of {len(adapter.overrides)} layers"
+        method, sites = adapter.method, len(adapter.tensors) or len(adapter.overrides)
+        what = f"{method.name} {method.size} at {sites} sites" if method.size else f"{method.label} of {sites} layers"
         lines.append(
             f"{job.name}: {what}, {count:,} trainable parameters ({100 * count / total:.2f} % of the base), learning rate "
             f"{job.peak:.2e}; {job.steps:,} steps of {job.options.batch_size}, about {tokens:,} tokens"
         )
         lines += [f"{job.name}: note: {line}" for line in remarks(setup.bank, adapter)]
+        idle = sorted(OPTIONS & job.options.model_fields_set - type(method).model_fields.keys())
+        lines += [f"{job.name}: note: {method.label} has no option {', '.join(idle)}; ignored"] if idle else []
         if restored:
             state = f"{job.state.value}: {job.reason}" if job.over and job.reason else job.state.value
             lines.append(f"{job.name}: resuming at step {job.progress.step} of {job.steps} ({state})")
