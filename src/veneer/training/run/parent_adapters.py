@@ -158,7 +158,8 @@ def _activate(path: Path, bank: Bank, active: dict[Path, str]) -> str:
         bank.load(folder, name=free)
         bank[free].requires_grad_(False)
         # Its dropout stream is in no checkpoint, and jobs that share the parent would move it for each other.
-        bank[free].method = bank[free].method.model_copy(update={"lora_dropout": 0.0})
+        if bank[free].method.dropout:
+            bank[free].method = bank[free].method.model_copy(update={"lora_dropout": 0.0})
         active[folder] = free
     return active[folder]
 
