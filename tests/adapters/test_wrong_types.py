@@ -66,6 +66,11 @@ def test_objects_describe_themselves(bank: Bank) -> None:
     import torch
 
     assert repr(bank) == "Bank(LlamaForCausalLM, 16 sites, a: LoRA r=2)"
+    parameters = f"{bank['a'].num_parameters():,}"
+    assert (
+        f"<td>a</td><td>LoRA</td><td>r=2</td><td>{len(bank['a'].tensors)}</td><td>{parameters}</td>"
+        in bank._repr_html_()
+    )
     assert repr(bank["a"]).startswith("Adapter('a', lora, 14 sites, ")
     base = veneer.Base(bank.model, None, "my-model", Path("x"), torch.float32)
     count = sum(parameter.numel() for parameter in bank.model.parameters())

@@ -42,6 +42,7 @@ def test_data_sets_and_frames(base: Base, tmp_path: Path) -> None:
         (job,) = result.jobs.values()
         assert len(job.losses) == 3 and result.best in (job.best, job.adapter)
         assert repr(result).endswith(f"{name}: finished after 2 steps)")
+        assert f"<td>{name}</td><td>finished</td><td>2</td>" in result._repr_html_()
         bank = veneer.attach(base.model)
         try:
             assert bank.load(result).name == name

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -68,7 +69,7 @@ class _OptionsType(ModelMetaclass):
 
     def __call__(cls, *args: Any, **values: Any) -> Any:
         if args:
-            first = next(iter(cls.model_fields))  # type: ignore[attr-defined]
+            first = next(iter(signature(cls).parameters))
             raise ConfigError(
                 f"{cls.__name__} takes its options by name, such as {first}=...; found {shorten(args[0])} without a name"
             )

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from veneer._html import html_table
 from veneer.adapters.adapter import Adapter, check_name, new_adapter
 from veneer.adapters.call_check import CallMonitor
 from veneer.adapters.compatibility import check_fit, check_overrides, check_tying
@@ -109,6 +110,15 @@ class Bank:
         adapters = ", ".join(f"{name}: {method.label} {method.size}".rstrip() for name, method in methods.items())
         ended = ", detached" if self._detached else ""
         return f"Bank({type(self.model).__name__}, {len(self.sites)} sites, {adapters or 'no adapters'}{ended})"
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (name, adapter.method.label, adapter.method.size, len(adapter.tensors), f"{adapter.num_parameters():,}")
+            for name, adapter in self._adapters.items()
+        ]
+        ended = ", detached" if self._detached else ""
+        caption = f"{type(self.model).__name__}, {len(self.sites)} sites{ended}"
+        return html_table(("adapter", "method", "size", "sites", "parameters"), rows, caption)
 
     def __getitem__(self, name: str) -> Adapter:
         try:

@@ -85,16 +85,16 @@ class Method(MethodOptions):
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
-        """List the options in the docstring, and let the signature name them with their defaults alone, for ``help``."""
+        """List the options in the docstring, the method's own first, and name them with their defaults in the signature, for ``help``."""
         super().__pydantic_init_subclass__(**kwargs)
-        width = max(map(len, cls.model_fields))
+        fields = dict(sorted(cls.model_fields.items(), key=lambda item: item[0] in MethodOptions.model_fields))
+        width = max(map(len, fields))
         lines = [
-            f"    {name:<{width}}  {field.description} (default: {field.default!r})"
-            for name, field in cls.model_fields.items()
+            f"    {name:<{width}}  {field.description} (default: {field.default!r})" for name, field in fields.items()
         ]
         by_name = inspect.Parameter.KEYWORD_ONLY
         cls.__signature__ = inspect.Signature(
-            [inspect.Parameter(name, by_name, default=field.default) for name, field in cls.model_fields.items()]
+            [inspect.Parameter(name, by_name, default=field.default) for name, field in fields.items()]
         )
         cls.__doc__ = "\n".join([cls.__doc__ or "", "", "Options:", *lines])
 

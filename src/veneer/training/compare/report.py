@@ -8,6 +8,7 @@ from html import escape
 from pathlib import Path
 
 from veneer._files import replace_text
+from veneer._html import html_table
 from veneer._version import __version__
 from veneer.training.compare.study import Comparison, ContestantRow, Score
 
@@ -102,8 +103,6 @@ def write_html(comparison: Comparison) -> Path:
 
 def html(comparison: Comparison) -> str:
     """The page as text."""
-    head = "".join(f"<th>{escape(name)}</th>" for name in HEADER)
-    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in cells(comparison))
     legend = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in LEGEND.items())
     remarks = "".join(f"<li>{escape(line)}</li>" for line in notes(comparison))
     return (
@@ -111,7 +110,7 @@ def html(comparison: Comparison) -> str:
         f"<h1>Comparison on {escape(comparison.base)}</h1>"
         f"<p>{comparison.examples['test']:,} test rows, seeds {', '.join(map(str, comparison.rows[0].seeds))}. "
         f"Lower is better.</p>{plot(comparison.rows, comparison.base_loss)}"
-        f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        f"{html_table(HEADER, cells(comparison))}"
         f"<ul>{remarks}</ul><dl>{legend}</dl><p>Veneer {__version__}</p></html>\n"
     )
 

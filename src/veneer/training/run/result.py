@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer._files import replace_text, replacing
+from veneer._html import html_table
 from veneer.adapters.methods import METHODS, has_option
 from veneer.checkpoints.locate import better_adapter
 from veneer.config import PER_RUN_OPTIONS, TrainOptions, plain
@@ -82,6 +83,10 @@ class RunResult:
     def __repr__(self) -> str:
         jobs = ", ".join(f"{job.name}: {job.state} after {job.steps} steps" for job in self.jobs.values())
         return f"RunResult({str(self.out)!r}, {jobs})"
+
+    def _repr_html_(self) -> str:
+        header, rows = table_of(self)
+        return html_table(header, rows, str(self.out))
 
     @property
     def adapter(self) -> Path:
