@@ -90,7 +90,8 @@ class Method(MethodOptions):
         fields = dict(sorted(cls.model_fields.items(), key=lambda item: item[0] in MethodOptions.model_fields))
         width = max(map(len, fields))
         lines = [
-            f"    {name:<{width}}  {field.description} (default: {field.default!r})" for name, field in fields.items()
+            f"    {name:<{width}}  {' '.join((field.description or '').split())} (default: {field.default!r})"
+            for name, field in fields.items()
         ]
         by_name = inspect.Parameter.KEYWORD_ONLY
         cls.__signature__ = inspect.Signature(
