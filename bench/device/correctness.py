@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from veneer.kernels.attention.segmented import segment_attention
 from veneer.kernels.attention.segments import Pattern, Segments
 from veneer.kernels.cross_entropy import linear_cross_entropy
 from veneer.kernels.cross_entropy import plain as plain_loss
+from veneer.kernels.forms import Forms, use_forms
 from veneer.kernels.quantized.module import QuantizedLinear
 from veneer.models.fast_modules import fuse
 from veneer.models.flat import FlatRunner
@@ -56,6 +57,13 @@ def run(setting: Setting) -> Iterator[Row]:
     """All checks."""
     device = torch.device(setting.device)
     dtypes = (torch.float32,) if setting.tiny else (torch.float32, torch.bfloat16)
+    fast = Forms(attention="varlen", grouped_tokens=4096)  # the compiled chains have a row of their own
+    with use_forms(fast):
+        yield from _all(dtypes, device, setting)
+    yield from _compiled(dtypes, device, setting)
+
+
+def _all(dtypes: Sequence[torch.dtype], device: torch.device, setting: Setting) -> Iterator[Row]:
     for dtype in dtypes:
         for name in _TINY_CASES if setting.tiny else CASES:
             # In bf16 another expert may be chosen for a token, which is no error of the products.
@@ -64,6 +72,21 @@ def run(setting: Setting) -> Iterator[Row]:
         yield from _attention(dtype, device, setting)
         yield _loss(dtype, device, setting)
     yield from _isolation(device, setting)
+
+
+def _compiled(dtypes: Sequence[torch.dtype], device: torch.device, setting: Setting) -> Iterator[Row]:
+    """A step with compiled chains, where there is a GPU to compile for; and whether a step gives the same bits twice."""
+    if device.type == "cuda":
+        with use_forms(Forms(elementwise="compiled")):
+            for dtype in dtypes:
+                yield _step("DoRA", dtype, device, setting) | {"what": f"DoRA, compiled chains, {_name(dtype)}"}
+    for form in ("plain", "varlen"):
+        with use_forms(Forms(attention=form)):
+            model: Any = tiny("llama").to(device, dtypes[-1])
+            batch = _batch(["a"], 12 if setting.tiny else 96)
+            one, other = (_gradients(model, {"a": DoRA(r=8)}, {}, batch, fast=True) for _ in range(2))
+            changed = sum(_changed(one[key], other[key]) for key in one)
+            yield figure(f"the same step twice, {form} attention: changed numbers", changed)
 
 
 def _step(name: str, dtype: torch.dtype, device: torch.device, setting: Setting) -> Row:

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
 
 import torch
 
 from bench.device.clock import in_turn, seconds
-from bench.device.shapes import dtype_of
+from bench.device.shapes import dtype_of, made
 from bench.device.supervise import Row, Setting, figure
 from veneer.kernels import cross_entropy
-from veneer.kernels.lora.branch import Branch, Factors
-from veneer.kernels.lora.grouped import GroupedBranch, TokenGrid, pad_factors
-from veneer.kernels.lora.linear import adapted_linear
-from veneer.kernels.lora.single import SingleBranch
+from veneer.training.planning.gpu_forms import BaseSizes, ManyAdapters, choose_forms
 
 
 def run(setting: Setting) -> Iterator[Row]:
-    """Both sweeps."""
+    """The sweeps, and the choice that a run makes."""
     yield from _chunks(setting)
     yield from _products(setting)
+    yield from _chosen(setting)
 
 
 def _chunks(setting: Setting) -> Iterator[Row]:
@@ -47,37 +47,28 @@ def _chunks(setting: Setting) -> Iterator[Row]:
 def _products(setting: Setting) -> Iterator[Row]:
     """A layer with many adapters, forward and backward: one branch for each adapter, and one for all."""
     for adapters in (2,) if setting.tiny else (8, 32):
-        for each in (4,) if setting.tiny else (16, 64, 256):
-            layer = _Layer(setting, adapters, each)
-            forms = {"one by one": layer.one_by_one, "at once": layer.at_once}
-            took = in_turn(forms, torch.device(setting.device), rounds=2 if setting.tiny else 10)
+        for each in (4,) if setting.tiny else (64, 256, 1024):
+            trial = ManyAdapters(_sizes(setting), adapters=adapters, each=each)
+            works = {"one by one": trial.one_by_one, "at once": trial.at_once}
+            took = in_turn(works, torch.device(setting.device), rounds=2 if setting.tiny else 10)
             ratio = round(took["one by one"] / took["at once"], 3)
             title = f"{adapters} adapters of {each} tokens, one by one over at once"
             yield figure(title, ratio, "x", ms={name: round(1e3 * value, 3) for name, value in took.items()})
 
 
-class _Layer:
-    """A linear layer with adapters of ``each`` tokens, and their products forward and backward."""
+def _sizes(setting: Setting) -> BaseSizes:
+    """Qwen3-1.7B's, or the smallest."""
+    dtype, device = dtype_of(setting), torch.device(setting.device)
+    if setting.tiny:
+        return BaseSizes(32, 64, 4, 2, 8, dtype, device)
+    return BaseSizes(2048, 6144, 16, 8, 128, dtype, device)
 
-    def __init__(self, setting: Setting, adapters: int, each: int) -> None:
-        device, dtype, width = torch.device(setting.device), dtype_of(setting), 32 if setting.tiny else 2048
-        self.layers = [(torch.randn(width, width, device=device, dtype=dtype) / width**0.5, None)]
-        self.factors = [[self._factors(width, device)] for _ in range(adapters)]
-        self.x = torch.randn(adapters * each, width, device=device, dtype=dtype, requires_grad=True)
-        self.spans = [slice(each * j, each * (j + 1)) for j in range(adapters)]
-        self.grid = TokenGrid([torch.arange(one.start, one.stop) for one in self.spans], [1.0] * adapters, device)
 
-    def _factors(self, width: int, device: torch.device) -> Factors:
-        a, b = (torch.randn(*size, device=device, requires_grad=True) for size in ((16, width), (width, 16)))
-        return Factors(a, b, 2.0)
-
-    def _backward(self, branches: Sequence[Branch]) -> None:
-        adapted_linear(self.x, self.layers, branches)[0].square().sum().backward()
-
-    def one_by_one(self) -> None:
-        """A branch for each adapter."""
-        self._backward([SingleBranch(span, 1.0, own) for span, own in zip(self.spans, self.factors, strict=True)])
-
-    def at_once(self) -> None:
-        """One branch for all of them."""
-        self._backward([GroupedBranch(self.grid, self.factors, pad_factors(self.factors, self.layers, self.grid))])
+def _chosen(setting: Setting) -> Iterator[Row]:
+    """The forms that a run would choose on this device, and the time that choosing takes."""
+    model = made("qwen", setting)
+    began = time.perf_counter()
+    found = choose_forms(model, tokens=1024, steps=10_000, option="auto")
+    took = round(time.perf_counter() - began, 2)
+    for name, value in asdict(found).items():
+        yield figure(f"chosen: {name}", str(value), "", seconds=took)

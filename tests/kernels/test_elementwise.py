@@ -7,9 +7,12 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.devices import PretendDevice
 from torch import Tensor
 
+from veneer.kernels.elementwise import functions
 from veneer.kernels.elementwise.functions import gated, rms_norm, rotary
+from veneer.kernels.forms import Forms, use_forms
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE)
@@ -89,3 +92,55 @@ def test_only_inputs_are_kept() -> None:
         rotary(x.view(6, 1, 8).float(), x.view(6, 1, 8).float(), cos, sin)
     own = {t.data_ptr() for t in (x, gate, up, weight, cos, sin)}
     assert {t.data_ptr() for t in kept} <= own
+
+
+def chains() -> list[Tensor]:
+    """Every chain forward and backward, on this device or the one that is pretended."""
+    device = torch.get_default_device() if not torch.cuda.is_available() else torch.device("cuda:0")
+    x, g = (draw(6, 16, dtype=torch.float32, seed=n).to(device).requires_grad_() for n in (1, 2))
+    weight, cos, sin = (
+        draw(*size, dtype=torch.float32, seed=n).to(device) for n, size in ((3, (16,)), (4, (6, 8)), (5, (6, 8)))
+    )
+    q, k = (draw(6, heads, 8, dtype=torch.float32, seed=heads).to(device).requires_grad_() for heads in (4, 2))
+    outs = [rms_norm(x, weight, 1e-6), gated(x, g, "silu"), *rotary(q, k, cos, sin)]
+    grads = torch.autograd.grad(sum(out.square().sum() for out in outs), (x, g, q, k))  # type: ignore[arg-type]
+    return [t.detach() for t in (*outs, *grads)]
+
+
+def test_a_device_takes_the_compiled_chains_if_they_were_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of the five functions, forward and backward; without that choice, and on a CPU, none."""
+    taken: list[str] = []
+
+    def compiled(function: Callable[..., object]) -> Callable[..., object]:
+        taken.append(function.__name__)
+        return function
+
+    monkeypatch.setattr(functions, "compiled", compiled)
+    with use_forms(Forms(elementwise="compiled")):
+        expected = chains()
+        assert taken == []
+        with PretendDevice():
+            found = [t.to("cpu") for t in chains()]
+    assert taken == ["norm_forward", "gated_forward", "rotate", "rotate", "gated_backward", "norm_backward"]
+    with PretendDevice():
+        chains()
+    assert len(taken) == 6
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.slow
+def test_compiled_chains_give_the_same() -> None:
+    """Compiled for the CPU, in several sizes, the functions give what they give as they are."""
+    pytest.importorskip("torch._inductor")
+    for rows in (5, 70):
+        x, g = (draw(rows, 32, dtype=torch.float32, seed=n) for n in (1, 2))
+        weight = draw(32, dtype=torch.float32, seed=3)
+        for function, args in (
+            (functions.norm_forward, (x, weight, 1e-6, False)),
+            (functions.norm_backward, (g, x, weight, 1e-6, True)),
+            (functions.gated_forward, (x, g, "silu")),
+            (functions.gated_backward, (g, x, g, "gelu_tanh")),
+        ):
+            found, expected = functions.compiled(function)(*args), function(*args)
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)

@@ -89,7 +89,8 @@ class BaseOptions(Options):
     threads: PerRun[Count | None] = None
     """Number of CPU threads (default: PyTorch's choice)."""
     compile: PerRun[Flag | Literal["auto"]] = "auto"
-    """Use C++ kernels on a CPU, built once per processor; true also reports why they cannot be used, false leaves them out."""
+    """Use C++ kernels on a CPU, built once per processor, and compiled chains on a GPU; true also reports why kernels cannot be used and
+    compiles for short runs, false leaves them out."""
 
 
 class DataOptions(Options):

@@ -30,6 +30,7 @@ from torch.autograd.function import once_differentiable
 
 from veneer.kernels.cpp_library import KINDS, library
 from veneer.kernels.device_bytes import device_bytes
+from veneer.kernels.forms import forms
 from veneer.kernels.frozen_linear import linear
 from veneer.kernels.tuning import (
     CROSS_ENTROPY_BLOCK_BYTES,
@@ -251,9 +252,11 @@ def _chunk(tokens: int, vocabulary: int, itemsize: int, device: torch.device) ->
 
 
 def _chunk_bytes(device: torch.device) -> int:
-    """Return the limit of a chunk's logits. On a GPU it follows the memory of the device and not what is free now, so that a run and its
-    resumption cut alike."""
+    """Return the limit of a chunk's logits. On a GPU it was chosen once for the run, or follows the memory of the device and not what is
+    free now, so that a run and its resumption cut alike."""
     if device.type == "cpu":
         return CROSS_ENTROPY_CHUNK_BYTES
+    if (chosen := forms().loss_chunk) is not None:
+        return chosen
     total = device_bytes(device)
     return CROSS_ENTROPY_CHUNK_BYTES if total is None else min(GPU_CROSS_ENTROPY_CHUNK_BYTES, total // GPU_CHUNK_SHARE)

@@ -15,10 +15,9 @@ import torch
 
 from veneer.adapters.runtime.layer import AdaptedLayer
 from veneer.adapters.runtime.mapping import Assignment, RoutePlan
+from veneer.kernels.forms import FEW_TOKENS, forms
 from veneer.kernels.lora.linear import TokenGrid
 
-_FEW_TOKENS = 64
-"""Adapters with at most so many tokens are grouped; above, separate products are as fast."""
 _PADDING = 100_000
 """Padded numbers that cost as much as another group."""
 Group = tuple[list[Assignment], "TokenGrid | None"]
@@ -33,7 +32,8 @@ def groups_of(layer: AdaptedLayer, plan: RoutePlan, assignments: list[Assignment
     geometry = layer.site.geometry
     width = geometry.out + geometry.in_
     trains = torch.is_grad_enabled()
-    key = (tuple((one.adapter, id(one.tokens)) for one in assignments), ranks, width, trains)
+    most = FEW_TOKENS if layer.site.weight.is_cpu else forms().grouped_tokens
+    key = (tuple((one.adapter, id(one.tokens)) for one in assignments), ranks, width, trains, most)
     known: list[Group] | None = plan.groups.get(key)
     if known is not None:
         return known
@@ -41,7 +41,7 @@ def groups_of(layer: AdaptedLayer, plan: RoutePlan, assignments: list[Assignment
     alike: dict[tuple[object, ...], list[tuple[int, Assignment]]] = {}
     for one, at, rank in zip(assignments, adapters, ranks, strict=True):
         method = at.adapter.method
-        if one.tokens is None or len(one.tokens) > _FEW_TOKENS or method.dropout:
+        if one.tokens is None or len(one.tokens) > most or method.dropout:
             single.append(one)
         else:
             # Keeping the output for backward costs the whole layer's, so methods that do not are kept apart.

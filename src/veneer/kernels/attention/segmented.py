@@ -5,8 +5,8 @@
 with cap(s) = softcap * tanh(s / softcap) where a model has a soft cap. A causal layer has ``after`` 0, a causal window of W tokens
 has ``before`` W - 1, and None means no limit. A sink is one more logit per head in the softmax whose value is zero.
 
-``plain`` is the reference and calls PyTorch's attention; ``native.py`` is the form in C++ for CPUs. Both take segments of equal length
-together, so nothing is padded and a NaN stays in its segment.
+``plain`` is the reference and calls PyTorch's attention; ``native.py`` is the form in C++ for CPUs, ``varlen.py`` that for CUDA. None of
+them pads, and a NaN stays in its segment.
 
 Shapes: H query heads, G key/value heads, T tokens of all segments, N segments of one length, L tokens of a segment, D head size,
 E head size of the values.
@@ -19,7 +19,10 @@ import torch.nn.functional as F
 
 from veneer.kernels.attention.native import native, takes
 from veneer.kernels.attention.segments import Pattern, Segments
+from veneer.kernels.attention.varlen import takes as takes_varlen
+from veneer.kernels.attention.varlen import varlen
 from veneer.kernels.cpp_library import pays
+from veneer.kernels.forms import forms
 from veneer.kernels.tuning import LONGEST_NATIVE_SEGMENT
 
 __all__ = ["plain", "segment_attention"]
@@ -40,6 +43,8 @@ def segment_attention(
     simple = pattern.softcap is None and sinks_H is None and dropout == 0.0
     if simple and _prefers_native(q_HTD, k_GTD, v_GTE, segments):
         return native(q_HTD, k_GTD, v_GTE, segments, pattern, scale=scale)
+    if simple and forms().attention == "varlen" and segments.starts and takes_varlen(q_HTD, k_GTD, v_GTE):
+        return varlen(q_HTD, k_GTD, v_GTE, segments, pattern, scale=scale)
     return plain(q_HTD, k_GTD, v_GTE, segments, pattern, scale=scale, sinks_H=sinks_H, dropout=dropout)
 
 

@@ -33,6 +33,8 @@ class Segments:
         default_factory=dict, repr=False, compare=False
     )
 
+    _bounds: dict[torch.device, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
+
     @classmethod
     def of(cls, offsets: torch.Tensor) -> Segments:
         """From the offsets tensor [S + 1] of a flat batch."""
@@ -93,6 +95,14 @@ class Segments:
         if found is None:
             moved = torch.stack(self.order).to(device)
             found = self._orders[device] = (moved[0], moved[1])
+        return found
+
+    def cumulative(self, device: torch.device) -> torch.Tensor:
+        """The bounds of the segments that are not empty, int32 on a device, moved there once per batch."""
+        found = self._bounds.get(device)
+        if found is None:
+            kept = [0, *(end for start, end in zip(self.bounds, self.bounds[1:], strict=False) if end > start)]
+            found = self._bounds[device] = torch.tensor(kept, dtype=torch.int32).to(device)
         return found
 
     def mask(self, pattern: Pattern, length: int, like: torch.Tensor) -> torch.Tensor | None:

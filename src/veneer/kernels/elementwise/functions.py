@@ -6,15 +6,17 @@
 
 Autograd would make about ten passes over memory for each of these and keep most intermediate results. Here only the inputs are
 kept. The functions below are the reference; on a CPU, ``elementwise/native.py`` replaces them by kernels in C++ where it accepts the
-inputs. Norms and rotations compute in fp32 (fp64 for fp64) and round where the models round: Llama's norm before it multiplies
-by w, Gemma's after, with 1 + w.
+inputs, and on a GPU each is compiled where a run has chosen so (``kernels/forms.py``). Norms and rotations compute in fp32 (fp64 for
+fp64) and round where the models round: Llama's norm before it multiplies by w, Gemma's after, with 1 + w.
 
 Norm weights are constants here: a trained norm keeps its own forward. Shapes: T tokens, D width, H heads.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import cache
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +24,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from veneer.kernels.elementwise import native
+from veneer.kernels.forms import forms
 
-__all__ = ["ACTIVATIONS", "gated", "rms_norm", "rotary"]
+__all__ = ["ACTIVATIONS", "BACKEND", "compiled", "gated", "rms_norm", "rotary"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+BACKEND = "inductor"
+"""The compiler of the form "compiled"."""
 
 ACTIVATIONS = ("silu", "gelu_tanh")
 
@@ -96,6 +104,17 @@ def _rotate_one(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor, sign: int) -> Ten
     return torch.cat(rotated, -1).to(x_THD.dtype)
 
 
+def _form(function: Callable[P, T], like: Tensor) -> Callable[P, T]:
+    """The function, or on a GPU its compiled form if that was chosen."""
+    return function if like.is_cpu or forms().elementwise == "plain" else compiled(function)
+
+
+@cache
+def compiled(function: Callable[P, T]) -> Callable[P, T]:
+    """One kernel for the whole chain, for all sizes; compiled when it is first called."""
+    return torch.compile(function, dynamic=True, backend=BACKEND)
+
+
 def _norm(x: Tensor, weight: Tensor, eps: float, one_plus: bool, g: Tensor | None = None) -> Tensor:
     """RMSNorm, or with ``g`` its gradient, by the fastest form that accepts the inputs."""
     rows = x.reshape(-1, x.shape[-1])
@@ -103,17 +122,17 @@ def _norm(x: Tensor, weight: Tensor, eps: float, one_plus: bool, g: Tensor | Non
     y = native.norm(grad, rows, weight, eps, one_plus)
     if y is None:
         args = (rows, weight, eps, one_plus)
-        y = norm_forward(*args) if grad is None else norm_backward(grad, *args)
+        y = _form(norm_forward, x)(*args) if grad is None else _form(norm_backward, x)(grad, *args)
     return y.view(x.shape)
 
 
 def _gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     y = native.gated_forward(gate, up, activation)
-    return gated_forward(gate, up, activation) if y is None else y
+    return _form(gated_forward, gate)(gate, up, activation) if y is None else y
 
 
 def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, sign: int = 1) -> tuple[Tensor, Tensor]:
-    return native.rotate(q, k, cos, sin, sign) or rotate(q, k, cos, sin, sign)
+    return native.rotate(q, k, cos, sin, sign) or _form(rotate, q)(q, k, cos, sin, sign)
 
 
 class _Norm(torch.autograd.Function):
@@ -141,7 +160,8 @@ class _Gated(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
-        grads = native.gated_backward(d, gate, up, ctx.activation) or gated_backward(d, gate, up, ctx.activation)
+        args = (d, gate, up, ctx.activation)
+        grads = native.gated_backward(*args) or _form(gated_backward, d)(*args)
         return (*grads, None)
 
 

@@ -1,4 +1,4 @@
-"""Decisions made from measurements before the first step: shared passes, the memory and time plan, checkpointing.
+"""Decisions made from measurements before the first step: forms of operations, shared passes, the memory and time plan, checkpointing.
 
 ``plan(config)`` makes the plan of a run without starting it.
 """
@@ -6,10 +6,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 from veneer.config import TrainOptions
+from veneer.kernels.forms import Forms, use_forms
 from veneer.models.load import Base
+from veneer.training.planning.gpu_forms import choose_forms
 from veneer.training.planning.packing import choose_packing
 from veneer.training.planning.plan import Planner, TrainingPlan
 from veneer.training.run.jobs import expand
@@ -18,10 +21,24 @@ from veneer.training.run.setup import Setup, set_up
 
 def decide(setup: Setup, say: Callable[[str], None]) -> dict[str, Any]:
     """The decisions as the manifest stores them. Raises MemoryPlanError if the run does not fit in memory."""
-    packing = choose_packing(setup.options, setup.stepper, setup.jobs)
-    plan = _plan(setup, packing.tokens, say) if setup.options.plan else None
+    chosen = _forms(setup)
+    with use_forms(chosen):
+        packing = choose_packing(setup.options, setup.stepper, setup.jobs)
+        plan = _plan(setup, packing.tokens, say) if setup.options.plan else None
     planned = {} if plan is None else {"plan": plan.as_dict(), "recompute": plan.recompute}
-    return {**packing.as_dict(), **planned}
+    forms = {} if chosen == Forms() else {"forms": asdict(chosen)}
+    return {**packing.as_dict(), **planned, **forms}
+
+
+def _forms(setup: Setup) -> Forms:
+    """The forms of operations on the run's device."""
+    options, steps = setup.options, max(job.steps for job in setup.jobs)
+    return choose_forms(setup.base.model, tokens=options.tokens_per_pass, steps=steps, option=options.compile)
+
+
+def stored_forms(manifest: Mapping[str, Any]) -> Forms:
+    """The forms that a run began with, by its manifest."""
+    return Forms(**manifest.get("forms", {}))
 
 
 def _plan(setup: Setup, tokens_per_shared_pass: int, say: Callable[[str], None]) -> TrainingPlan | None:
@@ -51,7 +68,7 @@ def plan(config: TrainOptions | Mapping[str, Any], *, base: Base | None = None) 
         VeneerError: whatever `train` raises before its first step.
     """
     options = config if isinstance(config, TrainOptions) else TrainOptions(**config)
-    with set_up(options, expand(options), base, lambda line: None) as setup:
+    with set_up(options, expand(options), base, lambda line: None) as setup, use_forms(_forms(setup)):
         tokens = choose_packing(options, setup.stepper, setup.jobs).tokens
         planner = Planner(
             options, setup.stepper, setup.jobs, base=setup.base, tokens_per_shared_pass=tokens, thorough=True

@@ -31,7 +31,7 @@ _CONTENT = {
 }
 _BEFORE = {"device": "cpu", "processes": 1}
 """Entries that earlier versions did not write, with what they meant."""
-_DECISIONS = ("share", "sharing", "plan", "recompute")
+_DECISIONS = ("share", "sharing", "plan", "recompute", "forms")
 
 Manifest = dict[str, Any]
 

@@ -16,6 +16,7 @@ from veneer._files import replace_text
 from veneer.config import TrainOptions, given, plain, resolve, to_yaml
 from veneer.data.rows.memory_rows import rows_in, write_rows
 from veneer.errors import CheckpointError, ConfigError, ProcessError, TrainingError
+from veneer.kernels.forms import use_forms
 from veneer.models.load import Base
 from veneer.training.activation_checkpointing import activation_checkpointing
 from veneer.training.cluster.driver import train_on_cluster
@@ -31,7 +32,7 @@ from veneer.training.planning.plan import TrainingPlan
 from veneer.training.run import trackers
 from veneer.training.run.checkpointing import Saver
 from veneer.training.run.console import Console
-from veneer.training.run.decisions import decide
+from veneer.training.run.decisions import decide, stored_forms
 from veneer.training.run.jobs import check_steps, expand, go_on, match_stored_run
 from veneer.training.run.manifest import Manifest, compare, earlier_decisions, manifest_of
 from veneer.training.run.parent_adapters import OF_THE_ADAPTER
@@ -207,7 +208,7 @@ def _run(
     if unfinished:  # also if all jobs are paused: a request may resume them
         listener = recorder if processes.alone else SharedListener(processes, jobs, bank, {}, recorder)
         trainer = _trainer(setup, listener, manifest, processes)
-        with _tracked(options, recorder):
+        with _tracked(options, recorder), use_forms(stored_forms(manifest)):
             _train(trainer, recorder, listener, recompute=_recompute(options, manifest))
     result = processes.together(lambda: _result_or_stop(recorder))
     if result is None:
@@ -250,7 +251,11 @@ def _follow(
     if unfinished:
         trainer = _trainer(setup, listener, manifest, processes)
         recompute = _recompute(setup.options, manifest)
-        with listener.handle_signals(), activation_checkpointing(setup.base.model, recompute):
+        with (
+            listener.handle_signals(),
+            use_forms(stored_forms(manifest)),
+            activation_checkpointing(setup.base.model, recompute),
+        ):
             trainer.run()
     processes.together(lambda: None)  # until the first one has written what is missing
     if listener.stopped and any(job.running for job in jobs):
