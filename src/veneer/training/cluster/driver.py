@@ -20,6 +20,7 @@ from types import FrameType
 from typing import Any
 
 from veneer._files import replace_text
+from veneer.checkpoints.commit import candidates
 from veneer.config import TrainOptions, plain, to_yaml
 from veneer.errors import CheckpointError, ConfigError, Problems, TrainingError
 from veneer.training.cluster.parts import RunPart, divide, part_of
@@ -36,7 +37,7 @@ _POLL = 0.5
 _LOOK_SECONDS = 10.0
 """Seconds between looks for machines that have joined the cluster."""
 _TRIES = 3
-"""Workers that a part may lose before it is given up, and a place before it is no longer used."""
+"""Workers that a part may lose without a new checkpoint before it is given up, and a place before it is no longer used."""
 
 
 @dataclass
@@ -119,6 +120,8 @@ class ClusterRun:
         self._results: dict[int, RunResult] = {}
         self._problems = Problems()
         self._losses: Counter[object] = Counter()
+        self._reached: dict[int, str] = {}
+        """The newest checkpoint of each part when it last lost a worker."""
         self._control = Control(out)
         self._stopping = False
         self._looked = 0.0
@@ -305,11 +308,17 @@ class ClusterRun:
 
     def _lost(self, worker: LiveWorker, part: RunPart) -> None:
         self._workers.remove(worker)
+        newest = next((folder.name for folder in candidates(part.folder / "checkpoints")), "")
+        if newest != self._reached.get(part.number, ""):  # it went on since the last loss, so neither is at fault
+            del self._losses[part.number], self._losses[worker.slot]
+        self._reached[part.number] = newest
         self._losses[part.number] += 1
         self._losses[worker.slot] += 1
         self.event("worker_lost", worker=worker.slot.name, part=part.number)
         if self._losses[part.number] >= _TRIES:
-            self._problems.add(f"{', '.join(part.jobs)}: {_TRIES} workers ended while they trained these jobs")
+            self._problems.add(
+                f"{', '.join(part.jobs)}: {_TRIES} workers ended while they trained these jobs, and none reached a checkpoint"
+            )
             return
         self.console.line(
             f"the worker on {worker.slot.name} is lost; its jobs go to another, from their last checkpoint"
