@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from veneer.adapters import METHODS
+from veneer.adapters import LoRA
 from veneer.config import TrainOptions
 from veneer.training.cluster import driver
 from veneer.training.cluster.driver import ClusterRun
@@ -93,8 +93,8 @@ class BaseModel:
     @property
     def trained(self) -> int:
         """Numbers of an adapter."""
-        method = METHODS["lora"]()
-        return sum(math.prod(size) for g in self.shape.sites for size in method.tensor_shapes(g, RANK).values())
+        method = LoRA()
+        return sum(math.prod(size) for g in self.shape.sites for size in method.shapes_of_rank(g, RANK).values())
 
     def seconds(self, tokens: float) -> float:
         """Time of a training pass over so many tokens."""
@@ -261,7 +261,7 @@ def _finished(name: str, out: Path) -> JobResult:
 
 def many_jobs(base: BaseModel, jobs: int, steps: int) -> list[list[str]]:
     """A row for each number of GPUs: a sweep of so many jobs, of 16 examples a step."""
-    alone = memory_of(base.shape, "bfloat16", METHODS["lora"], RANK, TOKENS, checkpointing=False)
+    alone = memory_of(base.shape, "bfloat16", LoRA, RANK, TOKENS, checkpointing=False)
     fits = 1 + int((RATES.memory - alone) // (16 * base.trained))
     mean = sum(map(len, lengths(1000))) / 1000
     rows = []

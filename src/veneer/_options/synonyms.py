@@ -36,6 +36,7 @@ _TABLE: Mapping[str, str] = {
     "device_map cuda gpu gpus n_gpu no_cuda use_cpu": "device",
     "num_processes nproc_per_node ddp world_size": "processes",
     "ddp_timeout": "answer_minutes",
+    "ray ray_address ray_cluster num_nodes nnodes num_machines": "cluster",
     "deepspeed fsdp fsdp_config": _LAUNCHER,
     "num_threads n_threads omp_num_threads": "threads",
     # data
