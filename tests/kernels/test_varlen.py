@@ -18,7 +18,7 @@ PATTERNS = (Pattern(), Pattern(before=2), Pattern(after=None), Pattern(before=3,
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-@pytest.mark.parametrize("knows", [{"enable_gqa", "num_splits"}, set()], ids=["2.13", "2.10"])
+@pytest.mark.parametrize("knows", [{"enable_gqa", "num_splits"}, set()], ids=["2.13", "2.11"])
 def test_it_gives_what_the_plain_form_gives(pattern: Pattern, knows: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Outputs and gradients, ragged with an empty segment, grouped heads, windows; with older versions of PyTorch heads are repeated."""
     calls: list[Any] = []
@@ -47,3 +47,6 @@ def test_tensors_that_the_kernel_takes(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
             assert takes(q, q, q) is good
             assert not takes(q, q, v) and not takes(wide, wide, wide) and not takes(q.float(), q.float(), q.float())
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+        monkeypatch.setattr(varlen_file, "_kernel", lambda: (None, frozenset({"is_causal"})))  # PyTorch 2.10
+        assert not takes(q, q, q)

@@ -41,7 +41,7 @@ def takes(q_HTD: torch.Tensor, k_GTD: torch.Tensor, v_GTE: torch.Tensor) -> bool
         and q_HTD.shape[-1] == v_GTE.shape[-1] <= _LARGEST_HEAD
         and q_HTD.shape[-1] % 8 == 0
         and torch.cuda.get_device_capability(q_HTD.device) >= _CAPABILITY
-        and _kernel()[0] is not None
+        and {"scale", "window_size"} <= _kernel()[1]
     )
 
 

@@ -91,12 +91,14 @@ def choose_forms(model: Any, *, tokens: int, steps: int, option: bool | str) -> 
         return Forms(loss_chunk=chunk)
     compiles = option is True or steps >= _WORTH_COMPILING
     with torch.random.fork_rng([device]):
-        return Forms(
+        found = Forms(
             attention="varlen" if attention_pays(sizes, tokens) else "plain",
             elementwise="compiled" if compiles and compiling_pays(sizes, tokens) else "plain",
             grouped_tokens=grouped_tokens(sizes),
             loss_chunk=chunk,
         )
+    memory_of(device).give_back()
+    return found
 
 
 def chunk_for(free: int) -> int:
@@ -130,6 +132,7 @@ def compiling_pays(sizes: BaseSizes, tokens: int) -> bool:
     cos, sin = (sizes.random(tokens, sizes.head, grad=False) for _ in range(2))
 
     def with_(form: Callable[[Any], Any]) -> Work:
+        @torch.no_grad()  # as in the functions' own forward and backward: code is compiled for one mode
         def run() -> Sequence[Tensor]:
             norm, back = form(functions.norm_forward), form(functions.norm_backward)
             act, act_back = form(functions.gated_forward), form(functions.gated_backward)
