@@ -196,15 +196,15 @@ def device_layout(batch: Any) -> Any:
     return Layout((1, len(index)), index, index)
 
 
-def mixed_losses(self: step.PassLosses, losses_K: torch.Tensor) -> None:
+def mixed_losses(self: step.PassLosses, losses_U: torch.Tensor) -> None:
     """Losses of the device times weights of the CPU."""
-    self._weighted_K = losses_K.double() * self._weights_K
+    self._weighted_U = losses_U.double() * self._weights_U
 
 
 def unread(passes: Any, *more: torch.Tensor) -> list[torch.Tensor]:
     """Losses that are taken as they are."""
     for one in passes:
-        one.take(one.losses_K)
+        one.take(one.losses_U)
     return list(more)
 
 
