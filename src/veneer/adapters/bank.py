@@ -222,6 +222,7 @@ class Bank:
             self._patches.uninstall(site, name)
         tracker.monitor.forget(name)
         tracker.mapping.clear()
+        tracker.inputs.prune()
         self.runtime.frozen.forget(name)
         del self._adapters[name]
 

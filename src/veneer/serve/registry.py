@@ -199,12 +199,14 @@ class ModelRegistry:
         """
         with self._lock:
             found = self._found()
-            if name in found and not self._name_problem(name):
-                self._register(name, found[name], "folder", None)
+            in_folder = name in found and not self._name_problem(name)
             row = self._row(name)
-            if row is None:
+            if not in_folder and row is None:
                 raise UnknownModelError(f"no adapter {name!r} is registered or in the server's folder of adapters")
-            self._load(name, Path(row["folder"]))
+            folder = found[name] if in_folder or row is None else Path(row["folder"])
+            self._load(name, folder)  # first, so that a name is listed only if it answers
+            if in_folder:
+                self._register(name, folder, "folder", None)
             self._set_loaded(name, True)
 
     def unload(self, name: str) -> None:

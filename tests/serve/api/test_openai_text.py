@@ -10,7 +10,7 @@ from typing import Any
 
 import openai
 import pytest
-from tests.serve.api.made import Running, wait
+from tests.serve.api.made import Running
 
 HELLO: Any = [{"role": "user", "content": "Hello"}]
 
@@ -135,6 +135,13 @@ def test_echo_scores_the_prompt(client: openai.OpenAI) -> None:
     assert len(choice.logprobs.tokens or []) == (answer.usage.prompt_tokens if answer.usage else 0) + 1
     scored = client.completions.create(model="tone", prompt="The rain", max_tokens=0, echo=True, logprobs=1)
     assert scored.choices[0].text == "The rain"
+    asked: dict[str, Any] = {"model": "tone", "prompt": "The rain", "max_tokens": 5, "temperature": 0, "logprobs": 1}
+    ended = client.completions.create(**asked, echo=True, logit_bias={"2": 100}).choices[0]
+    assert ended.finish_reason == "stop" and ended.text == "The rain" and ended.logprobs is not None
+    assert len(ended.logprobs.tokens or []) == len(choice.logprobs.tokens or [])  # the end has its entry too
+    streamed = client.completions.create(**asked, stream=True, logit_bias={"2": 100})
+    pieces = [one.choices[0].logprobs.tokens or [] for one in streamed if one.choices[0].logprobs]
+    assert sum(map(len, pieces)) == 1
 
 
 def test_embeddings_as_numbers_and_base64(client: openai.OpenAI, server: Running) -> None:
@@ -186,16 +193,3 @@ def test_async_client_in_parallel(server: Running) -> None:
             return await asyncio.gather(*(one(model, stream=i % 2 == 0) for i in range(3) for model in alone))
 
     assert [text == alone[model] for model, text in asyncio.run(all_at_once())] == [True] * 12
-
-
-def test_stream_that_is_closed_costs_nothing_more(client: openai.OpenAI, server: Running) -> None:
-    """A client that goes away in the middle of a stream ends its request."""
-    before = server.engine.metrics().finished.get("cancelled", 0)
-    stream = client.chat.completions.create(
-        model="sql", messages=HELLO, max_tokens=200, temperature=0, stream=True, extra_body={"ignore_eos": True}
-    )
-    next(iter(stream))
-    stream.close()
-    wait(server.idle, 5)
-    found = server.engine.metrics()
-    assert found.finished.get("cancelled", 0) + found.finished.get("length", 0) > before

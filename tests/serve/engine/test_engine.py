@@ -14,9 +14,8 @@ import torch
 from tests.serve.engine.traces import answer, engine, folders, randomised, request, tokens
 from tests.tiny import tiny, tiny_tokenizer
 
-from veneer import DoRA, LoRA
-from veneer.checkpoints import attach
-from veneer.errors import AdapterError, BaseModelError, ConfigError, EngineBusyError, ServeError
+from veneer import LoRA
+from veneer.errors import BaseModelError, ConfigError, EngineBusyError, ServeError
 from veneer.serve.engine.adapters import AdapterLimits
 from veneer.serve.engine.engine import Engine, EngineLimits
 from veneer.serve.engine.request import (
@@ -76,24 +75,6 @@ def test_models_that_do_not_generate_are_refused() -> None:
     for arch in ("bert", "t5"):
         with pytest.raises(BaseModelError, match="generate"):
             Engine(tiny(arch), tiny_tokenizer())
-
-
-@pytest.mark.parametrize("method", [LoRA(r=4), DoRA(r=4)])
-def test_adapters_equal_the_merged_model(method: Any, tmp_path: Path) -> None:
-    """An adapter, and a weighted mix, answer as transformers does with the merged weights."""
-    made = engine()
-    assert made.bank is not None
-    source = attach(tiny("llama"))
-    for name in ("x", "y"):
-        source.add(name, method, seed=len(name))
-        randomised(source, name, ord(name))
-        source.save(name, tmp_path / name)
-        made.load_adapter(name, tmp_path / name)
-    for mix in ((("x", 1.0),), (("x", 0.6), ("y", 0.7))):
-        merged = tiny("llama")
-        merged.load_state_dict(source.merged_state_dict(dict(mix)))
-        assert answer(made, greedy(PROMPT, 10, mix)) == generated(merged, PROMPT, 10)
-    assert answer(made, greedy(PROMPT, 10)) == generated(tiny("llama"), PROMPT, 10)
 
 
 def test_mixed_equals_solo_in_a_random_trace(tmp_path: Path) -> None:
@@ -157,29 +138,6 @@ def test_mixed_equals_solo_in_a_random_trace(tmp_path: Path) -> None:
     assert compared >= 25 and metrics.adapter_evictions > 0 and metrics.cached_tokens > 0
     assert metrics.running == metrics.waiting == 0 and metrics.free_blocks == metrics.blocks
     assert all(one.running == one.waiting == 0 for one in mixed.adapters())
-
-
-def test_a_replaced_adapter_finishes_its_requests_in_the_old_version(tmp_path: Path) -> None:
-    """A name that is given another folder answers old requests as before, new ones as the new folder says, and reuses no old block."""
-    first, second = folders(tmp_path, 2)
-    made = engine()
-    made.load_adapter("x", first)
-    expected = [answer(made, greedy(PROMPT, 20, (("x", 1.0),)))]
-    running = made.submit(greedy(PROMPT, 20, (("x", 1.0),)))
-    made.step()
-    status = made.load_adapter("x", second)
-    expected.append(answer(made, GenerationRequest("new", PROMPT, (("x", 1.0),), greedy(PROMPT, 20).sampling)))
-    assert tokens(list(running)) == expected[0] != expected[1]
-    fresh = engine()
-    fresh.load_adapter("x", second)
-    assert answer(fresh, greedy(PROMPT, 20, (("x", 1.0),))) == expected[1]
-    made.step()
-    assert made.bank is not None and made.bank.names == [f"x.{status.version[:16]}"]
-    made.unload_adapter("x")
-    made.step()
-    assert made.bank.names == [] and made.adapters() == []
-    with pytest.raises(AdapterError, match='no adapter is named "x"'):
-        made.submit(greedy(PROMPT, 2, (("x", 1.0),)))
 
 
 def test_an_adapter_that_left_memory_is_read_again_and_its_content_checked(tmp_path: Path) -> None:

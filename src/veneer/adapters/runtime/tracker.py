@@ -94,10 +94,14 @@ class InputRegistry:
                 del passes[:-_PASSES_PER_STORAGE]
             return
         if len(self._noted) >= self._prune_at:
-            # list() first: another thread may be noting.
-            self._noted = {key: value for key, value in list(self._noted.items()) if not value[0].expired()}
-            self._prune_at = max(_PRUNE_AT, 2 * len(self._noted))
+            self.prune()
         self._noted[storage._cdata] = (StorageWeakRef(storage), [current])
+
+    def prune(self) -> None:
+        """Drop the passes of storages that are gone: they keep the adapters of their routes in memory."""
+        # list() first: another thread may be noting.
+        self._noted = {key: value for key, value in list(self._noted.items()) if not value[0].expired()}
+        self._prune_at = max(_PRUNE_AT, 2 * len(self._noted))
 
     def find(self, x: Tensor, path: str, node: int) -> ForwardPass | None:
         """The pass under which this storage entered a module, or None. ``node`` is the autograd node that asks.

@@ -12,7 +12,7 @@ import hashlib
 import threading
 from collections.abc import Callable
 from collections.abc import Sequence as Items
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +24,7 @@ from veneer.adapters.adapter import Adapter, check_name
 from veneer.checkpoints import PeftFolders
 from veneer.checkpoints.receipt import stop_tokens
 from veneer.errors import AdapterError, VeneerError
-from veneer.serve.engine.request import AdapterStatus, Mix
+from veneer.serve.engine.request import AdapterStatus, GenerationRequest, Mix
 
 
 @dataclass(eq=False)
@@ -134,6 +134,15 @@ class AdapterStore:
             for one in found:
                 one.held += 1
         return found
+
+    def without_zeros(self, request: GenerationRequest) -> GenerationRequest:
+        """The request without adapters of weight 0, which change neither text nor cache. Unknown names raise AdapterError."""
+        if all(weight for _, weight in request.mix):
+            return request
+        with self._lock:
+            for name, _ in request.mix:
+                self._find(name)
+        return replace(request, mix=tuple((name, weight) for name, weight in request.mix if weight))
 
     def release(self, versions: Items[AdapterVersion]) -> None:
         """A sequence has ended."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -30,10 +30,11 @@ _ROWS = 32
 
 @dataclass(frozen=True)
 class Ending:
-    """Reason for which a sequence ends."""
+    """Reason for which a sequence ends, and the log-probability of the token that ended it, which is not part of the text."""
 
     reason: FinishReason
     stopped_by: str | int | None = None
+    logprob: TokenLogprob | None = None
     error: VeneerError | None = None
 
 
@@ -66,6 +67,8 @@ def next_token(sequence: Sequence, chosen: Chosen) -> Ending | None:
         ended = Ending("length")
     if ended is not None and stop is None:
         text += sequence.stops.end()
+    if ended is not None and not shown:
+        ended = replace(ended, logprob=chosen.logprob)
     if shown or text:
         logprobs = (chosen.logprob,) if chosen.logprob is not None and shown else ()
         sequence.emit(TextDelta(shown, text, logprobs))
@@ -91,11 +94,12 @@ def finished(
     *,
     stopped_by: str | int | None = None,
     error: VeneerError | None = None,
+    logprob: TokenLogprob | None = None,
 ) -> Finished:
     """The last event of a sequence."""
     usage = Usage(sequence.prompt_length, sequence.generated, sequence.cached)
     timing = Timing(sequence.arrived, sequence.started, sequence.first_token, time.monotonic())
-    return Finished(reason, usage, timing, stopped_by, error, sequence.embedding)
+    return Finished(reason, usage, timing, stopped_by, error, sequence.embedding, logprob)
 
 
 def prompt_scores(chunk: Chunk, logits_NV: Tensor) -> None:

@@ -13,6 +13,7 @@ sequence ends that sequence: if a step fails, its sequences are computed one by 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 import time
 from collections import Counter, deque
@@ -44,6 +45,7 @@ from veneer.serve.engine.request import (
     FinishReason,
     GenerationRequest,
     RequestStream,
+    TokenLogprob,
 )
 from veneer.serve.engine.runner import scores_prompt
 from veneer.serve.engine.sampler import choose
@@ -129,6 +131,7 @@ class Engine:
         self._outside = 0
         self._thread: threading.Thread | None = None
         self._stopping = self._closed = False
+        self._numbers = itertools.count()
         self._steps = 0
         self._busy = 0.0
         self._cached_tokens = 0
@@ -158,22 +161,18 @@ class Engine:
         for name in names:
             if names.count(name) > 1:
                 raise ConfigError(f"mix: {name} is named twice; give each adapter one weight")
+        request = self._store.without_zeros(request)
         grammar = None if sampling.grammar is None else self._grammars.compile(sampling.grammar)
         stream = RequestStream(request, self.cancel)
         versions = self._store.hold(request.mix)
         try:
-            mix = tuple(
-                (one.bank_name, weight) for one, (_, weight) in zip(versions, request.mix, strict=True) if weight
-            )
+            mix = tuple((one.bank_name, weight) for one, (_, weight) in zip(versions, request.mix, strict=True))
             room = self._context - len(request.prompt)
             sequence = Sequence(
                 request,
                 mix,
                 versions,
-                root_digest(
-                    sorted((one.version, weight) for one, (_, weight) in zip(versions, request.mix, strict=True)),
-                    request.salt,
-                ),
+                self._root(request, versions),
                 len(request.prompt) + (room if sampling.max_tokens is None else min(room, sampling.max_tokens)),
                 on_event or stream.put,
                 *start_text(self.tokenizer, request),
@@ -193,10 +192,9 @@ class Engine:
         return frozenset(stop_ids(self.renderer, own_ends(self.model), [one.stops for one in versions]))
 
     def _root(self, request: GenerationRequest, versions: tuple[AdapterVersion, ...]) -> bytes:
-        """Everything besides the tokens on which its keys and values depend."""
-        mix = sorted((one.version, weight) for one, (_, weight) in zip(versions, request.mix, strict=True) if weight)
-        own = request.id if any(one.trained for one in versions) else None
-        return root_digest(mix, request.salt, own)
+        """The digest of everything besides the tokens on which keys and values depend. Those of an adapter that trains are not reused."""
+        mix = sorted((one.version, weight) for one, (_, weight) in zip(versions, request.mix, strict=True))
+        return root_digest(mix, request.salt, next(self._numbers) if any(one.trained for one in versions) else None)
 
     def _check_prompt(self, request: GenerationRequest) -> None:
         size, sampling = len(request.prompt), request.sampling
@@ -370,7 +368,7 @@ class Engine:
             self._generated_tokens[sequence.tenant] += 1
             ended = next_token(sequence, chosen)
             if ended is not None:
-                self._end(sequence, ended.reason, stopped_by=ended.stopped_by, error=ended.error)
+                self._end(sequence, ended.reason, stopped_by=ended.stopped_by, error=ended.error, logprob=ended.logprob)
 
     def _end(
         self,
@@ -379,6 +377,7 @@ class Engine:
         *,
         stopped_by: str | int | None = None,
         error: VeneerError | None = None,
+        logprob: TokenLogprob | None = None,
     ) -> None:
         with self._changed:
             if self._sequences.pop(sequence.id, None) is None:
@@ -386,7 +385,7 @@ class Engine:
             self._finished[reason] += 1
         self._scheduler.remove(sequence)
         self._store.release(sequence.adapters)
-        sequence.emit(finished(sequence, reason, stopped_by=stopped_by, error=error))
+        sequence.emit(finished(sequence, reason, stopped_by=stopped_by, error=error, logprob=logprob))
 
     # Beside other work
 

@@ -197,6 +197,7 @@ class Finished:
         stopped_by: the stop string or token that ended it, if one did.
         error: the cause of "error".
         embedding: of the prompt, where it was asked for.
+        logprob: of the token that ended it, which is in no `TextDelta`, where log-probabilities are asked for.
     """
 
     reason: FinishReason
@@ -205,6 +206,7 @@ class Finished:
     stopped_by: str | int | None = None
     error: VeneerError | None = None
     embedding: tuple[float, ...] | None = None
+    logprob: TokenLogprob | None = None
 
 
 Event = PromptScored | TextDelta | Finished

@@ -225,3 +225,7 @@ def _take(
         context.metrics.finished(event)
         if (error := failure(event)) is not None:
             raise error
+        if (
+            plan.logprobs and event.logprob is not None
+        ):  # as other servers do: evaluation programs count on a token a step
+            choice.add_token(context, event.logprob.token, event.logprob)
