@@ -1,7 +1,8 @@
 """``veneer serve --base MODEL --adapters DIR``: the OpenAI API over one base, with every adapter as a model.
 
 Clients also upload files and start fine-tuning jobs, which train on the same base while it serves. Ctrl-C saves the running jobs and
-stops; the same command goes on with them.
+stops; the same command goes on with them. ``--replay TRACE`` runs a trace of requests in place of serving, and compares each answer with
+the same request alone.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from veneer.cli._parser import FORMATS, add_device, add_dtype, at_least, number
 from veneer.errors import ConfigError
 
 if TYPE_CHECKING:
+    from veneer.adapters import Bank
+    from veneer.models.load import Base
+    from veneer.serve.engine.engine import EngineLimits
     from veneer.serve.server import Server
 
 
@@ -53,6 +57,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="file with VENEER_API_KEY=... and VENEER_ADMIN_KEY=... (default: the environment, else generated keys)",
     )
     _add_limits(parser)
+    parser.add_argument(
+        "--replay",
+        type=Path,
+        metavar="TRACE",
+        help="in place of serving, run a trace of requests (JSON lines) and compare each answer with the same request alone",
+    )
 
 
 def _add_limits(parser: argparse.ArgumentParser) -> None:
@@ -72,6 +82,20 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
         type=at_least(16),
         metavar="N",
         help="tokens whose keys and values are kept (default: four contexts)",
+    )
+    parser.add_argument(
+        "--adapter-slots",
+        type=at_least(1),
+        default=64,
+        metavar="N",
+        help="adapters that are kept beside the base's layers, beyond those in use (default: 64)",
+    )
+    parser.add_argument(
+        "--adapters-in-memory",
+        type=at_least(1),
+        default=256,
+        metavar="N",
+        help="adapters that are kept in memory; others are read again when they are asked for (default: 256)",
     )
     parser.add_argument(
         "--max-waiting", type=at_least(1), default=10_000, metavar="N", help="requests that may wait (default: 10000)"
@@ -106,6 +130,8 @@ def run(args: argparse.Namespace) -> int:
         ) from None
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(message)s")
     logging.getLogger("veneer.serve.access").setLevel(logging.INFO if args.log_requests else logging.WARNING)
+    if args.replay is not None:
+        return _replay(args)
     with status(f"loading {args.base}"):
         server = _server(args)
     print(start_screen(server), flush=True)
@@ -113,14 +139,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _server(args: argparse.Namespace) -> Server:
+def _loaded(args: argparse.Namespace) -> tuple[Base, Bank, EngineLimits]:
+    """The base with its bank, and the limits of an engine on it."""
     from veneer.checkpoints import attach
     from veneer.models.devices import resolve_device
     from veneer.models.fast_modules import fuse
     from veneer.models.load import load_base
     from veneer.models.precision import fast_dtype
-    from veneer.serve.engine.engine import Engine, EngineLimits
-    from veneer.serve.server import ServeOptions, Server
+    from veneer.serve.engine.adapters import AdapterLimits
+    from veneer.serve.engine.engine import EngineLimits
     from veneer.training.acceleration import use_cpp_kernels
 
     if args.adapters is not None and not args.adapters.is_dir():
@@ -133,9 +160,23 @@ def _server(args: argparse.Namespace) -> Server:
     if device.type == "cpu":
         use_cpp_kernels(note)
     fuse(base.model)
-    limits = EngineLimits(
-        cache_tokens=args.cache_tokens, waiting=args.max_waiting, background_share=args.training_share
+    return (
+        base,
+        bank,
+        EngineLimits(
+            cache_tokens=args.cache_tokens,
+            waiting=args.max_waiting,
+            background_share=args.training_share,
+            adapters=AdapterLimits(args.adapter_slots, args.adapters_in_memory),
+        ),
     )
+
+
+def _server(args: argparse.Namespace) -> Server:
+    from veneer.serve.engine.engine import Engine
+    from veneer.serve.server import ServeOptions, Server
+
+    base, bank, limits = _loaded(args)
     options = ServeOptions(
         state=args.state,
         adapters=args.adapters,
@@ -147,6 +188,22 @@ def _server(args: argparse.Namespace) -> Server:
         drain_seconds=args.drain,
     )
     return Server(base, bank, Engine(base.model, base.tokenizer, bank, limits), options)
+
+
+def _replay(args: argparse.Namespace) -> int:
+    """Run a trace; a difference is an error."""
+    from veneer.serve.replay import Replay, require, summary
+    from veneer.serve.trace import read_trace
+
+    if args.adapters is None:
+        raise ConfigError("--replay needs --adapters DIR, the folder that the trace's adapters are in")
+    steps = read_trace(args.replay)
+    with status(f"loading {args.base}"):
+        base, bank, limits = _loaded(args)
+    report = Replay(base.model, base.tokenizer, bank, args.adapters, limits).run(steps, note)
+    print(summary(report), flush=True)
+    require(report)
+    return 0
 
 
 def start_screen(server: Server) -> str:
