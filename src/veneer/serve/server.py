@@ -10,6 +10,7 @@ state/jobs/       runs of jobs
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -162,12 +163,15 @@ class Server:
         """Serve until a signal or `stop` ends it: running answers have time to end, running jobs are saved."""
         self.engine.start()
         self.queue.start()
+        # A full collection walks all objects of torch and transformers: 0.3 s in which nothing is answered. Those that exist by now stay.
+        gc.freeze()
         try:
             asyncio.run(self._http.serve(sockets=[self.listener]))
         finally:
             self.queue.stop()
             self.engine.stop()
             self._stack.close()
+            gc.unfreeze()
 
     def stop(self) -> None:
         """End `run`, from any thread."""
