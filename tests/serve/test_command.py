@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 import signal
 import socket
@@ -119,42 +120,51 @@ def test_start_screen_and_signals(place: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_killed_server_makes_each_job_once(place: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kills", "count", "parallel", "steps"),
+    [(3, 6, 2, 40), pytest.param(50, 24, 4, 300, marks=pytest.mark.timeout(3600))],
+    ids=["a few", "fifty"],
+)
+def test_killed_server_makes_each_job_once(
+    place: Path, tmp_path: Path, kills: int, count: int, parallel: int, steps: int
+) -> None:
     """Servers are killed at any moment while clients retry: each job ends once, with events without a gap, and none is made twice."""
-    state = tmp_path / "state"
-    server = Process(place, state=state)
+    state, draw = tmp_path / "state", random.Random(0)
+    server = Process(place, "--jobs", str(parallel), state=state)
     client = server.client()
     with (place / "train.jsonl").open("rb") as content:
         file = client.files.create(file=content, purpose="fine-tune").id
     asked: Any = {
         "model": "base",
         "training_file": file,
-        "extra_body": {"adapter": {"r": 2}, "training": {"steps": 40, "save_every": 10, "learning_rate": 1e-2}},
+        "extra_body": {"adapter": {"r": 2}, "training": {"steps": steps, "save_every": 10, "learning_rate": 1e-2}},
         "hyperparameters": {"batch_size": 2},
     }
-    jobs = [client.fine_tuning.jobs.create(**asked, suffix=f"job{i}").id for i in range(6)]
-    for pause in (0.3, 0.8, 1.5):
-        time.sleep(pause)
+    jobs = [client.fine_tuning.jobs.create(**asked, suffix=f"job{i}").id for i in range(count)]
+    for _ in range(kills):
+        time.sleep(draw.uniform(0.1, 2.0))
         assert server.end(signal.SIGKILL) == -signal.SIGKILL
-        server = Process(place, state=state)
+        server = Process(place, "--jobs", str(parallel), state=state)
         client = server.client()
         # The client sends a request again whose answer was lost.
-        again = client.fine_tuning.jobs.create(**asked, suffix="job3", extra_headers={"x-stainless-retry-count": "1"})
-        assert again.id == jobs[3]
-    until = time.monotonic() + 120
+        number = draw.randrange(count)
+        repeated = {**asked, "suffix": f"job{number}", "extra_headers": {"x-stainless-retry-count": "1"}}
+        assert client.fine_tuning.jobs.create(**repeated).id == jobs[number]
+    until = time.monotonic() + 120 + 30 * count
     while any(client.fine_tuning.jobs.retrieve(job).status != "succeeded" for job in jobs):
         assert time.monotonic() < until
         time.sleep(0.2)
-    assert len(list(client.fine_tuning.jobs.list())) == 6
-    assert {f"job{i}" for i in range(6)} <= {model.id for model in client.models.list()}
+    assert len(list(client.fine_tuning.jobs.list())) == count
+    assert {f"job{i}" for i in range(count)} <= {model.id for model in client.models.list()}
     server.end(signal.SIGTERM)
     database = Database(state / "state.db")
     store = JobStore(database)
     for job in jobs:
-        events, _ = store.events(job, after=None, limit=1000)
+        events, _ = store.events(job, after=None, limit=10_000)
         assert [event["seq"] for event in events] == list(range(len(events), 0, -1))
         messages = [event["message"] for event in events]
-        assert sum(message.startswith("Step ") for message in messages) == 40
+        trained = [message.split(":")[0] for message in messages if message.startswith("Step ")]
+        assert sorted(trained) == sorted(f"Step {step}/{steps}" for step in range(1, steps + 1))
         assert messages.count("The job has successfully completed") == 1
-    assert len(database.rows("SELECT id FROM files WHERE purpose = 'fine-tune-results'")) == 6
+    assert len(database.rows("SELECT id FROM files WHERE purpose = 'fine-tune-results'")) == count
     database.close()
