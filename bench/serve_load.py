@@ -22,8 +22,9 @@ import random
 import socket
 import statistics
 import tempfile
+import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -219,9 +220,9 @@ async def slow(running: Running, scale: float) -> dict[str, Any]:
             "model": "adapter1",
             "prompt": "a",
             "max_tokens": 200,
-            "n": 4,
+            "n": 2,
             "stream": True,
-            "logprobs": 5,
+            "logprobs": 20,
             "ignore_eos": True,
         }
     )
@@ -256,7 +257,9 @@ async def slow(running: Running, scale: float) -> dict[str, Any]:
         )
         most = resident()
         how = [await one for one in readers]
-    await asyncio.sleep(2)
+    ended = time.monotonic()
+    while any(left(running).values()) and time.monotonic() < ended + 60:
+        await asyncio.sleep(0.2)
     complete = [one for one in found if not isinstance(one, BaseException) and one[2]]
     return {
         "readers": {kind: how.count(kind) for kind in sorted(set(how))},
@@ -264,6 +267,8 @@ async def slow(running: Running, scale: float) -> dict[str, Any]:
         "quick_first_token_most_s": round(max(one[0] for one in complete), 3),
         "memory_growth_mb": [round(most - before, 1), round(resident() - before, 1)],
         "left": left(running),
+        "empty_after_s": round(time.monotonic() - ended, 1),
+        "step_ms": round(1000 * running.engine.metrics().busy_seconds / running.engine.metrics().steps, 1),
     }
 
 
@@ -296,8 +301,11 @@ async def fair(running: Running, scale: float) -> dict[str, Any]:
 
 
 async def jobs(running: Running, scale: float) -> dict[str, Any]:
-    """Requests alone and beside four jobs."""
+    """Requests alone and beside four jobs. The shares of processor time hold on a busy machine too."""
     seconds = 20 * scale
+
+    def spent(threads: Iterable[threading.Thread | None]) -> float:
+        return sum(time.clock_gettime(time.pthread_getcpuclockid(one.ident)) for one in threads if one and one.ident)
 
     async def rate(http: httpx2.AsyncClient) -> float:
         until, tokens = time.monotonic() + seconds, 0
@@ -319,7 +327,10 @@ async def jobs(running: Running, scale: float) -> dict[str, Any]:
         made = [(await http.post("/v1/fine_tuning/jobs", json={**body, "seed": i})).json()["id"] for i in range(4)]
         await asyncio.sleep(3)
         began = [running.server.context.jobs[job]["step"] for job in made]
+        engine, others = [running.engine._thread], list(running.server.queue._running.values())
+        before = spent(engine), spent(others)
         beside = await rate(http)
+        serving, training = spent(engine) - before[0], spent(others) - before[1]
         ended = [running.server.context.jobs[job]["step"] for job in made]
         for job in made:
             await http.post(f"/v1/fine_tuning/jobs/{job}/cancel")
@@ -328,6 +339,7 @@ async def jobs(running: Running, scale: float) -> dict[str, Any]:
         "tokens_per_s_alone": round(alone),
         "beside_jobs": round(beside),
         "share": round(beside / alone, 2),
+        "cpu_share": round(serving / (serving + training), 2),
         "job_steps_per_s": steps,
     }
 

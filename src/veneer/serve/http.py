@@ -21,6 +21,8 @@ from veneer.errors import ConfigError
 from veneer.serve.limits import ServeLimits
 
 MOST_CONNECTIONS = 8192
+_SEND_BYTES = 128 << 10
+"""Bytes that the system keeps for a client which does not read; by itself it keeps megabytes for each."""
 _HEADER_BYTES = 64 << 10
 _QUIET = ("Exception in ASGI application", "ASGI callable returned without completing response", "Invalid HTTP request")
 """Messages of uvicorn about connections that are cut on purpose, or by a client."""
@@ -85,6 +87,7 @@ def listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BYTES)  # its connections have it too
     try:
         listener.bind((host, port))
         listener.listen(2048)

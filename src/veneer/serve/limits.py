@@ -29,6 +29,7 @@ class ServeLimits:
         body_seconds: longest pause within the body of a request.
         write_seconds: longest time for a client to read what fills its buffer.
         rendered_characters: longest text that a chat template may make.
+        render_seconds: longest time that a chat template may take.
     """
 
     body_bytes: int = 4 << 20
@@ -50,3 +51,4 @@ class ServeLimits:
     body_seconds: float = 10.0
     write_seconds: float = 60.0
     rendered_characters: int = 4_000_000
+    render_seconds: float = 5.0

@@ -131,6 +131,21 @@ def test_restarted_server_goes_on(place: Path, tmp_path: Path, base: Base) -> No
     second.close()
 
 
+def test_job_that_would_not_fit_is_refused(place: Path, jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job that needs more memory than there is fails before its first step, with options that would fit; the next one runs."""
+    from veneer.training import process_memory
+
+    file = jobs.upload(place / "train.jsonl")
+    with monkeypatch.context() as patch:
+        patch.setattr(process_memory, "free", lambda: -(10**8))
+        job = jobs.wait(jobs.create(file, adapter={"r": 64}))
+    error = json.loads(job["error"])
+    assert (job["status"], job["step"], error["code"], error["param"]) == ("failed", 0, "memory", "training")
+    assert "of memory at its peak" in error["message"] and "--" not in error["message"], error
+    assert not [message for message in jobs.messages(job["id"]) if message.startswith("Step ")]
+    assert jobs.wait(jobs.create(file, "next"))["status"] == "succeeded"
+
+
 def test_file_that_cannot_be_trained_fails_the_job(tmp_path: Path, jobs: Jobs) -> None:
     """A job on bad rows fails with the report and the parameter."""
     rows = tmp_path / "rows.jsonl"

@@ -98,7 +98,9 @@ def as_api_error(error: BaseException, request_id: str = "") -> ApiError:
         return invalid(str(error), None)
     if isinstance(error, VeneerError):
         return ApiError(500, str(error), code="server_error")
-    if isinstance(error, OSError) or (isinstance(error, sqlite3.OperationalError) and "full" in str(error)):
+    if isinstance(error, OSError) or (
+        isinstance(error, sqlite3.OperationalError) and re.search("full|disk I/O", str(error))
+    ):
         reason = getattr(error, "strerror", None) or str(error)
         return ApiError(507, f"the server cannot write to its disk: {reason}; free some space on it", code="disk")
     _log.error("request %s failed", request_id, exc_info=error)

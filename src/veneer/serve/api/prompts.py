@@ -21,6 +21,7 @@ from veneer.data.chat.template import Conversation, Template, TemplateError, rea
 from veneer.errors import DataError
 from veneer.serve.api.errors import invalid
 from veneer.serve.api.parameters import ChatMessage, Tool
+from veneer.serve.api.time_limit import TimeLimit
 from veneer.serve.limits import ServeLimits
 
 _MOST_TEMPLATES = 64
@@ -84,8 +85,22 @@ class PromptRenderer:
             prompt: end with the beginning of an answer.
 
         Raises:
-            ApiError: the template refuses the conversation or leaves a part of it out.
+            ApiError: the template refuses the conversation, leaves a part of it out, or does not end in time.
         """
+        seconds = self._limits.render_seconds
+        late = invalid(f"messages: the chat template does not end within {seconds:g} seconds", "messages", "timeout")
+        with TimeLimit(seconds, late):
+            return self._chat(messages, tools, template=template, effort=effort, prompt=prompt)
+
+    def _chat(
+        self,
+        messages: Sequence[ChatMessage],
+        tools: Sequence[Tool] | None,
+        *,
+        template: str | None,
+        effort: str | None,
+        prompt: bool,
+    ) -> RenderedPrompt:
         renderer = self._renderer(template)
         if renderer.template is None:
             raise invalid(

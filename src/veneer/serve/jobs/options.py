@@ -85,7 +85,10 @@ def job_options(
             "adapter",
         )
     _checked(lambda: AdapterOptions(**adapter), "adapter")
-    common: dict[str, Any] = {"base": base.name, "data": (data,), "out": out, "name": name, "seed": seed, "plan": False}
+    common: dict[str, Any] = {"base": base.name, "data": (data,), "out": out, "name": name, "seed": seed}
+    if training.get("activation_checkpointing", "auto") == "auto":
+        common["activation_checkpointing"] = False  # the plan of one job changes nothing at the base that others use
+        training.pop("activation_checkpointing", None)
     if valid is not None:
         common["valid"] = (valid,)
     if start is not None:
@@ -131,6 +134,12 @@ def _check_names(given: Mapping[str, Any], known: tuple[str, ...], param: str) -
             raise RequestError(
                 f"{param} has no option {key!r}{near_miss(str(key), known)}", f"{param}.{key}", "unknown_parameter"
             )
+
+
+def as_option_names(text: str) -> str:
+    """A message for the command line with its flags as options of a request, without advice that a request cannot follow."""
+    text = re.sub(r"; --no-plan starts it anyway|, or --(quantize|dtype) \w+", "", text)
+    return re.sub(r"--([a-z-]+)", lambda flag: flag.group(1).replace("-", "_"), text)
 
 
 def _checked(make: Any, param: str) -> Any:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import logging
+import sqlite3
 import threading
 from pathlib import Path
 from typing import Any
 
 from veneer.config import TrainOptions
-from veneer.errors import BaseModelError, DataError, TrainingError, VeneerError
-from veneer.serve.jobs.options import RequestError, job_options
+from veneer.errors import BaseModelError, DataError, MemoryPlanError, TrainingError, VeneerError
+from veneer.serve.jobs.options import RequestError, as_option_names, job_options
 from veneer.serve.jobs.publisher import Publisher
 from veneer.serve.jobs.watcher import JobWatcher, result_table
 from veneer.serve.store.files import FileStore
@@ -113,10 +114,15 @@ class JobQueue:
             self._fail(job_id, "invalid_training_file", str(error), "training_file")
         except TrainingError as error:
             self._fail(job_id, error.code, str(error), "training_file" if error.code == "data" else None)
+        except MemoryPlanError as error:
+            self._fail(job_id, "memory", as_option_names(str(error)), "training")
         except VeneerError as error:
             self._fail(job_id, "training_failed", str(error), None)
-        except OSError as error:
-            self._fail(job_id, "disk", f"the job's files cannot be written: {error.strerror or error}", None)
+        except (OSError, sqlite3.OperationalError) as error:
+            reason = getattr(error, "strerror", None) or error
+            self._fail(
+                job_id, "disk", f"the job's files cannot be written: {reason}; free some space on the disk", None
+            )
         except Exception:
             _log.exception("job %s failed", job_id)
             self._fail(job_id, "server_error", "the server had an error; its log has the details", None)
@@ -145,8 +151,19 @@ class JobQueue:
             self.store.move(job_id, "succeeded", "The job has successfully completed", result_file=row["id"])
 
     def _fail(self, job_id: str, code: str, message: str, param: str | None) -> None:
+        """Record that a job has failed. On a full disk this waits for room, or for the server's end, after which the job goes on."""
         error = {"code": code, "message": message, "param": param}
-        self.store.move(job_id, "failed", message, level="error", error=json.dumps(error))
+        warned = False
+        while not self._stopping.is_set():
+            try:
+                self.store.move(job_id, "failed", message, level="error", error=json.dumps(error))
+            except sqlite3.OperationalError as problem:
+                if not warned:
+                    _log.error("the end of job %s cannot be recorded yet: %s", job_id, problem)
+                warned = True
+                self._stopping.wait(1.0)
+            else:
+                return
 
     def out_of(self, job_id: str) -> Path:
         """The folder of a job's run."""

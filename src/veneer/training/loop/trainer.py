@@ -309,7 +309,8 @@ class Trainer:
             self.listener.stepping(job)
             if not job.running:
                 return
-            metrics = job.optim_step()
+            with self.stepper.turn():  # its time counts where others use the model
+                metrics = job.optim_step()
             self.listener.stepped(job, metrics)
             if last:
                 job.check_finite()

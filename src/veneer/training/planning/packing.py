@@ -71,7 +71,7 @@ def choose_packing(options: TrainOptions, stepper: Stepper, jobs: Sequence[Job])
     if len(candidates) == 1:
         return Packing(0, "no two of their pieces are small enough to share a pass")
     try:
-        with untouched(stepper.bank, jobs):
+        with untouched(stepper, jobs):
             seconds = _measured(stepper, candidates)
     except Exception as error:  # the run itself will report the problem, and the job that has it
         return Packing(USUAL, f"not measured: {error}")

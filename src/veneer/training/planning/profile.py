@@ -20,7 +20,6 @@ from itertools import pairwise
 
 import torch
 
-from veneer.adapters import Bank
 from veneer.data.batch import make_batch
 from veneer.data.example import Example
 from veneer.errors import TrainingError
@@ -142,7 +141,7 @@ class Profiler:
         """Run the passes and restore everything. Raises whatever a pass raises."""
         self.memory.give_back()
         self._start = self.memory.used()
-        with untouched(self.stepper.bank, self.jobs):
+        with untouched(self.stepper, self.jobs):
             rows = load(self.largest)
             self._train(smaller(rows, _WARM_UP))
             update = sum(self._update(job) for job in self.jobs)
@@ -211,7 +210,12 @@ class Profiler:
         return self._measured(
             rows,
             lambda: example_losses(
-                self.stepper.runner, examples, bank=self.stepper.bank, route=route, tokens_per_pass=1 << 40
+                self.stepper.runner,
+                examples,
+                bank=self.stepper.bank,
+                route=route,
+                tokens_per_pass=1 << 40,
+                turn=self.stepper.turn,
             ),
         )
 
@@ -285,10 +289,16 @@ def _squares(examples: Sequence[Example] | Pass) -> int:
 
 
 @contextmanager
-def untouched(bank: Bank, jobs: Sequence[Job]) -> Iterator[None]:
-    """Restore jobs that have not begun: tensors, gradients, optimizers, counters, dropout streams, tokens by expert."""
+def untouched(stepper: Stepper, jobs: Sequence[Job]) -> Iterator[None]:
+    """Restore jobs that have not begun: tensors, gradients, optimizers, counters, dropout streams, tokens by expert.
+
+    Other adapters of the bank, which may be training in another thread, are left alone.
+    """
+    bank = stepper.bank
+    routes = [stepper.routes.get(job.name, job.name) for job in jobs]
+    names = {name for route in routes for name in ([route] if isinstance(route, str) else route or ())}
     tensors = [(parameter, parameter.detach().clone()) for job in jobs for parameter in job.parameters]
-    counters = {name: bank[name].counters for name in bank}
+    counters = {name: bank[name].counters for name in names}
     progress = [copy.deepcopy(job.progress) for job in jobs]
     rates = [[group["lr"] for group in job.optimizer.param_groups] for job in jobs]
     try:
