@@ -25,8 +25,8 @@ _SHARE = 0.7
 """Part of the cases that the phase of random ones makes, about; the rest covers each keyword of the description."""
 
 
-def fuzz(running: Running, program: str, cases: int, seed: int) -> tuple[int, str]:
-    """(number of cases, the program's report)."""
+def fuzz(running: Running, program: str, cases: int, seed: int, folder: str) -> tuple[int, str]:
+    """(number of cases, the program's report). ``folder`` takes its caches."""
     with running.http(ADMIN_KEY) as http:
         paths = http.get("/openapi.json").json()["paths"]
     operations = sum(len(methods) for methods in paths.values())
@@ -34,7 +34,7 @@ def fuzz(running: Running, program: str, cases: int, seed: int) -> tuple[int, st
     command += ["--checks", "not_a_server_error", "--phases", "coverage,fuzzing", "--continue-on-failure"]
     command += ["--max-examples", str(max(1, round(_SHARE * cases / operations))), "--seed", str(seed)]
     command += ["--request-timeout", "60", "--suppress-health-check", "all", "--warnings", "off", "--workers", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
     report = done.stdout + done.stderr
     made = re.search(r"([\d,]+) generated", report)
     count = int(made.group(1).replace(",", "")) if made else 0
@@ -53,7 +53,7 @@ def main() -> None:
         place = write_place(Path(folder))
         write_adapters(place / "base", place / "adapters", {"sql": LoRA(r=2), "style": DoRA(r=2)})
         running = Running(place / "base", place / "state", place / "adapters")
-        count, report = fuzz(running, args.schemathesis, args.cases, args.seed)
+        count, report = fuzz(running, args.schemathesis, args.cases, args.seed, folder)
         wait(running.idle, 60)
         metrics = running.engine.metrics()
         print(report)

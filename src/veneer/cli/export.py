@@ -2,7 +2,7 @@
 
 peft      a PEFT folder with a receipt; PiSSA and OLoRA adapters become changes of the original base
 vllm      a PEFT folder of plain LoRA, which vLLM serves, and the command to serve it with
-gguf      a file that llama.cpp loads beside the base's GGUF file (--lora FILE)
+gguf      a file that llama.cpp loads beside the base's GGUF file (--lora FILE); with --merged the whole model as one file
 ollama    a folder with that file and a Modelfile
 card      a model card in Markdown
 """
@@ -65,6 +65,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help="ollama: base model named in the Modelfile (default: the base's GGUF file)",
     )
+    parser.add_argument(
+        "--merged",
+        action="store_true",
+        help="gguf: write the whole model with the adapters merged, from the base's GGUF file",
+    )
+    parser.add_argument(
+        "--quantize",
+        choices=("q8_0", "q4_k_m"),
+        help="gguf with --merged: format of the matrices in place of --dtype; q4_k_m needs llama.cpp's llama-quantize",
+    )
     parser.add_argument("--run", type=Path, metavar="DIR", help="card: run whose command and metrics the card shows")
     add_force(parser)
     add_json(parser)
@@ -74,6 +84,10 @@ def run(args: argparse.Namespace) -> int:
     """Write the output and report on it."""
     from veneer.deltas.parents import read_parents
 
+    if args.merged and args.to != "gguf":
+        raise ConfigError(f"--merged goes with --to gguf, found --to {args.to}; veneer merge writes a merged folder")
+    if args.quantize and not args.merged:
+        raise ConfigError("--quantize needs --merged: adapters are written in --dtype")
     entries = parse_mix(args.adapter)
     if args.to == "peft":
         report = _peft(args, entries)
@@ -81,6 +95,8 @@ def run(args: argparse.Namespace) -> int:
         parents = read_parents(entries, force=args.force)
         if args.to == "card":
             report = _card(args, parents, entries[0][0])
+        elif args.merged:
+            report = _merged_gguf(args, parents)
         else:
             report = _vllm(args, parents) if args.to == "vllm" else _gguf(args, parents)
     if args.json:
@@ -181,6 +197,30 @@ def _gguf(args: argparse.Namespace, parents: Sequence[Parent]) -> dict[str, Any]
         report |= {"modelfile": str(modelfile), "from": source}
     report["notes"] = _generation_notes(args.to, parents, {t: i for t, i in stops.items() if i not in own})
     return report
+
+
+@status("merging")
+def _merged_gguf(args: argparse.Namespace, parents: Sequence[Parent]) -> dict[str, Any]:
+    """Write the base's GGUF file with the merged weights in it."""
+    from veneer.checkpoints.foreign.gguf import layout_of, merged_weights
+    from veneer.checkpoints.foreign.gguf_model import write_gguf_model
+    from veneer.checkpoints.model_folder import check_free
+    from veneer.models.sources import resolve
+
+    check_free(args.out)
+    found = resolve(base_of(parents, args.base))
+    if not found.gguf:
+        raise ConfigError(
+            f"{found.path} is not a GGUF file, whose tokenizer and sizes the new file takes; give one with --base, or merge into a folder "
+            "(veneer merge) and convert it with llama.cpp's convert_hf_to_gguf.py"
+        )
+    _, base = checked_base(parents, args.base, args.force)
+    layout = layout_of(base.folder.config, tied=any(base.survey.tied.values()))
+    mix = [(parent.adapter, parent.weight) for parent in parents]
+    changed = merged_weights(mix, layout, base.weight_2d)
+    form = args.quantize or args.dtype
+    size, error = write_gguf_model(found.path, args.out, changed, form=form)
+    return {"to": "gguf", "file": str(args.out), "bytes": size, "format": form, "weights_error": error, "error": 0.0}
 
 
 def _generation_notes(to: str, parents: Sequence[Parent], other: dict[str, int]) -> list[str]:
@@ -288,6 +328,11 @@ def _lines(report: dict[str, Any]) -> list[str]:
         ]
     elif report["to"] == "vllm":
         lines.append(f"serve it with: {report['command']}")
+    elif "weights_error" in report:
+        lines.append(
+            f"the merged weights are off by {report['weights_error']:.2%} in this format before any further step"
+        )
+        lines.append(f"use it with: llama-cli -m {report['file']}")
     elif report["to"] == "gguf":
         lines.append(f"use it with a GGUF base of the {report['family']} family: llama-cli --lora {report['file']}")
     return [*lines, *(f"note: {note}" for note in report.get("notes", ()))]

@@ -139,6 +139,27 @@ def test_a_full_engine_gives_a_place_to_a_tenant_without_one() -> None:
     assert [one.tenant for one in scheduler.running].count("many") == 3 and scheduler.preemptions == 1
 
 
+def test_a_full_cache_gives_blocks_to_a_tenant_without_a_place() -> None:
+    """While one tenant's long answers have all blocks, and take each one that is freed, others begin after about `patience` steps."""
+    scheduler = made(running=16, patience=5, blocks=30, size=2)
+    for _ in range(40):
+        scheduler.add(sequence(2, 40, "many"))
+    for _ in range(30):
+        run(scheduler, scheduler.plan())
+    assert len(scheduler.running) < 16
+    late = [sequence(2, 3, "few"), sequence(9, 3, "long")]
+    for one in late:
+        scheduler.add(one)
+    steps = 0
+    while any(one.started is None for one in late):
+        run(scheduler, scheduler.plan())
+        steps += 1
+        assert steps <= 20
+    while scheduler.running or scheduler.waiting:
+        run(scheduler, scheduler.plan())
+    assert scheduler.pool.free == 30
+
+
 def test_a_tenant_that_comes_back_has_saved_up_nothing() -> None:
     """A tenant that was idle while others were served thousands of tokens does not run alone when it returns."""
     scheduler = made(running=1)

@@ -16,8 +16,9 @@ Boundary: LoRA at linear layers. Names and orders are known for the families bel
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,49 @@ def gguf_factors(adapter: Adapter, layout: GgufLayout, alpha: float) -> dict[str
             found[name] = (a_RK.float().contiguous(), (scale * layout.rows(name, b_OR)).float().contiguous())
     problems.raise_if_any(ExportError, f'the adapter "{adapter.name}" cannot become a GGUF file')
     return found
+
+
+def merged_weights(
+    mix: Sequence[tuple[Adapter, float]], layout: GgufLayout, weights: Callable[[str], Tensor]
+) -> dict[str, Callable[[], Tensor]]:
+    """{GGUF name of the base tensor: a function that computes its merged weight [out, in] in the file's order of rows}.
+
+    ``weights`` gives a site's base weight. Raises ExportError that names every site which a merged file cannot hold.
+    """
+    problems = Problems()
+    by_site: dict[str, list[tuple[Adapter, float]]] = {}
+    for adapter, weight in mix:
+        for layer, overrides in adapter.overrides.items():
+            problems.add(f"{layer}: {adapter.name} overrides {' and '.join(overrides)}")
+        for site in adapter.tensors:
+            by_site.setdefault(site, []).append((adapter, weight))
+    found: dict[str, Callable[[], Tensor]] = {}
+    for site, parts in by_site.items():
+        name = layout.name(site)
+        if problem := _unfit(parts[0][0], site, name, layout):
+            problems.add(f"{site}: {problem}")
+            continue
+        assert name is not None
+        found[name] = partial(_merged, site, name, parts, layout, weights)
+    problems.raise_if_any(
+        ExportError, "the adapters cannot be merged into a GGUF file; merge them into a folder (veneer merge)"
+    )
+    return found
+
+
+def _merged(
+    site: str,
+    name: str,
+    parts: Sequence[tuple[Adapter, float]],
+    layout: GgufLayout,
+    weights: Callable[[str], Tensor],
+) -> Tensor:
+    weight_OK = weights(site).detach().double()
+    total = weight_OK.clone()
+    for adapter, factor in parts:
+        tensors = {key: value.detach() for key, value in adapter.tensors[site].items()}
+        total += factor * adapter.method.delta(tensors, adapter.scale(site), weight_OK)
+    return layout.rows(name, total)
 
 
 def write_gguf(

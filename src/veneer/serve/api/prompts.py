@@ -21,7 +21,7 @@ from veneer.data.chat.template import Conversation, Template, TemplateError, rea
 from veneer.errors import DataError
 from veneer.serve.api.errors import invalid
 from veneer.serve.api.parameters import ChatMessage, Tool
-from veneer.serve.api.time_limit import TimeLimit
+from veneer.serve.api.time_limit import within
 from veneer.serve.limits import ServeLimits
 
 _MOST_TEMPLATES = 64
@@ -89,8 +89,9 @@ class PromptRenderer:
         """
         seconds = self._limits.render_seconds
         late = invalid(f"messages: the chat template does not end within {seconds:g} seconds", "messages", "timeout")
-        with TimeLimit(seconds, late):
-            return self._chat(messages, tools, template=template, effort=effort, prompt=prompt)
+        return within(
+            seconds, late, lambda: self._chat(messages, tools, template=template, effort=effort, prompt=prompt)
+        )
 
     def _chat(
         self,

@@ -5,9 +5,10 @@ A step takes one token of every sequence that decodes, then pieces of prompts up
 Admission   A sequence is admitted when its adapters are in the bank and there are blocks for its tokens and the next ``reserve``. One that
             does not fit is passed by, up to ``patience`` times; then nothing else is admitted before it.
 Fairness    Among tenants (adapters, unless a request names another), the one that was served the fewest tokens comes first. One that
-            comes back after a pause starts level with those that waited. Where all places are taken, the tenant with the most of them
-            gives one up, at most one a step, to a tenant that has none and was passed by ``patience`` steps long. So while others keep the
-            engine full, a tenant waits at most ``patience`` steps for each tenant that waits with it.
+            comes back after a pause starts level with those that waited. Where all places or blocks are taken, the tenant with the most
+            places gives one up, at most one a step, to a tenant that has none and was passed by ``patience`` steps long. So while others
+            keep the engine full, a tenant waits at most ``patience`` steps for each tenant that waits with it, and a step more for
+            each sequence that must give up its blocks.
 Preemption  A sequence that needs a block when there is none takes those of the sequence admitted last, which waits again, first in its
             queue, and computes its tokens again (its own known blocks, most likely, are still there).
 """
@@ -15,9 +16,10 @@ Preemption  A sequence that needs a block when there is none takes those of the 
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 from veneer.serve.engine.blocks import BlockPool
 from veneer.serve.engine.sequence import Sequence
@@ -180,9 +182,15 @@ class Scheduler:
             if len(self.running) >= self.limits.running and not self._make_place(sequence, tenant, chunks):
                 passed += [self.waiting[name][0] for name in tenants]
                 break
-            if not self._start(sequence, admitted):
+            found = self._start(sequence, admitted)
+            if found != "started":
                 tried.add(tenant)
                 passed.append(sequence)
+                if found == "no blocks" and not admitted and self._starved(tenant):
+                    sequence.passed += (
+                        len(self.running) < self.limits.running
+                    )  # counted below where all places are taken
+                    self._make_place(sequence, tenant, chunks)
                 if sequence.passed >= self.limits.patience:
                     break
                 continue
@@ -195,27 +203,32 @@ class Scheduler:
 
     def _make_place(self, sequence: Sequence, tenant: str, chunks: list[Chunk]) -> bool:
         """Preempt the last sequence of the tenant with the most places, for one that has waited its time and has none."""
-        if sequence.passed < self.limits.patience:
+        if sequence.passed < self.limits.patience or not self._starved(tenant):
             return False
-        held: dict[str, int] = {}
-        for one in self.running:
-            held[one.tenant] = held.get(one.tenant, 0) + 1
+        held = self._places()
         largest = max(held, key=lambda name: held[name])
-        if held.get(tenant, 0) or held[largest] < 2:
-            return False
         victim = next(one for one in reversed(self.running) if one.tenant == largest)
         self._preempt(victim)
         chunks[:] = [chunk for chunk in chunks if chunk.sequence is not victim]
         return True
 
-    def _start(self, sequence: Sequence, admitted: list[Sequence]) -> bool:
+    def _places(self) -> Counter[str]:
+        """The number of running sequences of each tenant."""
+        return Counter(one.tenant for one in self.running)
+
+    def _starved(self, tenant: str) -> bool:
+        """True if a tenant has no place while another has several."""
+        held = self._places()
+        return not held[tenant] and max(held.values(), default=0) > 1
+
+    def _start(self, sequence: Sequence, admitted: list[Sequence]) -> Literal["started", "no blocks", "later"]:
         """Admit one sequence, if its adapters and its blocks are to be had."""
         first = tuple(sequence.tokens[: self.pool.size])
         twins = any(one.root == sequence.root and tuple(one.tokens[: self.pool.size]) == first for one in admitted)
         if twins and len(sequence.tokens) > self.pool.size and sequence.reuses and self.paged:
-            return False  # the next step finds the blocks that this step fills
+            return "later"  # the next step finds the blocks that this step fills
         if not self._acquire(sequence):
-            return False
+            return "later"
         known = sequence.tokens[:-1] if sequence.reuses and self.paged else []
         blocks, digests = self.pool.match(sequence.root, known)
         ahead = min(self.limits.reserve, max(1, sequence.most - len(sequence.tokens)))
@@ -223,7 +236,7 @@ class Scheduler:
         if self.pool.free < self.pool.blocks_for(len(sequence.tokens) + ahead) - len(blocks):
             self.pool.release(blocks)
             self._release(sequence)
-            return False
+            return "no blocks"
         own = self.pool.allocate(needed)
         assert own is not None
         sequence.blocks, sequence.digests = [*blocks, *own], digests
@@ -237,7 +250,7 @@ class Scheduler:
             del self.waiting[sequence.tenant]
         sequence.passed = 0
         self.running.append(sequence)
-        return True
+        return "started"
 
     def computed(self, chunk: Chunk) -> None:
         """Note that a chunk's keys and values are in the cache; full blocks become known."""
