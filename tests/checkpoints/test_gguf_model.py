@@ -48,7 +48,8 @@ def values(file: Path) -> dict[str, numpy.ndarray]:
 
 def mix_on(model: torch.nn.Module) -> list[tuple[Adapter, float]]:
     """A LoRA and a DoRA adapter with weights."""
-    return [(trained(model, LoRA(r=2)), 0.7), (trained(model, DoRA(r=3, target_modules=("q_proj", "down_proj"))), -0.5)]
+    dora = trained(model, DoRA(r=3, target_modules=("q_proj", "down_proj")), name="b")
+    return [(trained(model, LoRA(r=2)), 0.7), (dora, -0.5)]
 
 
 @pytest.mark.parametrize(("form", "tolerance"), [("f32", 1e-6), ("f16", 1e-3), ("bf16", 8e-3), ("q8_0", 1e-2)])
