@@ -304,15 +304,19 @@ def test_settings_and_tensors_must_agree_on_what_is_its_own(
         veneer.attach(tiny("llama", **UNTIED)).load(tmp_path / "a")
 
 
-def test_a_head_of_other_labels_says_what_to_do(tmp_path: Path) -> None:
-    """A classifier with another number of labels."""
-    save_peft(
-        peft_model(tiny("bert_classifier", num_labels=5), target_modules=["query"], task_type="SEQ_CLS"), tmp_path / "a"
-    )
-    with pytest.raises(
-        CheckpointError, match=r"expected shape \(3, 32\), found \(5, 32\); load the base with that number of labels"
-    ):
-        veneer.attach(tiny("bert_classifier")).load(tmp_path / "a")
+def test_a_head_has_its_own_number_of_labels(tmp_path: Path) -> None:
+    """A classifier's head with another number of labels than the base's computes as in PEFT; one of another width is refused."""
+    theirs = peft_model(tiny("bert_classifier", num_labels=5), target_modules=["query"], task_type="SEQ_CLS")
+    save_peft(theirs, tmp_path / "a")
+    model = tiny("bert_classifier")
+    model.bert.load_state_dict(tiny("bert_classifier", num_labels=5).bert.state_dict())
+    bank = veneer.attach(model)
+    bank.load(tmp_path / "a")
+    with bank.use("a"):
+        expected = outputs(load_peft(tiny("bert_classifier", num_labels=5), tmp_path / "a"))
+        assert (outputs(model) - expected).abs().max() <= 1e-5
+    with pytest.raises(CheckpointError, match="the head was trained on a base with 32 features, this one has 48"):
+        veneer.attach(tiny("bert_classifier", hidden_size=48)).load(tmp_path / "a")
 
 
 def test_own_values_train_save_and_load(tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ COMMANDS: dict[str, str] = {
     for words, answer in {
         "fuse merge_lora export_model merge_and_unload": "merge",
         "sft dpo orpo finetune fine_tune fine_tuning fit lora dora resume": "train",
-        "infer inference predict run ask complete sample": "generate",
+        "infer inference run ask complete sample": "generate",
         "eval test benchmark perplexity score lm_eval": "evaluate",
         "preprocess validate lint": "data check",
         "preview show_data tokenize": "data show",

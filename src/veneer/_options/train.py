@@ -96,8 +96,9 @@ class BaseOptions(Options):
 class DataOptions(Options):
     """Data."""
 
-    task: Literal["sft", "dpo", "orpo"] = "sft"
-    """Task: sft trains on the answers of the rows; dpo and orpo train on preferences, rows with prompt, chosen and rejected."""
+    task: Literal["sft", "dpo", "orpo", "classification", "regression", "token-classification"] = "sft"
+    """Task: sft trains on the answers of the rows; dpo and orpo train on preferences, rows with prompt, chosen and rejected; the others
+    train a head, saved with the adapter, that predicts the label of a text, of a pair, or of each word."""
     data: Paths = ()
     """Files of training examples."""
     valid: Paths = ()
@@ -275,11 +276,22 @@ class TrainOptions(
         """Raise ValueError for options that have no effect with the task."""
         if self.task == "sft":
             return
-        if self.train_on == "all":
+        if self.task not in ("dpo", "orpo"):
+            if self.format != "auto" or self.train_on != "assistant" or self.chat_template is not None:
+                raise ValueError(
+                    f"format, train_on and chat_template are for answers, and task {self.task} predicts labels; leave them out"
+                )
+            if self.watch_general:
+                raise ValueError(
+                    f"watch_general needs a language model, and task {self.task} trains a head; leave it out"
+                )
+            if self.samples or self.sample_prompts:
+                raise ValueError(f"samples are answers, and task {self.task} predicts labels; leave them out")
+        elif self.train_on == "all":
             raise ValueError(
                 f"train_on: all would also score the prompt, and task {self.task} compares answers; use assistant"
             )
-        if self.format != "auto":
+        elif self.format != "auto":
             raise ValueError(f"format is {self.format}, and task {self.task} reads preferences; leave out format")
         smoothed = self.task == "dpo" and self.preference_loss == "sigmoid"
         if self.label_smoothing and not smoothed:

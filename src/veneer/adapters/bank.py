@@ -29,7 +29,7 @@ from veneer.adapters.layers.site import Site, Survey
 from veneer.adapters.merge import merged_state_dict, unties
 from veneer.adapters.methods import Method
 from veneer.adapters.module import adapter_module
-from veneer.adapters.overrides import fresh_overrides
+from veneer.adapters.overrides import fresh_head, fresh_overrides
 from veneer.adapters.patches import Patches
 from veneer.adapters.runtime.route import Route, RouteLike
 from veneer.adapters.runtime.runtime import Runtime
@@ -142,10 +142,18 @@ class Bank:
 
     # Adapters in and out
 
-    def add(self, name: str, method: Method, *, seed: int = 0) -> Adapter:
+    def add(self, name: str, method: Method, *, seed: int = 0, outputs: int | None = None) -> Adapter:
         """Put a fresh adapter into the bank; until it is trained, it leaves the base's output as it is, to the bit.
 
-        Raises TargetError for patterns that match nothing, AdapterError for a name that is taken or unfit.
+        Args:
+            name: its name in routes.
+            method: its method with the options.
+            seed: seed of its initial values and of dropout.
+            outputs: number of outputs of a head of its own, on a classifier (``load_base(..., task="classification")``).
+
+        Raises:
+            TargetError: a pattern matches nothing.
+            AdapterError: the name is taken or unfit, or the base has no head.
         """
         given: object = method
         if not isinstance(given, Method):
@@ -158,6 +166,8 @@ class Bank:
         left_out = [site for site in self.not_portable(method) if self.sites[site].stack is None]
         chosen = method.choose(self.survey, left_out=left_out)
         overrides, tokens = fresh_overrides(self.model, self.survey, method, chosen)
+        if outputs is not None:
+            overrides |= self._fresh_head(outputs, seed)
         check_tying(method, [*chosen, *overrides], self.sites)
         if method.ensure_weight_tying:
             # A head that was chosen too takes the embedding's factors, as in PEFT, and none of its own.
@@ -168,6 +178,14 @@ class Bank:
         adapter = new_adapter(name, method, sites, seed=seed, overrides=overrides, tokens=tokens)
         check_overrides(adapter, self.survey)
         return self._install(adapter)
+
+    def _fresh_head(self, outputs: int, seed: int) -> dict[str, dict[str, Tensor]]:
+        if not any(self.survey.site(name).is_classifier for name in self.survey.head):
+            raise AdapterError(
+                f"{type(self.model).__name__} has no head for classes; load the base with one: "
+                'load_base(name, task="classification")'
+            )
+        return fresh_head(self.survey, outputs, seed)
 
     def insert(self, adapter: Adapter) -> Adapter:
         """Put an existing adapter into the bank, after checking its tensors against this base.

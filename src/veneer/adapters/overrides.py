@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from veneer.adapters.adapter import Adapter
+from veneer.adapters.adapter import Adapter, stream_seed
 from veneer.adapters.layers.site import Site, Survey
 from veneer.adapters.methods import Method
 from veneer.adapters.targets import as_list, matches
@@ -23,6 +23,7 @@ from veneer.errors import Problems, TargetError
 from veneer.kernels.quantized.bitsandbytes import quantized_layer
 
 WEIGHT, BIAS, ROWS, LORA_BIAS = "weight", "bias", "rows", "lora_bias"
+_HEAD_SPREAD = 0.02
 KINDS = (WEIGHT, BIAS, ROWS, LORA_BIAS)
 
 
@@ -54,10 +55,14 @@ def problems_of(adapter: Adapter, name: str, site: Site | None) -> list[str]:
     module: Any = site.module
     for key, value in tensors.items():
         expected = _expected(module, site, key, adapter.tokens.get(name, ()))
+        if site.is_classifier and expected is not None and WEIGHT in tensors and key in (WEIGHT, BIAS):
+            expected = (tensors[WEIGHT].shape[0], *expected[1:])
         if expected is None:
             found.append(f"{name}: the layer has no {key}")
         elif tuple(value.shape) != expected:
-            found.append(f"{name}.{key}: expected shape {expected}, found {tuple(value.shape)}")
+            found.append(
+                f"{name}.{key}: expected shape {expected}, found {tuple(value.shape)}{_other_width(site, value)}"
+            )
     if ROWS in tensors:
         tokens, most = adapter.tokens.get(name, ()), module.weight.shape[0]
         if len(set(tokens)) < len(tokens) or not all(0 <= token < most for token in tokens):
@@ -75,6 +80,13 @@ def problems_of(adapter: Adapter, name: str, site: Site | None) -> list[str]:
             f"{name}: {type(module).__name__} does not compute its tokens independently, so adapters cannot share it"
         )
     return found
+
+
+def _other_width(site: Site, value: Tensor) -> str:
+    """The meaning of a classifier's head that reads states of another width."""
+    if not site.is_classifier or value.dim() != 2:
+        return ""
+    return f"; the head was trained on a base with {value.shape[1]} features, this one has {site.geometry.in_}"
 
 
 def _expected(module: Any, site: Site, key: str, tokens: tuple[int, ...]) -> tuple[int, ...] | None:
@@ -176,6 +188,27 @@ def fresh_overrides(
         _share_with_heads(survey, found)
     problems.raise_if_any(TargetError, "the adapter's overrides cannot be chosen")
     return found, tokens
+
+
+def fresh_head(survey: Survey, outputs: int, seed: int) -> dict[str, dict[str, Tensor]]:
+    """The overrides of a new classifier's head: {layer: {"weight", "bias"}}.
+
+    Layers behind the model's body are drawn by ``seed``, N(0, 0.02^2) with biases of zero; norms, and a pooler of the body, start from the
+    base's values. ``outputs``: number of outputs of the last layer.
+    """
+    found: dict[str, dict[str, Tensor]] = {}
+    for name in survey.head:
+        site = survey.site(name)
+        values = found[name] = fresh_values(site.module, (WEIGHT, BIAS))
+        if site.kind == "vector_layer" or "pooler" in name.split("."):
+            continue
+        rows = outputs if site.is_classifier else site.geometry.out
+        generator = torch.Generator().manual_seed(stream_seed(seed, name, "head"))
+        drawn = torch.empty(rows, *values[WEIGHT].shape[1:], dtype=values[WEIGHT].dtype)
+        found[name] = {WEIGHT: drawn.normal_(0, _HEAD_SPREAD, generator=generator)}
+        if BIAS in values:
+            found[name][BIAS] = drawn.new_zeros(rows)
+    return found
 
 
 def _sites_of(pattern: str, model: nn.Module, survey: Survey, problems: Problems) -> list[Site]:

@@ -132,6 +132,10 @@ class BaseView:
         """The reason that no adapter can act at a site. suggest: look for a similar name."""
         return ""
 
+    def is_classifier(self, layer: str) -> bool:
+        """True for the last layer of a classifier's head."""
+        return False
+
     def kind(self, site: str, shapes: Mapping[str, Shape], *, fan_in_fan_out: bool) -> str:
         """The layer kind of a site. shapes: those of its factors in the file."""
         if any("embedding" in name for name in shapes):
@@ -179,6 +183,9 @@ class SkeletonView(BaseView):
         self.paths = tuple(path for path, _ in model.named_modules())
         self._uncovered = survey.uncovered
         self._stacks = survey.stacks
+
+    def is_classifier(self, layer: str) -> bool:
+        return layer in self.sites and self.sites[layer].is_classifier
 
     def stack_layout(self, path: str) -> StackLayout | None:
         stack = self._stacks.get(path)
@@ -266,11 +273,17 @@ class AttachedBase(SkeletonView):
         expected = (site.geometry.out,) if parameter is None else tuple(parameter.shape)
         if shape is None or shape == expected:
             return ""
-        resized = name == WEIGHT and self.is_vocabulary(layer) and shape[1:] == expected[1:]
-        if resized and not layer.endswith(("score", "classifier")):
+        resized = shape[1:] == expected[1:]
+        if site.is_classifier:  # a head has its own number of labels
+            if resized:
+                return ""
+            return (
+                f"{shown(tensor)}: expected shape {expected}, found {shape}; the head was trained on a base with {shape[-1]} features, "
+                f"this one has {expected[-1]}"
+            )
+        if resized and name == WEIGHT and self.is_vocabulary(layer):
             return _other_vocabulary(tensor, shape[0], expected[0])
-        hint = "; load the base with that number of labels" if resized else ""
-        return f"{shown(tensor)}: expected shape {expected}, found {shape}{hint}"
+        return f"{shown(tensor)}: expected shape {expected}, found {shape}"
 
     def rows_problem(self, layer: str, tensor: str, tokens: Iterable[int]) -> str:
         problem = self.override_problem(layer, WEIGHT, tensor, None)

@@ -205,6 +205,12 @@ def base_records(adapter: Adapter) -> dict[str, Record]:
     return {site: known[name] for site, name in names.items() if _is_record(known.get(name))}
 
 
+def labels_of(adapter: Adapter) -> tuple[str, ...]:
+    """The names of the classes that an adapter's head predicts, in the order of its outputs; empty if the receipt does not record them."""
+    recorded = receipt_of(adapter).get("labels")
+    return tuple(str(label) for label in recorded) if isinstance(recorded, list) else ()
+
+
 def stop_tokens(adapter: Adapter) -> dict[str, int]:
     """The tokens with which the adapter learnt to end its answers, {text: id}; empty if the receipt does not record them."""
     recorded = receipt_of(adapter).get("stop_tokens")

@@ -33,11 +33,12 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 @dataclass
 class LoadedTargets:
-    """A base in memory with the adapters on it; ``names`` keeps their order and is empty for a base alone."""
+    """A base in memory with the adapters on it; ``names`` keeps their order and is empty for a base alone. ``task``: the adapters' task."""
 
     base: Base
     bank: Bank
     names: list[str]
+    task: str = "sft"
 
 
 def add_target_arguments(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
@@ -180,7 +181,8 @@ def _load(
     requested: Any = args.dtype
     if args.dtype == "auto" and purpose == "generate":
         requested = str(fast_dtype(device, "generate")).removeprefix("torch.")
-    loaded = load_base(model, dtype=requested, device=device, quantize=_format(args.quantize, folders))
+    task = task_of(folders)
+    loaded = load_base(model, dtype=requested, device=device, quantize=_format(args.quantize, folders), task=task)
     bank = attach(loaded.model)
     for name, folder in folders.items():
         for remark in bank.load(folder, name=name, force=tuple(args.force)).meta.get("notes", ()):
@@ -191,7 +193,33 @@ def _load(
     if device.type == "cpu":
         use_cpp_kernels(note)
     fuse(loaded.model)
-    return LoadedTargets(loaded, bank, list(folders))
+    return LoadedTargets(loaded, bank, list(folders), task)
+
+
+def task_of(folders: dict[str, Path]) -> str:
+    """Return the task that all adapters were trained for, by their receipts or else by PEFT's task type.
+
+    Raises:
+        ConfigError: Some have heads, and others have none or heads of another kind.
+    """
+    tasks = {name: task_named_in(folder) for name, folder in folders.items()}
+    found = list(dict.fromkeys(tasks.values())) or ["sft"]
+    if len(found) > 1:
+        listed = ", ".join(f"{name} ({task})" for name, task in tasks.items())
+        raise ConfigError(f"the adapters have heads for different tasks: {listed}; give those of one task")
+    return found[0]
+
+
+def task_named_in(folder: Path) -> str:
+    """Return the task of an adapter: that of its receipt, or else of PEFT's ``task_type``; sft for adapters without a head."""
+    recorded = _receipt_in(folder).get("task")
+    if isinstance(recorded, str):
+        return recorded
+    try:
+        kind = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("task_type")
+    except (OSError, ValueError, AttributeError):
+        return "sft"  # reading the adapter reports what is wrong
+    return {"SEQ_CLS": "classification", "TOKEN_CLS": "token-classification"}.get(kind, "sft")
 
 
 def use_adapter_template(tokenizer: Any, bank: Bank) -> None:

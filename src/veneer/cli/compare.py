@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
         import sys
 
         from veneer.training.compare import compare
-        from veneer.training.compare.report import HEADER, cells, notes, write_html
+        from veneer.training.compare.report import cells, header, notes, write_html
         from veneer.training.compare.study import RESULT, as_dict
         from veneer.training.run.console import Console
     console = Console(sys.stderr)
@@ -50,6 +50,6 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(as_json(as_dict(result)))
         return 0
-    print("\n".join(line.rstrip() for line in table(HEADER, cells(result))))
+    print("\n".join(line.rstrip() for line in table(header(result), cells(result))))
     print_lines([*(f"note: {line}" for line in notes(result)), f"wrote {result.out / RESULT}, {page}"])
     return 0

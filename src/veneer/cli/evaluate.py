@@ -1,4 +1,4 @@
-"""``veneer evaluate TARGET... --data FILE``: held-out losses of the base, its adapters and mixes, compared in pairs."""
+"""``veneer evaluate TARGET... --data FILE``: held-out losses of the base, its adapters and mixes, compared in pairs; scores of heads."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from veneer._terminal import status
 from veneer.cli._output import as_json
 from veneer.cli._parser import add_json, at_least
 from veneer.cli._row_arguments import add_format_arguments, add_task_argument, format_of, pairs_of
-from veneer.cli._targets import add_target_arguments, load_targets
+from veneer.cli._targets import LoadedTargets, add_target_arguments, load_targets
 from veneer.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -61,6 +61,8 @@ def run(args: argparse.Namespace) -> int:
     from veneer.models.flat import FlatRunner
 
     loaded = load_targets(args, purpose="train")
+    if loaded.task != "sft":
+        return _evaluate_heads(args, loaded)
     routes: dict[str, RouteLike] = {
         "base": None,
         **{name: name for name in loaded.names},
@@ -80,6 +82,21 @@ def run(args: argparse.Namespace) -> int:
             print("\n".join(_lines(label, report["sets"][label], args.against)))
     if args.json:
         print(as_json(report))
+    return 0
+
+
+def _evaluate_heads(args: argparse.Namespace, loaded: LoadedTargets) -> int:
+    """Print the scores of adapters with heads on labelled rows."""
+    from veneer.cli._labelled import score_all, score_lines
+
+    refused = {"--mix": args.mix, "--general": args.general or args.general_text, "--against": args.against != "base"}
+    for flag in (flag for flag, given in refused.items() if given):
+        raise ConfigError(f"{flag} compares losses of language models; these adapters have heads for {loaded.task}")
+    report = score_all(loaded, args.data, pairs_of("--columns", args.columns), args)
+    if args.json:
+        print(as_json({"base_model": loaded.base.name, "task": loaded.task, "sets": {args.data: report}}))
+    else:
+        print("\n".join(score_lines(args.data, report)))
     return 0
 
 

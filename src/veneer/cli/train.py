@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
         from veneer.training import train
     result = train(options, fresh=args.fresh, resume_from=args.resume_from)
     if first:
-        _print_result(result)
+        _print_result(result, options.task)
     return 1 if any(job.state == "failed" for job in result.jobs.values()) else 0
 
 
@@ -67,7 +67,7 @@ def print_differences(options: TrainOptions, provenance: Provenance) -> None:
             print(difference)
 
 
-def _print_result(result: RunResult) -> None:
+def _print_result(result: RunResult, task: str) -> None:
     """Print the outcome of each job, and commands to continue with."""
     from veneer.training.run.result import ranked, table_of, write_summary
 
@@ -89,9 +89,10 @@ def _print_result(result: RunResult) -> None:
     if done:
         best = done[0]
         target = result.out if len(result.jobs) == 1 else best.better
+        use = f"chat {target}" if task == "sft" else f"predict FILE --adapter {target} --out OUT.csv"
         print(
             f"\n{best.name}: {best.state} after {best.steps} steps; {_adapters(best)}\n"
-            f"  veneer chat {target}\n  veneer evaluate {target} --data FILE\n  veneer merge {target} --out {result.out}-merged"
+            f"  veneer {use}\n  veneer evaluate {target} --data FILE\n  veneer merge {target} --out {result.out}-merged"
         )
 
 

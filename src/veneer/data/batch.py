@@ -10,7 +10,7 @@ A batch of segments a (3 tokens) and b (2 tokens) is
     targets    a1 a2  . b1  .        (. is -100: the last token of a segment predicts nothing inside it)
     weights    w(a1) w(a2) 0 w(b1) 0
 
-so ``weights[t]`` is the weight of predicting ``targets[t]`` at position t.
+so ``weights[t]`` is the weight of predicting ``targets[t]`` at position t. The targets of examples with labels are their labels, as fp32.
 
 The order of the data is ``Order(n, seed).index(epoch, i)``: a permutation of range(n) for each epoch, computed without
 being stored by a keyed Feistel network over the smallest even power of two that is at least n, iterated until the result
@@ -45,10 +45,11 @@ class Batch:
         ids: [T] long, token ids.
         positions: [T] long, starting at 0 in each segment.
         offsets: [S+1] long, segment s covers [offsets[s], offsets[s+1]).
-        targets: [T] long, the next token inside the segment, -100 at a segment's last token.
+        targets: [T] long, the next token inside the segment, -100 at a segment's last token; [T] float32 of examples with labels.
         weights: [T] float32, loss weight of predicting ``targets[t]``; 0 where the target is -100.
         jobs: the job (adapter) of each segment.
         sources: "file:line" of each segment.
+        types: [T] long, 1 for tokens of the second of two texts; None where every segment is one text.
     """
 
     ids: torch.Tensor
@@ -58,6 +59,7 @@ class Batch:
     weights: torch.Tensor
     jobs: tuple[str, ...]
     sources: tuple[str, ...]
+    types: torch.Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -93,6 +95,7 @@ class Batch:
             weights=self.weights.to(device),
             jobs=self.jobs,
             sources=self.sources,
+            types=None if self.types is None else self.types.to(device),
         )
 
 
@@ -104,16 +107,19 @@ def make_batch(examples: Sequence[Example], jobs: Sequence[str] | str) -> Batch:
         jobs: the job of each example, or one job for all.
 
     Raises:
-        DataError: there is no example, or the number of jobs differs from that of examples.
+        DataError: there is no example, the number of jobs differs from that of examples, or only some examples have labels.
     """
     if not examples:
         raise DataError("a batch needs at least one example, found none")
     owners = (jobs,) * len(examples) if isinstance(jobs, str) else tuple(jobs)
     if len(owners) != len(examples):
         raise DataError(f"expected one job per example, found {len(examples)} examples and {len(owners)} jobs")
+    labelled = bool(examples[0].labels)
+    if any(bool(example.labels) != labelled for example in examples):
+        raise DataError("a batch holds examples with labels or examples without, not both; train them in separate runs")
     ids: list[int] = []
     positions: list[int] = []
-    targets: list[int] = []
+    targets: list[float] = []
     weights: list[float] = []
     offsets = [0]
     segments = [
@@ -122,19 +128,26 @@ def make_batch(examples: Sequence[Example], jobs: Sequence[str] | str) -> Batch:
     for sequence, _ in segments:
         ids.extend(sequence.ids)
         positions.extend(range(len(sequence.ids)))
-        targets.extend(sequence.ids[1:])
-        targets.append(IGNORE)
-        weights.extend(sequence.weights[1:])
-        weights.append(0.0)
+        targets.extend(sequence.labels if labelled else (*sequence.ids[1:], IGNORE))
+        weights.extend(sequence.weights if labelled else (*sequence.weights[1:], 0.0))
         offsets.append(len(ids))
     return Batch(
         ids=torch.tensor(ids, dtype=torch.long),
         positions=torch.tensor(positions, dtype=torch.long),
         offsets=torch.tensor(offsets, dtype=torch.long),
-        targets=torch.tensor(targets, dtype=torch.long),
+        targets=torch.tensor(targets, dtype=torch.float32 if labelled else torch.long),
         weights=torch.tensor(weights, dtype=torch.float32),
         jobs=tuple(job for _, job in segments),
         sources=tuple(sequence.source for sequence, _ in segments),
+        types=_types(examples),
+    )
+
+
+def _types(examples: Sequence[Example]) -> torch.Tensor | None:
+    if not any(example.second for example in examples):
+        return None
+    return torch.tensor(
+        [int(0 < example.second <= at) for example in examples for at in range(len(example.ids))], dtype=torch.long
     )
 
 

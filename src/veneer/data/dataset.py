@@ -22,6 +22,7 @@ import numpy as np
 
 from veneer.data.chat.render import Rendered, Renderer
 from veneer.data.example import Example
+from veneer.data.labelled import LabelledRenderer
 from veneer.data.rows.row import BadRow, Row
 from veneer.data.rows.shapes import RowReader
 from veneer.errors import ConfigError, DataError
@@ -40,7 +41,9 @@ class Examples(Sequence[Example]):
     def __init__(self, examples: Iterable[Example] = ()) -> None:
         self._ids = _Column("i", np.int32)
         self._weights = _Column("f", np.float32)
+        self._labels = _Column("f", np.float32)
         self._offsets = array("q", [0])
+        self._seconds = array("i")
         self._sources: list[str] = []
         self._lengths: dict[int, tuple[int, ...]] = {}
         """Lengths of the sequences of those examples that have several."""
@@ -53,11 +56,20 @@ class Examples(Sequence[Example]):
             self._lengths[len(self)] = example.lengths
         self._ids.extend(example.ids)
         self._weights.extend(example.weights)
+        if bool(example.labels) != self.labelled and len(self):
+            raise DataError(f"{example.source}: a set of examples has labels in all rows or in none")
+        self._labels.extend(example.labels)
+        self._seconds.append(example.second)
         self._offsets.append(self._offsets[-1] + len(example.ids))
         self._sources.append(example.source)
 
     def __len__(self) -> int:
         return len(self._sources)
+
+    @property
+    def labelled(self) -> bool:
+        """True if the examples have labels."""
+        return len(self._labels) > 0
 
     @overload
     def __getitem__(self, index: int) -> Example: ...
@@ -70,8 +82,9 @@ class Examples(Sequence[Example]):
         if not 0 <= at < len(self):
             raise IndexError(f"example {index} of {len(self)}")
         a, b = self._offsets[at], self._offsets[at + 1]
+        labels = tuple(self._labels.values(a, b)) if self.labelled else ()
         ids, weights = tuple(self._ids.values(a, b)), tuple(self._weights.values(a, b))
-        return Example(ids, weights, self._sources[at], self._lengths.get(at, ()))
+        return Example(ids, weights, self._sources[at], self._lengths.get(at, ()), labels, self._seconds[at])
 
     @property
     def lengths(self) -> list[int]:
@@ -176,7 +189,7 @@ class LoadReport:
 
 def load_examples(
     files: Sequence[str | os.PathLike[str]],
-    renderer: Renderer,
+    renderer: Renderer | LabelledRenderer,
     *,
     format: str = "auto",
     columns: Mapping[str, str] | None = None,
@@ -310,6 +323,9 @@ class _Column:
         self._spilled = 0
         self._file: Any = None
         self._map: Any = None
+
+    def __len__(self) -> int:
+        return self._spilled + len(self._recent)
 
     def extend(self, values: Iterable[float]) -> None:
         self._recent.extend(values)  # type: ignore[arg-type]  # ids are integers

@@ -6,6 +6,7 @@ An example of preference data has two sequences, the prompt with the chosen answ
 loss (``training/tasks/``). They stand behind each other in ``ids``, and ``lengths`` tells them apart.
 
 ``weights[i]`` is the weight of predicting ``ids[i]``, so ``weights[0]`` is always 0: nothing predicts the first token.
+An example with ``labels`` is for a head that reads the text: ``weights[i]`` is the weight of predicting ``labels[i]`` at token i.
 ``source`` ("rows.jsonl:17") lets later errors name the row. ``batch.py`` concatenates examples as tensors.
 """
 
@@ -27,9 +28,11 @@ class Example:
 
     Attributes:
         ids: token ids, at least one.
-        weights: as long as ``ids``; finite, not negative; the first is 0 because nothing predicts the first token.
+        weights: as long as ``ids``; finite, not negative; without labels the first is 0 because nothing predicts the first token.
         source: "file:line" ("file:row 3" for a file without lines), for messages to the user.
         lengths: tokens of each sequence, where an example has several; empty for one. The first weight of each is 0.
+        labels: empty, or as long as ``ids``: the number of a class or a value to predict at each token with a weight.
+        second: the token at which the second of two texts begins; 0 for one text.
 
     Raises:
         DataError: ids and weights do not satisfy this.
@@ -39,6 +42,8 @@ class Example:
     weights: tuple[float, ...]
     source: str = ""
     lengths: tuple[int, ...] = ()
+    labels: tuple[float, ...] = ()
+    second: int = 0
 
     def __post_init__(self) -> None:
         if len(self.ids) != len(self.weights):
@@ -48,7 +53,12 @@ class Example:
             )
         if not self.ids:
             raise DataError(f"{self.source or 'example'}: expected at least one token, found none")
-        if self.weights[0] != 0.0:
+        if self.labels and len(self.labels) != len(self.ids):
+            raise DataError(
+                f"{self.source or 'example'}: expected one label per token, found {len(self.ids)} ids and "
+                f"{len(self.labels)} labels"
+            )
+        if self.weights[0] != 0.0 and not self.labels:
             raise DataError(
                 f"{self.source or 'example'}: the first token has weight {self.weights[0]:g}, but nothing predicts it; "
                 "set it to 0"

@@ -1,6 +1,6 @@
 """Hashes of the training data and of the tokenizer with its chat template, for the receipt in an adapter file.
 
-    data_hash       SHA-256 of the examples as the model sees them: ids, weights, sequences and order
+    data_hash       SHA-256 of the examples as the model sees them: ids, weights, sequences, labels and order
     template_hash   SHA-256 of the tokenizer and the chat template: equal hashes give equal tokens for a row
 
 The data hash covers tokens instead of files, so it stays the same if rows move from CSV to JSON lines, and changes with
@@ -28,6 +28,8 @@ def data_hash(examples: Iterable[Example]) -> str:
         n = len(example.ids)
         digest.update(struct.pack(f"<q{n}q{n}d", n, *example.ids, *example.weights))
         digest.update(struct.pack(f"<{len(example.lengths)}q", *example.lengths))
+        if example.labels:
+            digest.update(struct.pack(f"<q{n}d", example.second, *example.labels))
     return digest.hexdigest()
 
 

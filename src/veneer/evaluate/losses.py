@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from veneer.adapters import Bank
@@ -27,6 +26,7 @@ from veneer.adapters.runtime.route import RouteLike
 from veneer.data.batch import Batch, make_batch
 from veneer.data.example import Example
 from veneer.errors import DataError
+from veneer.kernels.token_losses import token_losses
 from veneer.models.flat import FlatRunner
 
 _LOGITS_AT_ONCE = 256
@@ -99,7 +99,7 @@ def example_losses(
         raise DataError("none of the held-out examples has a token that the loss counts")
     sums = torch.zeros(len(examples), dtype=torch.float64)
     weights = torch.zeros(len(examples), dtype=torch.float64)
-    groups = list(_groups(examples, tokens_per_pass))
+    groups = list(groups_by_length(examples, tokens_per_pass))
     if ranks is None:
         _fill(runner, examples, groups, sums, weights, bank, route, turn, progress)
         return Losses(sums, weights)
@@ -157,7 +157,7 @@ def compare(one: Losses, other: Losses) -> LossDifference:
     return LossDifference(mean, mean - half, mean + half)
 
 
-def _groups(examples: Sequence[Example], budget: int) -> Iterator[list[int]]:
+def groups_by_length(examples: Sequence[Example], budget: int) -> Iterator[list[int]]:
     """Examples of like length together, at most ``budget`` tokens a group; weightless ones are left out."""
     order = sorted((i for i, e in enumerate(examples) if e.trained), key=lambda i: (len(examples[i]), i))
     group: list[int] = []
@@ -179,7 +179,7 @@ def _token_losses(runner: FlatRunner, batch: Batch) -> tuple[Tensor, Tensor, Ten
     flat, (targets_K,) = runner.send(batch, batch.targets[keep])
     logits = runner.logits(flat, keep)
     losses = [
-        F.cross_entropy(logits_kV.float(), target_k, reduction="none")
+        token_losses(logits_kV, target_k)
         for logits_kV, target_k in zip(logits.split(_LOGITS_AT_ONCE), targets_K.split(_LOGITS_AT_ONCE), strict=True)
     ]
     return owner, torch.cat(losses).cpu().double(), batch.weights[keep].double()

@@ -2,7 +2,7 @@
 
     runner = FlatRunner(base.model)
     runner.kind                          "flat", or "padded" with the cause in runner.reason
-    runner.logits(flat, keep)            [K, V]: the model's own head at the kept tokens
+    runner.logits(flat, keep)            [K, V]: the model's own head at the kept tokens; of a classifier, at the segments that they are in
     runner.hidden(flat)                  [T, D]: the input of the head, for a fused loss
 
 Every linear layer sees [1, T, d], so that no work is done for padding; attention alone knows the segments (see
@@ -18,12 +18,14 @@ from __future__ import annotations
 
 import inspect
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from veneer.errors import BaseModelError
 from veneer.kernels.attention.segments import Segments
+from veneer.models.classifiers.pooling import PLACES, Place, one_token_rows, pooled_body, reads_segments, tokens_read
 from veneer.models.devices import device_of, together
 from veneer.models.flat_attention import Attend, NotFlat, Switch
 from veneer.models.flat_check import probe as run_probe
@@ -45,6 +47,7 @@ class FlatRunner:
     Attributes:
         kind: "flat" or "padded".
         reason: why the flat way is not taken; empty if it is.
+        place: the token of a segment whose state the head of a classifier reads, "first" or "last"; None for heads that read every token.
     """
 
     def __init__(self, model: torch.nn.Module, *, probe: bool = True) -> None:
@@ -59,6 +62,7 @@ class FlatRunner:
         self._head: tuple[torch.Tensor, torch.Tensor | None] | None = None
         self._last: torch.nn.Module | None = None
         """The output layer, where the model has more than it behind its final states."""
+        self.place: Place | None = PLACES[0] if reads_segments(model) else None
         self._check_model()
         if probe:
             run_probe(self)
@@ -84,7 +88,7 @@ class FlatRunner:
         """`prepare` a batch and move other tensors of it to the model's device, all in one copy."""
         layout = Layout.flat(flat) if self.kind == "flat" else Layout.padded(flat)
         ids, positions, *others = together(device_of(self.model), flat.ids, flat.positions, *more)
-        return PreparedBatch(ids, positions, flat.offsets, layout), others
+        return PreparedBatch(ids, positions, flat.offsets, layout, getattr(flat, "types", None)), others
 
     def logits(self, flat: FlatLike, keep: torch.Tensor | None = None, *, attend: Attend | None = None) -> torch.Tensor:
         """Logits [K, V] at the tokens ``keep`` (flat indices, [K]; None means all), from the model's own head.
@@ -94,6 +98,8 @@ class FlatRunner:
         "flat".
         """
         batch = self.prepare(flat)
+        if self.place is not None:
+            return self._segment_logits(batch, keep)
         columns, row, at = self._head_columns(batch, keep)
         options = {} if columns is None else {"logits_to_keep": columns.to(batch.ids.device)}
         out = self._run(batch, attend, **options)
@@ -110,10 +116,32 @@ class FlatRunner:
     def head_cells(self, flat: FlatLike, keep: torch.Tensor | None = None) -> torch.Tensor:
         """The cells of ``layout`` that the head is given when ``logits(flat, keep)`` is called, in its order; on the CPU."""
         batch = self.prepare(flat)
+        if self.place is not None:
+            return batch.layout.cell[self._tokens_read(batch, keep)]
         columns, _, _ = self._head_columns(batch, keep)
         rows, width = batch.layout.shape
         every = torch.arange(width) if columns is None else columns
         return (torch.arange(rows)[:, None] * width + every).flatten()
+
+    def _segment_logits(self, batch: PreparedBatch, keep: torch.Tensor | None) -> torch.Tensor:
+        """Outputs [S, L] of a classifier's head for the segments that have tokens in ``keep``, in their order."""
+        tokens = self._tokens_read(batch, keep)
+        rows = one_token_rows(batch.ids, tokens)
+
+        def call(**inputs: Any) -> Any:
+            with pooled_body(self._body, inputs, batch.layout.cell[tokens]):
+                return self.model(**rows)
+
+        logits: torch.Tensor = self._run(batch, call=call).logits
+        return logits
+
+    def _tokens_read(self, batch: PreparedBatch, keep: torch.Tensor | None) -> torch.Tensor:
+        """The tokens whose states the head reads, for the segments that have tokens in ``keep`` (None: for all), on the CPU."""
+        assert self.place is not None
+        tokens = tokens_read(batch.offsets, self.place)
+        if keep is None:
+            return tokens
+        return tokens[torch.unique_consecutive(torch.searchsorted(batch.offsets, keep.cpu(), right=True) - 1)]
 
     def _head_columns(
         self, batch: PreparedBatch, keep: torch.Tensor | None
@@ -182,11 +210,13 @@ class FlatRunner:
         """The number of tokens from which on positions of a batch would depend on each other; None if they never do."""
         return _rope_limit(self._config)
 
-    def _run(self, batch: PreparedBatch, attend: Attend | None = None, **options: Any) -> Any:
-        inputs = self._inputs(batch)
+    def _run(
+        self, batch: PreparedBatch, attend: Attend | None = None, call: Callable[..., Any] | None = None, **options: Any
+    ) -> Any:
+        call, inputs = call or self.model, self._inputs(batch)
         self._check_rope(batch.offsets)
         if self.kind == "padded":
-            return self.model(**inputs, **options)
+            return call(**inputs, **options)
         segments = Segments.of(batch.offsets)
         if segments.tokens != batch.ids.numel():
             raise BaseModelError(
@@ -194,7 +224,7 @@ class FlatRunner:
             )
         try:
             with self._switch.flat(segments, attend):
-                return self.model(**inputs, **options)
+                return call(**inputs, **options)
         except NotFlat as error:
             raise BaseModelError(
                 f"{type(self.model).__name__} cannot be run on a flat batch: {error}; make a new FlatRunner for it, which "
@@ -216,10 +246,19 @@ class FlatRunner:
             inputs["position_ids"] = positions.view(layout.shape)
         types = getattr(self._config, "type_vocab_size", None)
         if types and "token_type_ids" in self._takes:
-            inputs["token_type_ids"] = torch.zeros_like(mask)  # a model's own default is only as long as its positions
+            # A model's own default is only as long as its positions.
+            inputs["token_type_ids"] = self._types(batch) if types > 1 else torch.zeros_like(mask)
         if "use_cache" in self._takes:
             return {**inputs, "use_cache": False}
         return inputs
+
+    def _types(self, batch: PreparedBatch) -> torch.Tensor:
+        """The type of each token in the model's input: 1 in the second of two texts."""
+        layout = batch.layout
+        types = torch.zeros(layout.shape, dtype=torch.long, device=batch.ids.device)
+        if batch.types is not None:
+            types.view(-1)[layout.cell.to(types.device)] = batch.types.to(types.device)
+        return types
 
     def _check_rope(self, offsets: torch.Tensor) -> None:
         """Refuse what would be wrong in silence: rotary scales that follow the longest segment of a batch."""

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 
 from veneer.errors import BaseModelError
+from veneer.models.classifiers.pooling import PLACES, Place
 from veneer.models.devices import device_of
 from veneer.models.flat_attention import NotFlat, Switch
 from veneer.models.layout import Flat, FlatLike
@@ -37,6 +38,7 @@ class CheckedRunner(Protocol):
     _switch: Switch
     _head: tuple[torch.Tensor, torch.Tensor | None] | None
     _last: torch.nn.Module | None
+    place: Place | None
 
     def logits(self, flat: FlatLike, keep: torch.Tensor | None = None) -> torch.Tensor:
         """Logits of the model's own head."""
@@ -61,6 +63,8 @@ def probe(runner: CheckedRunner) -> None:
             if reason is None:
                 runner.kind, runner.reason = kind, "; ".join(reasons)
                 runner._head = _find_head(runner, first, second)
+                if runner.place is not None:
+                    runner.place = _find_place(runner, first, second)
                 return
             reasons.append(reason)
     if all(_FAILS in reason for reason in reasons):
@@ -168,6 +172,27 @@ def _find_head(
                 return weight, bias
     runner._last = None
     return None
+
+
+def _find_place(runner: CheckedRunner, first: list[int], second: list[int]) -> Place:
+    """The token that a classifier's head reads.
+
+    Raises BaseModelError if it reads a text in another way.
+    """
+    device = device_of(runner.model)
+    alone = []
+    for tokens in (first, second):
+        ids = torch.tensor([tokens], device=device)
+        alone.append(runner.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0])
+    expected = torch.stack(alone)
+    for place in PLACES:
+        runner.place = place
+        if _error(runner.logits(Flat.of([first, second])), expected) <= _bound(runner.model):
+            return place
+    raise BaseModelError(
+        f"the head of {type(runner.model).__name__} reads neither the first nor the last token of a text (such as the mean of all), so it "
+        "cannot be trained in batches without padding; use another base"
+    )
 
 
 def _error(found: torch.Tensor, expected: torch.Tensor) -> float:

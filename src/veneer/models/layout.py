@@ -91,7 +91,9 @@ class Layout:
 class PreparedBatch(Flat):
     """A flat batch with its layout for one runner, computed once: `FlatRunner.prepare` makes it and every call of the runner takes it.
 
-    ``ids`` and ``positions`` are on the model's device; the layout stays on the CPU, where it is read.
+    ``ids`` and ``positions`` are on the model's device; the layout stays on the CPU, where it is read. ``types``: [T], 1 for tokens of the
+    second of two texts; None where there is none.
     """
 
     layout: Layout
+    types: torch.Tensor | None = None

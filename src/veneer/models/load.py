@@ -22,6 +22,7 @@ import torch
 
 from veneer.errors import BaseModelError, Problems
 from veneer.models.cache import build_once
+from veneer.models.classifiers.heads import HEADS, belongs_to_head, class_with_head, draw_head, name_padding
 from veneer.models.devices import resolve_device
 from veneer.models.embedded import EMBEDDED
 from veneer.models.precision import fast_dtype, slow_dtype_notes
@@ -70,6 +71,7 @@ def load_base(
     revision: str | None = None,
     device: str | torch.device = "cpu",
     quantize: str | None = None,
+    task: str | None = None,
 ) -> Base:
     """Load a base by alias, folder, GGUF file or hub id (see ``sources.py``).
 
@@ -80,6 +82,7 @@ def load_base(
         device: where the weights go: "cpu", "cuda", "cuda:N", "mps", or "auto": a GPU where there is one.
         quantize: format in which linear layers are held, quantized while they are read: "nf4", "fp4" or "int8". Files that bitsandbytes
             quantized need no format.
+        task: "classification", "regression" or "token-classification" for a model with a head for it, in place of a language model.
 
     Raises:
         BaseModelError: not found, refused, or files and model do not fit; with the remedy.
@@ -93,7 +96,7 @@ def load_base(
         raise BaseModelError(f"the dtype {dtype!r} is not one of 'auto', 'float32' and 'bfloat16'")
     folder = folder_of(name, revision)
     with _quiet():
-        model, notes = _load_model(folder, torch_dtype, quantize)
+        model, notes = _load_model(folder, torch_dtype, quantize, task if task in HEADS else None)
         tokenizer = _load_tokenizer(folder)
     model.requires_grad_(False)
     model.eval()
@@ -167,11 +170,12 @@ def _number(config: dict[str, Any], *keys: str) -> int | None:
 
 
 def _load_model(
-    folder: Path, dtype: torch.dtype, quantize: str | None = None
+    folder: Path, dtype: torch.dtype, quantize: str | None = None, task: str | None = None
 ) -> tuple[torch.nn.Module, tuple[str, ...]]:
     reading, more, remarks = _quantization(folder, quantize)
     try:
-        model, info = model_class(folder).from_pretrained(
+        chosen = model_class(folder) if task is None else class_with_head(folder, task)
+        model, info = chosen.from_pretrained(
             folder,
             dtype=dtype,
             use_safetensors=True,
@@ -193,6 +197,12 @@ def _load_model(
             problems.add(problem)
         problems.raise_if_any(BaseModelError, f"The quantized weights in {folder} cannot be used")
         reading.finish(model)
+    if task is not None:
+        absent = {key for key in info.get("missing_keys", ()) if belongs_to_head(model, key)}
+        draw_head(model, absent)
+        name_padding(model)
+        info = {**info, "missing_keys": set(info.get("missing_keys", ())) - absent}
+        return model, (*_account(model, info, folder)[1:], *remarks)  # a head of the files that it replaces is no news
     return model, (*_account(model, info, folder), *remarks)
 
 

@@ -50,6 +50,8 @@ class Site:
     """Number of experts that compute a token, for a layer of an expert: each has this share of an adapter's rank."""
     in_body: bool = True
     """False for the output head and what else stands outside of the model's body (a pooler)."""
+    is_classifier: bool = False
+    """True for the last layer of a classifier's head: an adapter that overrides it has its own number of outputs."""
     is_router: bool = False
     """True for a linear layer that chooses a token's experts; all-linear leaves it out."""
     _squared: tuple[object, Tensor, StorageWeakRef] | None = field(default=None, repr=False)
@@ -136,13 +138,14 @@ class Site:
 class Survey:
     """Sites of a model by name, unsupported layers with their reasons, groups of modules that share one weight, and vector layers (norms),
     where an adapter can have overrides but no low-rank change. Modules of stacked experts are in ``stacks``, their experts' layers among
-    the sites."""
+    the sites. ``head``: the layers of a classifier's head."""
 
     sites: dict[str, Site]
     uncovered: dict[str, str]
     tied: dict[str, tuple[str, ...]]
     vector_layers: dict[str, Site]
     stacks: dict[str, Site]
+    head: tuple[str, ...] = ()
 
     def every(self) -> Iterator[Site]:
         """Sites, then vector layers."""

@@ -25,6 +25,7 @@ from veneer.adapters.layers.quantized import QuantizedLinearKind
 from veneer.adapters.layers.site import Site, Survey
 from veneer.kernels.quantized.bitsandbytes import keep_packing, quantized_layer
 
+_CLASSIFIERS = ("ForSequenceClassification", "ForTokenClassification")
 HEAD_NAMES = ("lm_head", "embed_out", "score", "classifier", "qa_outputs", "output_layer")
 _HEAD_PARTS = ("pooler",)
 """Modules inside a base's body that compute the input of its head."""
@@ -40,7 +41,8 @@ def survey(model: nn.Module) -> Survey:
     Modules that appear under two names count once, under the first; modules that share a weight tensor are listed in ``tied``.
     """
     blocks = _block_indices(model)
-    heads = _heads(model)
+    task_head = _task_head(model)
+    heads = _heads(model) | task_head
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
@@ -64,7 +66,9 @@ def survey(model: nn.Module) -> Survey:
             continue
         block = _block_of(name, blocks)
         path, _, tail = name.rpartition(".")
-        is_head = kind is not _VECTOR and (module in heads or (block is None and tail in HEAD_NAMES))
+        is_head = module in task_head or (
+            kind is not _VECTOR and (module in heads or (block is None and tail in HEAD_NAMES))
+        )
         parent = model.get_submodule(path) if name else None
         site = Site(name, module, kind, block is not None, block, is_head, parent=parent, names=(name, *others))
         site.in_body = not is_head and _in_body(name, model)
@@ -77,7 +81,12 @@ def survey(model: nn.Module) -> Survey:
         if sites[name].kind == "linear":
             sites[name].tied_to = next((other for other in group if sites[other].kind == "embedding"), None)
     _mark_routers(sites, stacks)
-    return Survey(sites, uncovered, tied, vector_layers, stacks)
+    head = tuple(name for name, site in (sites | vector_layers).items() if site.module in task_head)
+    labels = getattr(getattr(model, "config", None), "num_labels", None)
+    linear = [sites[name] for name in head if name in sites and sites[name].kind == "linear"]
+    for site in [site for site in linear if site.geometry.out == labels][-1:]:
+        site.is_classifier = True
+    return Survey(sites, uncovered, tied, vector_layers, stacks, head)
 
 
 def _in_body(name: str, model: nn.Module) -> bool:
@@ -144,6 +153,19 @@ def _heads(model: nn.Module) -> set[nn.Module]:
     get = getattr(model, "get_output_embeddings", None)
     head = get() if callable(get) else None
     return {head} if isinstance(head, nn.Module) else set()
+
+
+def _task_head(model: nn.Module) -> set[nn.Module]:
+    """Modules of a transformers classifier that stand behind its body, and the body's pooler, which only they read."""
+    if not type(model).__name__.endswith(_CLASSIFIERS):
+        return set()
+    body = str(getattr(model, "base_model_prefix", ""))
+    inside = f"{body}."
+    return {
+        module
+        for name, module in model.named_modules()
+        if name and name != body and (not name.startswith(inside) or "pooler" in name.split("."))
+    }
 
 
 def _block_indices(model: nn.Module) -> dict[str, int]:

@@ -7,7 +7,8 @@ A layer's output y for an adapter's tokens becomes
     rows        the rows of some tokens: of an embedding when they are looked up, of a head as their logits
     lora_bias   y + s c                       a bias of B, scaled with it
 
-and in a weighted mix y + sum_j w_tj (y_j - y). The base's tensors are only read.
+and in a weighted mix y + sum_j w_tj (y_j - y). The base's tensors are only read. The heads of classifiers may have different numbers of
+labels in one batch: the output is as wide as the widest, and -inf where a row has no such label.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from veneer.adapters.overrides import BIAS, LORA_BIAS, ROWS, WEIGHT, computed_wi
 from veneer.adapters.runtime.forward_pass import ForwardPass
 from veneer.adapters.runtime.layer import AdaptedLayer
 from veneer.adapters.runtime.mapping import Assignment
+from veneer.errors import RouteError
 
 
 def with_overrides(
@@ -44,14 +46,31 @@ def with_overrides(
         new_n = _output(layer.adapters[name].adapter, site, x_n, base_n)
         if plain and current.plan.exclusive and isinstance(weight, float) and weight == 1.0:
             # No other adapter acts on these tokens: they take the new values themselves, without a sum to round.
-            out = new_n if tokens is None else out.index_copy(0, tokens, new_n.to(out.dtype))
+            if tokens is None:
+                out = new_n
+                continue
+            if new_n.shape[-1] != out.shape[-1]:
+                out, new_n = _widened(out, new_n)
+            out = out.index_copy(0, tokens, new_n.to(out.dtype))
             continue
+        if new_n.shape != base_n.shape:
+            raise RouteError(
+                f"{site.name}: heads with different numbers of labels cannot be mixed, because their outputs mean different things; route "
+                "each row to one adapter"
+            )
         change = new_n - base_n
         change = change * (
             weight.to(change.dtype).reshape(-1, *[1] * (change.dim() - 1)) if isinstance(weight, Tensor) else weight
         )
         out = out + change if tokens is None else out.index_add(0, tokens, change.to(out.dtype))
-    return out.reshape(y.shape)
+    return out.reshape(*y.shape[: y.dim() - site.layer_kind.output_dims], *out.shape[1:])
+
+
+def _widened(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """The outputs of two heads, the narrower one filled up with -inf: labels that it does not have."""
+    width = max(one.shape[-1], other.shape[-1])
+    narrow, wide = (F.pad(y, (0, width - y.shape[-1]), value=-torch.inf) for y in (one, other))
+    return narrow, wide
 
 
 def _output(adapter: Adapter, site: Site, x_n: Tensor, y_n: Tensor) -> Tensor:

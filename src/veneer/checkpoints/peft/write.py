@@ -58,6 +58,7 @@ _TASKS = {
     "LMHeadModel": "CAUSAL_LM",
     "ForConditionalGeneration": "SEQ_2_SEQ_LM",
 }
+_HEADS = {"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"}
 
 
 def write_adapter_folder(
@@ -198,7 +199,7 @@ def _settings(
         ensure_weight_tying=method.ensure_weight_tying,
         **_override_settings(adapter, base),
         base_model_name_or_path=None if name is None else public_name(name),
-        task_type=task_type or _task(base) or _task_before(adapter, before),
+        task_type=task_type or _task(adapter, base) or _task_before(adapter, before),
     )
 
 
@@ -299,9 +300,11 @@ def _usual(declared: T, values: Iterable[T]) -> T:
     return declared if declared in counts or not counts else counts.most_common(1)[0][0]
 
 
-def _task(base: BaseView) -> str | None:
-    """PEFT's task type of a generating model. Classifiers get none: under theirs PEFT expects a trained head in the file."""
+def _task(adapter: Adapter, base: BaseView) -> str | None:
+    """PEFT's task type of a model. A classifier's adapter without a head gets none: PEFT expects a trained one in the file."""
     name = type(base.model).__name__
+    if any(base.is_classifier(layer) for layer in adapter.overrides):
+        return next((task for end, task in _HEADS.items() if name.endswith(end)), None)
     return next((task for end, task in _TASKS.items() if name.endswith(end)), None)
 
 

@@ -80,6 +80,7 @@ class Rendered:
         stops: the token at the end of each trained turn, or of a text, after which generation has to stop.
         typed: control strings that are part of the row's own text and stay text.
         answer: in preference data "chosen" or "rejected", the answer of this part.
+        labels, second: as in ``Example``, of a labelled row.
     """
 
     source: str
@@ -95,6 +96,8 @@ class Rendered:
     stops: tuple[int, ...] = ()
     typed: tuple[str, ...] = ()
     answer: str = ""
+    labels: tuple[float, ...] = ()
+    second: int = 0
 
     @property
     def trained(self) -> int:
@@ -104,4 +107,4 @@ class Rendered:
     @property
     def example(self) -> Example:
         """The training example."""
-        return Example(self.ids, self.weights, self.source)
+        return Example(self.ids, self.weights, self.source, (), self.labels, self.second)

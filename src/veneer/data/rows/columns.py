@@ -204,11 +204,46 @@ def _text(source: str, values: ColumnValues) -> Row | None:
     return None if text is None else Row("text", source, text=text, key=values.errors.name("text"))
 
 
+def _labelled(source: str, values: ColumnValues) -> Row | None:
+    text, label = values.columns.get("text"), values.columns.get("label")
+    second = values.optional_text("text_pair")
+    words: tuple[str, ...] = ()
+    if isinstance(label, list) or (isinstance(text, list) and (second is not None or len(text) != 2)):
+        words = _words(text, values)
+        text = " ".join(words)
+    elif isinstance(text, list):
+        pair = [checked_text(f"text[{at}]", part, values.errors) for at, part in enumerate(text)]
+        text, second = pair[0] or "", pair[1]
+    else:
+        text = values.text("text")
+    if values.errors or text is None:
+        return None
+    return Row(
+        "labelled",
+        source,
+        text=text,
+        second=second or "",
+        words=words,
+        label=label,
+        key="",
+    )
+
+
+def _words(text: Any, values: ColumnValues) -> tuple[str, ...]:
+    if isinstance(text, str):
+        return tuple(text.split())
+    if not isinstance(text, list) or not text:
+        values.errors.add("text", f"expected text, two texts or a list of words, found {describe(text)}")
+        return ()
+    return tuple(checked_text(f"text[{at}]", word, values.errors) or "" for at, word in enumerate(text))
+
+
 CONVERTERS: dict[str, Callable[[str, ColumnValues], Row | None]] = {
     "messages": _messages,
     "sharegpt": _sharegpt,
     "prompt": _prompt,
     "alpaca": _alpaca,
     "text": _text,
+    "labelled": _labelled,
 }
 assert set(TAGS.values()) <= {*MESSAGE_ROLES, "function_call"}

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 __all__ = ["BadRow", "Record", "Row", "RowKind"]
 
-RowKind = Literal["chat", "pair", "text"]
+RowKind = Literal["chat", "pair", "text", "labelled"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +39,16 @@ class Row:
 
     Attributes:
         kind: "chat" (has ``messages``), "pair" (has ``prompt`` and ``completion``, and ``messages`` as their chat form)
-            or "text".
+            "text", or "labelled" (has ``text``, and perhaps ``second`` and ``label``).
         source: "file:line", for messages to the user.
         messages: dicts with role, content and so on, as a chat template takes them; without ``weight``.
         weights: 1.0 or 0.0 per message, as the row requests; only those of assistant messages count.
         tools: JSON schemas of functions, or None.
         prompt, completion: the plain form of a pair.
-        text: the text of a text row.
+        text: the text of a text row, or the first text of a labelled row.
+        second: the second text of a labelled row; "" if it has one text.
+        words: the words of a row with a label for each.
+        label: the label of a labelled row as the file has it; None if it has none.
         key: the column of the file that errors of this row name.
         rejected: in preference data, the row with the rejected answer; this row has the chosen one.
     """
@@ -60,6 +63,9 @@ class Row:
     text: str = ""
     key: str = ""
     rejected: Row | None = None
+    second: str = ""
+    words: tuple[str, ...] = ()
+    label: Any = None
 
     @staticmethod
     def chat(source: str, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> Row:

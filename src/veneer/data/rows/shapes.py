@@ -1,4 +1,4 @@
-"""Row shapes: six meanings of a file's columns, detected from the column names.
+"""Row shapes: the meanings of a file's columns, detected from the column names.
 
     messages    messages: [{role, content, weight?, tool_calls?, name?}], tools?         a conversation
     sharegpt    conversations: [{from, value}], system?, tools?                          a conversation
@@ -6,6 +6,7 @@
     alpaca      instruction, output, input?, system?, history?: [[question, answer]]     a conversation
     text        text                                                                     all of it is trained
     preference  chosen, rejected, prompt?, tools?                                        the two answers are compared
+    labelled    text: one text or two, text_pair?, label?                                a head reads it (only if requested)
 
 A file with other column names is read with a mapping from our names to the file's, ``{"prompt": "question",
 "completion": "answer"}``. The first readable row determines the shape of the file; a later row without the needed columns
@@ -38,6 +39,7 @@ _REQUIRED = {
     "alpaca": ("instruction", "output"),
     "text": ("text",),
     "preference": ("chosen", "rejected"),
+    "labelled": ("text",),
 }
 _OPTIONAL = {
     "messages": ("tools",),
@@ -46,6 +48,7 @@ _OPTIONAL = {
     "alpaca": ("input", "system", "history"),
     "text": (),
     "preference": ("prompt", "tools"),
+    "labelled": ("text_pair", "label"),
 }
 FORMATS = tuple(_REQUIRED)
 """The names of the shapes."""
@@ -64,7 +67,7 @@ _ALIASES = {
         "summary",
         "label",
     ],
-    "text": ["content", "body", "document", "sentence", "raw"],
+    "text": ["content", "body", "document", "sentence", "sentence1", "premise", "question", "tokens", "raw"],
     "messages": ["conversation", "dialog", "dialogue", "chat", "message", "turns"],
 }
 _UNREADABLE = 20  # bad rows at the beginning of a file after which it is refused

@@ -26,9 +26,10 @@ HEADER = (
     "disk",
 )
 LEGEND = {
-    "parameters": "trainable parameters",
+    "parameters": "trainable parameters without those of a head, which are counted apart",
     "rate": "learning rate with the lowest held-out loss in the search",
     "test loss": "mean loss per token on the test rows, over seeds, with a 95 % interval; at the best and at the last step",
+    "accuracy, f1, matthews, pearson, spearman": "scores of a head on the test rows, over seeds, with a 95 % interval",
     "forgetting": "increase of the loss on a general text over the base's",
     "ms/pass": "forward and backward of one pass of at most 1,024 tokens",
     "memory": "memory that a pass adds, with AdamW's state",
@@ -48,9 +49,21 @@ dt{font-weight:600} dd{margin:0 0 .3rem 1.5rem;color:#555}
 """
 
 
+def header(comparison: Comparison) -> tuple[str, ...]:
+    """The columns of the table: with heads, their scores in place of forgetting."""
+    metrics = comparison.rows[0].scores_best
+    if not metrics:
+        return HEADER
+    scores = [f"{name} ({step})" for name in metrics for step in ("best", "last")]
+    at = HEADER.index("forgetting")
+    return (*HEADER[:2], "head", *HEADER[2:at], *scores, *HEADER[at + 1 :])
+
+
 def cells(comparison: Comparison) -> list[list[str]]:
-    """The rows of the table, the base last."""
+    """The rows of the table, the base last; a base with a head has no losses of its own."""
     rows = [_cells(row) for row in comparison.rows]
+    if comparison.base_loss is None:
+        return rows
     return [
         *rows,
         ["base", "0", "-", f"{comparison.base_loss:.4f}", f"{comparison.base_loss:.4f}", "-", "-", "-", "-", "-"],
@@ -58,13 +71,15 @@ def cells(comparison: Comparison) -> list[list[str]]:
 
 
 def _cells(row: ContestantRow) -> list[str]:
+    scores = [_score(score[name]) for name in row.scores_best for score in (row.scores_best, row.scores_last)]
     return [
         row.label,
         f"{row.parameters:,}",
+        *([f"{row.head_parameters:,}"] if scores else []),
         f"{row.learning_rate:.1e}",
         _score(row.best),
         _score(row.last),
-        _score(row.forgetting, sign="+"),
+        *([_score(row.forgetting, sign="+")] if row.forgetting is not None else scores),
         f"{row.step_ms:,.0f}",
         f"{row.step_bytes / 1e6:,.0f} MB",
         f"{row.latency_ms:+.1f} ms",
@@ -109,16 +124,24 @@ def html(comparison: Comparison) -> str:
         f"<!doctype html><html lang=en><meta charset=utf-8><title>Veneer: comparison</title><style>{_STYLE}</style>"
         f"<h1>Comparison on {escape(comparison.base)}</h1>"
         f"<p>{comparison.examples['test']:,} test rows, seeds {', '.join(map(str, comparison.rows[0].seeds))}. "
-        f"Lower is better.</p>{plot(comparison.rows, comparison.base_loss)}"
-        f"{html_table(HEADER, cells(comparison))}"
+        f"{'Higher' if comparison.rows[0].scores_best else 'Lower'} is better.</p>{plot(comparison.rows, comparison.base_loss)}"
+        f"{html_table(header(comparison), cells(comparison))}"
         f"<ul>{remarks}</ul><dl>{legend}</dl><p>Veneer {__version__}</p></html>\n"
     )
 
 
-def plot(rows: Sequence[ContestantRow], base_loss: float) -> str:
-    """An SVG of the test loss against the number of trainable parameters, with the base as a dashed line."""
-    low = min([row.best.low if row.best.low is not None else row.best.mean for row in rows] + [base_loss])
-    high = max([row.best.high if row.best.high is not None else row.best.mean for row in rows] + [base_loss])
+def plotted(row: ContestantRow) -> tuple[str, Score]:
+    """The name and the values of what the plot shows: a head's main score, or the test loss."""
+    return next(iter(row.scores_best.items()), ("test loss", row.best))
+
+
+def plot(rows: Sequence[ContestantRow], base_loss: float | None) -> str:
+    """An SVG of the score against the number of trainable parameters, with the base as a dashed line where it has a loss."""
+    name = plotted(rows[0])[0]
+    points = {row.label: plotted(row)[1] for row in rows}
+    edges = [] if base_loss is None else [base_loss]
+    low = min([score.mean if score.low is None else score.low for score in points.values()] + edges)
+    high = max([score.mean if score.high is None else score.high for score in points.values()] + edges)
     margin = 0.08 * (high - low) or 0.1
     low, high = low - margin, high + margin
     first, last = (math.log10(count(row.parameters for row in rows)) for count in (min, max))
@@ -133,14 +156,17 @@ def plot(rows: Sequence[ContestantRow], base_loss: float) -> str:
     right, bottom = _WIDTH - _EDGE, _HEIGHT - _BOTTOM
     parts = [
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" font-family="system-ui,sans-serif" font-size="12" role="img" '
-        f'aria-label="Test loss against trainable parameters">',
+        f'aria-label="{name.capitalize()} against trainable parameters">',
         f'<path d="M{_LEFT} {_EDGE}V{bottom}H{right}" fill="none" stroke="#888"/>',
-        f'<path d="M{_LEFT} {y(base_loss):.1f}H{right}" stroke="#888" stroke-dasharray="5 4"/>',
-        f'<text x="{right}" y="{y(base_loss) - 5:.1f}" text-anchor="end" fill="#666">base {base_loss:.3f}</text>',
         f'<text x="{(_LEFT + right) / 2}" y="{_HEIGHT - 8}" text-anchor="middle">trainable parameters</text>',
         f'<text x="14" y="{(_EDGE + bottom) / 2}" transform="rotate(-90 14 {(_EDGE + bottom) / 2})" '
-        f'text-anchor="middle">test loss</text>',
+        f'text-anchor="middle">{name}</text>',
     ]
+    if base_loss is not None:
+        parts += [
+            f'<path d="M{_LEFT} {y(base_loss):.1f}H{right}" stroke="#888" stroke-dasharray="5 4"/>',
+            f'<text x="{right}" y="{y(base_loss) - 5:.1f}" text-anchor="end" fill="#666">base {base_loss:.3f}</text>',
+        ]
     for power in range(math.ceil(first), math.floor(last) + 1):
         parts.append(
             f'<text x="{x(10.0**power):.1f}" y="{bottom + 16}" text-anchor="middle">{_count(10**power)}</text>'
@@ -148,11 +174,12 @@ def plot(rows: Sequence[ContestantRow], base_loss: float) -> str:
     for step in range(5):
         loss = low + (high - low) * step / 4
         parts.append(f'<text x="{_LEFT - 6}" y="{y(loss) + 4:.1f}" text-anchor="end">{loss:.3f}</text>')
-    labels = _labels([(row.label, x(row.parameters), y(row.best.mean)) for row in rows], (_LEFT + right) / 2)
+    labels = _labels([(row.label, x(row.parameters), y(points[row.label].mean)) for row in rows], (_LEFT + right) / 2)
     for row in rows:
-        at, middle = x(row.parameters), y(row.best.mean)
-        if row.best.low is not None and row.best.high is not None:
-            parts.append(f'<path d="M{at:.1f} {y(row.best.low):.1f}V{y(row.best.high):.1f}" stroke="#0072B2"/>')
+        score = points[row.label]
+        at, middle = x(row.parameters), y(score.mean)
+        if score.low is not None and score.high is not None:
+            parts.append(f'<path d="M{at:.1f} {y(score.low):.1f}V{y(score.high):.1f}" stroke="#0072B2"/>')
         parts.append(f'<circle cx="{at:.1f}" cy="{middle:.1f}" r="4" fill="#0072B2"/>')
         side, label_x, label_y = labels[row.label]
         parts.append(f'<text x="{label_x:.1f}" y="{label_y:.1f}" text-anchor="{side}">{escape(row.label)}</text>')

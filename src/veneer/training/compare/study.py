@@ -30,6 +30,9 @@ from veneer.data.example import Example
 from veneer.errors import ConfigError
 from veneer.evaluate.general import general_text, pieces
 from veneer.evaluate.losses import example_losses, t95
+from veneer.evaluate.predictions import predict
+from veneer.evaluate.scores import score_values
+from veneer.models.classifiers.heads import HEADS
 from veneer.models.fast_modules import fast_modules
 from veneer.models.flat import FlatRunner
 from veneer.models.load import Base, load_base
@@ -39,7 +42,7 @@ from veneer.training.process_memory import give_back, peak_of, resident
 from veneer.training.run.console import Console
 from veneer.training.run.result import JobResult
 from veneer.training.run.run import train
-from veneer.training.run.setup import context_of, default_rate, load_data
+from veneer.training.run.setup import context_of, default_rate, load_data, load_labelled, training_classes
 
 RESULT = "compare.json"
 FACTORS = (0.3, 1.0, 3.0)
@@ -75,12 +78,14 @@ class Score:
 
 @dataclass
 class ContestantRow:
-    """The measurements of a contestant. Losses in nats per token, times in milliseconds, sizes in bytes.
+    """The measurements of a contestant. Losses in nats per token (of heads: per text), times in milliseconds, sizes in bytes.
 
     Attributes:
+        parameters: trainable parameters without those of a head, which are ``head_parameters``.
         rates: held-out loss by learning rate, from the search.
         best, last: loss on the test rows at the step with the lowest held-out loss, and at the last step.
-        forgetting: increase of the loss on a general text, at the best step.
+        scores_best, scores_last: scores of a head on the test rows at the same steps, by metric; empty without a head.
+        forgetting: increase of the loss on a general text, at the best step; None with a head.
         step_ms, step_bytes: forward and backward of one pass of test rows; memory that it adds, with optimizer state.
         latency_ms: what the adapter adds to a forward of one row when it is not merged. Merged, it adds nothing.
     """
@@ -94,21 +99,24 @@ class ContestantRow:
     seeds: list[int]
     best: Score
     last: Score
-    forgetting: Score
+    forgetting: Score | None
     step_ms: float
     step_bytes: int
     latency_ms: float
     disk_bytes: int
+    head_parameters: int = 0
+    scores_best: dict[str, Score] = field(default_factory=dict)
+    scores_last: dict[str, Score] = field(default_factory=dict)
 
 
 @dataclass
 class Comparison:
-    """The result of `compare`: one row per contestant, the lowest test loss first, and the base's own losses."""
+    """The result of `compare`: one row per contestant, the lowest test loss first, and the base's own losses (None with heads)."""
 
     out: Path
     base: str
-    base_loss: float
-    base_general: float
+    base_loss: float | None
+    base_general: float | None
     examples: Mapping[str, int]
     rows: list[ContestantRow] = field(default_factory=list)
 
@@ -129,7 +137,7 @@ def compare(options: TrainOptions, test: Path, *, seeds: Sequence[int], console:
     console = console or Console()
     contestants = contestants_of(options)
     out = Path(options.out or Path("runs") / "compare")
-    base = load_base(options.base, dtype=options.dtype, revision=options.revision)
+    base = load_base(options.base, dtype=options.dtype, revision=options.revision, task=options.task)
     rates = options.sweep.get("learning_rate")
     console.line(f"search: {len(contestants)} contestants at {len(rates or FACTORS)} learning rates")
     found = train(
@@ -253,9 +261,13 @@ def _measure(
     out: Path,
 ) -> Comparison:
     rows_of = options.model_copy(update={"data": (test,), "valid": (), "valid_fraction": 0.0, "watch_general": False})
-    data = load_data(rows_of, base, context_of(base))
-    examples = list(data.train)
-    general = pieces(general_text(), base.tokenizer, count=32)
+    heads = options.task in HEADS
+    length = min(context_of(base), options.max_length or context_of(base))
+    if heads:
+        examples = list(load_labelled(rows_of, base, length, training_classes(options)).train)
+    else:
+        examples = list(load_data(rows_of, base, context_of(base)).train)
+    general = [] if heads else pieces(general_text(), base.tokenizer, count=32)
     bank = attach(base.model)
     with cpp_kernels(options.compile, next(base.model.parameters()).device, lambda _: None), fast_modules(base.model):
         try:
@@ -263,8 +275,8 @@ def _measure(
             comparison = Comparison(
                 out,
                 base.name,
-                example_losses(runner, examples).mean,
-                example_losses(runner, general).mean,
+                None if heads else example_losses(runner, examples).mean,
+                None if heads else example_losses(runner, general).mean,
                 {"test": len(examples)},
             )
             for one in contestants:
@@ -289,14 +301,20 @@ def _row(
     base: Comparison,
 ) -> ContestantRow:
     best, last, forgetting = [], [], []
+    scores: dict[str, list[dict[str, float]]] = {"best": [], "last": []}
     for job in jobs:
         with _loaded(bank, job.best if job.best.is_dir() else job.adapter):
             best.append(example_losses(runner, examples, bank=bank, route="best").mean)
-            forgetting.append(example_losses(runner, general, bank=bank, route="best").mean - base.base_general)
+            scores["best"].append(_head_scores(runner, bank, examples))
+            if base.base_general is not None:
+                forgetting.append(example_losses(runner, general, bank=bank, route="best").mean - base.base_general)
         with _loaded(bank, job.adapter):
             last.append(example_losses(runner, examples, bank=bank, route="best").mean)
+            scores["last"].append(_head_scores(runner, bank, examples))
     with _loaded(bank, jobs[0].adapter):
-        parameters = bank["best"].num_parameters()
+        own = [layer for layer in bank.survey.head if layer in bank["best"].overrides]
+        head = sum(value.numel() for layer in own for value in bank["best"].overrides[layer].values())
+        parameters = bank["best"].num_parameters() - head
         step_ms, step_bytes = _step(runner, bank, examples)
         bank["best"].requires_grad_(False)  # as it is served: what a frozen adapter needs is computed once
         latency = _added_ms(runner, bank, examples[0])
@@ -310,12 +328,28 @@ def _row(
         seeds=list(seeds),
         best=Score.of(best),
         last=Score.of(last),
-        forgetting=Score.of(forgetting),
+        forgetting=Score.of(forgetting) if forgetting else None,
         step_ms=step_ms,
-        step_bytes=step_bytes + 8 * parameters,
+        step_bytes=step_bytes + 8 * (parameters + head),
         latency_ms=latency,
         disk_bytes=sum(file.stat().st_size for file in jobs[0].adapter.iterdir() if file.is_file()),
+        head_parameters=head,
+        scores_best=_over_seeds(scores["best"]),
+        scores_last=_over_seeds(scores["last"]),
     )
+
+
+def _head_scores(runner: FlatRunner, bank: Bank, examples: Sequence[Example]) -> dict[str, float]:
+    """The scores of the adapter's head; empty without one."""
+    if not examples[0].labels:
+        return {}
+    found = predict(runner, examples, bank=bank, route="best")
+    task = "regression" if found.logits_KL.shape[1] == 1 else "classification"
+    return score_values(task, found.values_K.tolist(), found.targets_K.tolist())
+
+
+def _over_seeds(found: Sequence[dict[str, float]]) -> dict[str, Score]:
+    return {name: Score.of([values[name] for values in found]) for name in found[0]}
 
 
 class _loaded:
@@ -358,11 +392,12 @@ def _step(runner: FlatRunner, bank: Bank, examples: Sequence[Example]) -> tuple[
 def _added_ms(runner: FlatRunner, bank: Bank, example: Example) -> float:
     """Milliseconds that the adapter adds to a forward of one example; the base and the adapter take turns."""
     batch, keep = make_batch([example], "best"), torch.tensor([len(example) - 1])
+    cells = runner.head_cells(batch, keep)
     times: dict[str | None, list[float]] = {None: [], "best": []}
     with torch.no_grad():
         for _ in range(3 * _REPEATS):
             for route, taken in times.items():
-                with bank.use(route, training=False):
+                with bank.use(route, keep=cells, training=False):
                     start = time.perf_counter()
                     runner.logits(batch, keep)
                     taken.append(1e3 * (time.perf_counter() - start))

@@ -18,13 +18,13 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from veneer.adapters import Bank, Route
 from veneer.adapters.runtime.route import MixLike
 from veneer.data.batch import Batch
 from veneer.kernels.cross_entropy import linear_cross_entropy, linear_token_losses
+from veneer.kernels.token_losses import token_losses
 from veneer.models.flat import FlatRunner, PreparedBatch
 from veneer.training.tasks.base import Task, TaskLosses, TokenLosses, token_units
 
@@ -138,7 +138,7 @@ class Stepper:
             references: for jobs whose task has a reference, its route where it is not the base alone.
             turn: a context that holds the model for one pass, where others use it too.
         """
-        self.tasks = {name: task for name, task in (tasks or {}).items() if type(task) is not Task}
+        self.tasks = {name: task for name, task in (tasks or {}).items() if task.has_units}
         self.references = dict(references or {})
         self.runner = runner
         self.bank = bank
@@ -262,11 +262,11 @@ class Stepper:
     def _token_losses(
         self, route: Route, flat: PreparedBatch, keep: Tensor, index_K: Tensor, targets_K: Tensor
     ) -> Tensor:
-        """The cross-entropy of each kept token, [K], with a gradient."""
+        """The loss of each kept token, or of the segment of it, [K], with a gradient."""
         head = None if self._head_is_adapted(route) else self.runner.head()
         if head is not None:
             return linear_token_losses(self.runner.hidden(flat)[index_K], head[0], head[1], targets_K)
-        return F.cross_entropy(self.runner.logits(flat, keep).float(), targets_K, reduction="none")
+        return token_losses(self.runner.logits(flat, keep), targets_K)
 
     def _head_is_adapted(self, route: Route) -> bool:
         return any(site.is_head for name in route.names for site in self.bank.sites_of(name))

@@ -93,7 +93,10 @@ def lengths_of(examples: Sequence[Example]) -> list[int]:
 
 
 def _end(example: Example, tokens: int) -> Example:
-    """The end of an example, where its answer is; all tokens count if none of the answer is left."""
+    """The end of an example, where its answer is; all tokens count if none of the answer is left. The beginning of one with labels."""
+    if example.labels:
+        ids, weights, labels = example.ids[:tokens], example.weights[:tokens], example.labels[:tokens]
+        return Example(ids, weights if any(weights) else (1.0, *weights[1:]), example.source, (), labels)
     if example.lengths:
         return Example.of_sequences([_end(one, max(2, tokens // 2)) for one in example.sequences])
     if len(example) <= tokens:

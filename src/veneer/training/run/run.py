@@ -43,7 +43,6 @@ from veneer.training.run.sanity_checks import SanityChecks
 from veneer.training.run.setup import Setup, describe, set_up
 from veneer.training.samples import Sampler, wants_samples
 from veneer.training.shared_base import SharedBase, Watcher
-from veneer.training.tasks import Task
 
 
 def train(
@@ -176,11 +175,9 @@ def _run(
     ``longer``: jobs that have more steps than when the run last started, with the number that they had.
     """
     options, jobs, bank = setup.options, setup.jobs, setup.bank
-    vocabulary = getattr(getattr(setup.base.model, "config", None), "vocab_size", None)
-    checks = {  # of the initial tensors; chance is known for supervised fine-tuning only
-        job.name: SanityChecks(bank[job.name], vocabulary if type(job.task) is Task else None, job.steps)
-        for job in jobs
-    }
+    checks = {
+        job.name: SanityChecks(bank[job.name], setup.choices(job), job.steps) for job in jobs
+    }  # of the initial tensors
     saver = Saver(folder, bank, setup.receipt_of, base_name=options.base)
     rounds = None if fresh else _restore(saver, jobs, resume_from, processes)
     gone_on = [] if rounds is None else [go_on(job, longer[job.name], folder.out) for job in jobs if job.name in longer]

@@ -31,7 +31,7 @@ class SanityChecks:
     """Checks one job's first steps; done after a few of them, or with the last one of a shorter run."""
 
     def __init__(self, adapter: Adapter, vocabulary: int | None, steps: int = _STEPS) -> None:
-        """Remember the initial tensors. ``vocabulary`` is the number of tokens, ``steps`` the number of steps of the job."""
+        """Remember the initial tensors. ``vocabulary`` is the number of tokens or classes, ``steps`` the number of steps of the job."""
         method = adapter.method
         kinds = set(adapter.kinds.values())
         own = {name for kind in kinds for name in method.tensor_names(kind)}

@@ -29,9 +29,13 @@ from veneer.data.check import CheckReport, RowChecks, warning_lines
 from veneer.data.dataset import Examples, LoadReport, Subset, load_examples
 from veneer.data.example import Example
 from veneer.data.hashing import data_hash, template_hash
+from veneer.data.labelled import LABELLED_TASKS, LabelledRenderer
+from veneer.data.labels import Classes, label_names
 from veneer.data.rows.readers import splits
-from veneer.errors import BaseModelError, DataError
+from veneer.data.rows.shapes import RowReader
+from veneer.errors import BaseModelError, ConfigError, DataError
 from veneer.evaluate.general import general_text, pieces
+from veneer.models.classifiers.heads import HEADS
 from veneer.models.fast_modules import fast_modules
 from veneer.models.flat import FlatRunner
 from veneer.models.load import Base, load_base, own_ends
@@ -42,13 +46,13 @@ from veneer.training.loop.step import Stepper
 from veneer.training.run.jobs import number_of_steps
 from veneer.training.run.parent_adapters import load_parents, seed_of, start_from_adapter
 from veneer.training.shared_base import SharedBase
-from veneer.training.tasks import TASKS
+from veneer.training.tasks import TASKS, Task
 
 
 @dataclass(frozen=True)
 class JobData:
     """The examples of a job. ``remarks``: notes about the rows. ``template``: a chat template in place of the base's. ``stops``: the
-    tokens that end the trained turns."""
+    tokens that end the trained turns. ``classes``: those of the labels, none for numbers; None for rows without labels."""
 
     train: Examples | Subset
     held_out: list[Example]
@@ -59,6 +63,14 @@ class JobData:
     remarks: list[str] = field(default_factory=list)
     template: str | None = None
     stops: dict[str, int] = field(default_factory=dict)
+    classes: Classes | None = None
+
+    @property
+    def outputs(self) -> int | None:
+        """Number of outputs of the head that learns these examples; None without a head."""
+        if self.classes is None:
+            return None
+        return len(self.classes) or 1
 
 
 @dataclass(frozen=True)
@@ -77,6 +89,13 @@ class Setup:
         """The base's device."""
         return next(self.base.model.parameters()).device
 
+    def choices(self, job: Job) -> int | None:
+        """The number of tokens or classes that a job's predictions choose from; None for numbers and preferences."""
+        classes = self.data[job.name].classes
+        if classes is not None:
+            return len(classes) or None
+        return getattr(getattr(self.base.model, "config", None), "vocab_size", None) if type(job.task) is Task else None
+
     def receipt_of(self, job: Job) -> dict[str, Any]:
         """The provenance stored in a job's adapter file."""
         data, evaluations = self.data[job.name], job.progress.evaluations
@@ -85,6 +104,7 @@ class Setup:
             "data_sha256": data.data_hash,
             "template_sha256": data.template_hash,
             "stop_tokens": data.stops,
+            **({} if data.classes is None else {"task": job.options.task, "labels": list(data.classes.names)}),
             "seed": job.options.seed,
             **job.built_on,
             "steps": job.progress.step,
@@ -120,6 +140,7 @@ def set_up(
         revision=options.revision,
         device=options.device,
         quantize=options.quantize,
+        task=common_task(jobs),
     )
     with cpp_kernels(options.compile, next(base.model.parameters()).device, say):
         data = load_all(jobs, base, context_of(base))
@@ -129,6 +150,21 @@ def set_up(
                 yield _with_adapters(options, jobs, base, bank, data, say, nullcontext)
             finally:
                 bank.detach()
+
+
+def common_task(jobs: Mapping[str, TrainOptions]) -> str:
+    """The task that the base of a run is loaded for.
+
+    Raises ConfigError for jobs whose tasks need different heads.
+    """
+    tasks = {name: options.task for name, options in jobs.items()}
+    first, *others = dict.fromkeys(tasks.values())
+    if others and (first in HEADS or others[0] in HEADS):
+        raise ConfigError(
+            f"the jobs of a run share one base with one kind of head, and their tasks differ: {first} and {others[0]}; train them in "
+            "separate runs"
+        )
+    return first
 
 
 @contextmanager
@@ -202,6 +238,8 @@ def load_data(options: TrainOptions, base: Base, limit: int) -> JobData:
     if base.tokenizer is None:
         raise BaseModelError(f"{base.name} has no tokenizer to encode text; add the tokenizer's files to the folder")
     length = min(limit, options.max_length or limit)
+    if options.task in HEADS:
+        return load_labelled(options, base, length)
     template = read_template(options.chat_template, base.tokenizer) if options.chat_template is not None else None
     rendering = RenderOptions(
         train_on=options.train_on,
@@ -239,6 +277,49 @@ def load_data(options: TrainOptions, base: Base, limit: int) -> JobData:
         remarks=[*_truncation_remarks(report, length), *warning_lines(checked), *([ends] if ends else [])],
         template=template,
         stops=stops,
+    )
+
+
+def training_classes(options: TrainOptions) -> Classes:
+    """The classes of the labels in a job's training files; none for numbers to predict."""
+    if options.task == "regression":
+        return Classes(())
+    files, _ = files_of(options)
+    rows = (row for path in files for row in RowReader(path, format="labelled", columns=options.columns))
+    return Classes(label_names(rows, ", ".join(path.name for path in files)))
+
+
+def load_labelled(options: TrainOptions, base: Base, length: int, classes: Classes | None = None) -> JobData:
+    """Read, render and check the labelled rows of a job.
+
+    length: maximum tokens of an example. classes: those of the labels, if they are not the rows' own.
+    """
+    files, valid = files_of(options)
+    task = options.task
+    assert task in LABELLED_TASKS
+    classes = training_classes(options) if classes is None else classes
+    rendering = RenderOptions(max_length=length, vocab_size=_vocab_size(base.model))
+    renderer = LabelledRenderer(base.tokenizer, task, classes, rendering)
+    load = partial(
+        load_examples, renderer=renderer, format="labelled", columns=options.columns, truncate=options.truncate
+    )
+    train, report = load(files)
+    held_out: list[Example] = []
+    learn: Examples | Subset = train
+    if valid:
+        found, more = load(valid)
+        held_out = found[:]
+        report.cut, report.dropped = report.cut + more.cut, report.dropped + more.dropped
+    elif options.valid_fraction:
+        held_out, learn = _split(train, options.valid_fraction)
+    return JobData(
+        train=learn,
+        held_out=held_out,
+        report=report,
+        data_hash=data_hash(learn),
+        template_hash=template_hash(base.tokenizer),
+        remarks=_truncation_remarks(report, length),
+        classes=classes,
     )
 
 
@@ -294,7 +375,7 @@ def make_job(name: str, options: TrainOptions, base: Base, bank: Bank, data: Job
     """Add the job's adapter to the bank and make the job."""
     method = method_of(options)
     if options.init_from is None:
-        bank.add(name, method, seed=seed_of(options))
+        bank.add(name, method, seed=seed_of(options), outputs=data.outputs)
     else:
         options = start_from_adapter(name, options, method, bank)
     check_tokens(options.trainable_token_indices, data.train, base.tokenizer)
@@ -362,10 +443,13 @@ def describe(setup: Setup, *, restored: bool) -> list[str]:
         data = setup.data[jobs[0].name]
         prefix = "" if len(by_data) == 1 else f"{', '.join(job.name for job in jobs)}: "
         lines += [f"{prefix}{line}" for line in data.report.notices]
-        lines.append(
-            f"{prefix}{len(data.train):,} example{'' if len(data.train) == 1 else 's'} ({data.report.trained:,} of "
-            f"{data.report.tokens:,} tokens trained), {len(data.held_out):,} held out"
-        )
+        count = f"{len(data.train):,} example{'' if len(data.train) == 1 else 's'}"
+        trained = f"{data.report.trained:,} of {data.report.tokens:,} tokens trained"
+        if data.classes is not None:
+            trained = f"{data.report.tokens:,} tokens; " + (
+                f"classes: {data.classes}" if len(data.classes) else "numbers to predict"
+            )
+        lines.append(f"{prefix}{count} ({trained}), {len(data.held_out):,} held out")
         lines += [f"{prefix}note: {line}" for line in data.remarks]
     for job in setup.jobs:
         adapter, report = setup.bank[job.name], setup.data[job.name].report

@@ -83,12 +83,14 @@ class Task:
         rows_format: the format that the rows must have; None for the option ``format``.
         reference: the loss compares the model with the model without the job's adapter.
         rate: factor on the default learning rate.
+        has_units: the units of the loss are others than the supervised tokens (`losses`).
     """
 
     name: ClassVar[str] = "sft"
     rows_format: ClassVar[str | None] = None
     reference: ClassVar[bool] = False
     rate: ClassVar[float] = 1.0
+    has_units: ClassVar[bool] = False
 
     def __init__(self, options: TrainOptions) -> None:
         self.options = options

@@ -41,6 +41,7 @@ class PreferenceTask(Task, ABC):
     """The base class of tasks on preference data."""
 
     rows_format: ClassVar[str | None] = "preference"
+    has_units: ClassVar[bool] = True
 
     @abstractmethod
     def pair_losses(self, answers: Answers) -> Tensor:
