@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.training.made import write_place, write_rows
+from tests.tiny import tiny, tiny_tokenizer
+from tests.training.made import SIZES, write_place, write_rows
 
 from veneer.cli.main import main
 from veneer.training.compare.report import _labels, html, notes
@@ -53,6 +54,29 @@ def test_the_command_searches_trains_and_measures(
     again = json.loads(capsys.readouterr().out)
     assert [row["best"] for row in again["rows"]] == [row["best"] for row in first["rows"]]
     assert {file: file.read_bytes() for file in metrics} == metrics
+
+
+def test_heads_are_scored_and_counted_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a task that has a head the table has its scores, the head's parameters in a column of their own, and no loss of the base."""
+    tiny("bert", **SIZES).save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    for name, count in (("train", 16), ("valid", 8), ("test", 10)):
+        rows = [{"text": "q" if i % 2 else f"w {i}", "label": "yes" if i % 2 else "no"} for i in range(count)]
+        # The test rows lack nothing but the order of the classes: they begin with the other one.
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, reversed(rows) if name == "test" else rows)))
+    monkeypatch.chdir(tmp_path)
+    words = [word for word in FLAGS if word not in ("--seed", "0,1")]
+    assert main([*words, "--task", "classification", "--steps", "10"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["base_loss"] is None and {row["label"] for row in found["rows"]} == {"lora r=2", "full"}
+    for row in found["rows"]:
+        assert row["head_parameters"] == 16 * 16 + 16 + 2 * 16 + 2
+        assert set(row["scores_best"]) == set(row["scores_last"]) == {"accuracy", "f1", "matthews"}
+        assert row["forgetting"] is None and row["learning_rate"] == 1e-2
+    assert max(row["scores_best"]["accuracy"]["mean"] for row in found["rows"]) > 0.8
+    assert "accuracy (best)" in (tmp_path / "cmp" / "compare.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

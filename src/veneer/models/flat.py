@@ -101,7 +101,7 @@ class FlatRunner:
         if self.place is not None:
             return self._segment_logits(batch, keep)
         columns, row, at = self._head_columns(batch, keep)
-        options = {} if columns is None else {"logits_to_keep": columns.to(batch.ids.device)}
+        options: dict[str, Any] = {} if columns is None else {"logits_to_keep": columns.to(batch.ids.device)}
         out = self._run(batch, attend, **options)
         logits = getattr(out, "logits", None)
         if logits is None or logits.dim() != 3:

@@ -443,13 +443,13 @@ def describe(setup: Setup, *, restored: bool) -> list[str]:
         data = setup.data[jobs[0].name]
         prefix = "" if len(by_data) == 1 else f"{', '.join(job.name for job in jobs)}: "
         lines += [f"{prefix}{line}" for line in data.report.notices]
-        count = f"{len(data.train):,} example{'' if len(data.train) == 1 else 's'}"
+        listed = f"{len(data.train):,} example{'' if len(data.train) == 1 else 's'}"
         trained = f"{data.report.trained:,} of {data.report.tokens:,} tokens trained"
         if data.classes is not None:
             trained = f"{data.report.tokens:,} tokens; " + (
                 f"classes: {data.classes}" if len(data.classes) else "numbers to predict"
             )
-        lines.append(f"{prefix}{count} ({trained}), {len(data.held_out):,} held out")
+        lines.append(f"{prefix}{listed} ({trained}), {len(data.held_out):,} held out")
         lines += [f"{prefix}note: {line}" for line in data.remarks]
     for job in setup.jobs:
         adapter, report = setup.bank[job.name], setup.data[job.name].report
