@@ -7,13 +7,14 @@ VENV ?= .venv
 PEERS ?= .venv-peers
 BENCH ?=
 DEVICE ?=
+DATA ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 export PIP_ROOT_USER_ACTION ?= ignore
 
-.PHONY: help demo test lint test-real torture bench device-check docs clean
+.PHONY: help demo test lint test-real torture bench device-check evidence docs clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -42,6 +43,12 @@ bench: $(VENV)/.installed-test $(PEERS)/.installed ## benchmark the training ste
 
 device-check: $(VENV)/.installed-test ## check a GPU in ten minutes: DEVICE="--tiny --device cpu" runs the same stages on a CPU
 	$(BIN)/python -m bench.device $(DEVICE)
+
+evidence: $(VENV)/.installed-test ## measure the papers' claims in small, into runs/evidence: DATA="sst2=DIR cola=DIR"
+	$(BIN)/python -m evidence.latency --out runs/evidence/latency
+	$(BIN)/python -m evidence.resources --out runs/evidence/resources
+	$(if $(DATA),$(BIN)/python -m evidence.classification --out runs/evidence/classification $(addprefix --data ,$(DATA)))
+	$(if $(DATA),$(BIN)/python -m evidence.subspaces --out runs/evidence/subspaces --data $(firstword $(DATA)))
 
 docs: $(VENV)/.installed-docs ## build the documentation site in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q --strict

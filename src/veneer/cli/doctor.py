@@ -7,6 +7,7 @@ says how to fix it). The exit code is 1 if anything is missing.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import platform
 import re
@@ -171,10 +172,15 @@ def _embedded() -> Check:
     from veneer.errors import VeneerError
     from veneer.models.embedded import EMBEDDED, find_embedded
 
+    first, *others = EMBEDDED
     try:
-        return Check("embedded model", ", ".join(f"{alias} at {find_embedded(alias)}" for alias in EMBEDDED))
+        found = [f"{first} at {find_embedded(first)}"]
     except VeneerError as error:
         return Check("embedded model", "not found", "missing", str(error))
+    for alias in others:  # not a dependency
+        with contextlib.suppress(VeneerError):
+            found.append(f"{alias} at {find_embedded(alias)}")
+    return Check("embedded model", ", ".join(found))
 
 
 def _compiler() -> Check:

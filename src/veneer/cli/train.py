@@ -89,11 +89,12 @@ def _print_result(result: RunResult, task: str) -> None:
     if done:
         best = done[0]
         target = result.out if len(result.jobs) == 1 else best.better
-        use = f"chat {target}" if task == "sft" else f"predict FILE --adapter {target} --out OUT.csv"
-        print(
-            f"\n{best.name}: {best.state} after {best.steps} steps; {_adapters(best)}\n"
-            f"  veneer {use}\n  veneer evaluate {target} --data FILE\n  veneer merge {target} --out {result.out}-merged"
-        )
+        evaluate = f"  veneer evaluate {target} --data FILE\n"
+        if task == "sft":
+            use = f"  veneer chat {target}\n{evaluate}  veneer merge {target} --out {result.out}-merged"
+        else:
+            use = f"  veneer predict FILE --adapter {target} --out OUT.csv\n{evaluate}".rstrip()
+        print(f"\n{best.name}: {best.state} after {best.steps} steps; {_adapters(best)}\n{use}")
 
 
 def _adapters(job: JobResult) -> str:

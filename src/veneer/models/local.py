@@ -35,6 +35,10 @@ def local_bases() -> Iterator[LocalBase]:
 
 
 def _embedded(alias: str, path: Path) -> LocalBase:
+    if path.is_dir():
+        files = sorted(path.glob("*.safetensors"))
+        size = sum(file.stat().st_size for file in files)
+        return LocalBase(alias, "embedded", _model_type(path), str(path), size, sum(map(_weights, files)))
     from gguf import GGUFReader
 
     reader = GGUFReader(path)

@@ -1,6 +1,6 @@
 """Resolve the name of a base to a folder of safetensors or a GGUF file.
 
-    "smollm2-135m"          the embedded default
+    "smollm2-135m"          the embedded default; "minilm-l6" is an encoder
     "some/folder"           config.json and safetensors; or a folder with one .gguf file
     "some/file.gguf"
     "organisation/model"    a Hub id, through the Hub's client (HF_HUB_OFFLINE and HF_HOME apply)
@@ -47,7 +47,8 @@ def resolve(name: str, revision: str | None = None) -> Source:
     path = Path(text).expanduser()
     if text.lower() in EMBEDDED and not path.exists():
         alias = text.lower()
-        return Source(find_embedded(alias), gguf=True, alias=alias)
+        found = find_embedded(alias)
+        return Source(found, gguf=found.suffix == ".gguf", alias=alias)
     if path.is_file():
         return _from_file(path)
     if path.is_dir():

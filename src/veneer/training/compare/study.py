@@ -122,11 +122,11 @@ class Comparison:
 
 
 def compare(options: TrainOptions, test: Path, *, seeds: Sequence[int], console: Console | None = None) -> Comparison:
-    """Compare the contestants that the sweep in ``options`` describes.
+    """Compare the contestants that the sweep or the jobs in ``options`` describe.
 
     Args:
         options: options of the runs. Its sweep's ``learning_rate`` is searched (default: ``FACTORS`` times the method's default);
-            every other swept option makes contestants.
+            every other swept option makes contestants. Without one, each of its jobs is a contestant, by its name.
         test: a file of rows that neither training nor the search reads.
         seeds: random seeds; the first is the search's.
         console: prints the progress.
@@ -171,12 +171,15 @@ def compare(options: TrainOptions, test: Path, *, seeds: Sequence[int], console:
 
 
 def contestants_of(options: TrainOptions) -> list[Contestant]:
-    """The contestants of a sweep: every combination of its options except the learning rate; full fine-tuning has no rank."""
+    """The contestants: the jobs, by their names, or every combination of a sweep's options except the learning rate; full fine-tuning has
+    no rank."""
     axes = {key: values for key, values in options.sweep.items() if key not in ("learning_rate", "seed")}
-    if options.jobs:
-        raise ConfigError("jobs cannot be compared; give lists of values, such as --method lora,dora --r 4,16")
+    if options.jobs and axes:
+        raise ConfigError(f"jobs and lists of values for {', '.join(axes)} are both given; give only one of them")
     if not options.valid and not options.valid_fraction:
         raise ConfigError("the search of learning rates needs held-out rows; give --valid FILE or --valid-fraction 0.1")
+    if options.jobs:
+        return _named_contestants(options.jobs)
     combinations: list[dict[str, Any]] = [{}]
     for key, values in axes.items():
         combinations = [{**one, key: value} for one in combinations for value in values]
@@ -195,6 +198,23 @@ def contestants_of(options: TrainOptions) -> list[Contestant]:
     return list(found.values())
 
 
+def _named_contestants(jobs: Sequence[Mapping[str, Any]]) -> list[Contestant]:
+    """The jobs of a configuration as contestants."""
+    found = [
+        Contestant(
+            str(job.get("name", f"job {number + 1}")), {key: value for key, value in job.items() if key != "name"}
+        )
+        for number, job in enumerate(jobs)
+    ]
+    if len(found) < 2 or len({_slug(one) for one in found}) < len(found):
+        raise ConfigError("the jobs of a comparison need names of their own, and there must be two or more")
+    if any({"learning_rate", "seed", "data"} & one.options.keys() for one in found):
+        raise ConfigError(
+            "a comparison searches the learning rate and shares seeds and data; leave them out of its jobs"
+        )
+    return found
+
+
 def as_dict(comparison: Comparison) -> dict[str, Any]:
     """The result as plain data."""
     found = asdict(comparison)
@@ -211,7 +231,7 @@ def _run_options(options: TrainOptions, out: Path, jobs: list[dict[str, Any]]) -
     common = {
         key: value
         for key, value in given(options).items()
-        if key not in ("sweep", "out", "name", "seed", "learning_rate")
+        if key not in ("sweep", "jobs", "out", "name", "seed", "learning_rate")
     }
     return TrainOptions(**{**common, "out": out, "jobs": jobs})
 

@@ -1,0 +1,71 @@
+"""Methods on sentence classification with a small encoder: the table of the LoRA paper in small (arXiv 2106.09685, Table 2).
+
+    python -m evidence.classification --data sst2=DIR --data cola=DIR --out runs/evidence/classification
+
+DIR holds train, valid and test files of rows with text and label. Every method's learning rate is searched on the held-out rows with the
+first seed; the winners are trained with every seed and scored on the test rows, at the best and at the last step. The head is trained with
+every method and counted apart; "head only" trains nothing else. This is ``veneer compare``, which resumes.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from evidence.records import machine, markdown
+from veneer.config import TrainOptions
+from veneer.training.compare import compare
+from veneer.training.compare.report import cells, header, write_html
+
+QV = ("query", "value")
+METHODS: list[dict[str, Any]] = [
+    {"name": "head only", "method": "full", "target_modules": ["pooler.dense"]},
+    {"name": "full fine-tuning", "method": "full"},
+    {"name": "LoRA q,v r=8", "method": "lora", "r": 8, "target_modules": list(QV)},
+    {"name": "LoRA all r=8", "method": "lora", "r": 8},
+    {"name": "DoRA all r=8", "method": "dora", "r": 8},
+]
+
+
+def main() -> None:
+    """Compare the methods on each data set."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--base", default="minilm-l6", help="an encoder")
+    parser.add_argument("--data", action="append", required=True, metavar="NAME=DIR")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--methods", help="names of methods, separated by commas (default: all)")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    chosen = [one for one in METHODS if args.methods is None or one["name"] in args.methods.split(",")]
+    for name, folder in (part.split("=", 1) for part in args.data):
+        files = {split: next(Path(folder).glob(f"{split}.*")) for split in ("train", "valid", "test")}
+        options = TrainOptions(
+            task="classification",
+            base=args.base,
+            dtype="float32",
+            threads=1,
+            data=(files["train"],),
+            valid=(files["valid"],),
+            out=args.out / name,
+            jobs=tuple(chosen),
+            steps=args.steps,
+            eval_every=max(1, args.steps // 4),
+            batch_size=16,
+            schedule="linear",
+            plan=False,
+        )
+        result = compare(options, files["test"], seeds=list(range(args.seeds)))
+        write_html(result)
+        print(
+            f"\n{name}: {result.examples['test']} test rows, {args.steps} steps of 16, {args.seeds} seeds; {machine()}\n"
+        )
+        print(markdown(list(header(result)), cells(result)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
