@@ -16,8 +16,11 @@ from veneer.data.chat.render import Renderer
 from veneer.data.dataset import load_examples
 from veneer.evaluate.general import general_text, pieces
 from veneer.evaluate.losses import compare, example_losses
+from veneer.evaluate.scores import text_scores
 from veneer.models.flat import FlatRunner
 from veneer.models.load import load_base
+from veneer.serve.engine.request import SamplingParams
+from veneer.serve.generation import TextGenerator
 
 
 @pytest.fixture
@@ -129,3 +132,25 @@ def test_preferences_are_evaluated_against_the_base(made: Path, capsys: pytest.C
     assert routes["base"]["loss"] == pytest.approx(0.6931472) and routes["base"]["reward_accuracy"] == 0.5
     assert routes["lora"]["reward_margin"] != 0.0
     assert main(words) == 0 and "reward accuracy" in capsys.readouterr().out
+
+
+def test_answers_are_generated_and_scored(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With --generate the greedy answers of the base and of every adapter are scored; rows with one prompt are references of one answer."""
+    rows = [{"prompt": f"What is {i // 2}?", "completion": f"It is {i}."} for i in range(6)]
+    (made / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    words = ["evaluate", f"{made}/lora", "--data", f"{made}/pairs.jsonl", "--dtype", "float32", "--generate"]
+    assert main([*words, "--max-tokens", "6", "--json"]) == 0
+    found = told(capsys)["answers"]
+    assert set(found) == {"base", "lora"}
+    base = load_base(made / "base", dtype="float32")
+    bank = attach(base.model)
+    bank.load(made / "lora", name="lora")
+    generator = TextGenerator(base.model, base.tokenizer, bank)
+    sampling = SamplingParams(max_tokens=6, temperature=0.0, seed=0)
+    answers = [generator.write([{"role": "user", "content": f"What is {i}?"}], "lora", sampling) for i in range(3)]
+    expected = text_scores(answers, [[f"It is {2 * i}.", f"It is {2 * i + 1}."] for i in range(3)])
+    assert {name: one["value"] for name, one in found["lora"].items()} == pytest.approx(
+        {name: one.value for name, one in expected.items()}
+    )
+    assert main([*words, "--max-tokens", "2", "--limit", "1"]) == 0
+    assert "answers to 1 prompts" in capsys.readouterr().out

@@ -44,6 +44,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="adapter or mix that the others are compared with (default: base)",
     )
+    parser.add_argument(
+        "--generate",
+        action="store_true",
+        help="also generate answers to the prompts of the examples and score them: BLEU, ROUGE-L, chrF, exact match",
+    )
+    parser.add_argument(
+        "--max-tokens",
+        type=at_least(1),
+        default=128,
+        metavar="N",
+        help="maximum tokens of these answers (default: 128)",
+    )
     parser.add_argument("--limit", type=at_least(1), metavar="N", help="evaluate only the first N examples")
     parser.add_argument("--max-length", type=at_least(2), metavar="N", help="truncate longer examples at their end")
     add_task_argument(parser)
@@ -58,6 +70,8 @@ def run(args: argparse.Namespace) -> int:
     """Print the losses of every route on every set of examples."""
     if args.data is None and not (args.general or args.general_text):
         raise ConfigError("no examples given; use --data FILE or --general")
+    if args.generate and args.data is None:
+        raise ConfigError("--generate answers the prompts of examples; give them with --data FILE")
     from veneer.models.flat import FlatRunner
 
     loaded = load_targets(args, purpose="train")
@@ -80,9 +94,24 @@ def run(args: argparse.Namespace) -> int:
         }
         if not args.json:
             print("\n".join(_lines(label, report["sets"][label], args.against)))
+    if args.generate:
+        report["answers"] = _generated(args, loaded)
     if args.json:
         print(as_json(report))
     return 0
+
+
+def _generated(args: argparse.Namespace, loaded: LoadedTargets) -> dict[str, dict[str, Any]]:
+    """Return the scores of generated answers by route, and print them unless JSON is asked for."""
+    from veneer.cli._answers import answer_lines, prompts_of, score_answers
+
+    chats = getattr(loaded.base.tokenizer, "chat_template", None) is not None
+    found = prompts_of(args.data, args.format, pairs_of("--columns", args.columns), chats=chats)
+    prompts = list(found.values())[: args.limit]
+    scores = score_answers(loaded, [None, *loaded.names], prompts, args.max_tokens)
+    if not args.json:
+        print("\n".join(answer_lines(scores, len(prompts))))
+    return scores
 
 
 def _evaluate_heads(args: argparse.Namespace, loaded: LoadedTargets) -> int:

@@ -6,16 +6,25 @@ own random numbers: the same seed gives the same text.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import count
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import count, islice
 from typing import Any
 
 from veneer.adapters import Bank
 from veneer.errors import BaseModelError
 from veneer.serve.engine.engine import Engine
-from veneer.serve.engine.request import Finished, GenerationRequest, Mix, SamplingParams, TextDelta
+from veneer.serve.engine.request import (
+    Finished,
+    GenerationRequest,
+    Mix,
+    RequestStream,
+    SamplingParams,
+    TextDelta,
+)
 
 Message = dict[str, Any]
+_TOGETHER = 16
+"""Prompts that are answered together."""
 
 
 class TextGenerator:
@@ -51,6 +60,44 @@ class TextGenerator:
         """Generate the complete answer to one prompt."""
         return "".join(self.stream(prompt, route, sampling))
 
+    def write_many(
+        self,
+        prompts: Sequence[str | Sequence[Message]],
+        route: str | None = None,
+        sampling: SamplingParams | None = None,
+        *,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[str]:
+        """Generate the answers to many prompts, several in each step. ``progress``: called with the number of answers done."""
+        answers = [""] * len(prompts)
+        running: dict[int, RequestStream] = {}
+        left = iter(enumerate(prompts))
+        done = 0
+        while True:
+            for number, prompt in islice(left, _TOGETHER - len(running)):
+                running[number] = self.engine.submit(self._request(prompt, route, sampling))
+            if not running:
+                return answers
+            self.engine.step()
+            for number, stream in list(running.items()):
+                while (event := stream.poll()) is not None:
+                    if isinstance(event, TextDelta):
+                        answers[number] += event.text
+                    elif isinstance(event, Finished):
+                        if event.error is not None:
+                            raise event.error
+                        del running[number]
+                        done += 1
+                        if progress is not None:
+                            progress(done)
+
+    def _request(
+        self, prompt: str | Sequence[Message], route: str | Mapping[str, float] | None, sampling: SamplingParams | None
+    ) -> GenerationRequest:
+        mix: Mix = () if route is None else ((route, 1.0),) if isinstance(route, str) else tuple(route.items())
+        ids = tuple(self.prompt_ids(prompt))
+        return GenerationRequest(f"text-{next(self._numbers)}", ids, mix, sampling or SamplingParams(seed=0))
+
     def stream(
         self,
         prompt: str | Sequence[Message],
@@ -58,10 +105,7 @@ class TextGenerator:
         sampling: SamplingParams | None = None,
     ) -> Iterator[str]:
         """Generate the answer to one prompt in pieces. Ending the iteration early ends the generation."""
-        mix: Mix = () if route is None else ((route, 1.0),) if isinstance(route, str) else tuple(route.items())
-        ids = tuple(self.prompt_ids(prompt))
-        request = GenerationRequest(f"text-{next(self._numbers)}", ids, mix, sampling or SamplingParams(seed=0))
-        for event in self.engine.run(request):
+        for event in self.engine.run(self._request(prompt, route, sampling)):
             if isinstance(event, TextDelta) and event.text:
                 yield event.text
             elif isinstance(event, Finished) and event.error is not None:

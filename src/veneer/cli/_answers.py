@@ -1,0 +1,97 @@
+"""Generated answers on the command line, scored against those of the rows."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+from veneer._terminal import status
+from veneer.errors import DataError
+
+if TYPE_CHECKING:
+    from veneer.cli._targets import LoadedTargets
+    from veneer.serve.generation import TextGenerator
+
+
+@status("reading the prompts")
+def prompts_of(file: str, format: str, columns: dict[str, str], *, chats: bool) -> dict[str, tuple[Any, list[str]]]:
+    """Return {key: (prompt, references)} of the rows that end with an answer; rows with the same prompt give one prompt.
+
+    Args:
+        file: the rows.
+        format: their format.
+        columns: our column names to the file's.
+        chats: prompts are conversations, and not plain text.
+
+    Raises:
+        DataError: No row has an answer, or a row cannot be used.
+    """
+    from veneer.data.dataset import LoadReport
+    from veneer.data.rows.row import BadRow
+    from veneer.data.rows.shapes import RowReader
+
+    found: dict[str, tuple[Any, list[str]]] = {}
+    report = LoadReport()
+    for row in RowReader(file, format=format, columns=columns):
+        report.rows += 1
+        if isinstance(row, BadRow):
+            report.refuse(row)
+            continue
+        *before, last = row.messages or ({},)
+        if last.get("role") != "assistant" or not isinstance(last.get("content"), str):
+            continue
+        prompt: Any = before if chats else row.prompt
+        if prompt:
+            found.setdefault(repr(prompt), (prompt, []))[1].append(last["content"])
+    report.raise_if_bad()
+    if not found:
+        raise DataError(f"{file}: no row has a prompt and an answer, so there is nothing to generate and score")
+    return found
+
+
+def score_answers(
+    loaded: LoadedTargets, routes: list[str | None], prompts: list[tuple[Any, list[str]]], max_tokens: int
+) -> dict[str, dict[str, Any]]:
+    """Return BLEU, ROUGE-L, chrF and exact match of the answers of the base and of each adapter, decoded greedily."""
+    from veneer.evaluate.scores import text_scores
+
+    generator = _generator(loaded)
+    report = {}
+    for route in routes:
+        answers = _answers(generator, route, [prompt for prompt, _ in prompts], max_tokens)
+        scores = text_scores(answers, [references for _, references in prompts])
+        report[route or "base"] = {key: vars(score) for key, score in scores.items()}
+    return report
+
+
+def answer_lines(report: dict[str, dict[str, Any]], count: int) -> list[str]:
+    """Return the scores as lines."""
+    width = max(map(len, report))
+    lines = [f"answers to {count} prompts; 95 % intervals over resampled prompts"]
+    for name, scores in report.items():
+        told = (f"{key} {one['value']:.3f} ({one['low']:.3f} to {one['high']:.3f})" for key, one in scores.items())
+        lines.append(f"  {name:<{width}}  {'  '.join(told)}")
+    return lines
+
+
+def _generator(loaded: LoadedTargets) -> TextGenerator:
+    from veneer.serve.generation import TextGenerator
+
+    return TextGenerator(loaded.base.model, loaded.base.tokenizer, loaded.bank)
+
+
+def _answers(generator: TextGenerator, route: str | None, prompts: list[Any], max_tokens: int) -> list[str]:
+    from veneer.serve.engine.request import SamplingParams
+    from veneer.training.run.console import Console
+
+    console = Console(sys.stderr)
+
+    def show(done: int) -> None:
+        if console.live:
+            console.advance(done / len(prompts))
+            console.progress(f"answering with {route or 'base'}  {done} of {len(prompts)} prompts")
+
+    sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, seed=0)
+    answers = generator.write_many(prompts, route, sampling, progress=show)
+    console.clear()
+    return answers
