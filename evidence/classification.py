@@ -17,6 +17,9 @@ import torch
 
 from evidence.records import machine, markdown
 from veneer.config import TrainOptions
+from veneer.data.rows.memory_rows import write_rows
+from veneer.data.rows.readers import RecordReader
+from veneer.data.rows.row import Record
 from veneer.training.compare import compare
 from veneer.training.compare.report import cells, header, write_html
 
@@ -38,12 +41,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--limit", type=int, default=500, help="most held-out rows, and most test rows, evenly chosen")
     parser.add_argument("--methods", help="names of methods, separated by commas (default: all)")
     args = parser.parse_args()
     torch.set_num_threads(1)
     chosen = [one for one in METHODS if args.methods is None or one["name"] in args.methods.split(",")]
     for name, folder in (part.split("=", 1) for part in args.data):
         files = {split: next(Path(folder).glob(f"{split}.*")) for split in ("train", "valid", "test")}
+        for split in ("valid", "test"):
+            files[split] = some(files[split], args.limit, args.out / name / "rows", split)
         options = TrainOptions(
             task="classification",
             base=args.base,
@@ -65,6 +71,12 @@ def main() -> None:
             f"\n{name}: {result.examples['test']} test rows, {args.steps} steps of 16, {args.seeds} seeds; {machine()}\n"
         )
         print(markdown(list(header(result)), cells(result)), flush=True)
+
+
+def some(file: Path, most: int, folder: Path, split: str) -> Path:
+    """A file of at most so many rows of another one, evenly chosen."""
+    rows = [record.values for record in RecordReader(file) if isinstance(record, Record)]
+    return write_rows(rows[:: -(-len(rows) // most)], folder, split)
 
 
 if __name__ == "__main__":
