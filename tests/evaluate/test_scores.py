@@ -8,7 +8,7 @@ import sacrebleu
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import f1_score, matthews_corrcoef
 
-from veneer.evaluate.scores import class_scores, mean_score, number_scores, text_scores
+from veneer.evaluate.scores import _class_scores_of, class_scores, mean_score, number_scores, text_scores
 
 
 def test_scores_of_classes_and_numbers_are_the_libraries() -> None:
@@ -29,6 +29,13 @@ def test_scores_of_classes_and_numbers_are_the_libraries() -> None:
     assert numbers["pearson"].value == pytest.approx(pearsonr(x, y).statistic)
     assert numbers["spearman"].value == pytest.approx(spearmanr(x, y).statistic)
     assert numbers["rmse"].value == pytest.approx(np.sqrt(((x - y) ** 2).mean()))
+    one = class_scores(found.tolist(), gold.tolist(), seed=4)
+    draw = np.random.default_rng(4).integers(0, 80, (1000, 80))
+    theirs = [(f1_score(gold[d], found[d], average="macro"), matthews_corrcoef(gold[d], found[d])) for d in draw[:20]]
+    counts = np.stack([np.bincount(gold[d] * 3 + found[d], minlength=9).reshape(3, 3) for d in draw[:20]]).astype(float)
+    _, f1, matthews = _class_scores_of(counts)
+    assert np.allclose(f1, [pair[0] for pair in theirs]) and np.allclose(matthews, [pair[1] for pair in theirs])
+    assert one["f1"].low < one["f1"].value < one["f1"].high
     assert number_scores([1.0] * 5, [1.0, 2, 3, 4, 5])["pearson"].value == 0.0
 
 

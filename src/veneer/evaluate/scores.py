@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,6 @@ from numpy.typing import NDArray
 from veneer.errors import ConfigError, DataError
 
 RESAMPLES = 1000
-Values = Sequence[float] | NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -38,53 +36,87 @@ class ScoreInterval:
         return f"{self.value:.4f} (95 %: {self.low:.4f} to {self.high:.4f})"
 
 
-Metric = Callable[[NDArray[Any], NDArray[Any]], float]
+Resampled = NDArray[np.float64]
+"""A score for each of R sets of resampled examples, [R]."""
 
 
 def class_scores(predicted: Sequence[int], expected: Sequence[int], *, seed: int = 0) -> dict[str, ScoreInterval]:
-    """Scores of predicted classes, given by number."""
-    return _scores("classification", predicted, expected, seed)
+    """Scores of predicted classes, given by number.
+
+    The intervals are computed from the counts of each resampled set; the scores themselves are scikit-learn's.
+    """
+    found, gold = np.asarray(predicted, dtype=np.int64), np.asarray(expected, dtype=np.int64)
+    values = score_values("classification", found, gold)
+    draws = _draws(len(found), seed)
+    classes, both = np.unique(np.concatenate([found, gold]), return_inverse=True)
+    count = len(classes)
+    pairs = both[len(found) :] * count + both[: len(found)]
+    counts_RGF = np.stack([np.bincount(pairs[draw], minlength=count * count) for draw in draws]).reshape(
+        -1, count, count
+    )
+    resampled = dict(zip(values, _class_scores_of(counts_RGF.astype(np.float64)), strict=True))
+    return {name: _interval(value, resampled[name]) for name, value in values.items()}
 
 
 def number_scores(predicted: Sequence[float], expected: Sequence[float], *, seed: int = 0) -> dict[str, ScoreInterval]:
     """Scores of predicted numbers. Correlations of constant numbers are 0."""
-    return _scores("regression", predicted, expected, seed)
+    stats = _library("scipy.stats", "scipy")
+    found, gold = np.asarray(predicted, dtype=np.float64), np.asarray(expected, dtype=np.float64)
+    values = score_values("regression", found, gold)
+    draws = _draws(len(found), seed)
+    found_RN, gold_RN = found[draws], gold[draws]
+    resampled = {
+        "pearson": _correlations(found_RN, gold_RN),
+        "spearman": _correlations(stats.rankdata(found_RN, axis=1), stats.rankdata(gold_RN, axis=1)),
+        "rmse": np.sqrt(((found_RN - gold_RN) ** 2).mean(1)),
+    }
+    return {name: _interval(value, resampled[name]) for name, value in values.items()}
 
 
-def score_values(task: str, predicted: Sequence[float], expected: Sequence[float]) -> dict[str, float]:
+def score_values(
+    task: str, predicted: Sequence[float] | NDArray[Any], expected: Sequence[float] | NDArray[Any]
+) -> dict[str, float]:
     """The scores of a task with a head, without intervals; the first is the task's main one."""
     found, gold = np.asarray(predicted), np.asarray(expected)
-    return {name: metric(found, gold) for name, metric in _metrics(task, found, gold).items()}
-
-
-def _scores(task: str, predicted: Sequence[float], expected: Sequence[float], seed: int) -> dict[str, ScoreInterval]:
-    found, gold = np.asarray(predicted), np.asarray(expected)
-    return {name: _interval(metric, found, gold, seed) for name, metric in _metrics(task, found, gold).items()}
-
-
-def _metrics(task: str, found: NDArray[Any], gold: NDArray[Any]) -> dict[str, Metric]:
+    if not len(found):
+        raise DataError("there are no examples to score")
     if task == "regression":
         stats = _library("scipy.stats", "scipy")
-        return {
-            "pearson": _correlation(stats.pearsonr),
-            "spearman": _correlation(stats.spearmanr),
-            "rmse": lambda found, gold: float(np.sqrt(((found - gold) ** 2).mean())),
-        }
+        constant = np.ptp(found) == 0 or np.ptp(gold) == 0
+        pearson, spearman = (
+            0.0 if constant else float(function(found, gold).statistic)
+            for function in (stats.pearsonr, stats.spearmanr)
+        )
+        return {"pearson": pearson, "spearman": spearman, "rmse": float(np.sqrt(((found - gold) ** 2).mean()))}
     metrics = _library("sklearn.metrics", "scikit-learn")
-    classes = np.union1d(found, gold)
-    f1 = partial(metrics.f1_score, labels=classes, average="macro", zero_division=0.0)
     return {
-        "accuracy": lambda found, gold: float((found == gold).mean()),
-        "f1": lambda found, gold: float(f1(gold, found)),
-        "matthews": lambda found, gold: float(metrics.matthews_corrcoef(gold, found)),
+        "accuracy": float(metrics.accuracy_score(gold, found)),
+        "f1": float(metrics.f1_score(gold, found, average="macro", zero_division=0.0)),
+        "matthews": float(metrics.matthews_corrcoef(gold, found)),
     }
 
 
-def _correlation(function: Any) -> Metric:
-    def of(found: NDArray[Any], gold: NDArray[Any]) -> float:
-        return 0.0 if np.ptp(found) == 0 or np.ptp(gold) == 0 else float(function(found, gold).statistic)
+def _class_scores_of(counts_RGF: Resampled) -> tuple[Resampled, Resampled, Resampled]:
+    """Accuracy, mean F1 and Matthews correlation from counts by expected and predicted class.
 
-    return of
+    Classes that a set lacks on both sides do not count in its F1. Matthews after Gorodkin (2004), which is 0 where a side is constant.
+    """
+    right_RC = np.diagonal(counts_RGF, axis1=1, axis2=2)
+    gold_RC, found_RC = counts_RGF.sum(2), counts_RGF.sum(1)
+    n_R, right_R = counts_RGF.sum((1, 2)), right_RC.sum(1)
+    either_RC = gold_RC + found_RC
+    f1_RC = np.divide(2 * right_RC, either_RC, out=np.zeros_like(either_RC), where=either_RC > 0)
+    spread_R = np.sqrt((n_R**2 - (gold_RC**2).sum(1)) * (n_R**2 - (found_RC**2).sum(1)))
+    shared_R = right_R * n_R - (gold_RC * found_RC).sum(1)
+    matthews_R = np.divide(shared_R, spread_R, out=np.zeros_like(spread_R), where=spread_R > 0)
+    return right_R / n_R, f1_RC.sum(1) / (either_RC > 0).sum(1), matthews_R
+
+
+def _correlations(x_RN: Resampled, y_RN: Resampled) -> Resampled:
+    """Pearson's correlation of each row; 0 for a constant one."""
+    x_RN, y_RN = (values - values.mean(1, keepdims=True) for values in (x_RN, y_RN))
+    spread_R = np.sqrt((x_RN**2).sum(1) * (y_RN**2).sum(1))
+    return np.divide((x_RN * y_RN).sum(1), spread_R, out=np.zeros_like(spread_R), where=spread_R > 0)
 
 
 def text_scores(
@@ -110,22 +142,26 @@ def text_scores(
     }
 
 
-def mean_score(values: Values, *, seed: int = 0) -> ScoreInterval:
+def mean_score(values: Sequence[float], *, seed: int = 0) -> ScoreInterval:
     """The mean of one value for each example."""
     found = np.asarray(values, dtype=np.float64)
-    return _interval(lambda found, _: float(found.mean()), found, found, seed)
+    return _interval(float(found.mean()), found[_draws(len(found), seed)].mean(1))
 
 
 def _pairs(answers: Sequence[str], references: Sequence[Sequence[str]]) -> Any:
     return zip(answers, references, strict=True)
 
 
-def _interval(score: Metric, found: NDArray[Any], gold: NDArray[Any], seed: int) -> ScoreInterval:
-    if not len(found):
+def _draws(count: int, seed: int) -> NDArray[np.int64]:
+    """The examples of each resampled set, [R, N]."""
+    if not count:
         raise DataError("there are no examples to score")
-    draws = np.random.default_rng(seed).integers(0, len(found), (RESAMPLES, len(found)))
-    low, high = np.quantile([score(found[draw], gold[draw]) for draw in draws], [0.025, 0.975])
-    return ScoreInterval(score(found, gold), float(low), float(high))
+    return np.random.default_rng(seed).integers(0, count, (RESAMPLES, count))
+
+
+def _interval(value: float, resampled: Resampled) -> ScoreInterval:
+    low, high = np.quantile(resampled, [0.025, 0.975])
+    return ScoreInterval(value, float(low), float(high))
 
 
 def _corpus_score(metric: Any, answers: Sequence[str], columns: Sequence[Sequence[str | None]]) -> ScoreInterval:

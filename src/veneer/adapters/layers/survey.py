@@ -82,10 +82,7 @@ def survey(model: nn.Module) -> Survey:
             sites[name].tied_to = next((other for other in group if sites[other].kind == "embedding"), None)
     _mark_routers(sites, stacks)
     head = tuple(name for name, site in (sites | vector_layers).items() if site.module in task_head)
-    labels = getattr(getattr(model, "config", None), "num_labels", None)
-    linear = [sites[name] for name in head if name in sites and sites[name].kind == "linear"]
-    for site in [site for site in linear if site.geometry.out == labels][-1:]:
-        site.is_classifier = True
+    _mark_classifier(model, [sites[name] for name in head if name in sites])
     return Survey(sites, uncovered, tied, vector_layers, stacks, head)
 
 
@@ -153,6 +150,13 @@ def _heads(model: nn.Module) -> set[nn.Module]:
     get = getattr(model, "get_output_embeddings", None)
     head = get() if callable(get) else None
     return {head} if isinstance(head, nn.Module) else set()
+
+
+def _mark_classifier(model: nn.Module, head: list[Site]) -> None:
+    """Mark the last layer of a classifier's head, by its number of outputs."""
+    labels = getattr(getattr(model, "config", None), "num_labels", None)
+    for site in [site for site in head if site.kind == "linear" and site.geometry.out == labels][-1:]:
+        site.is_classifier = True
 
 
 def _task_head(model: nn.Module) -> set[nn.Module]:
