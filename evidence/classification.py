@@ -27,6 +27,7 @@ QV = ("query", "value")
 METHODS: list[dict[str, Any]] = [
     {"name": "head only", "method": "full", "target_modules": ["pooler.dense"]},
     {"name": "full fine-tuning", "method": "full"},
+    {"name": "BitFit", "method": "bitfit"},
     {"name": "LoRA q,v r=8", "method": "lora", "r": 8, "target_modules": list(QV)},
     {"name": "LoRA all r=8", "method": "lora", "r": 8},
     {"name": "DoRA all r=8", "method": "dora", "r": 8},
@@ -41,6 +42,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--limit", type=int, default=500, help="most held-out rows, and most test rows, evenly chosen")
     parser.add_argument("--methods", help="names of methods, separated by commas (default: all)")
     args = parser.parse_args()
@@ -60,15 +62,15 @@ def main() -> None:
             out=args.out / name,
             jobs=tuple(chosen),
             steps=args.steps,
-            eval_every=max(1, args.steps // 4),
-            batch_size=16,
+            eval_every=max(1, args.steps // 2),
+            batch_size=args.batch_size,
             schedule="linear",
             plan=False,
         )
         result = compare(options, files["test"], seeds=list(range(args.seeds)))
         write_html(result)
         print(
-            f"\n{name}: {result.examples['test']} test rows, {args.steps} steps of 16, {args.seeds} seeds; {machine()}\n"
+            f"\n{name}: {result.examples['test']} test rows, {args.steps} steps of {args.batch_size}, {args.seeds} seeds; {machine()}\n"
         )
         print(markdown(list(header(result)), cells(result)), flush=True)
 
