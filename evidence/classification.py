@@ -44,10 +44,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--limit", type=int, default=500, help="most held-out rows, and most test rows, evenly chosen")
-    parser.add_argument("--methods", help="names of methods, separated by commas (default: all)")
+    parser.add_argument("--methods", nargs="+", help="names of methods (default: all)")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    chosen = [one for one in METHODS if args.methods is None or one["name"] in args.methods.split(",")]
+    chosen = [one for one in METHODS if args.methods is None or one["name"] in args.methods]
     for name, folder in (part.split("=", 1) for part in args.data):
         files = {split: next(Path(folder).glob(f"{split}.*")) for split in ("train", "valid", "test")}
         for split in ("valid", "test"):
