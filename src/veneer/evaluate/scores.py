@@ -116,7 +116,8 @@ def _correlations(x_RN: Resampled, y_RN: Resampled) -> Resampled:
     """Pearson's correlation of each row; 0 for a constant one."""
     x_RN, y_RN = (values - values.mean(1, keepdims=True) for values in (x_RN, y_RN))
     spread_R = np.sqrt((x_RN**2).sum(1) * (y_RN**2).sum(1))
-    return np.divide((x_RN * y_RN).sum(1), spread_R, out=np.zeros_like(spread_R), where=spread_R > 0)
+    found: Resampled = np.divide((x_RN * y_RN).sum(1), spread_R, out=np.zeros_like(spread_R), where=spread_R > 0)
+    return found
 
 
 def text_scores(
