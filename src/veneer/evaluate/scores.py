@@ -136,9 +136,9 @@ def text_scores(
         float(any(answer.strip() == known.strip() for known in every)) for answer, every in _pairs(answers, references)
     ]
     return {
-        "bleu": _corpus_score(sacrebleu.BLEU(), answers, columns),
+        "bleu": _corpus_score(sacrebleu.BLEU(), answers, columns, seed),
         "rouge_l": mean_score(longest, seed=seed),
-        "chrf": _corpus_score(sacrebleu.CHRF(), answers, columns),
+        "chrf": _corpus_score(sacrebleu.CHRF(), answers, columns, seed),
         "exact_match": mean_score(exact, seed=seed),
     }
 
@@ -165,10 +165,15 @@ def _interval(value: float, resampled: Resampled) -> ScoreInterval:
     return ScoreInterval(value, float(low), float(high))
 
 
-def _corpus_score(metric: Any, answers: Sequence[str], columns: Sequence[Sequence[str | None]]) -> ScoreInterval:
-    """A corpus score of sacrebleu with its own bootstrap."""
-    found = metric.corpus_score(list(answers), [list(column) for column in columns], n_bootstrap=RESAMPLES)
-    return ScoreInterval(found.score, found._mean - found._ci, found._mean + found._ci)
+def _corpus_score(
+    metric: Any, answers: Sequence[str], columns: Sequence[Sequence[str | None]], seed: int
+) -> ScoreInterval:
+    """A corpus score of sacrebleu; resampled sets are scored from its counts of each answer."""
+    given = list(answers), [list(column) for column in columns]
+    counts = np.asarray(metric._extract_corpus_statistics(*given))
+    sums = (counts[draw].sum(0, keepdims=True) for draw in _draws(len(counts), seed))
+    resampled = np.asarray([metric._aggregate_and_compute(total.tolist()).score for total in sums], dtype=np.float64)
+    return _interval(float(metric.corpus_score(*given).score), resampled)
 
 
 def _library(module: str, package: str) -> Any:
