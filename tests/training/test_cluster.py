@@ -18,6 +18,7 @@ from tests.training.made import QUIET, options
 from veneer.cli._run_list import list_runs
 from veneer.config import TrainOptions
 from veneer.errors import ConfigError, TrainingError
+from veneer.models.load import Base
 from veneer.training import train
 from veneer.training.cluster import driver
 from veneer.training.cluster.parts import divide
@@ -240,7 +241,7 @@ def test_workers_that_do_not_fit_are_refused(
     assert not (tmp_path / "run").exists()
 
 
-def test_options_that_need_one_process(place: Path, tmp_path: Path, use: Any) -> None:
+def test_options_that_need_one_process(place: Path, base: Base, tmp_path: Path, use: Any) -> None:
     """Halving and several processes are refused by name; so is a folder with a run of one machine."""
     use(Cluster())
     for more, message in (
@@ -249,6 +250,11 @@ def test_options_that_need_one_process(place: Path, tmp_path: Path, use: Any) ->
     ):
         with pytest.raises(ConfigError, match=message):
             train(TrainOptions(**sweep(place, tmp_path / "run", cluster="auto", **more)), console=QUIET)
+    given = TrainOptions(**sweep(place, tmp_path / "run", cluster="auto"))
+    with pytest.raises(ConfigError, match="each worker loads the base itself"):
+        train(given, base=base, console=QUIET)
+    with pytest.raises(ConfigError, match="each part of a run on a cluster has its own"):
+        train(given, resume_from="step-00000002", console=QUIET)
     train(TrainOptions(**sweep(place, tmp_path / "one", steps=1)), console=QUIET)
     with pytest.raises(ConfigError, match="holds a run of one machine"):
         train(TrainOptions(**sweep(place, tmp_path / "one", cluster="auto")), console=QUIET)

@@ -115,6 +115,10 @@ def _start(
             raise ConfigError(
                 "resume_from names a checkpoint of one process, and each part of a run on a cluster has its own"
             )
+        if base is not None:
+            raise ConfigError(
+                f"cluster: each worker loads the base itself; name it (base={options.base!r}) and pass none in memory"
+            )
         return train_on_cluster(options, out, train_part, console, fresh=fresh)
     if not fresh and (out / PARTS).is_dir():
         raise ConfigError(
