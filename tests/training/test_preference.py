@@ -263,7 +263,7 @@ def test_a_job_that_starts_from_an_adapter_has_it_as_its_reference(place: Path, 
         ({"task": "dpo", "format": "prompt"}, "format is prompt, and task dpo reads preferences"),
         ({"task": "orpo", "label_smoothing": 0.1}, "label_smoothing is part of DPO's sigmoid loss only"),
         ({"task": "dpo", "label_smoothing": 0.5}, "label_smoothing"),
-        ({"task": "ppo"}, "task: expected 'sft', 'dpo' or 'orpo', found 'ppo'"),
+        ({"task": "ppo"}, r"task: expected 'sft', 'dpo', .* found 'ppo'"),
     ],
 )
 def test_options_without_effect_are_refused(given: dict[str, Any], message: str) -> None:
