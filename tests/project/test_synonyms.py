@@ -32,7 +32,7 @@ ANSWERED = {
     "bf16": "choose the data type of the base with dtype",
     "fp16": "choose the data type of the base with dtype",
     "trust_remote_code": "runs no code from model repositories",
-    "deepspeed": "not supported",
+    "deepspeed": "shard",
     "push_to_hub": "veneer push RUN OWNER/NAME",
 }
 

@@ -256,30 +256,6 @@ def test_a_killed_process_ends_the_run_and_the_same_command_goes_on(
     kills(wanted, base, tmp_path, 2)
 
 
-@pytest.mark.slow
-def test_fifty_kills(wanted: dict[str, Any], base: Base, tmp_path: Path) -> None:
-    """The same, fifty times."""
-    kills(wanted, base, tmp_path, 50)
-
-
-@pytest.mark.slow
-def test_another_number_of_processes_goes_on_and_says_so(wanted: dict[str, Any], base: Base, tmp_path: Path) -> None:
-    """A run of two goes on as one of three and as one of one; the adapters differ by rounding only, and a line tells."""
-    assert run_together(2, wanted, base).wait() == [0, 0]
-    half = {**wanted, "out": tmp_path / "half", "steps": 4}
-    half["jobs"] = [{key: value for key, value in job.items() if key != "steps"} for job in four_jobs()]
-    whole = {**half, "out": tmp_path / "whole", "steps": 8}
-    assert run_together(2, whole, base).wait() == [0, 0]
-    assert run_together(2, half, base).wait() == [0, 0]
-    forks = run_together(3, {**half, "steps": 8}, base, console=True)
-    assert forks.wait() == [0, 0, 0], forks.errors()
-    assert any("processes 2 -> 3" in line for line in forks.results()[0])
-    for name in "abcd":
-        one, two = (figures(tmp_path / run / "metrics" / f"{name}.jsonl") for run in ("whole", "half"))
-        last = [[line["loss"] for line in lines if "loss" in line][-1] for lines in (one, two)]
-        assert last[0] == pytest.approx(last[1], rel=1e-3)
-
-
 def test_a_process_that_hangs_ends_the_run(wanted: dict[str, Any], base: Base) -> None:
     """A process that does not answer within the stated time ends the others with one sentence."""
     forks = run_together(2, {**wanted, "answer_minutes": 0.03, "steps": 400, "save_every": 1}, base)

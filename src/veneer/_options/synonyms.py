@@ -18,7 +18,6 @@ _QUANTIZE = "not an option: choose the format of the base with quantize: nf4, fp
 _NO_HUB = "not an option: upload the adapter when the run has ended, with veneer push RUN OWNER/NAME"
 _PRECISION = "not an option: choose the data type of the base with dtype (adapters train in float32)"
 _NO_CODE = "not supported: Veneer runs no code from model repositories"
-_LAUNCHER = "not supported: every process holds the whole base (processes)"
 _DECODING = "not supported: sampling has temperature and top_p"
 
 _TABLE: Mapping[str, str] = {
@@ -35,9 +34,10 @@ _TABLE: Mapping[str, str] = {
     "use_liger_kernel liger_kernel enable_liger_kernel use_unsloth unsloth_lora_mlp": _ALWAYS + ": see compile",
     "device_map cuda gpu gpus n_gpu no_cuda use_cpu": "device",
     "num_processes nproc_per_node ddp world_size": "processes",
+    "sequence_parallel_size context_parallel_size ulysses_degree sp_size cp_size context_parallel_degree": "sequence_parallel",
     "ddp_timeout": "answer_minutes",
     "ray ray_address ray_cluster num_nodes nnodes num_machines": "cluster",
-    "deepspeed fsdp fsdp_config": _LAUNCHER,
+    "deepspeed fsdp fsdp_config fsdp_sharding_strategy zero_stage": "shard",
     "num_threads n_threads omp_num_threads": "threads",
     # data
     "dataset datasets dataset_name dataset_path dataset_dir data_path train_file train_data training_file file files train": "data",

@@ -84,6 +84,10 @@ class BaseOptions(Options):
     """Processes that train together on this machine: one GPU each, or an equal share of the cores. With torchrun, leave it out."""
     cluster: PerRun[str | None] = None
     """Ray cluster whose workers share the jobs: HOST:PORT, or auto, the one that this machine belongs to; --out is a shared folder."""
+    shard: PerRun[Literal["auto", "none", "full"]] = "auto"
+    """Divide the base among the processes: full, none, or auto, where it would take more than half of a process's memory."""
+    sequence_parallel: PerRun[Count] = 1
+    """Processes that compute each batch together, a share of its tokens each, for texts that one device cannot hold."""
     answer_minutes: PerRun[Positive] = 10.0
     """Minutes after which a process that does not answer ends a run of several processes."""
     threads: PerRun[Count | None] = None

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -300,7 +300,13 @@ class Bank:
 
     @contextmanager
     def use(
-        self, route: RouteLike, *, repeat: int = 1, keep: Tensor | None = None, training: bool | None = None
+        self,
+        route: RouteLike,
+        *,
+        repeat: int = 1,
+        keep: Tensor | None = None,
+        training: bool | None = None,
+        windows: Mapping[str, tuple[int, int, int]] | None = None,
     ) -> Iterator[Bank]:
         """Route every call of the model inside this context.
 
@@ -309,6 +315,8 @@ class Bank:
             repeat: consecutive rows of the batch for each entry of a list, as beam search makes them.
             keep: indices of the tokens that the head receives, if it does not receive all [K].
             training: whether adapters drop out; by default the layers' own train() and eval() modes.
+            windows: by adapter, where the batch is a part of one whose dropout masks it shares: (first of the adapter's tokens,
+                tokens here, tokens in all).
 
         Raises:
             RouteError: another thread's route is active.
@@ -322,7 +330,7 @@ class Bank:
             self._ready(self[name], devices)
         with (
             optimizers_checked([self[name] for name in parsed.names]),
-            self.runtime.tracker.hold(parsed, keep, training),
+            self.runtime.tracker.hold(parsed, keep, training, windows),
         ):
             yield self
 
@@ -384,7 +392,7 @@ class Bank:
                 f'{name}: the model has another layer here than when the bank was attached, so adapter "{adapter.name}" would '
                 "do nothing there; detach and attach again after changing the model"
             )
-        return site.weight.device
+        return site.device
 
     def _move(self, adapter: Adapter, name: str, parameter: nn.Parameter, device: torch.device) -> None:
         if parameter.is_meta:

@@ -219,6 +219,8 @@ def stop_tokens(adapter: Adapter) -> dict[str, int]:
 
 
 def _identity(site: Site) -> object:
+    if site.lender is not None:
+        return (site.name,)
     weight: Any = site.module.weight
     return (site.name, weight.data_ptr(), weight._version, weight.dtype, tuple(weight.shape))
 

@@ -34,13 +34,16 @@ Progress = Callable[[int], None]
 
 
 class Ranks(Protocol):
-    """The processes that share an evaluation."""
+    """The processes that share an evaluation; ``rank`` and ``size`` say which groups of examples are computed here."""
 
     rank: int
     size: int
 
     def add_(self, tensor: Tensor) -> Tensor:
         """Replace a tensor by its sum over all processes."""
+
+    def fill_up(self, passes: int) -> None:
+        """Run so many passes in place of groups, where all processes must run as many."""
 
     def common_fault(self, error: Exception | None) -> Exception | None:
         """The same fault in every process, or None if none has any."""
@@ -104,8 +107,10 @@ def example_losses(
         _fill(runner, examples, groups, sums, weights, bank, route, turn, progress)
         return Losses(sums, weights)
     error: Exception | None = None
+    mine = groups[ranks.rank :: ranks.size]
     try:
-        _fill(runner, examples, groups[ranks.rank :: ranks.size], sums, weights, bank, route, turn, progress)
+        _fill(runner, examples, mine, sums, weights, bank, route, turn, progress)
+        ranks.fill_up(-(-len(groups) // ranks.size) - len(mine))
     except Exception as found:  # every process must go on to the exchange
         error = found
     fault = ranks.common_fault(error)
@@ -174,7 +179,7 @@ def groups_by_length(examples: Sequence[Example], budget: int) -> Iterator[list[
 
 def _token_losses(runner: FlatRunner, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """(example number, loss, weight) of each weighted token, the last two in fp64."""
-    keep = batch.weights.nonzero().squeeze(1)
+    keep = runner.here(batch, batch.weights.nonzero().squeeze(1))
     owner = torch.searchsorted(batch.offsets, keep, right=True) - 1
     flat, (targets_K,) = runner.send(batch, batch.targets[keep])
     logits = runner.logits(flat, keep)

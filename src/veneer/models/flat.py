@@ -27,6 +27,7 @@ from veneer.errors import BaseModelError
 from veneer.kernels.attention.segments import Segments
 from veneer.models.classifiers.pooling import PLACES, Place, one_token_rows, pooled_body, reads_segments, tokens_read
 from veneer.models.devices import device_of, together
+from veneer.models.divided.sequence_split import SequenceSplit
 from veneer.models.flat_attention import Attend, NotFlat, Switch
 from veneer.models.flat_check import probe as run_probe
 from veneer.models.layout import Flat, FlatLike, Layout, PreparedBatch
@@ -59,7 +60,9 @@ class FlatRunner:
         self._body = _body(model)
         self._config: Any = getattr(model, "config", None)
         self._switch = Switch(model)
-        self._head: tuple[torch.Tensor, torch.Tensor | None] | None = None
+        self.split: SequenceSplit | None = None
+        """The share of each batch's tokens that this process computes, where several compute a batch together."""
+        self._head: torch.nn.Module | None = None
         self._last: torch.nn.Module | None = None
         """The output layer, where the model has more than it behind its final states."""
         self.place: Place | None = PLACES[0] if reads_segments(model) else None
@@ -86,9 +89,24 @@ class FlatRunner:
 
     def send(self, flat: FlatLike, *more: torch.Tensor) -> tuple[PreparedBatch, list[torch.Tensor]]:
         """`prepare` a batch and move other tensors of it to the model's device, all in one copy."""
-        layout = Layout.flat(flat) if self.kind == "flat" else Layout.padded(flat)
-        ids, positions, *others = together(device_of(self.model), flat.ids, flat.positions, *more)
-        return PreparedBatch(ids, positions, flat.offsets, layout, getattr(flat, "types", None)), others
+        types: torch.Tensor | None = getattr(flat, "types", None)
+        if self.split is not None:
+            layout = self.split.layout(flat)
+            shared = self.split.take(flat, layout)
+            types = None if types is None else types[layout.index.clamp_min(0)]
+        else:
+            layout = Layout.flat(flat) if self.kind == "flat" else Layout.padded(flat)
+            shared = flat.ids, flat.positions
+        ids, positions, *others = together(device_of(self.model), *shared, *more)
+        return PreparedBatch(ids, positions, flat.offsets, layout, types), others
+
+    def here(self, flat: FlatLike, tokens: torch.Tensor) -> torch.Tensor:
+        """Those of a batch's tokens (ascending flat indices) that this process computes: all, unless the batch is split."""
+        return tokens if self.split is None else self.split.here(flat, tokens)
+
+    def rows(self, flat: FlatLike, tokens: torch.Tensor) -> torch.Tensor:
+        """The rows of `hidden` with these tokens of this process."""
+        return tokens if self.split is None else tokens - self.split.window(flat.ids.numel())[0]
 
     def logits(self, flat: FlatLike, keep: torch.Tensor | None = None, *, attend: Attend | None = None) -> torch.Tensor:
         """Logits [K, V] at the tokens ``keep`` (flat indices, [K]; None means all), from the model's own head.
@@ -201,9 +219,11 @@ class FlatRunner:
         """(weight [V, D], bias [V] or None) if logits = hidden @ weight.T + bias, as the probe has verified.
 
         None for models that cap or scale their logits. Where other layers stand between the body and the output layer
-        (BERT's), `hidden` gives what they make of the body's states.
+        (BERT's), `hidden` gives what they make of the body's states. The weights of a sharded base are whole between its forward and the
+        end of its backward.
         """
-        return self._head
+        layer: Any = self._head
+        return None if layer is None else (layer.weight, getattr(layer, "bias", None))
 
     @property
     def longest_position(self) -> int | None:
@@ -217,8 +237,10 @@ class FlatRunner:
         self._check_rope(batch.offsets)
         if self.kind == "padded":
             return call(**inputs, **options)
-        segments = Segments.of(batch.offsets)
-        if segments.tokens != batch.ids.numel():
+        segments = Segments.of(batch.offsets) if self.split is None else self.split.segments(batch.offsets)
+        if self.split is not None:
+            attend = self.split.attention(segments)
+        if segments.tokens != batch.ids.numel() * (1 if self.split is None else self.split.seats):
             raise BaseModelError(
                 f"the offsets of a flat batch end at {segments.tokens}, and it has {batch.ids.numel()} tokens"
             )

@@ -49,6 +49,7 @@ class SegmentMask:
     """
 
     segments: Segments
+    attend: Attend | None  # kept here, since a layer that runs again in backward does so outside of its flat call
     pattern: Pattern | NotFlat  # an error is raised only if a layer uses this mask: some models make more than they use
 
     @classmethod
@@ -183,7 +184,7 @@ def _mask(*args: Any, **kwargs: Any) -> Any:
         pattern: Pattern | NotFlat = _pattern(kwargs["mask_function"], kwargs.get("local_size"))
     except NotFlat as error:
         pattern = error
-    return SegmentMask(_local.segments, pattern)
+    return SegmentMask(_local.segments, _local.attend, pattern)
 
 
 def _pattern(rule: Callable[..., Any], window: int | None) -> Pattern:
@@ -237,8 +238,8 @@ def _attention(
     given = kwargs.get("scaling")
     scale = query.shape[-1] ** -0.5 if given is None else float(given)
     pattern = Pattern(pattern.before, pattern.after, kwargs.get("softcap"))
-    if _local.attend is not None:
-        return _local.attend(_local.calls - 1, query[0], key[0], value[0], pattern, scale, sinks)[None], None
+    if attention_mask.attend is not None:
+        return attention_mask.attend(_local.calls - 1, query[0], key[0], value[0], pattern, scale, sinks)[None], None
     out_THD = segment_attention(
         query[0],
         key[0],

@@ -36,7 +36,7 @@ class CheckedRunner(Protocol):
     _takes: frozenset[str]
     _body: Any
     _switch: Switch
-    _head: tuple[torch.Tensor, torch.Tensor | None] | None
+    _head: torch.nn.Module | None
     _last: torch.nn.Module | None
     place: Place | None
 
@@ -149,9 +149,7 @@ def _alone(runner: CheckedRunner, tokens: list[int]) -> torch.Tensor:
     return states
 
 
-def _find_head(
-    runner: CheckedRunner, first: list[int], second: list[int]
-) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+def _find_head(runner: CheckedRunner, first: list[int], second: list[int]) -> torch.nn.Module | None:
     """The output layer, if the model's logits are exactly that layer applied to the final states."""
     model: Any = runner.model
     layer = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
@@ -169,7 +167,7 @@ def _find_head(
             states = runner.hidden(flat)
             found = torch.nn.functional.linear(states, weight, bias)
             if logits.shape == found.shape and _error(found, logits) <= _bound(runner.model) / 10:
-                return weight, bias
+                return layer
     runner._last = None
     return None
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from veneer.adapters import Bank
+from veneer.config import TrainOptions
 from veneer.data.chat.render import Renderer, RenderOptions
 from veneer.data.example import Example
 from veneer.evaluate.generation import Generator, Sampling
@@ -40,7 +41,12 @@ class Sample:
 
 def wants_samples(job: Job) -> bool:
     """The options of a job ask for samples."""
-    return bool(job.options.samples or job.options.sample_prompts)
+    return asks_for_samples(job.options)
+
+
+def asks_for_samples(options: TrainOptions) -> bool:
+    """The options ask for samples."""
+    return bool(options.samples or options.sample_prompts)
 
 
 class Sampler:

@@ -213,8 +213,11 @@ class ExpertLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight [out, in]."""
-        return self.view_of(getattr(self.__dict__["stack"], self.part.parameter))
+        """The weight [out, in]; its shape and dtype alone where processes hold parts of the stack, which indexing would exchange."""
+        fused: Tensor = getattr(self.__dict__["stack"], self.part.parameter)
+        return self.view_of(
+            torch.empty(fused.shape, dtype=fused.dtype, device="meta") if hasattr(fused, "full_tensor") else fused
+        )
 
     @property
     def bias(self) -> Tensor | None:

@@ -5,7 +5,8 @@ A site is named by the module's path in the attached model (``model.layers.0.sel
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -54,6 +55,8 @@ class Site:
     """True for the last layer of a classifier's head: an adapter that overrides it has its own number of outputs."""
     is_router: bool = False
     """True for a linear layer that chooses a token's experts; all-linear leaves it out."""
+    lender: Callable[[nn.Module], AbstractContextManager[None]] | None = field(default=None, repr=False)
+    """Makes the module's weights whole where several processes hold parts of them, which nothing changes then."""
     _squared: tuple[object, Tensor, StorageWeakRef] | None = field(default=None, repr=False)
 
     @property
@@ -83,14 +86,26 @@ class Site:
         return cast(Tensor, self.module.weight)
 
     @property
+    def device(self) -> torch.device:
+        """The device of the base weight."""
+        device: torch.device = getattr(self.host.module, self.parameter.rpartition(".")[2]).device
+        return device
+
+    @property
     def weight_2d(self) -> Tensor:
         """The base weight as a detached view [out, in]; where it is quantized, a new dense one that must not be kept."""
-        return self.layer_kind.weight_2d(self.module).detach()
+        with self.whole():
+            return self.layer_kind.weight_2d(self.module).detach()
 
     @property
     def dense(self) -> Tensor:
         """The base weight in its stored layout, detached; where it is quantized, a new dense one that must not be kept."""
-        return self.layer_kind.dense(self.module).detach()
+        with self.whole():
+            return self.layer_kind.dense(self.module).detach()
+
+    def whole(self) -> AbstractContextManager[None]:
+        """A context in which the weight is whole."""
+        return nullcontext() if self.lender is None else self.lender(self.host.module)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -105,6 +120,8 @@ class Site:
 
     def squared_norms(self) -> Tensor:
         """||W_o||^2 of the base weight, [out], computed once and again only if the weight itself is replaced or cast."""
+        if self.lender is not None and self._squared is not None:
+            return self._squared[1]
         weight = self.weight
         storage = weight.untyped_storage()
         version = 0 if weight.is_inference() else weight._version

@@ -27,7 +27,7 @@ from veneer.adapters.runtime.layer import AdaptedLayer, AdapterAtSite, adapter_a
 from veneer.adapters.runtime.mapping import Assignment
 from veneer.adapters.runtime.runtime import Runtime
 from veneer.kernels.lora.by_segment import low_rank_by_segment
-from veneer.kernels.lora.dropout import drop
+from veneer.kernels.lora.dropout import Dropout, drop
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +50,7 @@ class ExpertTerm:
     segment: Segment
     layer: AdaptedLayer
     at: AdapterAtSite
-    dropout: tuple[float, int] | None
+    dropout: Dropout | None
     scale: Tensor | None
 
 

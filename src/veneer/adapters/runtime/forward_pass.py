@@ -25,6 +25,7 @@ class RouteContext:
     Attributes:
         route, keep: the route, and the route of the tokens that the head receives, None if it receives all.
         training: whether adapters drop out; None follows the layers' modes.
+        windows: by adapter, where the batch has a part of its tokens: (first, tokens here, tokens in all), for dropout.
         owner: the thread that opened the context.
         outer: the context around it.
         task: the backward pass in which it was opened, or -1.
@@ -36,6 +37,7 @@ class RouteContext:
         self.route = route
         self.keep = keep
         self.training = training
+        self.windows: Mapping[str, tuple[int, int, int]] = {}
         self.owner = owner
         self.outer: RouteContext | None = None
         self.task = -1

@@ -51,7 +51,7 @@ def groups_of(layer: AdaptedLayer, plan: RoutePlan, assignments: list[Assignment
     for group in (found for ranked in alike.values() for found in by_rank(ranked, width)):
         group.sort(key=lambda one: int(one.on_cpu[0]))  # type: ignore[index]
         tokens = [one.on_cpu for one in group if one.on_cpu is not None]
-        weights, device = [one.weight for one in group], layer.site.weight.device
+        weights, device = [one.weight for one in group], layer.site.device
         made.append((group, TokenGrid(tokens, weights, device) if len(group) > 1 else None))
     plan.groups[key] = made
     return made

@@ -17,6 +17,7 @@ from veneer.adapters.adapter import Adapter, stream_seed
 from veneer.adapters.layers.site import Site
 from veneer.adapters.runtime.forward_pass import ForwardPass
 from veneer.adapters.runtime.runtime import Runtime
+from veneer.kernels.lora.dropout import Dropout
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,8 +115,8 @@ class AdaptedLayer:
             norm = at.adapter.method.norm(at.tensors or {}, weight_2d, self.site.squared_norms(), at.scale)
         return norm
 
-    def dropout(self, current: ForwardPass, adapter: Adapter) -> tuple[float, int] | None:
-        """(p, seed) of an adapter's dropout at this layer in this pass, or None where nothing is dropped.
+    def dropout(self, current: ForwardPass, adapter: Adapter) -> Dropout | None:
+        """An adapter's dropout at this layer in this pass, or None where nothing is dropped.
 
         The stream belongs to the adapter and is keyed by its seed, the pass and the site: other adapters in the batch do not shift it,
         and running the layer again draws the same mask.
@@ -127,7 +128,8 @@ class AdaptedLayer:
         if number is None:
             adapter.draws += 1
             number = current.draws[adapter.name] = adapter.draws
-        return p, stream_seed(adapter.seed, "dropout", number, self.site.name)
+        windows = {} if current.context is None else current.context.windows
+        return Dropout(p, stream_seed(adapter.seed, "dropout", number, self.site.name), windows.get(adapter.name))
 
     def training(self, current: ForwardPass) -> bool:
         """True if adapters drop out here."""

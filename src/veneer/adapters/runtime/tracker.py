@@ -137,10 +137,17 @@ class RouteTracker:
         self._lock = threading.Lock()
 
     @contextmanager
-    def hold(self, route: Route, keep: Tensor | None, training: bool | None) -> Iterator[None]:
+    def hold(
+        self,
+        route: Route,
+        keep: Tensor | None,
+        training: bool | None,
+        windows: Mapping[str, tuple[int, int, int]] | None = None,
+    ) -> Iterator[None]:
         """Run every call of the model inside this context under ``route``; afterwards the context around it is restored."""
         me = threading.get_ident()
         context = RouteContext(route, None if keep is None else route.select(keep), training, me)
+        context.windows = windows or {}
         position = backward_position()
         context.task = -1 if position is None else position[0]
         state = self.state

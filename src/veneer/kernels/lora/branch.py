@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from veneer.kernels.lora.dropout import dropped
+from veneer.kernels.lora.dropout import Dropout, dropped
 from veneer.kernels.lora.magnitude_scale import apply_scale, column_dots
 from veneer.kernels.quantized.weight import QuantizedWeight
 
@@ -43,7 +43,7 @@ class PreparedFactors(NamedTuple):
 class Factors:
     """One adapter at one layer.
 
-    a [R, K], b [O, R]: masters. scale: s. magnitude, norm [O]: m and ||W + s B A||_row, or None for LoRA. dropout: (p, seed) or None.
+    a [R, K], b [O, R]: masters. scale: s. magnitude, norm [O]: m and ||W + s B A||_row, or None for LoRA. dropout: None without.
     prepared: the result of `prepare`, if it is known.
     """
 
@@ -52,7 +52,7 @@ class Factors:
     scale: float
     magnitude: Tensor | None = None
     norm: Tensor | None = None
-    dropout: tuple[float, int] | None = None
+    dropout: Dropout | None = None
     prepared: PreparedFactors | None = None
 
     @property
@@ -63,7 +63,7 @@ class Factors:
     @property
     def kept(self) -> float:
         """1 - p: the part of the input that dropout leaves."""
-        return 1.0 if self.dropout is None else 1 - self.dropout[0]
+        return 1.0 if self.dropout is None else 1 - self.dropout.p
 
     def dropped(self, count: int, device: torch.device) -> Tensor | None:
         """Ascending indices that dropout sets to zero in an input of ``count`` numbers, in int32 if they fit; None without dropout."""

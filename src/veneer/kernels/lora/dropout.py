@@ -14,17 +14,38 @@ is always the CPU's, so that every device drops the same elements; the indices a
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["drop", "dropped", "zero_"]
+__all__ = ["Dropout", "drop", "dropped", "zero_"]
 
 _SPARSE = 0.2
 
 
-def dropped(count: int, p: float, seed: int, device: torch.device | str = "cpu") -> Tensor:
+class Dropout(NamedTuple):
+    """Dropout of an adapter's input: its probability and its seed.
+
+    window: (first, rows, total) where the input is rows [first, first + rows) of one of ``total`` rows, whose mask it shares.
+    """
+
+    p: float
+    seed: int
+    window: tuple[int, int, int] | None = None
+
+
+def dropped(
+    count: int,
+    p: float,
+    seed: int,
+    window: tuple[int, int, int] | None = None,
+    *,
+    device: torch.device | str = "cpu",
+) -> Tensor:
     """Ascending indices, of ``count``, that dropout with probability ``p`` sets to zero: int64 [about p * count]."""
+    if window is not None:
+        return _in_window(count, p, seed, *window).to(device)
     generator = torch.Generator().manual_seed(seed)
     if p > _SPARSE:
         mask = torch.empty(count, dtype=torch.bool).bernoulli_(p, generator=generator)
@@ -35,6 +56,13 @@ def dropped(count: int, p: float, seed: int, device: torch.device | str = "cpu")
     while int(indices[-1]) < count:
         indices = torch.cat((indices, _gaps(draws, p, generator).cumsum(0) + indices[-1]))
     return indices[: int(torch.searchsorted(indices, count))].to(device)
+
+
+def _in_window(count: int, p: float, seed: int, first: int, rows: int, total: int) -> Tensor:
+    """The indices among those of all ``total`` rows that fall into some of them."""
+    width = count // rows if rows else 0
+    every = dropped(total * width, p, seed) if width else torch.zeros(0, dtype=torch.int64)
+    return every[(every >= first * width) & (every < (first + rows) * width)] - first * width
 
 
 def _gaps(draws: int, p: float, generator: torch.Generator) -> Tensor:
@@ -49,7 +77,7 @@ def zero_(x: Tensor, indices: Tensor) -> Tensor:
     return x
 
 
-def drop(x: Tensor, p: float, seed: int) -> Tensor:
+def drop(x: Tensor, p: float, seed: int, window: tuple[int, int, int] | None = None) -> Tensor:
     """Dropout of a whole tensor: plain form, differentiable."""
-    indices = dropped(x.numel(), p, seed, x.device)
+    indices = dropped(x.numel(), p, seed, window, device=x.device)
     return (x.reshape(-1).index_fill(0, indices, 0) / (1 - p)).view(x.shape)

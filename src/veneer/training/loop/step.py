@@ -25,7 +25,9 @@ from veneer.adapters.runtime.route import MixLike
 from veneer.data.batch import Batch
 from veneer.kernels.cross_entropy import linear_cross_entropy, linear_token_losses
 from veneer.kernels.token_losses import token_losses
-from veneer.models.flat import FlatRunner, PreparedBatch
+from veneer.models.divided.embedding_output import EmbeddingOutput
+from veneer.models.divided.sharding import Shards
+from veneer.models.flat import Flat, FlatRunner, PreparedBatch
 from veneer.training.tasks.base import Task, TaskLosses, TokenLosses, token_units
 
 
@@ -144,6 +146,10 @@ class Stepper:
         self.bank = bank
         self.routes = dict(routes or {})
         self.turn = turn
+        self.shards: Shards | None = None
+        """The base's weights, where several processes hold parts of them."""
+        self.bottom: EmbeddingOutput | None = None
+        """The lower end of every backward pass, where processes need each other in it."""
 
     def forward_backward(self, batch: Batch, *, between: Callable[[], object] | None = None) -> dict[str, JobLoss]:
         """Add each job's undivided gradient to its adapter's tensors.
@@ -158,9 +164,10 @@ class Stepper:
         Raises:
             Exception: whatever the route or the model raises. No gradient was added, and the dropout streams are where they were.
         """
-        keep = (batch.weights != 0).nonzero().squeeze(1)
+        keep = self.runner.here(batch, (batch.weights != 0).nonzero().squeeze(1))
         jobs = list(dict.fromkeys(batch.jobs))
-        flat, supervised = self.runner.send(batch, keep, batch.targets[keep], batch.weights[keep])
+        rows = self.runner.rows(batch, keep)
+        flat, supervised = self.runner.send(batch, rows, batch.targets[keep], batch.weights[keep])
         route = self._route(batch, {job: self.routes.get(job, job) for job in jobs}, flat.layout.index)
         adapters = [self.bank[name] for name in route.names]
         counters = [adapter.counters for adapter in adapters]
@@ -168,22 +175,52 @@ class Stepper:
         try:
             with self.turn():
                 references = self._references(batch)
-                with self.bank.use(route, keep=self.runner.head_cells(flat, keep), training=True):
+                head = self.runner.head_cells(flat, keep)
+                with self.bank.use(route, keep=head, training=True, windows=self._windows(batch)):
                     total, found = self._loss(batch, route, flat, keep, supervised, references)
                     if between is not None:
                         between()
                     # Not backward(): if it failed halfway, the gradients of some layers would stay behind.
-                    grads = torch.autograd.grad(total, trained, allow_unused=True) if total.requires_grad else ()
+                    inputs = [*trained, *self._bottom()]
+                    grads = torch.autograd.grad(total, inputs, allow_unused=True) if total.requires_grad else ()
         except BaseException:
             for adapter, before in zip(adapters, counters, strict=True):
                 adapter.counters = before
             raise
-        for parameter, grad in zip(trained, grads, strict=bool(grads)):
+        for parameter, grad in zip(trained, grads, strict=False):
             if grad is not None:
                 # torch's fused optimizers read a gradient in the parameter's memory order, whatever its strides.
                 parameter.grad = grad.contiguous() if parameter.grad is None else parameter.grad.add_(grad)
         losses = PassLosses(batch, jobs, found)
         return {job: losses.of(number, job) for number, job in enumerate(jobs)}
+
+    def idle(self, *, backward: bool = True) -> None:
+        """Run a pass of one token of the base, in place of a piece: processes that share the base must run equal numbers of passes."""
+        with torch.set_grad_enabled(backward), self.turn(), self.bank.use(None, training=backward):
+            hidden_TD = self.runner.hidden(Flat.of([[0]]))
+            if backward:
+                torch.autograd.grad(hidden_TD[:0].sum(), self._bottom())
+
+    def close(self) -> None:
+        """Leave the model as it was."""
+        if self.bottom is not None:
+            self.bottom.remove()
+
+    def _bottom(self) -> list[Tensor]:
+        return [] if self.bottom is None else self.bottom.take()
+
+    def _windows(self, batch: Batch) -> dict[str, tuple[int, int, int]]:
+        """By adapter, this process's part of its tokens, where several processes share the batch."""
+        split = self.runner.split
+        found: dict[str, tuple[int, int, int]] = {}
+        if split is None:
+            return found
+        first, last = split.window(batch.tokens)
+        used = {job: set(Route.parse(self.routes.get(job, job)).names) for job in set(batch.jobs)}
+        for name in set().union(*used.values()):
+            member_T = torch.tensor([name in used[job] for job in batch.jobs]).repeat_interleave(batch.offsets.diff())
+            found[name] = (int(member_T[:first].sum()), int(member_T[first:last].sum()), int(member_T.sum()))
+        return found
 
     def _route(self, batch: Batch, routes: Mapping[str, MixLike], cells: Tensor) -> Route:
         """The route of a batch, from that of each of its jobs."""
@@ -230,10 +267,15 @@ class Stepper:
         """(sum of weight times loss, losses of the units). ``supervised``: on the device, indices of tokens, targets and weights."""
         index_K, targets_K, weights_K = supervised
         owners_K = torch.searchsorted(batch.offsets, keep, right=True) - 1
-        head = None if self._head_is_adapted(route) else self.runner.head()
-        if head is not None and not any(job in self.tasks for job in batch.jobs):
+        fused = self.runner.head() is not None and not self._head_is_adapted(route)
+        if fused and not any(job in self.tasks for job in batch.jobs):
             hidden_KD = self.runner.hidden(flat)[index_K]
-            total, losses_K = linear_cross_entropy(hidden_KD, head[0], head[1], targets_K, weights_K, all_count=True)
+            if not len(
+                hidden_KD
+            ):  # all supervised tokens are in other processes, which need the gradients of what they attend to here
+                return hidden_KD.sum(), TaskLosses(hidden_KD.new_zeros(0), batch.weights[keep], owners_K)
+            weight_VD, bias_V = self._head_after_forward()
+            total, losses_K = linear_cross_entropy(hidden_KD, weight_VD, bias_V, targets_K, weights_K, all_count=True)
             return total, TaskLosses(losses_K, batch.weights[keep], owners_K)
         losses_K = self._token_losses(route, flat, keep, index_K, targets_K)
         if not any(job in self.tasks for job in batch.jobs):
@@ -263,10 +305,16 @@ class Stepper:
         self, route: Route, flat: PreparedBatch, keep: Tensor, index_K: Tensor, targets_K: Tensor
     ) -> Tensor:
         """The loss of each kept token, or of the segment of it, [K], with a gradient."""
-        head = None if self._head_is_adapted(route) else self.runner.head()
-        if head is not None:
-            return linear_token_losses(self.runner.hidden(flat)[index_K], head[0], head[1], targets_K)
+        if self.runner.head() is not None and not self._head_is_adapted(route):
+            hidden_KD = self.runner.hidden(flat)[index_K]
+            return linear_token_losses(hidden_KD, *self._head_after_forward(), targets_K)
         return token_losses(self.runner.logits(flat, keep), targets_K)
+
+    def _head_after_forward(self) -> tuple[Tensor, Tensor | None]:
+        """The head; before the forward, processes may hold parts of it."""
+        head = self.runner.head()
+        assert head is not None
+        return head
 
     def _head_is_adapted(self, route: Route) -> bool:
         return any(site.is_head for name in route.names for site in self.bank.sites_of(name))

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import traceback
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
@@ -31,6 +31,7 @@ from veneer.models.devices import device_of
 from veneer.training.device_memory import DeviceMemory, memory_of
 from veneer.training.loop.job import Job, JobState
 from veneer.training.loop.step import JobLoss, Stepper
+from veneer.training.parallel.evaluation import EvaluationTeam
 from veneer.training.parallel.numbering import Numbering
 from veneer.training.parallel.processes import ALONE, Processes, deal
 from veneer.training.parallel.reduction import Fault, JobSum
@@ -157,19 +158,36 @@ class Trainer:
         pieces = self._pieces()
         numbering = Numbering(self.stepper, pieces)
         turns = deque(self._turns(pieces))
-        mine = pieces
-        if not self.processes.alone:
-            owners = deal([piece.tokens for piece in pieces], self.processes.size)
-            mine = [piece for piece, owner in zip(pieces, owners, strict=True) if owner == self.processes.rank]
-        left = Counter(piece.job.name for piece in mine)
-        for group in passes(mine, self.tokens_per_shared_pass):
+        shares = self._shares(pieces)
+        mine = shares[self.processes.team]
+        left = Counter(piece.job.name for share in mine for piece in share)
+        for group in mine:
             live = [piece for piece in group if piece.job.running and piece.job.name not in self._faults]
             if live:
                 self._pass(live, left, numbering)
-            self._take_turns(turns, left)
+            if not self.processes.lockstep:
+                self._take_turns(turns, left)
+        for _ in range(max(map(len, shares)) - len(mine) if self.stepper.shards is not None else 0):
+            self._guarded(self.stepper.idle)
         self._take_turns(turns, left)
         if not self.processes.alone:
             numbering.end()
+
+    def _shares(self, pieces: Sequence[MicroBatch[Example]]) -> list[list[list[MicroBatch[Example]]]]:
+        """The passes of each team of processes."""
+        teams = self.processes.teams
+        owners = deal([piece.tokens for piece in pieces], teams) if teams > 1 else [0] * len(pieces)
+        dealt: list[list[MicroBatch[Example]]] = [[] for _ in range(teams)]
+        for piece, owner in zip(pieces, owners, strict=True):
+            dealt[owner].append(piece)
+        return [list(passes(share, self.tokens_per_shared_pass)) for share in dealt]
+
+    def _guarded(self, work: Callable[[], object]) -> None:
+        """Do work that all processes do together. Raises ProcessError if it fails here."""
+        try:
+            work()
+        except Exception as error:
+            raise self.processes.fault_of_pass(_message(error)) from error
 
     def _turns(self, pieces: Sequence[MicroBatch[Example]]) -> list[JobSum]:
         """The jobs that have pieces, in order: all processes step them in this one."""
@@ -264,6 +282,8 @@ class Trainer:
         try:
             losses = self.stepper.forward_backward(make_batch(examples, owners), between=self._heap.at_peak)
         except Exception as error:
+            if self.processes.lockstep:
+                raise self.processes.fault_of_pass(self._fault_of_pass(pieces[0], error).reason) from error
             if len(pieces) > 1:
                 for piece in pieces:
                     self._pass([piece], left, numbering)
@@ -379,7 +399,7 @@ class Trainer:
             tokens_per_pass=self.tokens_per_pass,
             turn=self.stepper.turn,
             progress=lambda done: self.listener.evaluating(job, done, len(examples)),
-            ranks=None if self.processes.alone else self.processes,
+            ranks=None if self.processes.alone else EvaluationTeam(self.processes, self.stepper),
         )
         self._heap.give_back()
         return losses

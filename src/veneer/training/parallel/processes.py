@@ -36,6 +36,8 @@ SLOTS = 3
 """Numbers of fp32 that hold one of fp64 exactly."""
 _FIXED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _PARENT_SECONDS = 1.0
+_LOST = ("gloo", "nccl", "connection", "timed out", "distributed")
+"""Words of an exchange that failed because another process is gone."""
 
 
 class Processes:
@@ -44,12 +46,17 @@ class Processes:
     Attributes:
         rank, size: number of this process, and of all.
         seconds: time after which a process that does not answer ends the run.
+        sequence: number of processes that compute one piece together, each its share of the tokens.
+        lockstep: True if the processes need each other within a pass, because they share the base or the tokens. An error in a pass ends
+            the run then, since the others wait in the middle of theirs.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, seconds: float = 0.0) -> None:
         self.rank = rank
         self.size = size
         self.seconds = seconds
+        self.sequence = 1
+        self.lockstep = False
 
     @property
     def first(self) -> bool:
@@ -60,6 +67,21 @@ class Processes:
     def alone(self) -> bool:
         """True if there is no other process."""
         return self.size == 1
+
+    @property
+    def teams(self) -> int:
+        """Number of teams; the processes of one compute the same pieces."""
+        return self.size // self.sequence
+
+    @property
+    def team(self) -> int:
+        """Number of this process's team."""
+        return self.rank // self.sequence
+
+    @property
+    def seat(self) -> int:
+        """Number of this process in its team."""
+        return self.rank % self.sequence
 
     def add_(self, tensor: Tensor) -> Tensor:
         """Replace a tensor by its sum over all processes."""
@@ -116,6 +138,15 @@ class Processes:
         code, message = faults[at]
         return TrainingError(f"process {at}: {message}", code)
 
+    def fault_of_pass(self, reason: str) -> ProcessError:
+        """The error that ends a run in lockstep when a pass raises."""
+        if any(word in reason.lower() for word in _LOST):
+            return self._lost()
+        return ProcessError(
+            f"process {self.rank} of {self.size}: a pass that all processes share failed: {reason.rstrip('.')}; run the same command to "
+            "resume from the last checkpoint"
+        )
+
     def together(self, work: Callable[[], T]) -> T:
         """Do the same work in every process; if it fails in one, all end.
 
@@ -139,10 +170,13 @@ class Processes:
         try:
             collective()
         except RuntimeError as error:
-            raise ProcessError(
-                f"process {self.rank} of {self.size}: another process has ended, or did not answer for {self.seconds:.0f} s; run the same "
-                "command to resume from the last checkpoint"
-            ) from error
+            raise self._lost() from error
+
+    def _lost(self) -> ProcessError:
+        return ProcessError(
+            f"process {self.rank} of {self.size}: another process has ended, or did not answer for {self.seconds:.0f} s; run the same "
+            "command to resume from the last checkpoint"
+        )
 
 
 ALONE = Processes()

@@ -1,6 +1,6 @@
 """The SUM of a job's step over the processes of a run (``training/parallel/processes.py``): one exchange of one flat tensor.
 
-[gradients, undivided | which parameters have one | loss and weight of each piece, split | tokens of experts | faults]
+[gradients, undivided | which parameters have one | loss and weight of each piece and seat, split | tokens of experts | faults]
 """
 
 from __future__ import annotations
@@ -52,13 +52,17 @@ class JobSum:
             return self._common(fault)
         self._take_gradients(flat, found)
         found = found[len(self.job.parameters) :]
-        sums = [joined(found[at : at + SLOTS]) for at in range(0, 2 * SLOTS * len(self.tokens), SLOTS)]
-        losses, weights = sums[::2], sums[1::2]
-        self._take_experts(found[2 * SLOTS * len(self.tokens) :])
+        seats = self.processes.sequence
+        count = 2 * SLOTS * seats * len(self.tokens)
+        sums = [joined(found[at : at + SLOTS]) for at in range(0, count, SLOTS)]
+        losses, weights = (
+            [sum(values[at : at + seats]) for at in range(0, len(values), seats)] for values in (sums[::2], sums[1::2])
+        )
+        self._take_experts(found[count:])
         sources: tuple[str, ...] = ()
         if not math.isfinite(sum(losses)):
             mine = [source for part in parts.values() for source in part.faults]
-            sources = tuple(source for each in self.processes.gather(mine) for source in each)
+            sources = tuple(dict.fromkeys(source for each in self.processes.gather(mine) for source in each))
         self.job.replace_parts(
             [
                 PieceSum(*piece, sources if not at else ())
@@ -72,8 +76,10 @@ class JobSum:
         found = [float(parameter.grad is not None) for parameter in self.job.parameters]
         for piece in range(len(self.tokens)):
             part = parts.get(piece)
-            for value in (0.0, 0.0) if part is None else (part.loss, part.weight):
-                found += split(value)
+            for seat in range(self.processes.sequence):
+                here = part is not None and seat == self.processes.seat
+                for value in (part.loss, part.weight) if part is not None and here else (0.0, 0.0):
+                    found += split(value)
         adapter = self.job.bank[self.job.name]
         for stack, before in self.experts.items():
             found += (adapter.expert_tokens[stack] - before).tolist()

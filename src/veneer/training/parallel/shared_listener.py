@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from veneer.adapters import Bank
@@ -32,14 +32,17 @@ class SharedListener(Listener):
         bank: Bank,
         checks: Mapping[str, SanityChecks],
         recorder: Recorder | None,
+        lent: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        """``recorder``: in the first process. ``checks``: of the other processes' jobs; the recorder has its own."""
+        """``recorder``: in the first process. ``checks``: of the other processes' jobs; the recorder has its own. ``lent``: a context in
+        which the first process may read the base's weights."""
         self.processes = processes
         self.jobs = list(jobs)
         self.bank = bank
         self.recorder = recorder
         self.checks = dict(checks) if recorder is None else {}
         self.stopped = False
+        self._lent = lent
 
     def stepping(self, job: Job) -> None:
         """A job's gradient is complete, and its step not yet taken."""
@@ -64,8 +67,9 @@ class SharedListener(Listener):
 
     def evaluated(self, job: Job, loss: float, *, best: bool) -> None:
         """A job was evaluated."""
-        if self.recorder is not None:
-            self.recorder.evaluated(job, loss, best=best)
+        with self._lent():  # the receipt of a best adapter
+            if self.recorder is not None:
+                self.recorder.evaluated(job, loss, best=best)
 
     def sampling(self, job: Job) -> None:
         """Samples are due."""
@@ -79,8 +83,9 @@ class SharedListener(Listener):
 
     def ended(self, job: Job) -> None:
         """A job finished, failed or was cancelled."""
-        if self.recorder is not None:
-            self.recorder.ended(job)
+        with self._lent():
+            if self.recorder is not None:
+                self.recorder.ended(job)
 
     def requests(self) -> list[Request]:
         """The first process's requests."""

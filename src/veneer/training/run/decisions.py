@@ -21,10 +21,15 @@ from veneer.training.run.setup import Setup, set_up
 
 def decide(setup: Setup, say: Callable[[str], None]) -> dict[str, Any]:
     """The decisions as the manifest stores them. Raises MemoryPlanError if the run does not fit in memory."""
-    chosen = _forms(setup)
+    chosen, options = _forms(setup), setup.options
+    divided = options.shard == "full" or options.sequence_parallel > 1
+    if options.plan and divided:
+        say(
+            "no plan: it would be that of a process with the whole base and whole texts; give activation_checkpointing if memory is short"
+        )
     with use_forms(chosen):
-        packing = choose_packing(setup.options, setup.stepper, setup.jobs)
-        plan = _plan(setup, packing.tokens, say) if setup.options.plan else None
+        packing = choose_packing(options, setup.stepper, setup.jobs)
+        plan = _plan(setup, packing.tokens, say) if options.plan and not divided else None
     planned = {} if plan is None else {"plan": plan.as_dict(), "recompute": plan.recompute}
     forms = {} if chosen == Forms() else {"forms": asdict(chosen)}
     return {**packing.as_dict(), **planned, **forms}

@@ -34,10 +34,11 @@ _MAY_CHANGE = (
     *("out", "name", "data", "valid", "threads", "save_every", "checkpoint_minutes", "track", "jobs", "sweep"),
     *("plan", "activation_checkpointing", "steps", "epochs", "samples", "sample_prompts", "sample_tokens"),
     *("device", "processes"),
+    *("shard", "sequence_parallel"),
     *("cluster", "answer_minutes"),
 )
-"""Options that may differ when a run resumes: they do not change its numbers, or are compared later (data, threads, device and
-processes with the manifest, steps and epochs with the steps that the run had)."""
+"""Options that may differ when a run resumes: they do not change its numbers, or are compared later (data, threads, device,
+processes and sequence_parallel with the manifest, steps and epochs with the steps that the run had)."""
 
 
 def expand(options: TrainOptions, *, files: bool = True) -> dict[str, TrainOptions]:

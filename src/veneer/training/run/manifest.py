@@ -29,7 +29,7 @@ _CONTENT = {
     "template": "the chat template",
     "built_on": "the parent adapters",
 }
-_BEFORE = {"device": "cpu", "processes": 1}
+_BEFORE = {"device": "cpu", "processes": 1, "sequence_parallel": 1}
 """Entries that earlier versions did not write, with what they meant."""
 _DECISIONS = ("share", "sharing", "plan", "recompute", "forms")
 
@@ -50,6 +50,7 @@ def manifest_of(setup: Setup, processes: int = 1) -> Manifest:
         "processor": str(torch.backends.cpu.get_cpu_capability()),
         "kernels": "python" if kernels is None else f"C++ {kernels.name}",
         "processes": processes,
+        "sequence_parallel": setup.options.sequence_parallel,
         "device": device_name(setup.device),
         "threads": torch.get_num_threads(),
         "dtype": str(setup.base.dtype).removeprefix("torch."),

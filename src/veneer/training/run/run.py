@@ -7,8 +7,8 @@ options there are an error that names the differences; jobs may be added to a ru
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from veneer.config import TrainOptions, given, plain, resolve, to_yaml
 from veneer.data.rows.memory_rows import rows_in, write_rows
 from veneer.errors import CheckpointError, ConfigError, ProcessError, TrainingError
 from veneer.kernels.forms import use_forms
+from veneer.models.divided.sharding import Shards
 from veneer.models.load import Base
 from veneer.training.activation_checkpointing import activation_checkpointing
 from veneer.training.cluster.driver import train_on_cluster
@@ -25,7 +26,10 @@ from veneer.training.loop.halving import Halving
 from veneer.training.loop.job import Job, JobState
 from veneer.training.loop.trainer import Listener, Trainer
 from veneer.training.loss_plot import write_loss_plot
+from veneer.training.parallel.agreement import check_folder, check_same, check_versions
 from veneer.training.parallel.processes import Processes, join
+from veneer.training.parallel.sequences import check_sequence, split_sequences
+from veneer.training.parallel.sharding import check_shard, lent, shard_base
 from veneer.training.parallel.shared_listener import SharedListener
 from veneer.training.planning.packing import Packing
 from veneer.training.planning.plan import TrainingPlan
@@ -127,10 +131,16 @@ def _start(
     with join(options.processes, options.device, options.answer_minutes) as processes, ExitStack() as stack:
         console = console if processes.first else Console(quiet=True)
 
-        def begin() -> tuple[Setup, RunFolder, Halving | None, Mapping[str, int]]:
+        def enter() -> dict[str, TrainOptions]:
             jobs = expand(options)
+            check_shard(options, jobs.values(), processes, loads=base is None)
+            check_sequence(options, jobs.values(), processes, base.base if isinstance(base, SharedBase) else base)
             if processes.first:
                 stack.enter_context(locked(out))
+            return jobs
+
+        def begin() -> tuple[Setup, RunFolder, Halving | None, Mapping[str, int]]:
+            jobs = expanded
             stored: dict[str, TrainOptions] = {}
             if not fresh and (out / CONFIG).is_file():
                 jobs, stored = match_stored_run(out, jobs)
@@ -141,6 +151,11 @@ def _start(
             longer = check_steps(out, stored, setup.jobs)
             return setup, RunFolder(out, single=len(jobs) == 1 and whole is None, whole=whole), halving, longer
 
+        check_versions(processes)
+        expanded = processes.together(enter)
+        check_folder(processes, out)
+        if not processes.alone:
+            processes.sequence = options.sequence_parallel
         setup, folder, halving, longer = processes.together(begin)
         if processes.first:
             folder.prepare()
@@ -185,13 +200,17 @@ def _run(
     saver = Saver(folder, bank, setup.receipt_of, base_name=options.base)
     rounds = None if fresh else _restore(saver, jobs, resume_from, processes)
     gone_on = [] if rounds is None else [go_on(job, longer[job.name], folder.out) for job in jobs if job.name in longer]
+    manifest = processes.together(lambda: manifest_of(setup, processes.size))
+    check_same(processes, {"base weights": manifest["base"], "examples": manifest["data"]})
     manifest = processes.together(
-        lambda: _settle_manifest(setup, folder, console, rounds, processes.size, fresh=fresh) if processes.first else {}
+        lambda: _settle_manifest(setup, folder, console, rounds, manifest, fresh=fresh) if processes.first else {}
     )
     manifest = processes.share(manifest)
     unfinished = any(not job.over for job in jobs)
+    split_sequences(setup, processes, console.line)
+    shards = shard_base(setup, processes, console.line)
     if not processes.first:
-        return _follow(setup, folder, checks, manifest, processes, unfinished=unfinished)
+        return _follow(setup, folder, checks, manifest, processes, shards, unfinished=unfinished)
     recorder = Recorder(
         folder,
         jobs,
@@ -207,20 +226,21 @@ def _run(
     watcher.started(jobs)
     _announce(setup, manifest, recorder, gone_on, restored=rounds is not None)
     if unfinished:  # also if all jobs are paused: a request may resume them
-        listener = recorder if processes.alone else SharedListener(processes, jobs, bank, {}, recorder)
+        listener = recorder if processes.alone else SharedListener(processes, jobs, bank, {}, recorder, lent(shards))
         trainer = _trainer(setup, listener, manifest, processes)
         with _tracked(options, recorder), use_forms(stored_forms(manifest)):
             _train(trainer, recorder, listener, recompute=_recompute(options, manifest))
-    result = processes.together(lambda: _result_or_stop(recorder))
+    result = processes.together(lambda: _result_or_stop(recorder, lent(shards)))
     if result is None:
         raise KeyboardInterrupt
     return result
 
 
-def _result_or_stop(recorder: Recorder) -> RunResult | None:
+def _result_or_stop(recorder: Recorder, lent: Callable[[], AbstractContextManager[None]]) -> RunResult | None:
     """The result, or None for a run that was stopped: all processes must get to know."""
     try:
-        return _finish(recorder)
+        with lent():
+            return _finish(recorder)
     except KeyboardInterrupt:
         return None
 
@@ -242,13 +262,14 @@ def _follow(
     checks: Mapping[str, SanityChecks],
     manifest: Manifest,
     processes: Processes,
+    shards: Shards | None,
     *,
     unfinished: bool,
 ) -> RunResult:
     """Train as the first process decides, and write nothing: the part of all other processes."""
     jobs = setup.jobs
     needed = {job.name: checks[job.name] for job in jobs if checks[job.name].needed(job.progress.step)}
-    listener = SharedListener(processes, jobs, setup.bank, needed, None)
+    listener = SharedListener(processes, jobs, setup.bank, needed, None, lent(shards))
     if unfinished:
         trainer = _trainer(setup, listener, manifest, processes)
         recompute = _recompute(setup.options, manifest)
@@ -258,6 +279,8 @@ def _follow(
             activation_checkpointing(setup.base.model, recompute),
         ):
             trainer.run()
+    with lent(shards)():
+        pass
     processes.together(lambda: None)  # until the first one has written what is missing
     if listener.stopped and any(job.running for job in jobs):
         raise SystemExit(130)
@@ -282,10 +305,9 @@ def _restore(saver: Saver, jobs: list[Job], resume_from: str | None, processes: 
 
 
 def _settle_manifest(
-    setup: Setup, folder: RunFolder, console: Console, rounds: int | None, processes: int, *, fresh: bool
+    setup: Setup, folder: RunFolder, console: Console, rounds: int | None, manifest: Manifest, *, fresh: bool
 ) -> Manifest:
-    """Make and store the manifest of a run that begins, or compare that of a run that resumes."""
-    manifest = manifest_of(setup, processes)
+    """Complete and store the manifest of a run that begins, or compare that of a run that resumes."""
     known = [job.name for job in setup.jobs if rounds is not None and (job.progress.step or job.over)]
     if rounds is not None:
         manifest, changes = compare(folder, manifest, known)

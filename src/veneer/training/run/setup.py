@@ -7,8 +7,8 @@ the context, targets that match nothing, a base that cannot run.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,8 @@ class Setup:
     data: dict[str, JobData]
     jobs: list[Job]
     stepper: Stepper
+    loads: bool = False
+    """The run has loaded the base, and nothing else holds it."""
 
     @property
     def device(self) -> torch.device:
@@ -134,6 +136,7 @@ def set_up(
         return
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    loads = base is None
     base = base or load_base(
         options.base,
         dtype=options.dtype,
@@ -147,7 +150,9 @@ def set_up(
         bank = attach(base.model)
         with fast_modules(base.model):  # outermost: an adapter on a norm keeps the norm's faster form and puts it back
             try:
-                yield _with_adapters(options, jobs, base, bank, data, say, nullcontext)
+                setup = replace(_with_adapters(options, jobs, base, bank, data, say, nullcontext), loads=loads)
+                with closing(setup.stepper):
+                    yield setup
             finally:
                 bank.detach()
 

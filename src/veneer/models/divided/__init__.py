@@ -1,0 +1,1 @@
+"""Bases and batches that several processes divide."""

@@ -1,0 +1,55 @@
+"""Processes whose versions, base, examples or folder differ are refused in one sentence before the first step."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+from tests.training.made import options
+from tests.training.processes import Forks
+
+from veneer.training import train
+from veneer.training.parallel import agreement
+from veneer.training.run.console import Console
+
+
+def refused(by_rank: list[dict[str, Any]]) -> str:
+    """What a run says whose processes have these options, and which must not begin."""
+    forks = Forks(len(by_rank), lambda rank: str(train(by_rank[rank], console=Console(quiet=True))))
+    codes = forks.wait(90)
+    assert codes == [1] * len(by_rank), forks.errors()
+    assert not any((wanted["out"] / "checkpoints").exists() for wanted in by_rank)
+    return "".join(forks.errors())
+
+
+def test_versions_and_folders_that_differ(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another version, and another folder under the same name, are refused before the base is loaded."""
+    wanted = {**options(place, tmp_path / "out"), "device": "cpu"}
+    own = agreement.versions
+    with monkeypatch.context() as patched:
+        patched.setattr(agreement, "versions", lambda: {**own(), "torch": f"2.{os.environ['RANK']}"})
+        said = refused([wanted, wanted])
+    assert "process 1 runs torch 2.1 for 2.0 of process 0, so they would not train alike" in said
+    with monkeypatch.context() as patched:
+        patched.setattr(agreement, "_SECONDS", 0.2)
+        said = refused([wanted, {**wanted, "out": tmp_path / "local"}])
+    assert "process 1 does not see" in said and "put --out on storage that all machines share" in said
+
+
+@pytest.mark.slow
+def test_bases_and_examples_that_differ(place: Path, tmp_path: Path) -> None:
+    """Another base under the same name, and other examples, are refused before the first step."""
+    wanted = {**options(place, tmp_path / "out"), "device": "cpu"}
+    shutil.copytree(place / "base", tmp_path / "base")
+    weights = tmp_path / "base" / "model.safetensors"
+    tensors = {name: tensor * 1.5 for name, tensor in load_file(weights).items()}
+    save_file(tensors, weights, metadata={"format": "pt"})
+    said = refused([wanted, {**wanted, "base": str(tmp_path / "base")}])
+    assert "process 1 has other base weights than process 0; give all processes the same files" in said
+    (tmp_path / "rows.jsonl").write_text("".join((place / "train.jsonl").read_text().splitlines(True)[:9]))
+    said = refused([wanted, {**wanted, "data": (tmp_path / "rows.jsonl",)}])
+    assert "process 1 has other examples than process 0" in said
