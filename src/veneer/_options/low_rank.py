@@ -29,8 +29,9 @@ class LowRankOptions(MethodOptions):
     """Scale by lora_alpha / sqrt(r) instead (rsLoRA, arXiv 2312.03732)."""
     loraplus_lr_ratio: Positive = 1.0
     """Ratio of B's learning rate to A's (LoRA+, arXiv 2402.12354)."""
-    init_lora_weights: Literal["kaiming_uniform", "gaussian"] = "kaiming_uniform"
-    """Initialization of A; B starts at zero, so that training starts from the base model."""
+    init_lora_weights: Literal["kaiming_uniform", "gaussian", "pissa", "olora"] = "kaiming_uniform"
+    """Initialization: A is random and B zero (kaiming_uniform, gaussian), or both are factors of the base weight by its singular values
+    (pissa, arXiv 2404.02948) or its QR decomposition (olora, arXiv 2406.01775); the adapter then has rank 2 r, half of it held."""
     rank_pattern: dict[str, Rank] = {}
     """Ranks of particular modules, by pattern: q_proj=8."""
     alpha_pattern: dict[str, Alpha] = {}

@@ -270,6 +270,11 @@ class TrainOptions(
                 "use orthogonal: penalty"
             )
         self._check_task()
+        if self.init_lora_weights in ("pissa", "olora") and (self.weight_decay or self.orthogonal_to):
+            raise ValueError(
+                f"{self.init_lora_weights} holds the factors that training started from, and weight_decay and orthogonal_to would "
+                "change them; leave them out"
+            )
         for key in self.sweep:
             field = type(self).model_fields.get(key)
             if field is not None and getattr(self, key) != field.default:

@@ -35,6 +35,7 @@ class Adapter:
         seed: seed of the initialiser and of dropout.
         draws: number of training passes that have drawn dropout so far.
         expert_tokens: number of tokens that each expert of a stack was trained on, by the stack's name, int64 [experts].
+        holds_half: True if training holds the second half of each site's ranks (`hold_half`).
         meta: what its file says of its origin.
     """
 
@@ -61,6 +62,7 @@ class Adapter:
         self.seed = seed
         self.draws = 0
         self.expert_tokens: dict[str, Tensor] = {}
+        self.holds_half = False
         self.meta: dict[str, Any] = dict(meta or {})
 
     def __repr__(self) -> str:
@@ -119,7 +121,26 @@ class Adapter:
 
     def num_parameters(self) -> int:
         """Number of trainable values."""
-        return sum(parameter.numel() for parameter in self.parameters())
+        held = self._factors() if self.holds_half else []
+        return sum(parameter.numel() for parameter in self.parameters()) - sum(value.numel() // 2 for _, value in held)
+
+    def hold_half(self) -> None:
+        """Give the second half of the ranks no gradient, at every site. Decay of weights would still move it."""
+        self.holds_half = True
+        for dim, parameter in self._factors():
+            half = parameter.shape[dim] // 2
+
+            def without(grad: Tensor, dim: int = dim, half: int = half) -> Tensor:
+                kept = grad.clone()
+                kept.narrow(dim, half, half).zero_()
+                return kept
+
+            parameter.register_hook(without)
+
+    def _factors(self) -> list[tuple[int, nn.Parameter]]:
+        """(dimension of the ranks, factor) of every site."""
+        names = {"lora_A": 0, "lora_B": 1}
+        return [(names[key], value) for held in self.tensors.values() for key, value in held.items() if key in names]
 
     @property
     def counters(self) -> tuple[int, dict[str, Tensor]]:
@@ -184,7 +205,10 @@ def new_adapter(
     if method.shares_experts:
         share_outer(tensors, [site.name for site in sites if site.stack is not None])
     kinds = {site.name: site.kind for site in sites}
-    return Adapter(name, method, tensors, kinds, overrides=overrides, tokens=tokens, seed=seed)
+    adapter = Adapter(name, method.of_new_adapter(), tensors, kinds, overrides=overrides, tokens=tokens, seed=seed)
+    if method.holds_half:
+        adapter.hold_half()
+    return adapter
 
 
 def share_outer(tensors: dict[str, dict[str, Tensor]], experts: Iterable[str]) -> None:

@@ -170,6 +170,15 @@ class Method(MethodOptions):
         """A new site's tensors; the adapted layer then equals the base exactly. On the meta device for a base without values."""
         return {}
 
+    @property
+    def holds_half(self) -> bool:
+        """True if training holds the second half of a new site's ranks."""
+        return False
+
+    def of_new_adapter(self) -> Method:
+        """The method of a new adapter: this one, with the ranks that `init` made."""
+        return self
+
     def trained_first(self, kind: str) -> tuple[str, ...]:
         """Names of the tensors that receive a gradient in the first step."""
         return self.tensor_names(kind)

@@ -15,10 +15,10 @@ from torch import Tensor
 from veneer.adapters.layers.kinds import Geometry
 from veneer.adapters.layers.site import Site, Survey
 from veneer.adapters.methods.base import Method, Shapes
-from veneer.adapters.methods.initialisers import initial_factors
+from veneer.adapters.methods.initialisers import MOVING, first_factors, initial_factors
 from veneer.adapters.targets import by_pattern
 from veneer.config import LowRankOptions
-from veneer.errors import AdapterError
+from veneer.errors import AdapterError, TargetError
 
 
 class LowRankMethod(Method, LowRankOptions):
@@ -121,8 +121,43 @@ class LowRankMethod(Method, LowRankOptions):
     def new_tensors(self, site: Site, r: int, generator: torch.Generator, dtype: torch.dtype) -> dict[str, Tensor]:
         """`init` at rank ``r``, on a base with values."""
         geometry = site.geometry
+        if self.holds_half:
+            return self._factors_of_base(site, r, dtype)
         factors = initial_factors(self.init_lora_weights, geometry, r, generator, dtype)
         return dict(zip(self.factor_names(geometry.kind), factors, strict=True))
+
+    @property
+    def holds_half(self) -> bool:
+        """The factors with which pissa and olora begin."""
+        return self.init_lora_weights in MOVING
+
+    def _factors_of_base(self, site: Site, r: int, dtype: torch.dtype) -> dict[str, Tensor]:
+        """[A_0; A_0] and [B_0, -B_0]: a change of zero."""
+        geometry = site.geometry
+        if geometry.kind not in ("linear", "conv1d") or r > min(geometry.out, geometry.in_):
+            raise TargetError(
+                f"{site.name}: {self.init_lora_weights} takes factors of a linear layer's weight up to its full rank; found a "
+                f"{geometry.kind} layer of {geometry.out} x {geometry.in_} and r={r}; leave it out (exclude_modules), or lower r"
+            )
+        weight = site.weight_2d.to(device="cpu", dtype=dtype)
+        a, b = first_factors(self.init_lora_weights, weight, r, self.scaling(r, self.alpha(site.name)))
+        names = self.factor_names(geometry.kind)
+        return dict(zip(names, (torch.cat([a, a]), torch.cat([b, -b], 1)), strict=True))
+
+    def of_new_adapter(self) -> LowRankMethod:
+        """With pissa and olora twice the rank, and the lora_alpha that keeps the scale there."""
+        if not self.holds_half:
+            return self
+        factor = math.sqrt(2) if self.use_rslora else 2.0
+        return self.model_copy(
+            update={
+                "r": 2 * self.r,
+                "lora_alpha": factor * self.lora_alpha,
+                "rank_pattern": {name: 2 * r for name, r in self.rank_pattern.items()},
+                "alpha_pattern": {name: factor * alpha for name, alpha in self.alpha_pattern.items()},
+                "init_lora_weights": "kaiming_uniform",
+            }
+        )
 
     # Merging
 

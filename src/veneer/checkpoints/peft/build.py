@@ -17,6 +17,7 @@ from torch import Tensor
 
 from veneer.adapters.adapter import Adapter, share_outer
 from veneer.adapters.methods import Method
+from veneer.adapters.methods.initialisers import MOVING, first_factors
 from veneer.adapters.overrides import ROWS, WEIGHT
 from veneer.checkpoints.base_view import BaseView
 from veneer.checkpoints.findings import Findings, shown
@@ -25,7 +26,7 @@ from veneer.checkpoints.peft.placement import Placement
 from veneer.checkpoints.peft.settings import INIT_MOVES_BASE, INIT_PLAIN, MAX_RANK, Settings
 from veneer.errors import ConfigError
 
-CONVERTED = ("pissa", "olora")
+CONVERTED = MOVING
 SiteTensors = dict[str, dict[str, Tensor]]
 
 
@@ -228,22 +229,9 @@ def _convert(
         a, b = factors["lora_A"], factors["lora_B"]
         scale = settings.scaling(a.shape[0], alphas[site])
         weight = base.sites[site].weight_2d.to(device="cpu", dtype=a.dtype)
-        a_0, b_0 = _first_factors(str(settings.init_lora_weights), weight, a.shape[0], scale)
+        a_0, b_0 = first_factors(str(settings.init_lora_weights), weight, a.shape[0], scale)
         factors["lora_A"], factors["lora_B"] = torch.cat([a, a_0]), torch.cat([b, -b_0], 1)
     # At twice the rank the same scale takes another lora_alpha.
     factor = math.sqrt(2) if settings.use_rslora else 2
     new = settings.model_copy(update={"r": 2 * settings.r, "lora_alpha": factor * settings.lora_alpha})
     return new, {site: factor * alpha for site, alpha in alphas.items()}
-
-
-def _first_factors(init: str, weight_OK: Tensor, r: int, scale: float) -> tuple[Tensor, Tensor]:
-    """(A_0 [r, in], B_0 [out, r]) from which training started.
-
-    pissa: s B_0 A_0 is the best approximation of rank r (arXiv 2404.02948, eq. 2). olora: B_0 A_0 = Q_r R_r of W = Q R (2406.01775).
-    """
-    if init == "olora":
-        q, upper = torch.linalg.qr(weight_OK)
-        return upper[:r], q[:, :r]
-    left, values, right = torch.linalg.svd(weight_OK, full_matrices=False)
-    root = (values[:r] / scale).sqrt()
-    return root.unsqueeze(1) * right[:r], left[:, :r] * root
