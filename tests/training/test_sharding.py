@@ -126,6 +126,7 @@ def most_held(world: World, job: Job, processes: Processes) -> int:
     return max(found)
 
 
+@pytest.mark.slow
 def test_parts_take_less_memory() -> None:
     """With two processes each holds at most 0.6 of what one holds, between passes and in them."""
 
