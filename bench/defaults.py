@@ -71,10 +71,11 @@ def main() -> None:
 
 
 def plan(names: list[str]) -> Iterator[tuple[str, int, str]]:
-    """All runs; the cheap batch sizes of every setting first."""
+    """All runs; the cheap batch sizes of every setting first. At the full rate's batch size a rate by batch is the full rate."""
     for sizes in ((2, 8), (32,)):
-        for setting in SETTINGS:
-            yield from ((setting, size, name) for size in sizes for name in names)
+        for setting, options in SETTINGS.items():
+            if not options.get("by_batch") or FULL_RATE_BATCH not in sizes:
+                yield from ((setting, size, name) for size in sizes for name in names)
 
 
 def run(base: Any, out: Path, files: dict[str, Path], setting: dict[str, Any], size: int, rate: float) -> list[Any]:

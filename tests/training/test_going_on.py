@@ -69,6 +69,22 @@ def test_a_decay_is_stretched_and_said_to_be(place: Path, base: Base, tmp_path: 
     assert "--init-from" in said
 
 
+def test_a_run_from_before_the_default_changed_goes_on_as_it_began(place: Path, base: Base, tmp_path: Path) -> None:
+    """Without --schedule a run at a constant rate keeps it, and one that begins now decays; another schedule is still refused."""
+    run(place, base, tmp_path / "old", schedule="constant", steps=4)
+    run(place, base, tmp_path / "old", steps=8)
+    run(place, base, tmp_path / "new", steps=8)
+    rates = {
+        name: [line["lr"] for line in figures(tmp_path / name / "metrics" / f"{name}.jsonl") if "lr" in line]
+        for name in ("old", "new")
+    }
+    assert set(rates["old"][3:]) == {rates["old"][3]} and rates["new"][3] > rates["new"][-1]
+    with pytest.raises(ConfigError, match="schedule: 'constant' there, 'cosine' now"):
+        run(place, base, tmp_path / "old", schedule="cosine", steps=8)
+    with pytest.raises(ConfigError, match="schedule: 'constant' there, 'linear' now"):
+        run(place, base, tmp_path / "old", schedule="linear", steps=8)
+
+
 def test_fewer_steps_are_refused(place: Path, base: Base, tmp_path: Path) -> None:
     """Steps that were taken cannot be taken back: the numbers and the remedies are named, and nothing changes."""
     run(place, base, tmp_path / "a", steps=4)

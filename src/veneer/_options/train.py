@@ -1,7 +1,7 @@
 """Options of a training run: ``TrainOptions``.
 
-The defaults: all linear layers, r = 16, lora_alpha = 32, A uniform, B zero, no dropout, AdamW, a constant learning rate after a short
-warm-up, and the loss on the assistant's tokens only.
+The defaults: all linear layers, r = 16, lora_alpha = 32, A uniform, B zero, no dropout, AdamW, a learning rate that falls
+linearly to zero after a short warm-up, and the loss on the assistant's tokens only.
 
 Without ``learning_rate``, the learning rate follows the size of the base model: ten times a good one for full fine-tuning, after "LoRA
 Without Regret" (Schulman and Thinking Machines Lab, 2025), whose published fit is
@@ -178,7 +178,7 @@ class StepOptions(Options):
     """Maximum tokens in a pass shared by several jobs; auto measures the fastest size, 0 runs jobs in turn."""
     learning_rate: Positive | None = None
     """Peak learning rate (default: based on the model's size)."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
     """Learning rate schedule after warm-up; linear and cosine decay to zero."""
     warmup_steps: Whole = 10
     """Steps of linear learning rate warm-up."""

@@ -30,6 +30,9 @@ from veneer.training.run.run_folder import CONFIG
 
 MOST_JOBS = 256
 
+_FORMER_DEFAULTS = {"schedule": "constant"}
+"""Defaults of earlier versions: a run that began with one goes on with it if the option is left out."""
+
 _MAY_CHANGE = (
     *("out", "name", "data", "valid", "threads", "save_every", "checkpoint_minutes", "track", "jobs", "sweep"),
     *("plan", "activation_checkpointing", "steps", "epochs", "samples", "sample_prompts", "sample_tokens"),
@@ -104,6 +107,7 @@ def match_stored_run(
         if name not in jobs:
             differences[f'job "{name}" is only there'] = None
             continue
+        jobs[name] = _with_former_defaults(jobs[name], options)
         there, here = plain(options), plain(jobs[name])
         fixed = {*there, *here} - {*_MAY_CHANGE} | ({"steps", "epochs"} if stored.halving else set())
         for key in sorted(key for key in fixed if there.get(key) != here.get(key)):
@@ -117,6 +121,13 @@ def match_stored_run(
             "--fresh"
         )
     return jobs, before
+
+
+def _with_former_defaults(options: TrainOptions, stored: TrainOptions) -> TrainOptions:
+    """``options`` with the stored values of those that were left out, and that had another default when the run began."""
+    kept = {key: value for key, value in _FORMER_DEFAULTS.items() if key not in options.model_fields_set}
+    kept = {key: value for key, value in kept.items() if getattr(stored, key) == value}
+    return TrainOptions(**{**given(options), **kept}) if kept else options
 
 
 def number_of_steps(options: TrainOptions, examples: int) -> int:
