@@ -129,7 +129,8 @@ def fill(file: BinaryIO, view: memoryview, where: str) -> None:
 
 
 def parse_json(data: bytes | bytearray, where: str) -> Any:
-    """JSON as the standard has it: UTF-8, no duplicate names, no NaN or Infinity, no nesting beyond the parser's depth.
+    """JSON as the standard has it: UTF-8, no duplicate names, no NaN or Infinity, no nesting beyond the parser's depth. A byte order mark
+    is skipped.
 
     Raises CheckpointError naming ``where``.
     """
@@ -146,11 +147,13 @@ def parse_json(data: bytes | bytearray, where: str) -> Any:
         raise ValueError(f"{text} is not a number that JSON has")
 
     try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=pairs, parse_constant=constant)
+        return json.loads(data.decode("utf-8-sig"), object_pairs_hook=pairs, parse_constant=constant)
     except RecursionError:
         raise CheckpointError(f"{where} is not usable JSON: it is nested too deeply") from None
     except UnicodeDecodeError as error:
-        raise CheckpointError(f"{where} is not usable JSON: byte {error.start} is not UTF-8") from None
+        raise CheckpointError(
+            f"{where} is not usable JSON: byte {error.start} is not UTF-8; save it as UTF-8"
+        ) from None
     except ValueError as error:
         raise CheckpointError(f"{where} is not usable JSON: {shown(error)}") from None
 

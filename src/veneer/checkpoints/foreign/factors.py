@@ -10,7 +10,7 @@ folder. A tensor without a layer is an error that names it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,8 @@ from veneer.adapters.compatibility import tensor_problems
 from veneer.adapters.layers.site import Site
 from veneer.adapters.methods import method_class_for
 from veneer.checkpoints.files import Folder
+from veneer.checkpoints.findings import Findings, shown
+from veneer.checkpoints.peft.checks import check_values
 from veneer.checkpoints.tensors import read_header, read_tensors
 from veneer.errors import CheckpointError, Problems
 
@@ -71,7 +73,19 @@ def program_of(path: Path) -> str:
         raise CheckpointError(
             f"{path / _OLD_MLX} is of an mlx-lm from before 2024-04, whose layers have other names; save the adapter once with a newer one"
         )
-    raise CheckpointError(f"{path} holds no adapter that is known: expected {MLX} (mlx-lm) or {LITGPT} (LitGPT)")
+    inside = sorted(file.parent.name for known in (MLX, LITGPT) for file in path.glob(f"*/{known}"))
+    hint = f"; it contains {', '.join(map(shown, inside[:8]))}: give one, such as {path / inside[0]}" if inside else ""
+    raise CheckpointError(f"{path} holds no adapter that is known: expected {MLX} (mlx-lm) or {LITGPT} (LitGPT){hint}")
+
+
+def check_rank(declared: object, ranks: Iterable[int], where: str) -> None:
+    """Raise CheckpointError where settings declare another rank than the tensors have: the two files do not belong together."""
+    found = sorted(set(ranks))
+    if declared is not None and (isinstance(declared, bool) or found != [declared]):
+        have = ", ".join(map(str, found))
+        raise CheckpointError(
+            f"{where} declares rank {shown(declared, 20)}, and the tensors have rank {have}; get both files from the same run"
+        )
 
 
 def read_foreign_tensors(path: Path, name: str) -> dict[str, Tensor]:
@@ -129,7 +143,11 @@ def adapter_of(
         ensure_weight_tying=any(site.tied_to in found for site in sites.values()),
     )
     tensors = {site: {key: value.contiguous() for key, value in held.items()} for site, held in tensors.items()}
-    return Adapter(name, method, tensors, {site: sites[site].kind for site in found}, alphas=alphas)
+    made = Adapter(name, method, tensors, {site: sites[site].kind for site in found}, alphas=alphas)
+    sizes = Findings()
+    check_values(made, sizes)
+    sizes.raise_if_any(f"{where} cannot be used")
+    return made
 
 
 def sites_by_block(sites: Mapping[str, Site]) -> dict[int | None, dict[str, str]]:

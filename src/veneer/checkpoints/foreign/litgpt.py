@@ -33,6 +33,7 @@ from veneer.checkpoints.foreign.factors import (
     LITGPT,
     ForeignFactors,
     adapter_of,
+    check_rank,
     read_foreign_tensors,
     sites_by_block,
 )
@@ -51,6 +52,13 @@ _SAME: Mapping[str, tuple[str, ...]] = {
 """LitGPT's name of a layer in a block -> transformers' names of the same."""
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _FLAGS = ("lora_query", "lora_key", "lora_value")
+_PARTS_BY_FLAG = {
+    **dict.fromkeys(_FLAGS, "attn.qkv"),
+    "lora_projection": "attn.proj",
+    "lora_mlp": "mlp.",
+    "lora_head": "lm_head",
+}
+"""Setting -> the start of the names of the layers that it adapts."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +95,7 @@ def read_litgpt(
     """
     settings = _settings(path)
     pairs = _pairs(read_foreign_tensors(path, LITGPT), path / LITGPT)
+    check_rank(settings.get("lora_r"), (b_OR.shape[1] for _, b_OR in pairs.values()), str(path / HYPERPARAMETERS))
     layers = _BaseLayers(sites, config, settings)
     pieces: dict[str, list[_Piece]] = {}
     problems = Problems()
@@ -96,6 +105,9 @@ def read_litgpt(
                 pieces.setdefault(piece.target.site.name, []).append(piece)
         except _Misfit as misfit:
             problems.add(f"{_layer(block, part)}: {misfit}")
+    for flag, start in _PARTS_BY_FLAG.items():
+        if settings.get(flag) is True and not any(part.startswith(start) for _, part in pairs):
+            problems.add(f"{HYPERPARAMETERS} says {flag}, and {LITGPT} has no factors of {start}")
     problems.raise_if_any(CheckpointError, f"{path} cannot be imported", limit=8)
     found = {site: _joined(parts, _scale(settings, parts[0], scale, path)) for site, parts in pieces.items()}
     adapter = adapter_of(found, sites, name, str(path), dropout=settings.get("lora_dropout"))
@@ -192,7 +204,10 @@ def _pairs(tensors: Mapping[str, Tensor], file: Path) -> dict[tuple[int | None, 
                 f"{shown(key)} is of a LitGPT before 0.5, whose q, k and v lie head by head; load and save it with a newer one"
             )
         else:
-            found.setdefault((None if match[1] is None else int(match[1]), match[2]), {})[match[3]] = tensor
+            pair = found.setdefault((None if match[1] is None else int(match[1]), match[2]), {})
+            if match[3] in pair:
+                problems.add(f"{shown(key)} stands there under two names")
+            pair[match[3]] = tensor
     for (block, part), pair in found.items():
         if len(pair) != 2:
             problems.add(f"{_layer(block, part)} has only one of its two factors")

@@ -27,6 +27,7 @@ from veneer.checkpoints.foreign.factors import (
     MLX,
     ForeignFactors,
     adapter_of,
+    check_rank,
     read_foreign_tensors,
     sites_by_block,
 )
@@ -47,12 +48,21 @@ def read_mlx(
     settings = _settings(path)
     found_parameters = settings.get("lora_parameters")
     parameters: Mapping[str, Any] = found_parameters if isinstance(found_parameters, Mapping) else {}
-    if settings.get("fine_tune_type") == "full":
+    kind = settings.get("fine_tune_type", "lora")
+    if kind == "full":
         raise CheckpointError(
             f"{path} is a full fine-tune and no adapter; fuse it with mlx_lm.fuse and use veneer extract"
         )
+    if kind not in ("lora", "dora"):
+        raise CheckpointError(f"{path / CONFIG}: fine_tune_type is {shown(kind, 40)}; expected lora or dora")
     chosen = _scale(parameters, path) if scale is None else scale
     layers = _layers(read_foreign_tensors(path, MLX), path / MLX)
+    if any("m" in tensors for tensors in layers.values()) != (kind == "dora"):
+        has = "no layer has" if kind == "dora" else "layers have"
+        raise CheckpointError(
+            f"{path / CONFIG} says fine_tune_type {kind}, and {has} a magnitude (.m) in {MLX}; get both files from the same run"
+        )
+    check_rank(parameters.get("rank"), (tensors["lora_b"].shape[0] for tensors in layers.values()), str(path / CONFIG))
     found: dict[str, ForeignFactors] = {}
     known = sites_by_block(sites)
     for layer, tensors in layers.items():

@@ -109,6 +109,9 @@ def read_settings(raw: Any, found: Findings) -> Settings | None:
             place = ".".join(shown(part, 60) for part in detail["loc"])
             found.refuse(f"adapter_config.json, {place}: {detail['msg']}; found {shown(detail['input'], 60)}")
         return None
+    for key in ("r", "lora_alpha"):
+        if key not in raw:
+            found.note(f"adapter_config.json has no {key}; PEFT's default is taken, {getattr(settings, key)}")
     _refuse_unsupported(raw, found)
     return settings
 
