@@ -32,6 +32,14 @@ MISTAKES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "a number for a route": (lambda bank: bank.use(3).__enter__(), "a route is an adapter's name.*found int"),
     "a list for a name": (lambda bank: bank[["a"]], "the bank has no adapter"),
     "a name for a model": (lambda bank: veneer.attach("gpt2"), r"found str; load one first: veneer\.load_base"),  # type: ignore[arg-type]
+    "a name for the model of a bank": (
+        lambda bank: veneer.bank_of("x"),  # type: ignore[arg-type]
+        r"bank_of takes a torch\.nn\.Module, found str; load one first",
+    ),
+    "a hub id for an adapter": (
+        lambda bank: bank.load("somebody/some-lora"),
+        "adapters are read from folders only, so download one from the hub first: hf download somebody/some-lora",
+    ),
     "a number for a path": (lambda bank: bank.load(3), r"bank\.load takes the path of a folder; found int"),
     "nothing for a path": (lambda bank: bank.save("a", None), r"bank\.save takes the path of a folder; found NoneType"),
     "a folder for an adapter": (lambda bank: bank.insert("out"), r"bank\.insert takes an Adapter, found str"),

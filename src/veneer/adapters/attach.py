@@ -29,9 +29,7 @@ def attach(model: nn.Module, *, example: dict[str, Any] | None = None, folders: 
     """
     given: object = model
     if not isinstance(given, nn.Module):
-        inner = isinstance(getattr(given, "model", None), nn.Module)
-        remedy = "give its model (base.model)" if inner else "load one first: veneer.load_base(NAME).model"
-        raise AdapterError(f"attach takes a torch.nn.Module, found {type(given).__name__}; {remedy}")
+        raise AdapterError(f"attach takes a torch.nn.Module, found {type(given).__name__}; {_module_for(given)}")
     model = unwrapped(model)
     if bank_of(model) is not None:
         raise AdapterError("this model has a bank attached already; use it (veneer.bank_of(model)), or detach it first")
@@ -41,11 +39,20 @@ def attach(model: nn.Module, *, example: dict[str, Any] | None = None, folders: 
 
 
 def bank_of(model: nn.Module) -> Bank | None:
-    """The bank whose adapters are on this model, or None while no adapter is on it."""
+    """The bank whose adapters are on this model, or None while no adapter is on it. Raises AdapterError for what is no module."""
+    given: object = model
+    if not isinstance(given, nn.Module):
+        raise AdapterError(f"bank_of takes a torch.nn.Module, found {type(given).__name__}; {_module_for(given)}")
     while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         model = model.module
     runtime = runtime_of(model)
     return None if runtime is None else runtime.owner
+
+
+def _module_for(given: object) -> str:
+    """The remedy for an argument that is no module."""
+    inner = isinstance(getattr(given, "model", None), nn.Module)
+    return "give its model (base.model)" if inner else "load one first: veneer.load_base(NAME).model"
 
 
 def _try_out(model: nn.Module, found: Survey, example: dict[str, Any] | None) -> tuple[bool, bool]:

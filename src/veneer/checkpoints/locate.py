@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -23,6 +24,8 @@ from veneer.errors import CheckpointError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _LARGEST_HEADER = 16 << 20
+_WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth")
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _IN_A_RUN = ("adapter", "best", "last", "final")
 
 
@@ -66,6 +69,27 @@ def find_adapter(path: Path) -> tuple[str, Path]:
             f"{path} holds several adapters ({', '.join(found)}); give the folder of one, such as {first}"
         )
     return next(iter(found.items()))
+
+
+def why_not(path: Path, typed: str | None = None) -> str:
+    """The reason why a path means no adapter, with the remedy for the likely mistake."""
+    typed = str(path) if typed is None else typed
+    if path.suffix in _WEIGHT_FILES:
+        return f"{typed}: expected a folder with {CONFIG}, found a file of weights; give its folder, {path.parent}"
+    if path.is_file():
+        return f"{typed} is a file, not a base or an adapter folder; give prompts with --file and examples with --data"
+    if looks_like_hub_id(path):
+        return (
+            f"{typed}: no such folder; adapters are read from folders only, so download one from the hub first: "
+            f"hf download {typed} --local-dir FOLDER"
+        )
+    problem = f"contains no adapter ({CONFIG})" if path.exists() else "no such folder"
+    return f"{typed}: {problem}; give an adapter folder, or a run that has written one"
+
+
+def looks_like_hub_id(path: Path) -> bool:
+    """True if nothing is at the path and it reads as ``organisation/model``."""
+    return not path.exists() and _HUB_ID.fullmatch(path.as_posix()) is not None
 
 
 def adapter_of_job(run: Path, job: str) -> Path | None:

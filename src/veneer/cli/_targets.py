@@ -8,13 +8,12 @@ smollm2-135m          a base: an alias, a folder, a GGUF file or a hub id
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veneer._terminal import note, status
-from veneer.checkpoints.locate import CONFIG, adapters_at, choice_note, is_run
+from veneer.checkpoints.locate import CONFIG, adapters_at, choice_note, is_run, why_not
 from veneer.cli._parser import FORMATS, add_device, add_dtype, add_force, add_quantize
 from veneer.errors import CheckpointError, ConfigError
 from veneer.models.embedded import EMBEDDED
@@ -26,9 +25,6 @@ if TYPE_CHECKING:
 
     from veneer.adapters import Bank
     from veneer.models.load import Base
-
-_WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth")
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 @dataclass
@@ -84,22 +80,7 @@ def adapter_folders(target: str) -> dict[str, Path]:
 
 def not_an_adapter(target: str) -> CheckpointError:
     """Return the error for a target that is not an adapter, with the remedy for the likely mistake."""
-    path = Path(target)
-    if path.suffix in _WEIGHT_FILES:
-        return CheckpointError(
-            f"{target}: expected a folder with {CONFIG}, found a file of weights; give its folder, {path.parent}"
-        )
-    if path.is_file():
-        return CheckpointError(
-            f"{target} is a file, not a base or an adapter folder; give prompts with --file and examples with --data"
-        )
-    if not path.exists() and _HUB_ID.fullmatch(target):
-        return CheckpointError(
-            f"{target}: no such folder; adapters are read from folders only, so download one from the hub first: "
-            f"hf download {target} --local-dir FOLDER"
-        )
-    problem = f"contains no adapter ({CONFIG})" if path.exists() else "no such folder"
-    return CheckpointError(f"{target}: {problem}; give an adapter folder, or a run that has written one")
+    return CheckpointError(why_not(Path(target), target))
 
 
 def load_targets(args: argparse.Namespace, *, purpose: str = "generate") -> LoadedTargets:

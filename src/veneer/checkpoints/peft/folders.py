@@ -20,7 +20,7 @@ from veneer.adapters.attach import attach as attach_bank
 from veneer.adapters.bank import Bank
 from veneer.adapters.methods import Method
 from veneer.checkpoints.base_view import BaseView, base_view
-from veneer.checkpoints.locate import adapters_at, find_adapter
+from veneer.checkpoints.locate import adapters_at, find_adapter, looks_like_hub_id, why_not
 from veneer.checkpoints.logit_check import logits_record
 from veneer.checkpoints.peft.portable import not_portable
 from veneer.checkpoints.peft.read import read_adapter_folder
@@ -35,9 +35,13 @@ class PeftFolders:
     def find(self, path: Path) -> tuple[str, Path]:
         """(default name, folder) of the adapter that a path means; a path without one is left to `read` to explain.
 
-        Raises CheckpointError where the path holds several adapters.
+        Raises CheckpointError where the path holds several adapters, or is a hub id.
         """
-        return find_adapter(path) if adapters_at(path) else (path.name or "adapter", path)
+        if adapters_at(path):
+            return find_adapter(path)
+        if looks_like_hub_id(path):
+            raise CheckpointError(why_not(path))
+        return path.name or "adapter", path
 
     def read(self, path: Path, name: str, bank: Bank, **options: Any) -> Adapter:
         """Read the adapter in a folder for the bank's base. Options: ``force`` and ``convert``, see `read_adapter_folder`.
