@@ -44,10 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Chat until the user ends the conversation."""
-    from veneer.serve.generation import TextGenerator
+    from veneer.serve.generation import text_generator
 
     loaded = load_targets(args)
-    generator = TextGenerator(loaded.base.model, loaded.base.tokenizer, loaded.bank)
+    generator = text_generator(loaded.base, loaded.bank)
     chat = Chat(generator, loaded.names, sampling_of(args), args.system)
     interactive = sys.stdin.isatty()
     if interactive:

@@ -215,9 +215,9 @@ def _evaluate(base: Base, bank: Bank, file: Path) -> tuple[Losses, Losses, LossD
 
 def _side_by_side(base: Base, bank: Bank, file: Path) -> None:
     from veneer.serve.engine.request import SamplingParams
-    from veneer.serve.generation import TextGenerator
+    from veneer.serve.generation import text_generator
 
-    generator = TextGenerator(base.model, base.tokenizer, bank)
+    generator = text_generator(base, bank)
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     rows.sort(key=lambda row: len(row["messages"][0]["content"]))
     step = len(rows) // (_SHOWN_ANSWERS + 1)

@@ -61,10 +61,10 @@ def sampling_of(args: argparse.Namespace) -> SamplingParams:
 def run(args: argparse.Namespace) -> int:
     """Print the answers, one prompt after another."""
     prompts = _prompts(args)
-    from veneer.serve.generation import TextGenerator
+    from veneer.serve.generation import text_generator
 
     loaded = load_targets(args)
-    generator = TextGenerator(loaded.base.model, loaded.base.tokenizer, loaded.bank)
+    generator = text_generator(loaded.base, loaded.bank)
     sampling = sampling_of(args)
     routes: list[str | None] = [*loaded.names] or [None]
     if args.compare and loaded.names:

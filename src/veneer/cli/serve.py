@@ -174,6 +174,7 @@ def _loaded(args: argparse.Namespace) -> tuple[Base, Bank, EngineLimits]:
 
 def _server(args: argparse.Namespace) -> Server:
     from veneer.serve.engine.engine import Engine
+    from veneer.serve.runner_record import record_of
     from veneer.serve.server import ServeOptions, Server
 
     base, bank, limits = _loaded(args)
@@ -187,7 +188,7 @@ def _server(args: argparse.Namespace) -> Server:
         parallel_jobs=args.jobs,
         drain_seconds=args.drain,
     )
-    return Server(base, bank, Engine(base.model, base.tokenizer, bank, limits), options)
+    return Server(base, bank, Engine(base.model, base.tokenizer, bank, limits, record=record_of(base)), options)
 
 
 def _replay(args: argparse.Namespace) -> int:

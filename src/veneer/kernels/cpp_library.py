@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["KINDS", "build", "compiler", "folder", "function", "key", "library", "pays", "reason", "use"]
+__all__ = ["KINDS", "build", "compiler", "folder", "function", "key", "library", "pays", "processor", "reason", "use"]
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1}
 """Dtypes that the kernels accept, with their numbers in C++."""
@@ -107,7 +107,7 @@ def key() -> str | None:
         ).stdout
     except (OSError, subprocess.SubprocessError):
         return None
-    parts = [version, _processor().encode(), " ".join([*command, *_FLAGS]).encode()]
+    parts = [version, processor().encode(), " ".join([*command, *_FLAGS]).encode()]
     parts += [path.read_bytes() for path in sorted(_SOURCES.iterdir())]
     return hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:16]
 
@@ -132,7 +132,7 @@ def build(folder: Path) -> None:
         raise RuntimeError(f"{command[0]} failed: {lines[0] if lines else f'exit code {done.returncode}'}")
 
 
-def _processor() -> str:
+def processor() -> str:
     """Return the model and the instruction sets of this processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()

@@ -12,6 +12,8 @@ from typing import Any
 
 from veneer.adapters import Bank
 from veneer.errors import BaseModelError
+from veneer.models.load import Base
+from veneer.serve.engine.decoding import CheckRecord
 from veneer.serve.engine.engine import Engine
 from veneer.serve.engine.request import (
     Finished,
@@ -21,10 +23,16 @@ from veneer.serve.engine.request import (
     SamplingParams,
     TextDelta,
 )
+from veneer.serve.runner_record import record_of
 
 Message = dict[str, Any]
 _TOGETHER = 16
 """Prompts that are answered together."""
+
+
+def text_generator(base: Base, bank: Bank | None = None) -> TextGenerator:
+    """A generator for a base as it was loaded; it remembers the checks of the last start (``runner_record.py``)."""
+    return TextGenerator(base.model, base.tokenizer, bank, record=record_of(base))
 
 
 class TextGenerator:
@@ -34,10 +42,12 @@ class TextGenerator:
         BaseModelError: the base has no tokenizer, or does not generate text.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, bank: Bank | None = None) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, bank: Bank | None = None, *, record: CheckRecord | None = None
+    ) -> None:
         if not hasattr(model, "config"):
             raise BaseModelError(f"{type(model).__name__} does not generate text; use a causal language model")
-        self.engine = Engine(model, tokenizer, bank)
+        self.engine = Engine(model, tokenizer, bank, record=record)
         self.tokenizer = tokenizer
         self.renderer = self.engine.renderer
         self._numbers = count()

@@ -6,6 +6,7 @@ Slot s is place s % size of block s // size. Layers are numbered in the order in
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +43,18 @@ class PagedCache:
                 (k_TGD.new_empty(self.slots, *k_TGD.shape[1:]), v_TGE.new_empty(self.slots, *v_TGE.shape[1:]))
             )
         return self.layers[number]
+
+    def geometry(self) -> dict[str, Any]:
+        """Sizes and scale with which `restore` makes the layers of a model with plain attention."""
+        return {"layers": [[list(part.shape[1:]) for part in layer] for layer in self.layers], "scale": self.scale}
+
+    def restore(self, geometry: dict[str, Any], like: Tensor) -> None:
+        """Make the layers as a model would, with the dtype and the device of one of its tensors."""
+        self.saw(Pattern(), float(geometry["scale"]), sinks=False)
+        self.layers[:] = [
+            (like.new_empty(self.slots, *keys), like.new_empty(self.slots, *values))
+            for keys, values in geometry["layers"]
+        ]
 
     def slots_of(self, blocks: Items[int], tokens: int) -> Tensor:
         """Slots [tokens] of a sequence with these blocks."""

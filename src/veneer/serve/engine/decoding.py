@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
-from typing import Any
+from contextlib import suppress
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from veneer.adapters import Bank
 from veneer.adapters.adapter import Adapter
 from veneer.kernels.cpp_library import pays
 from veneer.kernels.decoding import DecoderKernel, LowRankLayer, LowRankTable
+from veneer.models.flat import FlatRunner
 from veneer.serve.engine.decoder_parts import decoder_modules, decoder_weights, rotation_table
 from veneer.serve.engine.runner import PagedRunner, Reference, choose_runner, rows_wanted
 from veneer.serve.engine.scheduler import Chunk
@@ -96,18 +98,65 @@ class DecodingRunner:
         return LowRankTable(self._layers, parts, self._dtype)
 
 
-def fastest_runner(model: Any, bank: Bank | None, cache: Any, vocabulary: int, positions: int) -> Any:
+class CheckRecord(Protocol):
+    """Keeps what the checks of a base found, for its next start."""
+
+    def read(self) -> dict[str, Any]:
+        """The stored result; empty if there is none."""
+
+    def write(self, found: dict[str, Any]) -> None:
+        """Store a result."""
+
+
+def fastest_runner(
+    model: Any, bank: Bank | None, cache: Any, vocabulary: int, positions: int, record: CheckRecord | None = None
+) -> Any:
     """The fastest runner that computes a text piece by piece as the model computes it whole.
+
+    Args:
+        model: a causal language model.
+        bank: its adapters.
+        cache: the engine's blocks.
+        vocabulary: number of tokens of the model.
+        positions: number of positions of a text.
+        record: where the result of the checks is kept. A base that the kernel decodes is not checked again.
 
     Raises:
         BaseModelError: the model does not generate text.
     """
+    known = record.read() if record is not None and pays() else {}
+    if known.get("runner") == DecodingRunner.__name__:
+        with suppress(Exception):  # a record that does not fit is no record
+            return _from_record(model, bank, cache, positions, known)
     reference = Reference(model, bank, cache, vocabulary)
     runner = choose_runner(model, bank, cache, reference)
     if not isinstance(runner, PagedRunner) or not pays() or cache.scale is None:
         return runner
+    made = _decoding_runner(model, bank, runner, cache, positions)
+    if made is None or not reference.agrees(reference.error(made)):
+        return runner
+    if record is not None:
+        start = runner.flat.first_position
+        record.write({"runner": DecodingRunner.__name__, "first_position": start, "cache": cache.geometry()})
+    return made
+
+
+def _from_record(model: Any, bank: Bank | None, cache: Any, positions: int, known: dict[str, Any]) -> DecodingRunner:
+    """The runner that passed the checks, with blocks as those made them."""
+    flat = FlatRunner(model, probe=False)
+    flat.first_position = int(known["first_position"])
+    cache.restore(known["cache"], next(model.parameters()))
+    made = _decoding_runner(model, bank, PagedRunner(flat, bank, cache), cache, positions)
+    if made is None:
+        raise ValueError("the record is of another model")
+    return made
+
+
+def _decoding_runner(
+    model: Any, bank: Bank | None, paged: PagedRunner, cache: Any, positions: int
+) -> DecodingRunner | None:
+    """The runner with the kernel, or None if the kernel has no form of this model."""
     weights = decoder_weights(model, cache.scale)
     if weights is None or len(weights.layers) != len(cache.layers):
-        return runner
-    made = DecodingRunner(model, bank, runner, DecoderKernel(weights, cache.layers, cache.size), positions)
-    return made if reference.agrees(reference.error(made)) else runner
+        return None
+    return DecodingRunner(model, bank, paged, DecoderKernel(weights, cache.layers, cache.size), positions)

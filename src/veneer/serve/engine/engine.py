@@ -35,7 +35,7 @@ from veneer.serve.engine.adapters import AdapterLimits, AdapterStore, AdapterVer
 from veneer.serve.engine.answer import finished, next_token, prompt_scores, start_text
 from veneer.serve.engine.blocks import BlockPool, root_digest
 from veneer.serve.engine.cache import PagedCache
-from veneer.serve.engine.decoding import fastest_runner
+from veneer.serve.engine.decoding import CheckRecord, fastest_runner
 from veneer.serve.engine.grammar import GrammarCompiler
 from veneer.serve.engine.request import (
     AdapterStatus,
@@ -83,13 +83,20 @@ class Engine:
         tokenizer: its tokenizer.
         bank: the adapters; those that it has are pinned under their names.
         limits: see `EngineLimits`.
+        record: keeps which runner the model passed its checks with (`runner_record.py`); without one, they run at each start.
 
     Raises:
         BaseModelError: the model does not generate text, or has no tokenizer.
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, bank: Bank | None = None, limits: EngineLimits | None = None
+        self,
+        model: Any,
+        tokenizer: Any,
+        bank: Bank | None = None,
+        limits: EngineLimits | None = None,
+        *,
+        record: CheckRecord | None = None,
     ) -> None:
         if tokenizer is None:
             raise BaseModelError(
@@ -108,7 +115,7 @@ class Engine:
         self._cache = PagedCache(self._pool.count, limits.block)
         model.eval()
         self._context = min(longest, self._pool.count * limits.block)
-        self.runner = fastest_runner(model, bank, self._cache, self._vocabulary, self._context)
+        self.runner = fastest_runner(model, bank, self._cache, self._vocabulary, self._context, record)
         if self.runner.paged and (rope := FlatRunner(model, probe=False).longest_position) is not None:
             self._context = min(self._context, rope)
         prepare = getattr(self.runner, "prepare", None)

@@ -58,7 +58,7 @@ class PagedRunner:
     reason = ""
 
     def __init__(self, flat: FlatRunner, bank: Bank | None, cache: PagedCache) -> None:
-        self._flat = flat
+        self.flat = flat
         self._bank = bank
         self.cache = cache
         self._device = next(flat.model.parameters()).device
@@ -78,11 +78,11 @@ class PagedRunner:
             keep += range(len(ids) - kept[-1], len(ids))
             bounds.append(len(ids))
         made = Flat(torch.tensor(ids), torch.tensor(positions), torch.tensor(bounds))
-        flat = self._flat.prepare(Flat(made.ids.to(self._device), made.positions.to(self._device), made.offsets))
+        flat = self.flat.prepare(Flat(made.ids.to(self._device), made.positions.to(self._device), made.offsets))
         keep_K = torch.tensor(keep, dtype=torch.long)
         attend = StepAttention(self.cache, chunks, self._device)
-        with self._routed([chunk.sequence.mix for chunk in chunks], made.offsets, self._flat.head_cells(flat, keep_K)):
-            logits = self._flat.logits(flat, keep_K, attend=attend)
+        with self._routed([chunk.sequence.mix for chunk in chunks], made.offsets, self.flat.head_cells(flat, keep_K)):
+            logits = self.flat.logits(flat, keep_K, attend=attend)
         return logits, kept
 
     def _routed(self, mixes: list[Mix], offsets: Tensor, keep: Tensor) -> AbstractContextManager[object]:
