@@ -17,9 +17,11 @@ from tests.tiny import tiny
 from torch import Tensor
 
 from veneer.adapters import Adapter, attach
+from veneer.checkpoints import PeftFolders
 from veneer.checkpoints.foreign.factors import program_of
 from veneer.checkpoints.foreign.litgpt import read_litgpt
 from veneer.checkpoints.foreign.mlx import read_mlx
+from veneer.cli._targets import adapter_folders
 from veneer.errors import CheckpointError, VeneerError
 
 Q, UP = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"
@@ -226,6 +228,24 @@ def test_a_folder_above_names_those_inside(tmp_path: Path) -> None:
         write(tmp_path / dialect, dialect, TENSORS[dialect], SETTINGS[dialect])
     with pytest.raises(CheckpointError, match=r"it contains litgpt, mlx: give one, such as .*litgpt"):
         program_of(tmp_path)
+
+
+@pytest.mark.parametrize("file", [*(FILES[dialect][0] for dialect in DIALECTS), "pytorch_adapter.bin"])
+def test_commands_say_whose_folder_it_is(tmp_path: Path, file: str, model: Any) -> None:
+    """A folder of another program, given as an adapter, is recognised with and without settings beside it."""
+    says = (
+        "is a pickle of AdapterHub" if file.endswith("bin") else r"is an adapter of .*; convert it first: veneer import"
+    )
+    (tmp_path / file).write_bytes(b"x")
+    bank = attach(model, folders=PeftFolders())
+    with pytest.raises(CheckpointError, match=says):
+        bank.load(tmp_path)
+    with pytest.raises(CheckpointError, match=says):
+        adapter_folders(str(tmp_path))
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=says):
+        bank.load(tmp_path)
+    bank.detach()
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)

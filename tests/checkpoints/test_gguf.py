@@ -24,7 +24,8 @@ from veneer.checkpoints.foreign.gguf import (
     read_gguf,
     write_gguf,
 )
-from veneer.errors import ExportError
+from veneer.errors import BaseModelError, ExportError
+from veneer.models.load import load_base
 
 ARCHS = ("llama", "mistral", "qwen3", "gemma2", "gemma3", "phi3", "smollm3", "granite", "gpt2")
 
@@ -246,3 +247,11 @@ def test_rows_are_in_the_order_of_a_real_base_file() -> None:
         stored = torch.from_numpy(gguf.dequantize(file[name].data, file[name].tensor_type))
         weight = base.model.get_submodule(site).weight
         assert torch.equal(stored.reshape(weight.shape), where.rows(name, weight))
+
+
+def test_a_gguf_adapter_is_no_base(tmp_path: Path) -> None:
+    """Given as a base, the file is recognised, and the remedy is told."""
+    model, where = layout("llama")
+    write_gguf(trained(model, LoRA(r=4)), tmp_path / "a.gguf", where)
+    with pytest.raises(BaseModelError, match=r"is an adapter in llama\.cpp's format and no base; give its base"):
+        load_base(str(tmp_path / "a.gguf"))

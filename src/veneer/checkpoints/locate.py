@@ -24,6 +24,8 @@ from veneer.errors import CheckpointError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _LARGEST_HEADER = 16 << 20
+_OTHER_PROGRAMS = {"adapters.safetensors": "mlx-lm", "lit_model.lora.safetensors": "LitGPT"}
+_ADAPTER_HUB = "pytorch_adapter.bin"
 _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _IN_A_RUN = ("adapter", "best", "last", "final")
@@ -83,8 +85,25 @@ def why_not(path: Path, typed: str | None = None) -> str:
             f"{typed}: no such folder; adapters are read from folders only, so download one from the hub first: "
             f"hf download {typed} --local-dir FOLDER"
         )
+    if other := of_another_program(path):
+        return other
     problem = f"contains no adapter ({CONFIG})" if path.exists() else "no such folder"
     return f"{typed}: {problem}; give an adapter folder, or a run that has written one"
+
+
+def of_another_program(path: Path) -> str:
+    """The reason why an adapter in another program's format is not read as it is, with the remedy; empty for any other path."""
+    for file, program in _OTHER_PROGRAMS.items():
+        if (path / file).is_file():
+            return (
+                f"{path} is an adapter of {program}; convert it first: veneer import {path} --base MODEL --out FOLDER"
+            )
+    if (path / _ADAPTER_HUB).is_file():
+        return (
+            f"{path / _ADAPTER_HUB} is a pickle of AdapterHub, which can run code when it is opened, and is not read; train the adapter "
+            "with PEFT or Veneer, or save its merged model and use veneer extract"
+        )
+    return ""
 
 
 def looks_like_hub_id(path: Path) -> bool:

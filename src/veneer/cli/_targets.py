@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veneer._terminal import note, status
-from veneer.checkpoints.locate import CONFIG, adapters_at, choice_note, is_run, why_not
+from veneer.checkpoints.locate import CONFIG, adapters_at, choice_note, is_run, of_another_program, why_not
 from veneer.cli._parser import FORMATS, add_device, add_dtype, add_force, add_quantize
 from veneer.errors import CheckpointError, ConfigError
 from veneer.models.embedded import EMBEDDED
@@ -71,6 +71,8 @@ def adapter_folders(target: str) -> dict[str, Path]:
         return {}
     if is_run(path):
         raise CheckpointError(f"{path} is a run without an adapter so far; run its training command again to resume it")
+    if other := of_another_program(path):
+        raise CheckpointError(other)
     if not (path / "config.json").is_file() and not any(path.glob("*.gguf")):
         runs = sorted(run for run in path.iterdir() if adapters_at(run))
         hint = f"; it contains {', '.join(run.name for run in runs[:8])}: give one, such as {runs[0]}" if runs else ""

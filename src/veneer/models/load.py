@@ -332,6 +332,7 @@ def _convert(file: Path, folder: Path) -> None:
             raise BaseModelError(f"reading {file.name} needs the package {package}; run `pip install {package}`")
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    _refuse_adapter(file)
     _log.info("dequantising %s once; later loads read %s", file.name, folder.parent)
     if sys.stderr.isatty():
         print(f"unpacking {file.name} into {folder.parent}, once; later starts are quick", file=sys.stderr, flush=True)
@@ -356,6 +357,19 @@ def _convert(file: Path, folder: Path) -> None:
         _account(model, info, file)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+
+
+def _refuse_adapter(file: Path) -> None:
+    from gguf import GGUFReader
+
+    try:
+        kind = GGUFReader(file).fields["general.type"].contents()
+    except Exception:  # the loader reports a file that cannot be read
+        return
+    if kind == "adapter":
+        raise BaseModelError(
+            f"{file} is an adapter in llama.cpp's format and no base; give its base, and as the adapter the folder it was exported from"
+        )
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from veneer.checkpoints import receipt as receipts
 from veneer.checkpoints.base_view import BaseView
 from veneer.checkpoints.files import Folder, parse_json
 from veneer.checkpoints.findings import Findings, shown
-from veneer.checkpoints.locate import CONFIG, WEIGHTS
+from veneer.checkpoints.locate import CONFIG, WEIGHTS, of_another_program
 from veneer.checkpoints.peft.build import build, check_init
 from veneer.checkpoints.peft.checks import check_agreement, check_stored, check_values
 from veneer.checkpoints.peft.expert_layouts import expand_experts
@@ -117,6 +117,8 @@ def _check_files(folder: Folder) -> None:
                 f"{folder.path / pickled[0]} is a pickle, which can run code when it is opened, and is not read; convert it where "
                 "you trust it: PeftModel.from_pretrained(base, folder).save_pretrained(new_folder) writes adapter_model.safetensors"
             )
+        if other := of_another_program(folder.path):
+            raise CheckpointError(other)
         if CONFIG not in folder and "config.json" in folder:
             raise CheckpointError(f"{folder.path} holds a base model, not an adapter: there is no {CONFIG}")
         raise CheckpointError(f"{folder.path} holds no {WEIGHTS}; expected a folder with {CONFIG} and {WEIGHTS}")
