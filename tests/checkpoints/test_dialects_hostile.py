@@ -22,6 +22,7 @@ from veneer.checkpoints.foreign.factors import program_of
 from veneer.checkpoints.foreign.litgpt import read_litgpt
 from veneer.checkpoints.foreign.mlx import read_mlx
 from veneer.cli._targets import adapter_folders
+from veneer.cli.main import main
 from veneer.errors import CheckpointError, VeneerError
 
 Q, UP = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"
@@ -246,6 +247,31 @@ def test_commands_say_whose_folder_it_is(tmp_path: Path, file: str, model: Any) 
     with pytest.raises(CheckpointError, match=says):
         bank.load(tmp_path)
     bank.detach()
+
+
+IMAGE_TOOLS: dict[str, dict[str, tuple[int, ...]]] = {
+    "style.safetensors": {"lora_te_encoder_layers_0_q_proj.lora_down.weight": (4, 32), "lora_te_0.alpha": (1,)},
+    "pytorch_lora_weights.safetensors": {"unet.down_blocks.0.to_q.lora_A.weight": (4, 32)},
+    "flux.safetensors": {"diffusion_model.double_blocks.0.img_attn.qkv.lora_up.weight": (32, 4)},
+    "loha.safetensors": {"lora_unet_mid_block.hada_w1_a": (32, 4), "lora_unet_mid_block.hada_w1_b": (4, 32)},
+}
+
+
+@pytest.mark.parametrize("file", IMAGE_TOOLS)
+def test_files_of_image_tools_are_refused_in_a_sentence(
+    tmp_path: Path, file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The file and its folder, given to `import` and `inspect`, with what is expected instead."""
+    save_file({key: torch.ones(shape) for key, shape in IMAGE_TOOLS[file].items()}, tmp_path / file)
+    for given in (tmp_path, tmp_path / file):
+        for words in (
+            ["import", str(given), "--base", "base", "--out", str(tmp_path / "out")],
+            ["inspect", str(given)],
+        ):
+            assert main(words) == 1
+            said = capsys.readouterr().err
+            assert "adapter" in said and "bug in veneer" not in said and len(said.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)

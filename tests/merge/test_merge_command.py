@@ -134,3 +134,20 @@ def test_sizes_are_read() -> None:
     for text in ("", "0", "-1", "1TB", "x"):
         with pytest.raises(ConfigError):
             parse_size(text)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3", "qwen3", "gpt2"])
+def test_files_of_the_processor_come_along(arch: str, tmp_path: Path) -> None:
+    """What stands beside the weights of the base stands beside the merged ones, byte for byte."""
+    model = saved(tmp_path / "base", arch)
+    beside = {
+        "preprocessor_config.json": b'{"do_resize": true}',
+        "processor_config.json": b"{}",
+        "video_preprocessor_config.json": b"{}\n",
+        "chat_template.json": b'{"chat_template": ""}',
+    }
+    for name, content in beside.items():
+        (tmp_path / "base" / name).write_bytes(content)
+    write_adapter(trained(model, LoRA(r=2)), tmp_path / "a", base_name=str(tmp_path / "base"))
+    assert main(["merge", str(tmp_path / "a"), "--out", str(tmp_path / "merged")]) == 0
+    assert {name: (tmp_path / "merged" / name).read_bytes() for name in beside} == beside
