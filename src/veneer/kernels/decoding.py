@@ -5,8 +5,8 @@ For each layer, with row n's adapters p of weight w_p,
     y_n = C_n * (x_n W^T) + b + sum_p w_p (x_n A_p^T) (s S B)_p^T,      C_n = 1 + sum_p w_p (S_p - 1)
     x = x + O(attention(rotate(Q(norm(x))), cache));   x = x + DOWN(silu(GATE(norm(x))) * UP(norm(x)))
 
-which is a decoder in Llama's form: RMSNorm, queries and keys rotated by halves and optionally normed by head, grouped heads, a gated
-SiLU layer.
+which is a decoder in Llama's form: RMSNorm, queries and keys rotated by halves and optionally normed by head, grouped heads that see all
+tokens or a window of them, a gated SiLU layer.
 Its plain form is the model itself, run by a `FlatRunner` on a paged cache. Weights are fp32 or bf16; sums are in fp32, rounded where
 models round. A row's result does not depend on the other rows.
 """
@@ -134,6 +134,7 @@ class _Block(ctypes.Structure):
         ("weight", _POINTER * len(LINEARS)),
         ("bias", _POINTER * len(LINEARS)),
         *((name, _POINTER) for name in ("norm", "norm_after", "q_norm", "k_norm", "keys", "values")),
+        ("before", _LONG),
     ]
 
 
@@ -165,12 +166,19 @@ class DecoderKernel:
         weights: a decoder that `DecoderWeights.fits`.
         cache: (keys [S, G, D], values [S, G, D]) of each layer.
         block: tokens of a cache block.
+        reaches: tokens back that each layer attends to, None for all.
 
     Raises:
         RuntimeError: the kernels are not in use.
     """
 
-    def __init__(self, weights: DecoderWeights, cache: Sequence[tuple[Tensor, Tensor]], block: int) -> None:
+    def __init__(
+        self,
+        weights: DecoderWeights,
+        cache: Sequence[tuple[Tensor, Tensor]],
+        block: int,
+        reaches: Sequence[int | None],
+    ) -> None:
         made = library()
         if made is None:
             raise RuntimeError("the C++ kernels are not in use")
@@ -178,13 +186,14 @@ class DecoderKernel:
         self._weights, self._cache = weights, cache  # kept, since addresses point into them
         self._kind = KINDS[weights.embedding.dtype]
         self._blocks = (_Block * len(weights.layers))()
-        for row, layer, (keys, values) in zip(self._blocks, weights.layers, cache, strict=True):
+        for row, layer, (keys, values), before in zip(self._blocks, weights.layers, cache, reaches, strict=True):
             for number, name in enumerate(LINEARS):
                 row.weight[number] = layer.weights[name].data_ptr()
                 row.bias[number] = _at(layer.biases[name])
             row.norm, row.norm_after = layer.norm.data_ptr(), layer.norm_after.data_ptr()
             row.q_norm, row.k_norm = _at(layer.q_norm), _at(layer.k_norm)
             row.keys, row.values = keys.data_ptr(), values.data_ptr()
+            row.before = -1 if before is None else before
         self._decoder = _Decoder(
             len(weights.layers),
             weights.norm.shape[0],

@@ -38,6 +38,7 @@ struct Block {
     const void *norm, *norm_after;
     const void *q_norm, *k_norm;  // [head size] or null
     void *keys, *values;          // the cache: [slots, G, D]
+    long before;                  // tokens back that a token attends to, or -1 for all
 };
 
 struct Decoder {
@@ -417,12 +418,14 @@ template <class T> struct Worker {
     }
 
     void one_head(const Block& b, long n, long g, const T* q, T* out) {
-        const long D = m.size, G = m.groups, R = m.heads / G, length = s.lengths[n], padded = (length + 15) / 16 * 16;
+        const long D = m.size, G = m.groups, R = m.heads / G;
+        const long from = b.before < 0 ? 0 : std::max(0L, s.lengths[n] - 1 - b.before);  // the first token that is seen
+        const long length = s.lengths[n] - from, padded = (length + 15) / 16 * 16;
         float top[64];
         std::fill(top, top + R, -INFINITY);
         for (long j = 0; j < length; j += 16) {
             const T* key[16];
-            for (long i = 0; i < 16; i++) key[i] = (const T*)b.keys + (slot(n, std::min(j + i, length - 1)) * G + g) * D;
+            for (long i = 0; i < 16; i++) key[i] = (const T*)b.keys + (slot(n, from + std::min(j + i, length - 1)) * G + g) * D;
             for (long r = 0; r < R; r++) {
                 vf acc[16] = {};
                 for (long d = 0; d < D; d += LANES) {
@@ -447,7 +450,7 @@ template <class T> struct Worker {
                 const int parts_here = (int)std::min(4L, (D - d) / LANES);
                 vf acc[4] = {};
                 for (long j = 0; j < length; j++) {
-                    const T* value = (const T*)b.values + (slot(n, j) * G + g) * D + d;
+                    const T* value = (const T*)b.values + (slot(n, from + j) * G + g) * D + d;
                     for (int i = 0; i < parts_here; i++) acc[i] += load(value + i * LANES) * p[j];
                 }
                 for (int i = 0; i < parts_here; i++) store(out + r * D + d + i * LANES, acc[i] * inverse_sum);

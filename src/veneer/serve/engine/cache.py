@@ -26,15 +26,23 @@ class PagedCache:
         self.size = size
         self.layers: list[tuple[Tensor, Tensor]] = []
         self.scale: float | None = None
-        """Factor of the scores, if attention is plain (no window, soft cap or sinks) and the same in all layers; else None."""
-        self._kinds: set[tuple[Pattern, float, bool]] = set()
+        """Factor of the scores, if attention is plain (no soft cap or sinks) with one factor in all layers; else None."""
+        self._kinds: dict[int, set[tuple[Pattern, float, bool]]] = {}
 
-    def saw(self, pattern: Pattern, scale: float, *, sinks: bool) -> None:
-        """Note a kind of attention that the model computes."""
+    def saw(self, number: int, pattern: Pattern, scale: float, *, sinks: bool) -> None:
+        """Note a kind of attention that a layer computes."""
+        kinds = self._kinds.setdefault(number, set())
         kind = (pattern, scale, sinks)
-        if kind not in self._kinds:
-            self._kinds.add(kind)
-            self.scale = scale if self._kinds == {(Pattern(), scale, False)} else None
+        if kind not in kinds:
+            kinds.add(kind)
+            every = [one for found in self._kinds.values() for one in found]
+            plain = all(one == (Pattern(before=one[0].before), scale, False) for one in every)
+            self.scale = scale if plain and len(every) == len(self._kinds) else None
+
+    @property
+    def reaches(self) -> list[int | None]:
+        """Tokens back that each layer attends to, None for all, where attention is plain."""
+        return [next(iter(self._kinds[number]))[0].before for number in range(len(self.layers))]
 
     def layer(self, number: int, k_TGD: Tensor, v_TGE: Tensor) -> tuple[Tensor, Tensor]:
         """(keys [S, G, D], values [S, G, E]) of a layer, shaped as these keys and values are."""
@@ -46,11 +54,13 @@ class PagedCache:
 
     def geometry(self) -> dict[str, Any]:
         """Sizes and scale with which `restore` makes the layers of a model with plain attention."""
-        return {"layers": [[list(part.shape[1:]) for part in layer] for layer in self.layers], "scale": self.scale}
+        shapes = [[list(part.shape[1:]) for part in layer] for layer in self.layers]
+        return {"layers": shapes, "reaches": self.reaches, "scale": self.scale}
 
     def restore(self, geometry: dict[str, Any], like: Tensor) -> None:
         """Make the layers as a model would, with the dtype and the device of one of its tensors."""
-        self.saw(Pattern(), float(geometry["scale"]), sinks=False)
+        for number, before in enumerate(geometry["reaches"]):
+            self.saw(number, Pattern(before=before), float(geometry["scale"]), sinks=False)
         self.layers[:] = [
             (like.new_empty(self.slots, *keys), like.new_empty(self.slots, *values))
             for keys, values in geometry["layers"]
@@ -90,7 +100,7 @@ class StepAttention:
     ) -> Tensor:
         if pattern.after != 0:
             raise NotFlat("its attention looks ahead, so an answer cannot be written token by token")
-        self._cache.saw(pattern, scale, sinks=sinks_H is not None)
+        self._cache.saw(number, pattern, scale, sinks=sinks_H is not None)
         k_TGD, v_TGE = k_GTD.transpose(0, 1), v_GTE.transpose(0, 1)
         k_SGD, v_SGE = self._cache.layer(number, k_TGD, v_TGE)
         k_SGD[self._slots_T] = k_TGD

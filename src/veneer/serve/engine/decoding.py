@@ -159,4 +159,6 @@ def _decoding_runner(
     weights = decoder_weights(model, cache.scale)
     if weights is None or len(weights.layers) != len(cache.layers):
         return None
-    return DecodingRunner(model, bank, paged, DecoderKernel(weights, cache.layers, cache.size), positions)
+    return DecodingRunner(
+        model, bank, paged, DecoderKernel(weights, cache.layers, cache.size, cache.reaches), positions
+    )
