@@ -103,7 +103,8 @@ def test_mlx_lm_embeddings(tmp_path: Path) -> None:
     """An embedding's factors lie the other way round, and act on the head that is tied to it."""
     model = saved(tmp_path / "base", tie_word_embeddings=True)
     a, b = draw(320, 2), draw(2, 32, seed=1)
-    folder = mlx_folder(tmp_path / "theirs", {"model.embed_tokens.lora_a": a, "model.embed_tokens.lora_b": b})
+    tensors = {"model.embed_tokens.lora_a": a, "model.embed_tokens.lora_b": b}
+    folder = mlx_folder(tmp_path / "theirs", tensors, lora_parameters={"rank": 2, "scale": 5.0})
     wanted = with_changes(model, {"model.embed_tokens": 5 * a @ b})
     assert torch.allclose(imported(folder, tmp_path, model), wanted, atol=1e-5)
 
@@ -203,7 +204,7 @@ MLX_MISTAKES: dict[str, tuple[dict[str, Tensor], dict[str, Any], str]] = {
     "negative": (PAIR, {"lora_parameters": {"rank": 3, "scale": -1.0}}, "the scale is -1"),
     "dora embedding": (
         {f"{EMBED}.lora_a": draw(320, 2), f"{EMBED}.lora_b": draw(2, 32), f"{EMBED}.m": draw(320)},
-        {},
+        {"fine_tune_type": "dora", "lora_parameters": {"rank": 2, "scale": 5.0}},
         "one magnitude per token",
     ),
 }

@@ -49,7 +49,7 @@ def test_more_steps_end_as_if_they_had_been_asked_for_at_once(
     place: Path, base: Base, tmp_path: Path, more: dict[str, Any], dropout: float
 ) -> None:
     """At a constant rate, 4 steps and then more end with the bits of a run that was never finished in between."""
-    shared: dict[str, Any] = {"name": "one", "batch_size": 7, "lora_dropout": dropout}
+    shared: dict[str, Any] = {"name": "one", "schedule": "constant", "batch_size": 7, "lora_dropout": dropout}
     run(place, base, tmp_path / "whole", **shared, **more)
     run(place, base, tmp_path / "parts", **shared, steps=4)
     result, said = run(place, base, tmp_path / "parts", **shared, **more)

@@ -60,8 +60,13 @@ def logits(made: Engine, requests: list[GenerationRequest], steps: int) -> list[
     return [torch.stack(found[one.id][:steps]) for one in requests]
 
 
-@pytest.mark.parametrize("arch", ["llama", "qwen3", "mistral"])
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-2)])
+@pytest.mark.parametrize(
+    ("arch", "dtype", "bound"),
+    [
+        *((arch, torch.float32, 1e-5) for arch in ("llama", "qwen3", "mistral")),
+        *((arch, torch.bfloat16, 4e-2) for arch in ("llama", "qwen3")),
+    ],
+)
 def test_logits_are_the_models(arch: str, dtype: torch.dtype, bound: float, tmp_path: Path) -> None:
     """Under LoRA, DoRA, mixes and the base, the logits are the flat runner's; so are those of windows in some or all layers."""
     over = {**SHAPE, "dtype": dtype}

@@ -91,6 +91,17 @@ def expand(options: TrainOptions, *, files: bool = True) -> dict[str, TrainOptio
     return found
 
 
+def with_former_defaults(out: Path, options: TrainOptions) -> TrainOptions:
+    """``options`` for the run in a folder: those that were left out, and had another default when it began, as it began."""
+    stored, _ = resolve(TrainOptions, out / CONFIG)
+    kept = {
+        key: value
+        for key, value in _FORMER_DEFAULTS.items()
+        if key not in options.model_fields_set and getattr(stored, key) == value
+    }
+    return TrainOptions(**{**given(options), **kept}) if kept else options
+
+
 def match_stored_run(
     out: Path, jobs: dict[str, TrainOptions]
 ) -> tuple[dict[str, TrainOptions], dict[str, TrainOptions]]:
@@ -107,7 +118,6 @@ def match_stored_run(
         if name not in jobs:
             differences[f'job "{name}" is only there'] = None
             continue
-        jobs[name] = _with_former_defaults(jobs[name], options)
         there, here = plain(options), plain(jobs[name])
         fixed = {*there, *here} - {*_MAY_CHANGE} | ({"steps", "epochs"} if stored.halving else set())
         for key in sorted(key for key in fixed if there.get(key) != here.get(key)):
@@ -121,13 +131,6 @@ def match_stored_run(
             "--fresh"
         )
     return jobs, before
-
-
-def _with_former_defaults(options: TrainOptions, stored: TrainOptions) -> TrainOptions:
-    """``options`` with the stored values of those that were left out, and that had another default when the run began."""
-    kept = {key: value for key, value in _FORMER_DEFAULTS.items() if key not in options.model_fields_set}
-    kept = {key: value for key, value in kept.items() if getattr(stored, key) == value}
-    return TrainOptions(**{**given(options), **kept}) if kept else options
 
 
 def number_of_steps(options: TrainOptions, examples: int) -> int:

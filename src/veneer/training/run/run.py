@@ -37,7 +37,7 @@ from veneer.training.run import trackers
 from veneer.training.run.checkpointing import Saver
 from veneer.training.run.console import Console
 from veneer.training.run.decisions import decide, stored_forms
-from veneer.training.run.jobs import check_steps, expand, go_on, match_stored_run
+from veneer.training.run.jobs import check_steps, expand, go_on, match_stored_run, with_former_defaults
 from veneer.training.run.manifest import Manifest, compare, earlier_decisions, manifest_of
 from veneer.training.run.parent_adapters import OF_THE_ADAPTER
 from veneer.training.run.recorder import Recorder
@@ -130,11 +130,13 @@ def _start(
         )
     with join(options.processes, options.device, options.answer_minutes) as processes, ExitStack() as stack:
         console = console if processes.first else Console(quiet=True)
+        goes_on = not fresh and (out / CONFIG).is_file()
+        own = with_former_defaults(out, options) if goes_on else options
 
         def enter() -> dict[str, TrainOptions]:
-            jobs = expand(options)
-            check_shard(options, jobs.values(), processes, loads=base is None)
-            check_sequence(options, jobs.values(), processes, base.base if isinstance(base, SharedBase) else base)
+            jobs = expand(own)
+            check_shard(own, jobs.values(), processes, loads=base is None)
+            check_sequence(own, jobs.values(), processes, base.base if isinstance(base, SharedBase) else base)
             if processes.first:
                 stack.enter_context(locked(out))
             return jobs
@@ -142,11 +144,11 @@ def _start(
         def begin() -> tuple[Setup, RunFolder, Halving | None, Mapping[str, int]]:
             jobs = expanded
             stored: dict[str, TrainOptions] = {}
-            if not fresh and (out / CONFIG).is_file():
+            if goes_on:
                 jobs, stored = match_stored_run(out, jobs)
             if console.live:
                 console.progress(f"loading {options.base}")
-            setup = stack.enter_context(set_up(options, jobs, base, console.line))
+            setup = stack.enter_context(set_up(own, jobs, base, console.line))
             halving = Halving(setup.jobs) if options.halving else None
             longer = check_steps(out, stored, setup.jobs)
             return setup, RunFolder(out, single=len(jobs) == 1 and whole is None, whole=whole), halving, longer
