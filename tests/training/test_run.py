@@ -32,7 +32,7 @@ from veneer.training.run.control import ask
 
 def test_a_run_equals_a_plain_loop(place: Path, base: Base, tmp_path: Path) -> None:
     """The adapter that a run leaves is the one of a loop with transformers, AdamW and the same order of examples."""
-    chosen = options(place, tmp_path / "a", lora_dropout=0.0, clip=None, steps=10, r=4, seed=3)
+    chosen = options(place, tmp_path / "a", lora_dropout=0.0, clip=None, steps=10, r=4, seed=3, schedule="constant")
     result = train(chosen, base=base, console=QUIET)
     examples, _ = load_examples([place / "train.jsonl"], Renderer(base.tokenizer))
     order, bank = Order(len(examples), 3), attach(base.model)
