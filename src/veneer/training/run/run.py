@@ -115,14 +115,7 @@ def _start(
         trackers.require(options.track)
     out = folder_of_run(options)
     if options.cluster is not None:
-        if resume_from is not None:
-            raise ConfigError(
-                "resume_from names a checkpoint of one process, and each part of a run on a cluster has its own"
-            )
-        if base is not None:
-            raise ConfigError(
-                f"cluster: each worker loads the base itself; name it (base={options.base!r}) and pass none in memory"
-            )
+        _check_cluster(options, base, resume_from)
         return train_on_cluster(options, out, train_part, console, fresh=fresh)
     if not fresh and (out / PARTS).is_dir():
         raise ConfigError(
@@ -162,6 +155,18 @@ def _start(
         if processes.first:
             folder.prepare()
         return _run(setup, folder, console, halving, longer, watcher, processes, fresh=fresh, resume_from=resume_from)
+
+
+def _check_cluster(options: TrainOptions, base: Base | SharedBase | None, resume_from: str | None) -> None:
+    """Raise ConfigError for arguments that a run on a cluster cannot take."""
+    if resume_from is not None:
+        raise ConfigError(
+            "resume_from names a checkpoint of one process, and each part of a run on a cluster has its own"
+        )
+    if base is not None:
+        raise ConfigError(
+            f"cluster: each worker loads the base itself; name it (base={options.base!r}) and pass none in memory"
+        )
 
 
 def train_part(options: TrainOptions, base: Base | None, whole: Path, watcher: Watcher) -> RunResult | None:
