@@ -23,7 +23,7 @@ from veneer._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from veneer import errors
-    from veneer.adapters import Adapter, Bank, BitFit, DoRA, Full, LoRA, Route, bank_of
+    from veneer.adapters import IA3, Adapter, Bank, BitFit, DoRA, Full, Houlsby, LoRA, Pfeiffer, Route, VeRA, bank_of
     from veneer.checkpoints import attach
     from veneer.models.load import Base, load_base
     from veneer.training import train
@@ -35,14 +35,18 @@ if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 __all__ = [
+    "IA3",
     "Adapter",
     "Bank",
     "Base",
     "BitFit",
     "DoRA",
     "Full",
+    "Houlsby",
     "LoRA",
+    "Pfeiffer",
     "Route",
+    "VeRA",
     "attach",
     "bank_of",
     "errors",
@@ -57,8 +61,12 @@ _HOMES = {
     "BitFit": "veneer.adapters",
     "DoRA": "veneer.adapters",
     "Full": "veneer.adapters",
+    "Houlsby": "veneer.adapters",
+    "IA3": "veneer.adapters",
     "LoRA": "veneer.adapters",
+    "Pfeiffer": "veneer.adapters",
     "Route": "veneer.adapters",
+    "VeRA": "veneer.adapters",
     "attach": "veneer.checkpoints",
     "bank_of": "veneer.adapters",
     "load_base": "veneer.models.load",

@@ -28,6 +28,23 @@ ROUTES: dict[str, Any] = {
 }
 
 
+def test_layers_that_share_a_call_have_the_same_adapters() -> None:
+    """An adapter of values alone acts beside one of queries, keys and values: each row is as it is alone."""
+    model: Any = tiny("opt")
+    bank = attach(model)
+    draw = torch.Generator().manual_seed(0)
+    for name, targets in (("a", ("q_proj", "k_proj", "v_proj")), ("b", ("v_proj",))):
+        for parameter in bank.add(name, LoRA(r=2, target_modules=targets)).parameters():
+            parameter.data.add_(0.2 * torch.randn(parameter.shape, generator=draw))
+    ids = torch.randint(1, 60, (2, 7), generator=draw)
+    with torch.no_grad():
+        with bank.use(["a", "b"]):
+            together = model(input_ids=ids).logits
+        for row, name in enumerate("ab"):
+            with bank.use(name):
+                assert (model(input_ids=ids[row : row + 1]).logits[0] - together[row]).abs().max() <= 2e-6
+
+
 def model_and_bank(arch: str = "llama", dtype: torch.dtype = torch.float64, p: float = 0.0) -> tuple[Any, Bank]:
     """A tiny model with two adapters whose B is not zero."""
     model: Any = tiny(arch, dtype=dtype).requires_grad_(False)

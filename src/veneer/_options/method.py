@@ -13,9 +13,9 @@ from veneer._options.base import Flag, Options, Texts, Whole
 class MethodOptions(Options):
     """Adapter."""
 
-    target_modules: Literal["all-linear", "all"] | Texts = "all-linear"
-    """Modules to adapt: all linear layers of the blocks (without the head), all layers, or names, globs, and regular expressions
-    after re:."""
+    target_modules: Literal["all-linear", "all", "auto"] | Texts = "all-linear"
+    """Modules to adapt: all linear layers of the blocks (without the head), all layers, auto (those of the method's paper), or
+    names, globs, and regular expressions after re:."""
     exclude_modules: Texts = ()
     """Modules to leave out, given in the same way."""
     layers_to_transform: tuple[Whole, ...] | None = None

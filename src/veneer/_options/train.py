@@ -32,6 +32,7 @@ from veneer._options.base import (
     Whole,
 )
 from veneer._options.low_rank import LowRankOptions
+from veneer._options.other_methods import BottleneckOptions, IA3Options, VeRAOptions
 from veneer._options.text import kinds_of, read
 
 
@@ -130,11 +131,11 @@ class DataOptions(Options):
     """Handling of longer examples: raise an error, drop them, or cut off their end; dropped and cut examples are counted."""
 
 
-class AdapterOptions(LowRankOptions):
+class AdapterOptions(LowRankOptions, IA3Options, BottleneckOptions, VeRAOptions):
     """Adapter."""
 
-    method: Literal["lora", "dora", "full", "bitfit"] = "lora"
-    """Adapter method: lora, dora, full (complete copies of the layers), or bitfit (the biases)."""
+    method: Literal["lora", "dora", "full", "bitfit", "ia3", "houlsby", "pfeiffer", "vera"] = "lora"
+    """Adapter method: lora, dora, full (copies of the layers), bitfit (biases), ia3, houlsby, pfeiffer, or vera."""
 
 
 class ContinualOptions(Options):

@@ -8,7 +8,23 @@ from __future__ import annotations
 from veneer.adapters.adapter import Adapter
 from veneer.adapters.attach import attach, bank_of
 from veneer.adapters.bank import Bank
-from veneer.adapters.methods import METHODS, BitFit, DoRA, Full, LoRA, Method
+from veneer.adapters.methods import IA3, METHODS, BitFit, DoRA, Full, Houlsby, LoRA, Method, Pfeiffer, VeRA
 from veneer.adapters.runtime.route import Route
 
-__all__ = ["METHODS", "Adapter", "Bank", "BitFit", "DoRA", "Full", "LoRA", "Method", "Route", "attach", "bank_of"]
+__all__ = [
+    "IA3",
+    "METHODS",
+    "Adapter",
+    "Bank",
+    "BitFit",
+    "DoRA",
+    "Full",
+    "Houlsby",
+    "LoRA",
+    "Method",
+    "Pfeiffer",
+    "Route",
+    "VeRA",
+    "attach",
+    "bank_of",
+]

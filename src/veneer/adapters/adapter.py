@@ -198,6 +198,7 @@ def new_adapter(
     Each site has its own random stream, so that the values at one site do not depend on which others are adapted.
     """
     tensors: dict[str, dict[str, Tensor]] = {}
+    method = method.fitted(sites) if sites else method
     for site in sites:
         dtype = torch.promote_types(site.dtype, torch.float32)
         generator = torch.Generator().manual_seed(stream_seed(seed, site.name))

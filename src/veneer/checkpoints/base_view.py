@@ -144,10 +144,9 @@ class BaseView:
             return "conv2d"
         return "conv1d" if fan_in_fan_out else "linear"
 
-    def geometry(self, site: str, kind: str, shape_a: Shape, shape_b: Shape) -> Geometry:
-        """Shapes at a site. shape_a, shape_b: those of its factors in the file."""
-        kernel = shape_a[2:] if len(shape_a) == 4 else (1, 1)
-        return Geometry(kind, shape_b[0], shape_a[1] if len(shape_a) > 1 else 1, (kernel[0], kernel[1]))
+    def geometry(self, site: str, told: Geometry) -> Geometry:
+        """Shapes at a site. told: the shapes that its tensors in the file tell."""
+        return told
 
     def override_problem(self, layer: str, name: str, tensor: str, shape: Shape | None) -> str:
         """The reason that an adapter cannot override a parameter of a layer. tensor: its name in the file. shape: None for rows of it."""
@@ -260,7 +259,7 @@ class AttachedBase(SkeletonView):
     def kind(self, site: str, shapes: Mapping[str, Shape], *, fan_in_fan_out: bool) -> str:
         return self.sites[site].kind
 
-    def geometry(self, site: str, kind: str, shape_a: Shape, shape_b: Shape) -> Geometry:
+    def geometry(self, site: str, told: Geometry) -> Geometry:
         return self.sites[site].geometry
 
     def override_problem(self, layer: str, name: str, tensor: str, shape: Shape | None) -> str:

@@ -36,7 +36,7 @@ _EXPERT = re.compile(r"\bexperts\.\d+\b")
 
 @dataclass(frozen=True)
 class SiteView:
-    """One site. norm: ||s B A||_F. share: norm / ||W||_F, with a base. magnitude: least, mean and greatest, for DoRA."""
+    """One site. norm: ||s B A||_F, else `Method.moved`. share: norm / ||W||_F, with a base. magnitude: least, mean, greatest."""
 
     name: str
     kind: str
@@ -171,10 +171,14 @@ def _override(adapter: Adapter, layer: str, key: str, base: BaseView) -> Overrid
 
 def _site(adapter: Adapter, name: str, base: BaseView) -> SiteView:
     tensors: dict[str, Tensor] = {key: value.detach() for key, value in adapter.tensors[name].items()}
-    a_RK, b_OR = factors_2d(tensors, torch.float64)
-    norm = adapter.scale(name) * math.sqrt(max(0.0, float(((b_OR.T @ b_OR) * (a_RK @ a_RK.T)).sum())))
+    shapes = {key: tuple(value.shape) for key, value in tensors.items()}
+    told = base.geometry(name, adapter.method.geometry(adapter.kinds[name], shapes))
+    norm = adapter.method.moved(tensors)
+    if adapter.method.low_rank:
+        a_RK, b_OR = factors_2d(tensors, torch.float64)
+        norm = adapter.scale(name) * math.sqrt(max(0.0, float(((b_OR.T @ b_OR) * (a_RK @ a_RK.T)).sum())))
     share = None
-    if name in base.sites:
+    if name in base.sites and adapter.method.low_rank:
         size = float(base.sites[name].squared_norms().sum().sqrt())
         share = norm / size if size > 0 else None
     magnitude = adapter.method.magnitude(tensors)
@@ -184,8 +188,8 @@ def _site(adapter: Adapter, name: str, base: BaseView) -> SiteView:
         adapter.rank(name),
         adapter.alpha(name),
         adapter.scale(name),
-        a_RK.shape[1],
-        b_OR.shape[0],
+        told.fan_in,
+        told.out,
         sum(value.numel() for value in tensors.values()),
         norm,
         share,

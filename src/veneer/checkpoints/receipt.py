@@ -76,7 +76,7 @@ def make_receipt(adapter: Adapter, base: BaseView, digest: str, extra: Mapping[s
     receipt["kinds"] = {site: kind for site, kind in adapter.kinds.items() if kind == "conv1d"}
     if base.sites:
         receipt["base"] = weight_records(base, adapter.tensors)
-    if base.sites or not adapter.method.needs_base_weights:
+    if (base.sites or not adapter.method.needs_base_weights) and not adapter.method.no_delta:
         receipt["probes"] = {name: probe(adapter, name, _weight(base, name)) for name in adapter.tensors}
     return receipt
 
@@ -251,11 +251,11 @@ def probe(adapter: Adapter, name: str, weight_OK: Tensor | None = None, signed: 
     signed = signed or name
     method, scale = adapter.method, adapter.scale(name)
     tensors = {key: value.detach().float().cpu() for key, value in adapter.tensors[name].items()}
-    a_RK, b_OR = factors_2d(tensors, torch.float32)
-    v_K = signs(a_RK.shape[1], signed)
     if not method.needs_base_weights:
-        return eight(scale * (b_OR @ (a_RK @ v_K)), signed)
+        a_RK, b_OR = factors_2d(tensors, torch.float32)
+        return eight(scale * (b_OR @ (a_RK @ signs(a_RK.shape[1], signed))), signed)
     assert weight_OK is not None
+    v_K = signs(weight_OK.shape[1], signed)
     changes = []
     for start in range(0, weight_OK.shape[0], _ROWS):
         rows = slice(start, start + _ROWS)

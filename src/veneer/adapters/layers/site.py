@@ -53,6 +53,8 @@ class Site:
     """False for the output head and what else stands outside of the model's body (a pooler)."""
     is_classifier: bool = False
     """True for the last layer of a classifier's head: an adapter that overrides it has its own number of outputs."""
+    role: str = ""
+    """The part of a linear layer in its block (``roles.py``), empty if it is none of those."""
     is_router: bool = False
     """True for a linear layer that chooses a token's experts; all-linear leaves it out."""
     lender: Callable[[nn.Module], AbstractContextManager[None]] | None = field(default=None, repr=False)

@@ -22,6 +22,7 @@ from veneer.adapters.layers.kinds import (
     VectorKind,
 )
 from veneer.adapters.layers.quantized import QuantizedLinearKind
+from veneer.adapters.layers.roles import mark_roles
 from veneer.adapters.layers.site import Site, Survey
 from veneer.kernels.quantized.bitsandbytes import keep_packing, quantized_layer
 
@@ -81,6 +82,7 @@ def survey(model: nn.Module) -> Survey:
         if sites[name].kind == "linear":
             sites[name].tied_to = next((other for other in group if sites[other].kind == "embedding"), None)
     _mark_routers(sites, stacks)
+    mark_roles(sites.values())
     head = tuple(name for name, site in (sites | vector_layers).items() if site.module in task_head)
     _mark_classifier(model, [sites[name] for name in head if name in sites])
     return Survey(sites, uncovered, tied, vector_layers, stacks, head)

@@ -7,12 +7,17 @@ from typing import Any
 
 from veneer.adapters.methods.base import Method
 from veneer.adapters.methods.bitfit import BitFit
+from veneer.adapters.methods.bottleneck import Houlsby, Pfeiffer
 from veneer.adapters.methods.dora import DoRA
 from veneer.adapters.methods.full import Full
+from veneer.adapters.methods.ia3 import IA3
 from veneer.adapters.methods.lora import LoRA
 from veneer.adapters.methods.low_rank import LowRankMethod, factors_2d, low_rank
+from veneer.adapters.methods.vera import VeRA
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (LoRA, DoRA, Full, BitFit)}
+METHODS: dict[str, type[Method]] = {
+    method.name: method for method in (LoRA, DoRA, Full, BitFit, IA3, Houlsby, Pfeiffer, VeRA)
+}
 LOW_RANK: dict[str, type[LowRankMethod]] = {
     name: method for name, method in METHODS.items() if issubclass(method, LowRankMethod)
 }
@@ -21,15 +26,19 @@ OPTIONS = frozenset(name for method in METHODS.values() for name in method.model
 """Options that some method has."""
 
 __all__ = [
+    "IA3",
     "LOW_RANK",
     "METHODS",
     "OPTIONS",
     "BitFit",
     "DoRA",
     "Full",
+    "Houlsby",
     "LoRA",
     "LowRankMethod",
     "Method",
+    "Pfeiffer",
+    "VeRA",
     "factors_2d",
     "has_option",
     "low_rank",
@@ -49,9 +58,12 @@ def method_class_for(settings: Any, recorded: object = None) -> type[Method]:
     Raises KeyError where no method has them.
     """
     read = settings.get if isinstance(settings, Mapping) else lambda key: getattr(settings, key)
-    if isinstance(recorded, str) and recorded in METHODS and not METHODS[recorded].flags:
-        return METHODS[recorded]
-    for method in METHODS.values():
+    kind = read("peft_type") or LoRA.peft_type
+    same = [method for method in METHODS.values() if method.peft_type == kind]
+    for method in same:
+        if not method.flags and (method.name == recorded or len(same) == 1):
+            return method
+    for method in same:
         if method.flags and all(bool(read(key)) == value for key, value in method.flags.items()):
             return method
     raise KeyError("no method has these flags")

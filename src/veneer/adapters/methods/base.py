@@ -49,6 +49,14 @@ class Method(MethodOptions):
     """Tags of a model card."""
     peft_type: ClassVar[str] = "LORA"
     """``peft_type`` in ``adapter_config.json``."""
+    peft_keys: ClassVar[frozenset[str]] = frozenset()
+    """More keys of ``adapter_config.json`` that adapters of this ``peft_type`` have."""
+    least_dimensions: ClassVar[tuple[int, ...]] = ()
+    """Least numbers of dimensions of a site's tensors, in the order of `tensor_names`, for reading files."""
+    shared_names: ClassVar[tuple[str, ...]] = ()
+    """Names in a file of tensors that belong to no layer (`shared`)."""
+    roles: ClassVar[tuple[str, ...]] = ()
+    """Roles of the layers that ``target_modules="auto"`` means (``layers/roles.py``)."""
     flags: ClassVar[Mapping[str, bool]] = {}
     """Keys of ``adapter_config.json`` that tell this method from others of its ``peft_type``; none if only the receipt tells."""
     beyond_peft: ClassVar[tuple[str, ...]] = (
@@ -133,6 +141,18 @@ class Method(MethodOptions):
         """Keys of PEFT's ``adapter_config.json`` that tell this method from others."""
         return dict(self.flags)
 
+    def peft_settings(self, tensors: Mapping[str, Mapping[str, Tensor]], names: Sequence[str]) -> dict[str, Any]:
+        """Settings of ``peft_keys`` for an adapter with these tensors by site, whose names in the file are ``names``."""
+        return {}
+
+    @classmethod
+    def options_of(cls, settings: Mapping[str, Any], shared: Shapes) -> dict[str, Any]:
+        """The inverse: options by the settings of ``peft_keys``, of a file whose values are not checked yet.
+
+        ``shared``: shapes of the tensors in ``shared_names`` that the file has.
+        """
+        return {key: settings[key] for key in cls.peft_keys & cls.model_fields.keys() if key in settings}
+
     # Layers
 
     def choose(self, survey: Survey, *, left_out: Collection[str] = ()) -> list[str]:
@@ -144,7 +164,19 @@ class Method(MethodOptions):
         if "vector_layer" in self.kinds:
             layers |= survey.vector_layers
         tables = {name: getattr(self, name) for name in self.tables}
-        chosen = select(layers, self, self.kinds, left_out=left_out, uncovered=survey.uncovered, tables=tables)
+        options: MethodOptions = self
+        if self.target_modules == "auto" and not self.roles:
+            options = self.model_copy(update={"target_modules": "all-linear"})
+        elif self.target_modules == "auto":
+            named = tuple(name for name, site in layers.items() if site.role in self.roles and not site.reason)
+            absent = {*self.roles} - {layers[name].role for name in named}
+            if absent:
+                raise TargetError(
+                    f"{self.label} finds no layer for the {' and the '.join(sorted(absent)).replace('_', ' ')} of this model's blocks; "
+                    "name layers in target_modules"
+                )
+            options = self.model_copy(update={"target_modules": named})
+        chosen = select(layers, options, self.kinds, left_out=left_out, uncovered=survey.uncovered, tables=tables)
         expert = next((name for name in chosen if layers[name].stack is not None), None)
         if expert is not None and not self.takes_experts:
             raise TargetError(
@@ -156,7 +188,15 @@ class Method(MethodOptions):
         """{layer: names of the base's own parameters there that the adapter trains copies of}. ``chosen``: the answer of `choose`."""
         return {}
 
+    def fitted(self, sites: Sequence[Site]) -> Method:
+        """The method for an adapter on these sites, with the options that they determine."""
+        return self
+
     # Tensors
+
+    def shared(self) -> dict[str, Tensor]:
+        """Constants that a file has beside the adapter's own tensors, by ``shared_names``; reading compares them."""
+        return {}
 
     def tensor_names(self, kind: str) -> tuple[str, ...]:
         """Names on disk of a site's own tensors."""
@@ -165,6 +205,10 @@ class Method(MethodOptions):
     def tensor_shapes(self, geometry: Geometry, found: Shapes) -> dict[str, tuple[int, ...]]:
         """Shapes that a site's tensors must have. ``found``: their shapes in a file, which tell the rank and the like."""
         return {}
+
+    def geometry(self, kind: str, found: Shapes) -> Geometry:
+        """The shapes of a layer, as far as its tensors in a file tell them."""
+        return Geometry(kind, 1, 1)
 
     def init(self, site: Site, generator: torch.Generator, dtype: torch.dtype) -> dict[str, Tensor]:
         """A new site's tensors; the adapted layer then equals the base exactly. On the meta device for a base without values."""
@@ -272,6 +316,11 @@ class Method(MethodOptions):
     def bias_delta(self, tensors: Mapping[str, Tensor], bias: Tensor) -> Tensor | None:
         """b' - b [out] for a layer with the bias b, or None where the bias stays."""
         return None
+
+    def moved(self, tensors: Mapping[str, Tensor]) -> float:
+        """A size of a site's change for display: zero for a new adapter."""
+        zero = self.zero_at_start("linear")
+        return float(tensors[zero].norm()) if zero in tensors else 0.0
 
     def output_rows(self, tensors: Mapping[str, Tensor], rows: slice) -> dict[str, Tensor]:
         """The tensors of a layer that has only these output rows."""

@@ -25,7 +25,7 @@ class BitFit(Method):
     learning_rate_factor: ClassVar[float] = 2.0
     no_low_rank: ClassVar[str] = "it changes biases, which have no low-rank factors"
 
-    target_modules: Literal["all-linear", "all"] | Texts = "all"
+    target_modules: Literal["all-linear", "all", "auto"] | Texts = "all"
     """Layers whose biases are trained: all, all linear layers of the blocks, or names, globs, and regular expressions after re:."""
 
     @property

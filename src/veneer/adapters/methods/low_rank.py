@@ -90,6 +90,12 @@ class LowRankMethod(Method, LowRankOptions):
         """The rank is the first size of A."""
         return self.shapes_of_rank(geometry, found[self.factor_names(geometry.kind)[0]][0])
 
+    def geometry(self, kind: str, found: Shapes) -> Geometry:
+        """Inputs and the kernel by A, outputs by B."""
+        shape_a, shape_b = (found[name] for name in self.factor_names(kind))
+        kernel = shape_a[2:] if len(shape_a) == 4 else (1, 1)
+        return Geometry(kind, shape_b[0], shape_a[1] if len(shape_a) > 1 else 1, (kernel[0], kernel[1]))
+
     def rank(self, tensors: Mapping[str, Tensor]) -> int:
         """The first size of A."""
         return int(tensors["lora_embedding_A" if "lora_embedding_A" in tensors else "lora_A"].shape[0])

@@ -99,7 +99,7 @@ def fast_forward(layer: AdaptedLayer, current: ForwardPass, assignments: list[As
     found = _shared_output(layer, current, x)
     if found is not None:
         return found
-    members = [layer, *_siblings(layer, assignments, x)]
+    members = [layer, *_siblings(layer, current, assignments, x)]
     weights = CallWeights.of(members, x.dtype)
     branches, left = _native(members, weights, current, assignments, x)
     for number, (group, grid) in enumerate(groups_of(layer, current.plan, left) if left else ()):
@@ -342,15 +342,22 @@ def _supports(layer: AdaptedLayer, one: Assignment) -> bool:
     return one.fast == "always" or (one.fast == "unless_overwritten" and unchanged)
 
 
-def _siblings(layer: AdaptedLayer, assignments: list[Assignment], x: Tensor) -> list[AdaptedLayer]:
-    """The layers that will be called next with the same input and may share this call."""
+def _siblings(
+    layer: AdaptedLayer, current: ForwardPass, assignments: list[Assignment], x: Tensor
+) -> list[AdaptedLayer]:
+    """The layers that will be called next with the same input and may share this call: no other adapters act there."""
     group = layer.site.group
     if not group or group[0] != layer.site.name:
         return []
     found = []
+    names = {one.adapter for one in assignments}
     for name in group[1:]:
         other: AdaptedLayer | None = layer.runtime.layers.get(name)
         if other is not None and _fits(other, x):
+            if any(
+                one in other.adapters and other.adapters[one].tensors for one in current.plan.adapters.keys() - names
+            ):
+                continue
             here = [
                 one
                 for one in assignments

@@ -50,13 +50,18 @@ def build(
     }
     if settings.ensure_weight_tying:
         _drop_followers(tensors, base, found)
-    alphas = {site: placement.alphas[site] for site in tensors}
+    alphas = {site: placement.alphas[site] for site in tensors if site in placement.alphas}
     if settings.init_lora_weights in CONVERTED:
         settings, alphas = _convert(tensors, alphas, settings, base)
     overrides, tokens = _overrides(placement, stored, settings, base)
     settings = _check_tying(settings, placement.method, tensors, overrides, base, found)
     ranks = {site: next(iter(held.values())).shape[0] for site, held in tensors.items()}
-    method = _method(type(placement.method), ranks, alphas, settings, receipt.get("options"), base, found)
+    shared = {name: stored.pop(entry.name) for name, entry in placement.shared.items()}
+    shapes = {name: tuple(value.shape) for name, value in shared.items()}
+    method = _method(type(placement.method), ranks, alphas, settings, receipt.get("options"), base, shapes, found)
+    if not shared and method.shared_names and tensors.keys() <= base.sites.keys():
+        method = method.fitted([base.sites[site] for site in tensors])
+    _check_shared(method, shared, found)
     if method.shares_experts:
         _share_again(tensors, base)
     kinds = {site: placement.kinds[site] for site in tensors}
@@ -68,6 +73,18 @@ def build(
     for problem in base.misfits(adapter):
         found.refuse(problem)
     return adapter
+
+
+def _check_shared(method: Method, shared: Mapping[str, Tensor], found: Findings) -> None:
+    """Refuse a file whose constants are not those that its settings give."""
+    try:
+        expected = method.shared()
+    except ValueError as error:
+        found.refuse(str(error))
+        return
+    for name, value in shared.items():
+        if not torch.allclose(value.float(), expected[name], rtol=1e-5, atol=1e-6):
+            found.refuse(f"{shown(name)} is not the projection that projection_prng_key in adapter_config.json gives")
 
 
 def _share_again(tensors: SiteTensors, base: BaseView) -> None:
@@ -161,10 +178,17 @@ def _method(
     settings: Settings,
     recorded: object,
     base: BaseView,
+    shared: Mapping[str, tuple[int, ...]],
     found: Findings,
 ) -> Method:
     """The adapter's options. recorded: the receipt's, for those that the settings have no key for."""
-    options = _low_rank_options(ranks, alphas, settings, base) if cls.low_rank else {}
+    options = (
+        _low_rank_options(ranks, alphas, settings, base) if cls.low_rank else cls.options_of(settings.of_method, shared)
+    )
+    if ranks and not cls.low_rank and not isinstance(recorded, dict):
+        targets = names_for(ranks, base.paths)
+        options["target_modules"] = tuple(sorted(ranks)) if isinstance(targets, str) else tuple(targets)
+        options["modules_to_save"] = base.meaningful(settings.modules_to_save or ())
     options["ensure_weight_tying"] = settings.ensure_weight_tying
     if isinstance(settings.trainable_token_indices, list):
         options["trainable_token_indices"] = tuple(settings.trainable_token_indices)
@@ -173,8 +197,8 @@ def _method(
     try:
         return cls(**{**options, **extra})
     except ConfigError as error:
-        found.refuse(f"the receipt holds options that are not valid: {shown(error)}", "receipt")
-        return cls(**options)
+        found.refuse(f"the settings or the receipt hold options that are not valid: {shown(error)}", "receipt")
+        return cls(**options) if cls.low_rank else cls()
 
 
 def _low_rank_options(

@@ -76,6 +76,8 @@ def _summary(adapter: Adapter) -> dict[str, str]:
         "scale": ", ".join(f"{scale} ({count} sites)" for scale, count in sorted(scales.items())),
         "parameters": f"{adapter.num_parameters():,}",
     }
+    if not adapter.method.low_rank:
+        del summary["rank"], summary["scale"]
     if adapter.overrides:
         summary["replaced or added"] = ", ".join(
             f"{name} ({', '.join(sorted(tensors))})" for name, tensors in sorted(adapter.overrides.items())

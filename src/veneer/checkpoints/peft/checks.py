@@ -95,7 +95,7 @@ def _check_patterns(placement: Placement, settings: Settings, base: BaseView, fo
 def _check_targets(
     placement: Placement, targets: list[str], settings: Settings, base: BaseView, found: Findings
 ) -> None:
-    names, ranks = frozenset(targets), placement.ranks
+    names, ranks = frozenset(targets), placement.sites
     parameters = {name.rpartition(".")[0] for name in settings.target_parameters or ()}
     meant = names | {*parameters, *(settings.target_parameters or ())}
     named = {site: placement.named.get(site, site) for site in ranks}
@@ -223,7 +223,7 @@ def _refuse(factors: _SumsByLayer, overrides: _SumsByLayer, scales: Mapping[str,
         if any(sums.bad for sums in parts.values()):
             continue
         size = math.prod(sums.norm for key, sums in parts.items() if key not in VECTORS)
-        scale = scales[site]
+        scale = scales.get(site, 1.0)
         if abs(scale) > MAX_SCALE:
             found.refuse(
                 f"{shown(site)}: the change is scaled by {scale:.3g}; at most {MAX_SCALE:.0e} is read", "scale"

@@ -43,6 +43,8 @@ class Placement:
     tokens: dict[str, tuple[int, ...]] = field(default_factory=dict)
     named: Mapping[str, str] = field(default_factory=dict)
     """Names under which the settings mean sites of experts."""
+    shared: dict[str, Entry] = field(default_factory=dict)
+    """Tensors that belong to no layer."""
     copies: dict[str, Entry] = field(default_factory=dict)
     """Weights that must equal the base's."""
 
@@ -73,7 +75,11 @@ def place(
     for site in placement.sites:
         _place_site(site, placement, settings, base, found)
     for key, entry in keys:
-        if key.kind != "low_rank":
+        if key.kind == "shared" and key.tensor in placement.method.shared_names:
+            placement.shared[key.tensor] = entry
+        elif key.kind == "shared":
+            found.refuse(not_of_an_adapter(entry.name))
+        elif key.kind != "low_rank":
             _place_override(key, entry, placement, settings, base, found)
     missing = base.missing_overrides(settings.modules_to_save or (), placement.overrides)
     if missing:
@@ -92,7 +98,8 @@ def _place_site(site: str, placement: Placement, settings: Settings, base: BaseV
         found.refuse(problem)
         return
     tensors, method = placement.sites[site], placement.method
-    factors = {name: entry.shape for name, entry in tensors.items() if name not in VECTORS}
+    own = VECTORS if method.low_rank else ()
+    factors = {name: entry.shape for name, entry in tensors.items() if name not in own}
     kind = placement.kinds[site] = base.kind(site, factors, fan_in_fan_out=settings.fan_in_fan_out)
     expected = method.tensor_names(kind)
     missing = [name for name in expected if name not in tensors]
@@ -106,11 +113,15 @@ def _place_site(site: str, placement: Placement, settings: Settings, base: BaseV
             found.refuse(f"{shown(site)}: {name} does not belong here: {why}")
     if missing or not expected:
         return
-    shape_a, shape_b = (factors[name] for name in expected[:2])
-    if shape_a[0] > MAX_RANK:
-        found.refuse(f"{shown(site)}: rank {shape_a[0]:,}; at most {MAX_RANK:,} is read")
+    dimensions = [len(tensors[name].shape) for name in expected]
+    if any(dimensions[at] < least for at, least in enumerate(method.least_dimensions)):
+        found.refuse(f"{shown(site)}: expected matrices, found the shapes {[tensors[name].shape for name in expected]}")
         return
-    shapes = method.tensor_shapes(base.geometry(site, kind, shape_a, shape_b), factors)
+    first = factors[expected[0]][0]
+    if first > MAX_RANK and method.low_rank:
+        found.refuse(f"{shown(site)}: rank {first:,}; at most {MAX_RANK:,} is read")
+        return
+    shapes = method.tensor_shapes(base.geometry(site, method.geometry(kind, factors)), factors)
     placement.shapes[site] = shapes
     for name, shape in shapes.items():
         entry, stored = tensors[name], stored_shape(shape, kind)

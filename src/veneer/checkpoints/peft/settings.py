@@ -10,10 +10,12 @@ Patterns are kept as text; see ``patterns.py``.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
+from veneer.adapters.methods import METHODS, LowRankMethod, Method
 from veneer.checkpoints.findings import Findings, shown
 from veneer.config import Alpha
 
@@ -62,6 +64,7 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
+    peft_type: str = "LORA"
     r: Annotated[int, Field(strict=True, ge=1, le=MAX_RANK)] = 8
     lora_alpha: Annotated[Alpha, Field(strict=True)] = 8
     lora_dropout: Annotated[float, Field(ge=0, lt=1, strict=True)] = 0.0
@@ -86,6 +89,10 @@ class Settings(BaseModel):
     base_model_name_or_path: str | None = None
     task_type: str | None = None
 
+    mh_adapter: bool = False
+    of_method: dict[str, Any] = {}
+    """Values of the keys that the method declares, as they are in the file."""
+
     def scaling(self, r: int, alpha: float) -> float:
         """s in W + s B A."""
         return alpha / (math.sqrt(r) if self.use_rslora else r)
@@ -97,28 +104,44 @@ def read_settings(raw: Any, found: Findings) -> Settings | None:
         found.refuse(f"adapter_config.json holds {type(raw).__name__}; expected a table of settings")
         return None
     kind = raw.get("peft_type")
-    if kind != "LORA":
+    known = {method.peft_type for method in METHODS.values()}
+    if kind not in known:
+        others = " or ".join(sorted(known - {"LORA"}))
         found.refuse(
-            f'peft_type: expected "LORA" (so are LoRA, rsLoRA and DoRA), found {shown(kind, 40)}, which Veneer does not support'
+            f'peft_type: expected "LORA" (so are LoRA, rsLoRA and DoRA) or {others}, found {shown(kind, 40)}, which Veneer does not '
+            "support"
         )
         return None
+    own = {key for method in METHODS.values() if method.peft_type == kind for key in method.peft_keys}
+    used = Settings.model_fields.keys() - {"of_method"}
+    if kind != "LORA":
+        used -= {name for name in used if name in LowRankMethod.model_fields and name not in Method.model_fields}
     try:
-        settings = Settings.model_validate({key: value for key, value in raw.items() if key in Settings.model_fields})
+        settings = Settings.model_validate(
+            {
+                **{key: value for key, value in raw.items() if key in used},
+                "of_method": {key: raw[key] for key in own if key in raw},
+            }
+        )
     except ValidationError as error:
         for detail in error.errors():
             place = ".".join(shown(part, 60) for part in detail["loc"])
             found.refuse(f"adapter_config.json, {place}: {detail['msg']}; found {shown(detail['input'], 60)}")
         return None
+<<<<<<< HEAD
     for key in ("r", "lora_alpha"):
         if key not in raw:
             found.note(f"adapter_config.json has no {key}; PEFT's default is taken, {getattr(settings, key)}")
     _refuse_unsupported(raw, found)
+=======
+    _refuse_unsupported(raw, used | own, found)
+>>>>>>> febb0bc (Add IA3, VeRA and bottleneck adapters after Houlsby and Pfeiffer, and a page that adds a method)
     return settings
 
 
-def _refuse_unsupported(raw: dict[str, Any], found: Findings) -> None:
+def _refuse_unsupported(raw: dict[str, Any], used: Collection[str], found: Findings) -> None:
     for key, value in raw.items():
-        if key in Settings.model_fields or key in IGNORED or not value:
+        if key in used or key in IGNORED or not value:
             continue
         if key in REFUSED:
             found.refuse(f"adapter_config.json, {key}: not supported, {REFUSED[key]}")
@@ -147,6 +170,12 @@ def written_settings(**values: Any) -> dict[str, Any]:
         "alpha_pattern": {key: _number(value) for key, value in values["alpha_pattern"].items()},
         "lora_alpha": _number(values["lora_alpha"]),
     }
+
+
+def other_settings(**values: Any) -> dict[str, Any]:
+    """The settings that all adapters of PEFT have, of other types than LoRA."""
+    common = dict.fromkeys(("auto_mapping", "revision", "exclude_modules", "modules_to_save", "task_type"))
+    return {**common, "inference_mode": True, "peft_version": "0.21.2", **values}
 
 
 def _number(value: float) -> int | float:

@@ -33,12 +33,17 @@ VECTORS = frozenset(name for method in METHODS.values() for name in method().ten
 """Names of the tensors that hold one number per output."""
 
 
+SHARED = frozenset(name for method in METHODS.values() for name in method.shared_names)
+"""Names of tensors that belong to no layer."""
+
+
 @dataclass(frozen=True)
 class Key:
     """A tensor's name, taken apart.
 
     Attributes:
-        kind: "low_rank" (``tensor`` is in FACTORS or VECTORS), "lora_bias", "rows", or "whole" (``tensor`` is weight or bias).
+        kind: "low_rank" (``tensor`` is in FACTORS or VECTORS), "lora_bias", "rows", "whole" (``tensor`` is weight or bias), or "shared"
+            (``tensor`` is in SHARED, and belongs to no layer).
         beside: it names the base layer under an adapter (``base_layer``).
         adapter: the adapter's name, in older folders.
     """
@@ -112,6 +117,8 @@ def parse_key(name: str) -> Key | None:
     """A name taken apart, or None if a PEFT folder has no such name."""
     if len(name) > MAX_LENGTH or name.count(".") > MAX_DEPTH:
         return None
+    if name in SHARED:
+        return Key("", name, "shared")
     name = ".".join(part for part in name.split(".") if part not in WRAPPERS).removeprefix(_PARALLEL)
     prefixed = name.startswith(PREFIX)
     parts = name.removeprefix(PREFIX).split(".")

@@ -43,7 +43,7 @@ from veneer.checkpoints.peft.patterns import ends_with, names_for, table_for
 from veneer.checkpoints.peft.placement import stored_shape
 from veneer.checkpoints.peft.portable import as_parameters, converts_experts, stored_sites
 from veneer.checkpoints.peft.read import MAX_CONFIG, TEMPLATE
-from veneer.checkpoints.peft.settings import NO_TARGETS, written_settings
+from veneer.checkpoints.peft.settings import NO_TARGETS, other_settings, written_settings
 from veneer.checkpoints.peft.tensor_names import PREFIX, TOKEN_ROWS, key_of
 from veneer.checkpoints.tensors import digest, read_header, read_tensors, to_buffers
 from veneer.errors import CheckpointError
@@ -96,7 +96,7 @@ def write_adapter_folder(
     alias = alias_of(_base_name(adapter, base, base_name) or "")
     if alias is not None:
         note["base_name"] = alias
-    if settings["lora_dropout"] != adapter.method.dropout:
+    if settings.get("lora_dropout", 0.0) != adapter.method.dropout:
         note["options"]["lora_dropout"] = adapter.method.dropout
     metadata = {"format": "pt", receipts.KEY: json.dumps(note, sort_keys=True, separators=(",", ":"))}
     config = (json.dumps(settings, indent=2, sort_keys=True) + "\n").encode()
@@ -126,7 +126,7 @@ def stored_tensors(adapter: Adapter, base: BaseView, fused: FusedExperts | None 
             # PEFT keeps the head's factors beside the embedding's, transposed.
             stored[key_of(head, "lora_A")] = _fp32(tensors["lora_embedding_B"].T)
             stored[key_of(head, "lora_B")] = _fp32(tensors["lora_embedding_A"].T)
-    stored |= _stored_overrides(adapter, base)
+    stored |= _stored_overrides(adapter, base) | adapter.method.shared()
     earlier = stored_sites(base.model, adapter.tensors)
     return {_respelt(name, earlier): value for name, value in stored.items()} if earlier else stored
 
@@ -171,6 +171,8 @@ def _stored_overrides(adapter: Adapter, base: BaseView) -> dict[str, Tensor]:
 def _settings(
     adapter: Adapter, base: BaseView, base_name: str | None, task_type: str | None, fused: FusedExperts
 ) -> dict[str, Any]:
+    if adapter.method.peft_type != _NO_FACTORS.peft_type:
+        return _other_settings(adapter, base, base_name, task_type)
     method = low_rank(adapter.method, adapter.name) if adapter.method.low_rank else _NO_FACTORS
     names = {site: base.written_name(site) for site in adapter.tensors if site not in fused.sites}
     ranks = {name: adapter.rank(site) for site, name in names.items()} | fused.ranks
@@ -200,6 +202,26 @@ def _settings(
         **_override_settings(adapter, base),
         base_model_name_or_path=None if name is None else public_name(name),
         task_type=task_type or _task(adapter, base) or _task_before(adapter, before),
+    )
+
+
+def _other_settings(adapter: Adapter, base: BaseView, base_name: str | None, task_type: str | None) -> dict[str, Any]:
+    """The settings of an adapter that is not of PEFT's type LORA."""
+    written = [base.written_name(site) for site in adapter.tensors]
+    before, name = adapter.meta.get("settings") or {}, _base_name(adapter, base, base_name)
+    targets = names_for(written, base.paths)
+    own = adapter.method.peft_settings(adapter.tensors, written)
+    if "feedforward_modules" in own:  # PEFT wants a subset of the targets
+        targets = written
+    return other_settings(
+        peft_type=adapter.method.peft_type,
+        target_modules=targets,
+        fan_in_fan_out="conv1d" in adapter.kinds.values() and "linear" not in adapter.kinds.values(),
+        modules_to_save=_saved(adapter, base) or None,
+        trainable_token_indices=_tokens(adapter, base),
+        base_model_name_or_path=None if name is None else public_name(name),
+        task_type=task_type or _task(base) or _task_before(adapter, before),
+        **own,
     )
 
 
