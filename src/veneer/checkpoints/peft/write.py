@@ -220,7 +220,7 @@ def _other_settings(adapter: Adapter, base: BaseView, base_name: str | None, tas
         modules_to_save=_saved(adapter, base) or None,
         trainable_token_indices=_tokens(adapter, base),
         base_model_name_or_path=None if name is None else public_name(name),
-        task_type=task_type or _task(base) or _task_before(adapter, before),
+        task_type=task_type or _task(adapter, base) or _task_before(adapter, before),
         **own,
     )
 
