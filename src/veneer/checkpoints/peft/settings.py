@@ -128,14 +128,10 @@ def read_settings(raw: Any, found: Findings) -> Settings | None:
             place = ".".join(shown(part, 60) for part in detail["loc"])
             found.refuse(f"adapter_config.json, {place}: {detail['msg']}; found {shown(detail['input'], 60)}")
         return None
-<<<<<<< HEAD
-    for key in ("r", "lora_alpha"):
+    for key in ("r", "lora_alpha") if kind == "LORA" else ():
         if key not in raw:
             found.note(f"adapter_config.json has no {key}; PEFT's default is taken, {getattr(settings, key)}")
-    _refuse_unsupported(raw, found)
-=======
     _refuse_unsupported(raw, used | own, found)
->>>>>>> febb0bc (Add IA3, VeRA and bottleneck adapters after Houlsby and Pfeiffer, and a page that adds a method)
     return settings
 
 
