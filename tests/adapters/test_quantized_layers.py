@@ -95,7 +95,8 @@ def test_qlora_trains_as_peft_does_with_bitsandbytes(folder: Path) -> None:
 @pytest.mark.parametrize("format", ["nf4", "fp4", "int8"])
 @pytest.mark.parametrize("method", [LoRA(r=4), DoRA(r=4)], ids=["lora", "dora"])
 def test_training_is_that_of_the_dense_model(method: LoRA | DoRA, format: str, folder: Path) -> None:
-    """Losses, gradients of adapters and of inputs, and logits are those on the dequantized weights; the base keeps its bytes."""
+    """Gradients of adapters and of inputs are those on the dequantized weights within 1e-6, and so are losses and logits; the base keeps
+    its bytes."""
     quantized = ours(folder, format)
     before = bytes_of(quantized)
     plain = dense(quantized)
@@ -114,7 +115,7 @@ def test_training_is_that_of_the_dense_model(method: LoRA | DoRA, format: str, f
             with torch.no_grad():
                 grads[-1].append(model(IDS).logits)
     for one, other in zip(*grads, strict=True):
-        assert one is not None and other is not None and (one - other).abs().max() <= 1e-5 * other.abs().max()
+        assert one is not None and other is not None and (one - other).norm() <= 1e-6 * other.norm()
     assert trained[0] == pytest.approx(trained[1], abs=1e-5)
     assert bytes_of(quantized) == before
 

@@ -60,6 +60,26 @@ def test_a_quantized_base_is_trained_on_used_and_merged(run: Run) -> None:
     assert code == 0 and "fingerprints and probes agree" in out
 
 
+def test_adapters_of_a_quantized_base_are_composed_measured_merged_and_extracted(run: Run) -> None:
+    """Composing, spectra, a merge with `modules_to_save` and extracting read the dequantized weights of a folder in 4 bits."""
+    assert run("quantize", "base", "--to", "nf4", "--out", "four")[0] == 0
+    assert run(*TRAIN, "--base", "four", "--method", "dora", "--out", "d")[0] == 0
+    assert run(*TRAIN, "--base", "four", "--seed", "3", "--modules-to-save", "lm_head", "--out", "l")[0] == 0
+    assert run(*TRAIN, "--base", "four", "--seed", "4", "--out", "m")[0] == 0
+    code, out, _ = run("compose", "d:0.5", "m:0.5", "--base", "four", "--out", "sum")
+    assert code == 0 and "equals the exact change up to rounding" in out
+    code, out, _ = run("inspect", "sum", "--base", "four")
+    assert code == 0 and "fingerprints and probes agree" in out
+    code, out, _ = run("inspect", "d", "--base", "four", "--spectra", "--json")
+    assert code == 0 and len(json.loads(out)["sites"]) == 7
+    code, out, _ = run("merge", "l", "--base", "four", "--out", "whole", "--dtype", "float32", "--json")
+    found = json.loads(out)
+    assert code == 0 and found["logits"]["merged"] < 1e-5 < found["logits"]["change"]
+    assert run("merge", "m", "--base", "four", "--out", "tuned", "--dtype", "float32", "--no-probe")[0] == 0
+    code, out, _ = run("extract", "--base", "four", "--tuned", "tuned", "--rank", "16", "--out", "back", "--json")
+    assert code == 0 and json.loads(out)["kept"] > 0.999
+
+
 def _receipt(folder: Path) -> str:
     from safetensors import safe_open
 

@@ -1,0 +1,52 @@
+"""Runs on quantized bases: several jobs beside each other, resuming, and what the run leaves behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.training.made import QUIET, digest, options
+
+from veneer.models.load import Base, load_base
+from veneer.training import train
+
+JOBS = (
+    {"name": "lora", "r": 2, "lora_dropout": 0.2, "seed": 1, "modules_to_save": ("lm_head",)},
+    {"name": "dora", "method": "dora", "r": 3, "lora_dropout": 0.0, "learning_rate": 5e-3},
+)
+
+
+def in_nf4(place: Path) -> Base:
+    return load_base(place / "base", dtype="float32", quantize="nf4")
+
+
+def state(base: Base) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in base.model.state_dict().items()}
+
+
+def test_jobs_on_a_quantized_base_resume_to_the_same_bits(place: Path, tmp_path: Path) -> None:
+    """Two jobs on NF4, stopped and gone on with, end with the bits of a run that was never stopped; the base keeps its own."""
+    base = in_nf4(place)
+    before = state(base)
+    shared: dict[str, Any] = {"jobs": JOBS, "steps": 6, "quantize": "nf4"}
+    train(options(place, tmp_path / "whole", **shared), console=QUIET, base=base)
+    train(options(place, tmp_path / "parts", **{**shared, "steps": 3}), console=QUIET, base=base)
+    train(options(place, tmp_path / "parts", **shared), console=QUIET, base=base)
+    assert digest(tmp_path / "parts") == digest(tmp_path / "whole")
+    after = state(base)
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_job_beside_another_ends_as_it_would_alone(place: Path, tmp_path: Path) -> None:
+    """On NF4, a DoRA job that shares passes with a LoRA job has the held-out losses of its run alone, within 1e-4."""
+    base = in_nf4(place)
+    shared: dict[str, Any] = {"steps": 6, "eval_every": 3, "valid": (place / "valid.jsonl",), "quantize": "nf4"}
+    losses = []
+    for jobs in (JOBS, JOBS[1:]):
+        out = tmp_path / str(len(jobs))
+        result = train(options(place, out, jobs=jobs, tokens_per_shared_pass=512, **shared), console=QUIET, base=base)
+        losses.append([loss for _, loss in result.jobs["dora"].losses])
+    assert losses[0][-1] < losses[0][0] - 0.01
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
