@@ -28,6 +28,9 @@ import torch
 
 from veneer.config import TrainOptions
 from veneer.data.batch import make_batch
+from veneer.data.example import Example
+from veneer.training.loop.job import Job
+from veneer.training.loop.trainer import Listener, Trainer
 from veneer.training.process_memory import highest, resident
 from veneer.training.run.jobs import expand
 from veneer.training.run.setup import Setup, set_up
@@ -173,36 +176,46 @@ train_large(sys.argv[1], sys.argv[2], int(sys.argv[3]))
 
 
 def train_large(folder: str, method: str, steps: int) -> None:
-    """Load the base, take some steps on 256 tokens and print memory and time."""
+    """Load the base, train on 256 tokens a step as a run does, and print memory and time beside the planner's estimate."""
     from veneer.adapters import METHODS
     from veneer.checkpoints import attach
     from veneer.models.fast_modules import fuse
+    from veneer.models.flat import FlatRunner
     from veneer.models.load import load_base
     from veneer.training.acceleration import use_cpp_kernels
+    from veneer.training.loop.step import Stepper
+    from veneer.training.planning.fitting import memory_of, shape_of
 
+    planned = memory_of(shape_of(Path(folder), method), "nf4", METHODS[method], 16, 256, checkpointing=False)
     use_cpp_kernels()
     began = time.perf_counter()
     base = load_base(folder, dtype="bfloat16")
-    print(
-        f"{method}: loaded in {time.perf_counter() - began:.0f} s, {resident() / 1e9:.2f} GB, peak {highest() / 1e9:.2f} GB"
-    )
+    took, loaded = time.perf_counter() - began, f"{resident() / 1e9:.2f} GB, peak {highest() / 1e9:.2f} GB"
+    print(f"{method}: loaded in {took:.0f} s, {loaded}; planned for a step: {planned / 1e9:.2f} GB", flush=True)
     bank = attach(base.model)
     bank.add("a", METHODS[method](r=16, lora_alpha=32))
     fuse(base.model)
-    optimizer = torch.optim.AdamW(bank.parameters("a"), lr=1e-4)
-    ids = torch.randint(0, 32000, (1, 256), generator=torch.Generator().manual_seed(0))
-    for number in range(steps):
-        began = time.perf_counter()
-        with bank.use("a"):
-            loss = base.model(input_ids=ids, labels=ids).loss
-            loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        seconds = time.perf_counter() - began
-        print(
-            f"{method}: step {number + 1} loss {float(loss.detach()):.3f} in {seconds:.1f} s, peak {highest() / 1e9:.2f} GB",
-            flush=True,
-        )
+    options = TrainOptions(data=("rows",), batch_size=1, steps=steps, learning_rate=1e-4, warmup_steps=0, method=method)
+    ids = torch.randint(3, 32000, (256,), generator=torch.Generator().manual_seed(0)).tolist()
+    example = Example(tuple(ids), (0.0, *[1.0] * 255), "random")
+    job = Job("a", options, bank, [example], [], peak=1e-4, steps=steps)
+    stepper = Stepper(FlatRunner(base.model), bank)
+    Trainer(stepper, [job], _Told(method), tokens_per_pass=256, tokens_per_shared_pass=256).run()
+
+
+class _Told(Listener):
+    """Prints the loss, the time and the peak of each step."""
+
+    def __init__(self, method: str) -> None:
+        self.method = method
+        self.began = time.perf_counter(), time.process_time()
+
+    def stepped(self, job: Job, metrics: dict[str, float]) -> None:
+        ends = time.perf_counter(), time.process_time()
+        wall, own = (end - start for end, start in zip(ends, self.began, strict=True))
+        self.began = ends
+        times, peak = f"{wall:.1f} s ({own:.1f} s of the processor)", f"peak {highest() / 1e9:.2f} GB"
+        print(f"{self.method}: step {job.progress.step} loss {metrics['loss']:.3f} in {times}, {peak}", flush=True)
 
 
 def _write_large(folder: Path) -> None:

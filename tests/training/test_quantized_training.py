@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.training.made import QUIET, digest, options
+from tests.tiny import tiny, tiny_tokenizer
+from tests.training.made import QUIET, digest, options, write_rows
 
+from veneer.checkpoints import attach, read_adapter
+from veneer.checkpoints.receipt import receipt_of
 from veneer.models.load import Base, load_base
 from veneer.training import train
 
@@ -50,3 +53,18 @@ def test_a_job_beside_another_ends_as_it_would_alone(place: Path, tmp_path: Path
         losses.append([loss for _, loss in result.jobs["dora"].losses])
     assert losses[0][-1] < losses[0][0] - 0.01
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
+def test_a_run_on_quantized_experts(tmp_path: Path) -> None:
+    """A mixture in NF4 is trained on and evaluated; the receipt has its format, and the plain base is told apart from it."""
+    model = tiny("mixtral", num_hidden_layers=1)
+    model.save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    write_rows(tmp_path / "train.jsonl", 9)
+    result = train(options(tmp_path, tmp_path / "run", method="dora", steps=3, quantize="nf4"), console=QUIET)
+    record = receipt_of(read_adapter(result.adapter))["base"]["model.layers.0.mlp.experts.1.up_proj"]
+    assert record["dtype"] == "nf4"
+    for format, differs in (("nf4", False), (None, True)):
+        bank = attach(load_base(tmp_path / "base", dtype="float32", quantize=format).model)
+        notes = bank.load(str(result.adapter)).meta["notes"]
+        assert any("the base is in float32 here and was in nf4" in note for note in notes) == differs

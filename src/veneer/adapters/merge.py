@@ -80,6 +80,10 @@ def merged_state_dict(model: nn.Module, survey: Survey, mix: Weighted) -> dict[s
         for path in site.host.names:
             parameter = site.module.part.parameter if isinstance(site.module, ExpertLinear) else "weight"
             key = f"{path}.{parameter}" if path else parameter
+            if isinstance(site.module, ExpertLinear) and site.module.quantized is not None and key not in stacks:
+                stacks.add(key)
+                _drop_stack(state, key)
+                state[key] = getattr(site.host.module, parameter).dense()
             if key not in state:
                 raise AdapterError(
                     f'the model\'s state_dict has no "{key}", so the merged weight of {path} would be lost; a hook renames the '
@@ -108,6 +112,12 @@ def _drop_companions(state: dict[str, Tensor], path: str) -> None:
     """Remove the scales of a quantized weight, which its dense successor does not have."""
     prefix = f"{path}." if path else ""
     for key in [key for key in state if key.startswith(prefix) and is_companion(key.removeprefix(prefix))]:
+        del state[key]
+
+
+def _drop_stack(state: dict[str, Tensor], parameter: str) -> None:
+    """Remove the tensors of the quantized weights of a stack's experts, which its dense successor does not have."""
+    for key in [key for key in state if key.startswith(f"{parameter}.")]:
         del state[key]
 
 

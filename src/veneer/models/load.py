@@ -196,7 +196,7 @@ def _load_model(
         for problem in reading.problems:
             problems.add(problem)
         problems.raise_if_any(BaseModelError, f"The quantized weights in {folder} cannot be used")
-        reading.finish(model)
+        remarks += reading.finish(model)
     if task is not None:
         absent = {key for key in info.get("missing_keys", ()) if belongs_to_head(model, key)}
         draw_head(model, absent)

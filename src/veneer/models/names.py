@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from veneer.kernels.quantized.stack import QuantizedStack
+
 _WRAPPING = frozenset({"model", "language_model", "text_model"})
 """Parts of a path that stand before the layers of a language model."""
 
@@ -24,7 +26,7 @@ def stored_names(model: nn.Module, keys: Iterable[str]) -> dict[str, str]:
 
     Where two names in the files mean the same parameter, the one that is spelt like it is taken, else the first.
     """
-    own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    own = set(plain_shapes(model))
     own |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
     prefix = str(getattr(model, "base_model_prefix", "") or "")
     renamings, converters = _conversions(model)
@@ -45,6 +47,16 @@ def stored_names(model: nn.Module, keys: Iterable[str]) -> dict[str, str]:
     return found
 
 
+def plain_shapes(model: nn.Module) -> dict[str, torch.Size]:
+    """{parameter: its shape} of a model, quantized stacks of experts under the names and with the shapes that plain ones have."""
+    found = {name: value.shape for name, value in model.named_parameters(remove_duplicate=False)}
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedStack):
+            del found[f"{name}.weight"]
+            found[name] = module.shape
+    return found
+
+
 def expert_names(model: nn.Module, stacks: Iterable[str]) -> dict[str, str]:
     """{an expert's layer in the model: its name in the model's own files} of the experts in these stacks, both with ``.weight``.
 
@@ -58,7 +70,7 @@ def expert_names(model: nn.Module, stacks: Iterable[str]) -> dict[str, str]:
     if not isinstance(model, PreTrainedModel):
         return {}
     inside = tuple(f"{stack}." for stack in stacks)
-    shapes = {name: value.shape for name, value in model.named_parameters() if name.startswith(inside)}
+    shapes = {name: shape for name, shape in plain_shapes(model).items() if name.startswith(inside)}
     files = revert_weight_conversion(model, {name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
     return {name: file for name, file in stored_names(model, files).items() if name not in shapes}
 

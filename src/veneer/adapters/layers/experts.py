@@ -23,11 +23,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from veneer.adapters.layers.kinds import Geometry, LayerKind
-from veneer.kernels.lora.by_segment import stacked_linear, takes_grouped_mm
+from veneer.kernels.experts import Pairs, routed_experts
+from veneer.kernels.quantized.stack import QuantizedStack
+from veneer.kernels.quantized.weight import QuantizedWeight
 
 _ACTIVE = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k", "moe_top_k")
 _FLAGS = ("is_transposed", "is_concatenated", "has_bias", "has_gate")
@@ -40,20 +41,6 @@ class Part:
     name: str
     parameter: str
     columns: slice
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """Pairs of a token and one of its experts, expert by expert.
-
-    tokens: the token of each pair [S], -1 for a pair that needs no change. experts: its expert [S]. sizes: number of pairs of each
-    expert [E]. total: number of tokens.
-    """
-
-    tokens: Tensor
-    experts: Tensor
-    sizes: tuple[int, ...]
-    total: int
 
 
 Change = Callable[[Sequence[Part], Tensor, Tensor, Pairs], Tensor]
@@ -94,7 +81,8 @@ class ExpertsKind(LayerKind):
         return bias
 
     def geometry(self, module: Any) -> Geometry:
-        out, in_ = self.fused(module, "down_proj", 0).shape
+        _, *sizes = module.down_proj.shape
+        out, in_ = reversed(sizes) if self.transposed(module) else sizes
         return Geometry(self.kind, out, in_)
 
     def batch_shape(self, module: Any, x: Tensor) -> tuple[int, ...]:
@@ -106,49 +94,12 @@ class ExpertsKind(LayerKind):
         It takes the steps of the implementation that the model is set to (``grouped_mm``, or one expert after the other), so that
         tokens without a change keep the bits of the module's own call.
         """
-        x_TH = x.reshape(-1, x.shape[-1])
-        tokens, k = index_Tk.shape
-        count = self.count(module)
-        expert_S, order = torch.sort(index_Tk.reshape(-1), stable=True)
-        sizes = torch.bincount(expert_S, minlength=count)[:count].tolist()
-        pairs = Pairs(order // k, expert_S, tuple(sizes), tokens)
-        out_SH = self._experts(module, change, x_TH[pairs.tokens], pairs)
-        if getattr(module, "has_post_expert_norm", False):
-            out_SH = module.post_expert_norm(out_SH)
-        out_SH = out_SH * weight_Tk.reshape(-1)[order].unsqueeze(-1)
-        if _grouped(module):
-            out_TH = out_SH[torch.argsort(order)].view(tokens, k, -1).sum(1)
-        else:
-            out_TH = torch.zeros_like(x_TH)
-            routed = sum(sizes)
-            for token_s, out_sH in zip(pairs.tokens[:routed].split(sizes), out_SH[:routed].split(sizes), strict=True):
-                # One expert after the other: in bf16 every sum is rounded.
-                out_TH.index_add_(0, token_s, out_sH.to(x.dtype))
-        return out_TH.to(x.dtype).reshape(x.shape)
-
-    def _experts(self, module: Any, change: Change, x_SH: Tensor, pairs: Pairs) -> Tensor:
-        """[S, H]: each pair's token through its expert."""
         *first, down = self.parts(module)
-        y = self.product(module, first[0].parameter, x_SH, pairs)
-        y = change(first, x_SH, y, pairs)
-        hidden_SI = module._apply_gate(y) if module.has_gate else module.act_fn(y)
-        y = self.product(module, down.parameter, hidden_SI, pairs)
-        return change([down], hidden_SI, y, pairs)
 
-    def product(self, module: Any, parameter: str, x_SK: Tensor, pairs: Pairs) -> Tensor:
-        """[S, out]: the product of a fused parameter, with its bias."""
-        weight: Tensor = getattr(module, parameter)
-        weight_EOK = weight.detach() if not self.transposed(module) else weight.detach().transpose(1, 2)
-        if _grouped(module) and takes_grouped_mm(x_SK, weight_EOK):
-            ends = torch.tensor(pairs.sizes, device=x_SK.device).cumsum(0).to(torch.int32)
-            y = F.grouped_mm(x_SK, weight_EOK.transpose(1, 2), offs=ends)
-            if sum(pairs.sizes) < len(x_SK):
-                # grouped_mm leaves rows past the last group as they are in memory.
-                y = y.masked_fill((torch.arange(len(x_SK), device=y.device) >= ends[-1]).unsqueeze(1), 0.0)
-        else:
-            y = stacked_linear(x_SK, pairs.sizes, weight_EOK)
-        bias = self.fused_bias(module, parameter)
-        return y if bias is None else y + bias.detach()[pairs.experts.clamp_max(self.count(module) - 1)]
+        def changed(parameter: str, x_SK: Tensor, y_SO: Tensor, pairs: Pairs) -> Tensor:
+            return change([down] if parameter == down.parameter else first, x_SK, y_SO, pairs)
+
+        return routed_experts(module, x, index_Tk, weight_Tk, grouped=_grouped(module), change=changed)
 
 
 class DenseExpertsKind(ExpertsKind):
@@ -205,19 +156,42 @@ class ExpertLinear(nn.Module):
     @training.setter
     def training(self, mode: bool) -> None: ...
 
-    def view_of(self, fused: Tensor) -> Tensor:
-        """The weight [out, in] of this part in a stack of the shape of its parameter."""
+    def view_of(self, fused: Tensor | QuantizedStack) -> Tensor:
+        """The weight [out, in] of this part in a stack of the shape of its parameter; a copy where the stack is quantized."""
         stack: Any = self.__dict__["stack"]
         weight = fused[self.expert]
         return (weight.T if self.__dict__["kind"].transposed(stack) else weight)[self.part.columns]
 
     @property
     def weight(self) -> Tensor:
-        """The weight [out, in]; its shape and dtype alone where processes hold parts of the stack, which indexing would exchange."""
-        fused: Tensor = getattr(self.__dict__["stack"], self.part.parameter)
-        return self.view_of(
-            torch.empty(fused.shape, dtype=fused.dtype, device="meta") if hasattr(fused, "full_tensor") else fused
-        )
+        """The weight [out, in]; of a quantized stack, the packed numbers of all experts. Its shape and dtype alone where processes hold
+        parts of the stack, which indexing would exchange."""
+        held = self._held
+        if isinstance(held, QuantizedStack):
+            return held.weight
+        divided = hasattr(held, "full_tensor")
+        return self.view_of(torch.empty(held.shape, dtype=held.dtype, device="meta") if divided else held)
+
+    @property
+    def dense(self) -> Tensor:
+        """The weight [out, in]; of a quantized stack a new tensor, which must not be kept."""
+        return self.view_of(self._held)
+
+    @property
+    def quantized(self) -> QuantizedWeight | None:
+        """The quantized weight of the whole stack, or None for a dense one."""
+        held = self._held
+        return held.quantized if isinstance(held, QuantizedStack) else None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The data type that the weight is computed with."""
+        dtype: torch.dtype = self._held.dtype
+        return dtype
+
+    @property
+    def _held(self) -> Any:
+        return getattr(self.__dict__["stack"], self.part.parameter)
 
     @property
     def bias(self) -> Tensor | None:
@@ -228,12 +202,37 @@ class ExpertLinear(nn.Module):
     @property
     def out_features(self) -> int:
         """Number of outputs."""
-        return int(self.weight.shape[0])
+        return len(range(self._sizes[0])[self.part.columns])
 
     @property
     def in_features(self) -> int:
         """Number of inputs."""
-        return int(self.weight.shape[1])
+        return self._sizes[1]
+
+    @property
+    def _sizes(self) -> tuple[int, int]:
+        """(outputs, inputs) of the fused parameter."""
+        _, rows, columns = self._held.shape
+        return (columns, rows) if self.__dict__["kind"].transposed(self.__dict__["stack"]) else (rows, columns)
+
+
+class QuantizedExpertKind(LayerKind):
+    """A part of one expert of a quantized stack, as a linear layer."""
+
+    def weight_2d(self, module: Any) -> Tensor:
+        return self.dense(module)
+
+    def dense(self, module: Any) -> Tensor:
+        dense: Tensor = module.dense
+        return dense
+
+    def quantized(self, module: Any) -> QuantizedWeight | None:
+        weight: QuantizedWeight | None = module.quantized
+        return weight
+
+    def dtype(self, module: Any) -> torch.dtype:
+        dtype: torch.dtype = module.dtype
+        return dtype
 
 
 _ROUTED, _DENSE = ExpertsKind(), DenseExpertsKind()
@@ -242,6 +241,8 @@ _ROUTED, _DENSE = ExpertsKind(), DenseExpertsKind()
 def experts_kind_for(module: nn.Module) -> tuple[ExpertsKind | None, str]:
     """The kind of a module of stacked experts, or None with the reason why its experts cannot be adapted (empty: no stacked experts)."""
     known: Any = module
+    if isinstance(getattr(module, "down_proj", None), QuantizedStack):
+        return _ROUTED, ""
     stacked = [p for p in module._parameters.values() if p is not None and p.dim() == 3]
     if len(stacked) < 2 or "down_proj" not in module._parameters:
         return None, ""

@@ -70,6 +70,8 @@ class Site:
     def parameter(self) -> str:
         """Name in the model of the parameter that holds the weight: of an expert, the fused parameter of its stack."""
         name = getattr(self.module, "part").parameter if self.stack is not None else "weight"  # noqa: B009
+        if self.stack is not None and self.layer_kind.quantized(self.module) is not None:
+            name += ".weight"
         return f"{self.host.name}.{name}".lstrip(".")
 
     @property

@@ -12,7 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.adapters.layers.experts import ExpertLinear, ExpertsKind, active_experts, experts_kind_for
+from veneer.adapters.layers.experts import (
+    ExpertLinear,
+    ExpertsKind,
+    QuantizedExpertKind,
+    active_experts,
+    experts_kind_for,
+)
 from veneer.adapters.layers.kinds import (
     Conv1DKind,
     Conv2dKind,
@@ -25,6 +31,7 @@ from veneer.adapters.layers.quantized import QuantizedLinearKind
 from veneer.adapters.layers.roles import mark_roles
 from veneer.adapters.layers.site import Site, Survey
 from veneer.kernels.quantized.bitsandbytes import keep_packing, quantized_layer
+from veneer.kernels.quantized.stack import QuantizedStack
 
 _CLASSIFIERS = ("ForSequenceClassification", "ForTokenClassification")
 HEAD_NAMES = ("lm_head", "embed_out", "score", "classifier", "qa_outputs", "output_layer")
@@ -33,6 +40,7 @@ _HEAD_PARTS = ("pooler",)
 _KINDS: dict[str, LayerKind] = {kind.kind: kind for kind in (LayerKind(), Conv1DKind(), EmbeddingKind(), Conv2dKind())}
 _SCALED = ScaledEmbeddingKind()
 _QUANTIZED = QuantizedLinearKind()
+_QUANTIZED_EXPERT = QuantizedExpertKind()
 _VECTOR = VectorKind()
 
 
@@ -53,6 +61,8 @@ def survey(model: nn.Module) -> Survey:
     uncovered: dict[str, str] = {}
     by_weight: dict[int, list[str]] = {}
     for module, (name, *others) in names.items():
+        if isinstance(module, QuantizedStack):
+            continue  # a parameter of a stack of experts
         kind, reason = layer_kind_for(module)
         if reason:
             uncovered[name] = reason
@@ -112,7 +122,8 @@ def _expert_sites(stack: Site, active: int) -> dict[str, Site]:
         for part in kind.parts(module):
             names = [f"{path}.{expert}.{part.name}".lstrip(".") for path in stack.names]
             layer = ExpertLinear(module, kind, expert, part)
-            site = Site(names[0], layer, _KINDS["linear"], stack.in_block, stack.block, False, names=tuple(names))
+            one = _KINDS["linear"] if layer.quantized is None else _QUANTIZED_EXPERT
+            site = Site(names[0], layer, one, stack.in_block, stack.block, False, names=tuple(names))
             site.stack, site.active_experts = stack, active
             site.within = (stack.name, f"{stack.name}.{part.parameter}".lstrip("."))
             found[site.name] = site

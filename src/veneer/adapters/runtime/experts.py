@@ -19,13 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from veneer.adapters.adapter import Adapter
-from veneer.adapters.layers.experts import ExpertLinear, Pairs, Part
+from veneer.adapters.layers.experts import ExpertLinear, Part
 from veneer.adapters.layers.site import Site
 from veneer.adapters.runtime.forward import AdaptedForward
 from veneer.adapters.runtime.forward_pass import ForwardPass
 from veneer.adapters.runtime.layer import AdaptedLayer, AdapterAtSite, adapter_at
 from veneer.adapters.runtime.mapping import Assignment
 from veneer.adapters.runtime.runtime import Runtime
+from veneer.kernels.experts import Pairs
 from veneer.kernels.lora.by_segment import low_rank_by_segment
 from veneer.kernels.lora.dropout import Dropout, drop
 
@@ -197,7 +198,7 @@ def _scaled(terms: Sequence[ExpertTerm], sizes: Sequence[int], x_nK: Tensor, y_n
             continue
         module: Any = term.layer.site.module
         if term.dropout is not None and term.at.drops_base_product:
-            product = F.linear(x, module.weight.detach().to(x.dtype))
+            product = F.linear(x, term.layer.site.weight_2d.to(x.dtype))
         else:
             product = y if module.bias is None else y - module.bias.detach()
         # S - 1 is small: subtract in the scale's own precision, round once.

@@ -48,6 +48,7 @@ from veneer.checkpoints.peft.tensor_names import PREFIX, TOKEN_ROWS, key_of
 from veneer.checkpoints.tensors import digest, read_header, read_tensors, to_buffers
 from veneer.errors import CheckpointError
 from veneer.models.embedded import alias_of, public_name
+from veneer.models.names import plain_shapes
 
 CARD = "README.md"
 _NO_FACTORS = LoRA(r=8, lora_alpha=8)
@@ -246,7 +247,7 @@ def _only_fused(adapter: Adapter, base: BaseView) -> bool:
 def _parameters(fused: FusedExperts, base: BaseView) -> list[str]:
     """``target_parameters`` that mean exactly the fused parameters."""
     model = base.model
-    every = [] if model is None else [name for name, _ in model.named_parameters()]
+    every = [] if model is None else list(plain_shapes(model))
     names = names_for(fused.ranks, every)
     if isinstance(names, str):
         return sorted(fused.ranks)
@@ -266,7 +267,7 @@ def _as_parameters(adapter: Adapter, base: BaseView, before: Mapping[str, Any]) 
 
 def _parameter_names(sites: Collection[str], base: BaseView) -> list[str]:
     """``target_parameters`` for the weights of these sites."""
-    every = [] if base.model is None else [name for name, _ in base.model.named_parameters(remove_duplicate=False)]
+    every = [] if base.model is None else list(plain_shapes(base.model))
     weights = sorted(f"{site}.weight" for site in sites)
     names = names_for(weights, every)
     return weights if isinstance(names, str) else names

@@ -9,24 +9,30 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from veneer.kernels.experts import quantized_experts
 from veneer.kernels.quantized.four_bit import FourBit
 from veneer.kernels.quantized.int8 import Int8
 from veneer.kernels.quantized.module import QuantizedLinear
+from veneer.kernels.quantized.stack import QuantizedStack
 from veneer.kernels.quantized.state import COMPANIONS, FORMATS, quantize, weight_of
 from veneer.kernels.quantized.weight import QuantizedWeight
 from veneer.models.quantized.scheme import Scheme
+from veneer.models.quantized.size import stack_names
 
 __all__ = ["Reading", "empty_layer", "quantized_names"]
 
 _METHOD = "veneer"
+_EXPERTS = "veneer_quantized"
+"""Name of the forward of quantized experts, by transformers' ``ExpertsInterface``."""
 
 
 class Reading:
@@ -55,11 +61,21 @@ class Reading:
         config.quantization_config = {"quant_method": _METHOD}
         return {"config": config}
 
-    def finish(self, model: Any) -> None:
-        """Make the model one like others, whose config says how bitsandbytes would read it."""
+    def finish(self, model: Any) -> tuple[str, ...]:
+        """Make the model one like others, whose config says how bitsandbytes would read it. Returns what a user should know."""
         Reading.current = None
+        if any(isinstance(module, QuantizedStack) for module in model.modules()):
+            model.config.get_text_config()._experts_implementation = _EXPERTS
         del model.hf_quantizer
         model.config.quantization_config = self.scheme.as_config(model.dtype)
+        plain = [name for name, value in model.named_parameters() if value.dim() == 3 and "experts" in name]
+        if not plain:
+            return ()
+        size = sum(value.numel() * value.element_size() for name, value in model.named_parameters() if name in plain)
+        dtype = str(model.dtype).removeprefix("torch.")
+        return (
+            f"the experts of {type(model).__name__} stay in {dtype} ({size / 1e9:.2f} GB); its linear layers are quantized",
+        )
 
 
 class _Config(QuantizationConfigMixin):
@@ -84,10 +100,13 @@ class _Quantizer(HfQuantizer):
         for name in names:
             model.set_submodule(name, empty_layer(model.get_submodule(name), scheme, dtype))
         self.reading.layers = len(names)
+        self.stacks = set() if scheme.stored else set(stack_names(model))
 
     def param_needs_quantization(self, model: Any, param_name: str, **options: Any) -> bool:
         path, _, name = param_name.rpartition(".")
-        return name == "weight" and isinstance(model.get_submodule(path), QuantizedLinear)
+        return param_name in self.stacks or (
+            name == "weight" and isinstance(model.get_submodule(path), QuantizedLinear)
+        )
 
     def get_quantize_ops(self) -> Any:
         return _Quantize(self)
@@ -112,7 +131,12 @@ class _Quantize(ConversionOps):
         scheme, model, made = self.hf_quantizer.reading.scheme, options["model"], {}
         for name, value in input_dict.items():
             weight = value[0] if isinstance(value, list) else value
-            module = model.get_submodule(name.rpartition(".")[0])
+            path, _, parameter = name.rpartition(".")
+            module = model.get_submodule(path)
+            if name in self.hf_quantizer.stacks:
+                _hold_stack(module, parameter, weight, scheme)
+                options["missing_keys"].discard(name)
+                continue
             module.hold(quantize(weight, scheme.format, double=scheme.double))
             made[name] = module.weight
         return made
@@ -152,6 +176,16 @@ def quantized_names(model: Any, skip: tuple[str, ...] | None, *, turned: bool = 
     ]
 
 
+def _hold_stack(module: Any, parameter: str, weight: Tensor, scheme: Scheme) -> None:
+    """Put the quantized weights of all experts in the place of a parameter."""
+    made = quantize(weight.reshape(-1, weight.shape[-1]), scheme.format, double=scheme.double)
+    stack = QuantizedStack(made, len(weight), weight.dtype)
+    for value in (stack, stack.weight):
+        value._is_hf_initialized = True  # type: ignore[assignment]
+    delattr(module, parameter)
+    setattr(module, parameter, stack)
+
+
 def empty_layer(layer: Any, scheme: Scheme, dtype: torch.dtype) -> QuantizedLinear:
     """A layer on the meta device with the shapes of the quantized form of ``layer``."""
     out, in_ = (
@@ -175,3 +209,4 @@ def _empty(scheme: Scheme, shape: torch.Size, dtype: torch.dtype) -> QuantizedWe
 
 auto.AUTO_QUANTIZATION_CONFIG_MAPPING[_METHOD] = _Config
 auto.AUTO_QUANTIZER_MAPPING[_METHOD] = _Quantizer
+ALL_EXPERTS_FUNCTIONS.register(_EXPERTS, quantized_experts)

@@ -26,6 +26,7 @@ from veneer.adapters.layers.survey import survey
 from veneer.adapters.methods import LOW_RANK, LowRankMethod
 from veneer.models.load import model_class
 from veneer.models.quantized.loading import quantized_names
+from veneer.models.quantized.size import stack_names
 
 PRECISIONS = ("bfloat16", "int8", "nf4")
 """Formats of the base, the most exact first."""
@@ -92,7 +93,10 @@ def shape_of(folder: Path, method: str) -> Shape:
     with torch.device("meta"):
         model: Any = getattr(cls, "from_config", cls)(config)
     text = config.get_text_config()
+    known = dict(model.named_parameters())
     linear = {name: model.get_submodule(name).weight.numel() for name in quantized_names(model, None)}
+    layers = list(linear.values())
+    linear |= {name: known[name].numel() for name in stack_names(model)}
     total = sum(parameter.numel() for parameter in model.parameters())
     hidden = int(getattr(text, "hidden_size", 0) or getattr(text, "n_embd", 0))
     intermediate = int(getattr(text, "intermediate_size", 0) or 4 * hidden)
@@ -108,7 +112,7 @@ def shape_of(folder: Path, method: str) -> Shape:
         values=width * int(getattr(text, "num_key_value_heads", 0) or heads),
         intermediate=intermediate,
         layers=int(getattr(text, "num_hidden_layers", 0) or getattr(text, "n_layer", 1)),
-        widest=max(2 * hidden * intermediate, max(linear.values(), default=0)),
+        widest=max(2 * hidden * intermediate, max(layers, default=0)),
         sites=tuple(chosen),
     )
 
