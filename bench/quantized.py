@@ -89,13 +89,16 @@ def _options(files: tuple[Path, Path], **more: Any) -> dict[str, Any]:
 
 
 def _quality(files: tuple[Path, Path], folder: Path, args: argparse.Namespace) -> None:
-    print("| base | method | held-out loss | s a step | peak GB |\n|---|---|---|---|---|")
+    print(
+        "| base | method | loss of the base | held-out loss | s a step | peak GB |\n|---|---|---|---|---|---|",
+        flush=True,
+    )
     for quantize, method in CASES:
         out = folder / f"{quantize}-{method}"
         more = {"steps": args.steps, "eval_every": args.steps, "out": str(out), "method": method, "quantize": quantize}
         found = _in_child(_options(files, **more))
         print(
-            f"| {quantize or 'bf16'} | {method} | {found['loss']:.4f} | {found['step']:.2f} | {found['peak']:.2f} |",
+            f"| {quantize or 'bf16'} | {method} | {found['first']:.4f} | {found['loss']:.4f} | {found['step']:.2f} | {found['peak']:.2f} |",
             flush=True,
         )
 
@@ -110,10 +113,8 @@ def _in_child(options: dict[str, Any]) -> dict[str, Any]:
 
 def _child(options: dict[str, Any]) -> dict[str, Any]:
     began = time.perf_counter()
-    veneer.train(options)
-    folder = Path(options["out"])
-    lines = [json.loads(line) for file in folder.rglob("metrics.jsonl") for line in file.open(encoding="utf-8")]
-    losses = [line["held_out_loss"] for line in lines if line.get("held_out_loss") is not None]
+    result = veneer.train(options)
+    losses = [loss for _, loss in next(iter(result.jobs.values())).losses]
     seconds = (time.perf_counter() - began) / options["steps"]
     return {"loss": losses[-1], "first": losses[0], "step": seconds, "peak": highest() / 1e9}
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ class Adapter:
         overrides: {site: {"weight", "bias", "rows" or "lora_bias": Parameter}}; two sites may share a Parameter.
         tokens: the tokens of the overridden rows, by site.
         kinds: the layer kind of each site.
+        parts: the projections that it changes of fused layers, by site; their other outputs have rows of zeros and are not trained.
         seed: seed of the initialiser and of dropout.
         draws: number of training passes that have drawn dropout so far.
         expert_tokens: number of tokens that each expert of a stack was trained on, by the stack's name, int64 [experts].
@@ -59,6 +61,8 @@ class Adapter:
         self.tokens = dict(tokens or {})
         self.kinds = dict(kinds)
         self._alphas = dict(alphas or {})
+        self.parts: dict[str, tuple[str, ...]] = {}
+        self._held: dict[str, list[tuple[nn.Parameter, Tensor, Tensor]]] = {}
         self.seed = seed
         self.draws = 0
         self.expert_tokens: dict[str, Tensor] = {}
@@ -121,8 +125,9 @@ class Adapter:
 
     def num_parameters(self) -> int:
         """Number of trainable values."""
-        held = self._factors() if self.holds_half else []
-        return sum(parameter.numel() for parameter in self.parameters()) - sum(value.numel() // 2 for _, value in held)
+        held = sum(value.numel() // 2 for _, value in self._factors()) if self.holds_half else 0
+        held += sum(values.numel() for one in self._held.values() for _, _, values in one)
+        return sum(parameter.numel() for parameter in self.parameters()) - held
 
     def hold_half(self) -> None:
         """Give the second half of the ranks no gradient, at every site. Decay of weights would still move it."""
@@ -158,6 +163,25 @@ class Adapter:
         tokens = self.expert_tokens.get(stack)
         return None if tokens is None or not expert.isdigit() else int(tokens[int(expert)])
 
+    def hold_outputs(self, site: str, outputs_O: Tensor) -> None:
+        """Hold the numbers of some outputs at a site (True in ``outputs_O``): those of a fused layer's other parts get no gradients."""
+        per_output = self.method.output_rows(self.tensors[site], slice(0, 0))
+        self._held[site] = []
+        for key, parameter in self.tensors[site].items():
+            if not len(per_output[key]):
+                held = (int(outputs_O.sum()), *parameter.shape[1:])
+                values = parameter.new_empty(held) if parameter.is_meta else parameter.detach()[outputs_O].clone()
+                self._held[site].append((parameter, outputs_O, values))
+                if parameter.requires_grad:
+                    parameter.register_hook(partial(_without_rows, outputs_O))
+
+    def settle(self) -> None:
+        """Put held numbers back, which an optimizer's weight decay moves without a gradient."""
+        for held in self._held.values():
+            for parameter, outputs_O, values in held:
+                if parameter.requires_grad and not parameter.is_meta:
+                    parameter.data[outputs_O.to(parameter.device)] = values.to(parameter.device)
+
     def requires_grad_(self, on: bool = True) -> Adapter:
         """Let gradients reach the adapter's tensors, or not."""
         for parameter in self.parameters():
@@ -166,7 +190,10 @@ class Adapter:
 
     def rename_layers(self, names: Mapping[str, str]) -> None:
         """Give layers other names, in place: {name: new name}."""
-        tables: tuple[dict[str, Any], ...] = (self.tensors, self.overrides, self.tokens, self.kinds, self._alphas)
+        tables: tuple[dict[str, Any], ...] = (
+            *(self.tensors, self.overrides, self.tokens, self.kinds, self._alphas),
+            self.parts,
+        )
         for table in tables:
             held = {names.get(layer, layer): value for layer, value in table.items()}
             table.clear()
@@ -242,6 +269,11 @@ def check_name(name: str) -> str:
             f'letter or digit, and not "{BASE_NAME}", which means the base itself'
         )
     return name
+
+
+def _without_rows(rows_O: Tensor, gradient: Tensor) -> Tensor:
+    rows = rows_O.to(gradient.device).view(-1, *[1] * (gradient.dim() - 1))
+    return gradient.masked_fill(rows, 0.0)
 
 
 def _parameters(tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, nn.Parameter]]:

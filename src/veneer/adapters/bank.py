@@ -25,6 +25,7 @@ from veneer._html import html_table
 from veneer.adapters.adapter import Adapter, check_name, new_adapter
 from veneer.adapters.call_check import CallMonitor
 from veneer.adapters.compatibility import check_fit, check_overrides, check_tying
+from veneer.adapters.layers.fused import outside
 from veneer.adapters.layers.site import Site, Survey
 from veneer.adapters.merge import merged_state_dict, unties
 from veneer.adapters.methods import Method
@@ -34,6 +35,7 @@ from veneer.adapters.patches import Patches
 from veneer.adapters.runtime.route import Route, RouteLike
 from veneer.adapters.runtime.runtime import Runtime
 from veneer.adapters.runtime.tracker import RouteTracker
+from veneer.adapters.targets import parts_of
 from veneer.adapters.training_checks import is_untouched, optimizers_checked
 from veneer.errors import AdapterError, RouteError
 
@@ -177,6 +179,8 @@ class Bank:
         sites = [site for site in map(self.survey.site, own) if method.tensor_names(site.kind)]
         adapter = new_adapter(name, method, sites, seed=seed, overrides=overrides, tokens=tokens)
         check_overrides(adapter, self.survey)
+        parts = {site.name: parts_of(site, method) for site in sites if method.low_rank}
+        adapter.parts = {name: found for name, found in parts.items() if found is not None}
         return self._install(adapter)
 
     def _fresh_head(self, outputs: int, seed: int) -> dict[str, dict[str, Tensor]]:
@@ -206,6 +210,8 @@ class Bank:
         self.runtime.tracker.mapping.clear()
         for site in adapter.sites(self.survey):
             self._patches.install(site, adapter)
+        for name, chosen in adapter.parts.items():
+            adapter.hold_outputs(name, outside(self.sites[name], chosen))
         self._place(adapter)
         return adapter
 
@@ -271,6 +277,7 @@ class Bank:
                 f'its tensors; give your optimizer bank.parameters("{name}"), or the training loop of a library bank.module("{name}")',
                 stacklevel=2,
             )
+        self[name].settle()
         self._format().write(self[name], Path(path), self, **options)
 
     # Training
@@ -384,6 +391,7 @@ class Bank:
                 for key, parameter in tensors.items():
                     if parameter.device != device:
                         self._move(adapter, f"{name}.{key}", parameter, device)
+        adapter.settle()
 
     def _device(self, name: str, adapter: Adapter) -> torch.device:
         site = self.sites.get(name) or self.vector_layers[name]
@@ -406,6 +414,8 @@ class Bank:
         parsed = Route.parse(route)
         if not parsed.uniform:
             raise RouteError("merging takes a route of one row: a name, or a weighted mix {name: weight}")
+        for name in parsed.names:
+            self[name].settle()
         return [(self[name], weight) for name, weight in parsed.mixes[0]]
 
 

@@ -6,6 +6,7 @@
     model.layers.*.mlp.*   a glob over the whole path or a tail of it
     re:.*\\.(q|v)_proj   a regular expression that must match the whole path
     mlp.experts        a module of stacked experts: all its experts' layers (mlp.experts.7.up_proj is one of them)
+    q_proj             also a part of a fused linear layer (qkv_proj): the layer's other outputs stay as they are
     experts.gate_up_proj   a fused parameter of stacked experts: its parts in every expert
 
 A pattern that matches nothing is an error which lists near misses and what the model has; all such patterns are told at once.
@@ -50,6 +51,7 @@ def select(
     left_out: Collection[str] = (),
     uncovered: Mapping[str, str] | None = None,
     tables: Mapping[str, Mapping[str, object]] | None = None,
+    by_part: bool = False,
 ) -> list[str]:
     """Names of the layers that ``options`` asks for, in the model's order.
 
@@ -60,6 +62,7 @@ def select(
         left_out: what ``all-linear`` does not take.
         uncovered: layers that cannot be adapted, with the reason.
         tables: options by pattern, such as rank_pattern, whose patterns must match something too.
+        by_part: a pattern may name a projection that a fused layer holds.
 
     Raises TargetError naming every pattern that matches nothing and every layer that cannot be adapted, with the reason.
     """
@@ -71,13 +74,14 @@ def select(
         elif pattern == ALL:
             chosen |= _all(layers, kinds, problems)
         else:
-            chosen |= _one(pattern, layers, uncovered or {}, kinds, problems)
+            chosen |= _one(pattern, layers, uncovered or {}, kinds, problems, by_part=by_part)
     for pattern in _valid(as_list(options.exclude_modules), problems):
         excluded = {name for name in chosen if _names(pattern, layers[name])}
-        if not excluded:
+        if not excluded and not (by_part and any(_names_part(pattern, layers[name]) for name in chosen)):
             near = _near(pattern, {name: layers[name] for name in chosen})
             problems.add(f'exclude_modules: "{pattern}" matches none of the sites that target_modules chose{near}')
         chosen -= excluded
+    chosen -= {name for name in chosen if by_part and parts_of(layers[name], options) == ()}
     chosen = _only_layers(chosen, layers, options.layers_to_transform, problems)
     if not chosen and not problems:
         problems.add("no site is left after exclude_modules and layers_to_transform")
@@ -119,9 +123,15 @@ def _all(layers: Mapping[str, Site], kinds: Collection[str], problems: Problems)
 
 
 def _one(
-    pattern: str, layers: Mapping[str, Site], uncovered: Mapping[str, str], kinds: Collection[str], problems: Problems
+    pattern: str,
+    layers: Mapping[str, Site],
+    uncovered: Mapping[str, str],
+    kinds: Collection[str],
+    problems: Problems,
+    *,
+    by_part: bool,
 ) -> set[str]:
-    found = {name for name, site in layers.items() if _names(pattern, site)}
+    found = {name for name, site in layers.items() if _names(pattern, site) or (by_part and _names_part(pattern, site))}
     for name in sorted(found):
         if layers[name].reason:
             problems.add(f'target_modules: "{pattern}" names {name}, which cannot be adapted: {layers[name].reason}')
@@ -142,6 +152,23 @@ def _one(
 def _names(pattern: str, site: Site) -> bool:
     """True if a pattern matches a site, or the module of stacked experts or the fused parameter that it is a part of."""
     return any(matches(pattern, path) for path in (site.name, *site.within))
+
+
+def _names_part(pattern: str, site: Site) -> bool:
+    """True if a pattern matches a projection that a fused layer holds."""
+    return any(matches(pattern, path) for path in site.part_paths())
+
+
+def parts_of(site: Site, options: MethodOptions) -> tuple[str, ...] | None:
+    """The projections of a chosen fused layer that an adapter changes; None for a whole layer."""
+    if not site.parts:
+        return None
+    wanted, unwanted = as_list(options.target_modules), as_list(options.exclude_modules)
+    whole = any(pattern in (ALL_LINEAR, ALL) or _names(pattern, site) for pattern in wanted)
+    paths = site.part_paths().items()
+    found = {part for path, part in paths if whole or any(matches(pattern, path) for pattern in wanted)}
+    found -= {part for path, part in paths if any(matches(pattern, path) for pattern in unwanted)}
+    return None if len(found) == len(site.parts) else tuple(part for part in site.parts if part in found)
 
 
 def _valid(patterns: Iterable[str], problems: Problems) -> Iterator[str]:

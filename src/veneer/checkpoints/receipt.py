@@ -73,6 +73,8 @@ def make_receipt(adapter: Adapter, base: BaseView, digest: str, extra: Mapping[s
         receipt["own"] = _override_record(adapter)
     if names := base.expert_names(adapter.tensors):
         receipt["experts"] = names
+    if adapter.parts:
+        receipt["parts"] = {base.written_name(site): list(parts) for site, parts in adapter.parts.items()}
     receipt["kinds"] = {site: kind for site, kind in adapter.kinds.items() if kind == "conv1d"}
     if base.sites:
         receipt["base"] = weight_records(base, adapter.tensors)

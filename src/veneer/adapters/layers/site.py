@@ -55,6 +55,8 @@ class Site:
     """True for the last layer of a classifier's head: an adapter that overrides it has its own number of outputs."""
     role: str = ""
     """The part of a linear layer in its block (``roles.py``), empty if it is none of those."""
+    parts: dict[str, slice] = field(default_factory=dict)
+    """Outputs of each projection that a fused linear layer holds, by name (``fused.py``)."""
     is_router: bool = False
     """True for a linear layer that chooses a token's experts; all-linear leaves it out."""
     lender: Callable[[nn.Module], AbstractContextManager[None]] | None = field(default=None, repr=False)
@@ -121,6 +123,11 @@ class Site:
         """The format that the base weight is stored in: float32, bfloat16, nf4 and so on."""
         quantized = self.layer_kind.quantized(self.module)
         return str(self.dtype).removeprefix("torch.") if quantized is None else quantized.format
+
+    def part_paths(self) -> dict[str, str]:
+        """{path that means a projection of a fused layer: its name}: ``self_attn.q_proj`` for a part of ``self_attn.qkv_proj``."""
+        parents = [name.rpartition(".")[0] for name in self.names]
+        return {f"{parent}.{part}".lstrip("."): part for parent in parents for part in self.parts}
 
     def squared_norms(self) -> Tensor:
         """||W_o||^2 of the base weight, [out], computed once and again only if the weight itself is replaced or cast."""

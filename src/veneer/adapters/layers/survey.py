@@ -19,6 +19,7 @@ from veneer.adapters.layers.experts import (
     active_experts,
     experts_kind_for,
 )
+from veneer.adapters.layers.fused import fused_parts
 from veneer.adapters.layers.kinds import (
     Conv1DKind,
     Conv2dKind,
@@ -83,6 +84,8 @@ def survey(model: nn.Module) -> Survey:
         parent = model.get_submodule(path) if name else None
         site = Site(name, module, kind, block is not None, block, is_head, parent=parent, names=(name, *others))
         site.in_body = not is_head and _in_body(name, model)
+        if kind.kind in ("linear", "conv1d"):
+            site.parts = fused_parts(name, site.geometry.out, model)
         (vector_layers if kind is _VECTOR else sites)[name] = site
         if kind is not _VECTOR:
             weight: Any = module.weight

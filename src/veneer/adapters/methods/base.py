@@ -176,7 +176,8 @@ class Method(MethodOptions):
                     "name layers in target_modules"
                 )
             options = self.model_copy(update={"target_modules": named})
-        chosen = select(layers, options, self.kinds, left_out=left_out, uncovered=survey.uncovered, tables=tables)
+        more: Any = {"left_out": left_out, "uncovered": survey.uncovered, "tables": tables, "by_part": self.low_rank}
+        chosen = select(layers, options, self.kinds, **more)
         expert = next((name for name in chosen if layers[name].stack is not None), None)
         if expert is not None and not self.takes_experts:
             raise TargetError(

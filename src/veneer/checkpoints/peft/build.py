@@ -70,6 +70,7 @@ def build(
     seed = receipt.get("seed")
     seed = seed if type(seed) is int else 0
     adapter = Adapter(name, method, tensors, kinds, overrides=overrides, tokens=tokens, alphas=alphas, seed=seed)
+    adapter.parts = _parts(receipt, base, tensors)
     for problem in base.misfits(adapter):
         found.refuse(problem)
     return adapter
@@ -85,6 +86,17 @@ def _check_shared(method: Method, shared: Mapping[str, Tensor], found: Findings)
     for name, value in shared.items():
         if not torch.allclose(value.float(), expected[name], rtol=1e-5, atol=1e-6):
             found.refuse(f"{shown(name)} is not the projection that projection_prng_key in adapter_config.json gives")
+
+
+def _parts(receipt: Mapping[str, Any], base: BaseView, tensors: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    """The projections of fused layers that the adapter was made for, by its receipt, where the base has them."""
+    recorded = receipt.get("parts")
+    found = {}
+    for site, names in recorded.items() if isinstance(recorded, dict) else ():
+        known = base.sites[site].parts if site in tensors and site in base.sites else {}
+        if known and isinstance(names, list) and set(map(str, names)) <= set(known):
+            found[site] = tuple(map(str, names))
+    return found
 
 
 def _share_again(tensors: SiteTensors, base: BaseView) -> None:

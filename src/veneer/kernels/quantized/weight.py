@@ -17,7 +17,7 @@ from torch import Tensor
 
 from veneer.kernels.lora.dora_norm import squared_row_norms
 
-ELEMENTS_AT_ONCE = 1 << 22
+ELEMENTS_AT_ONCE = 1 << 18
 """Numbers that are dequantized at once where only a reduction of them is needed."""
 
 

@@ -196,6 +196,7 @@ class Job:
             for group in self.optimizer.param_groups:
                 group["lr"] = now * group["ratio"]
             self.optimizer.step()
+            self.bank[self.name].settle()
             if self.orthogonality is not None:
                 self.orthogonality.after_step()
         finally:
