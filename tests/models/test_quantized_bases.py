@@ -94,6 +94,17 @@ def test_plain_checkpoints_are_quantized_while_they_are_read(format: str, plain:
     assert (logits(again) - logits(ours.model)).abs().max() < 1e-5
 
 
+def test_conv1d_is_quantized_while_it_is_read(tmp_path: Path) -> None:
+    """GPT-2's layers, stored [in, out], are quantized as linear ones [out, in]."""
+    tiny("gpt2").save_pretrained(tmp_path)
+    ours, dense = load_base(tmp_path, dtype="float32", quantize="nf4").model, tiny("gpt2")
+    layers = {name: module for name, module in ours.named_modules() if isinstance(module, QuantizedLinear)}
+    assert len(layers) == 8
+    for name, module in layers.items():
+        dense.get_submodule(name).weight.data.copy_(module.quantized.dequantize().T)
+    assert torch.equal(logits(ours), logits(dense))
+
+
 def test_the_fingerprint_covers_scales(plain: Path, tmp_path: Path) -> None:
     """The fingerprint of a quantized weight is the same from memory and from files, and differs where a scale does."""
     name = "model.layers.0.self_attn.q_proj.weight"

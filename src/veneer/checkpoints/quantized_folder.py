@@ -67,7 +67,7 @@ def quantize_to_folder(
     Raises:
         CheckpointError: there is no linear layer whose weight is in the files under its own name.
     """
-    names = quantized_names(base.model, scheme.skip)
+    names = quantized_names(base.model, scheme.skip, turned=False)
     keys = {base.names[f"{name}.weight"]: name for name in names if f"{name}.weight" in base.names}
     if not keys:
         raise CheckpointError(

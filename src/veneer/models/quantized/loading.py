@@ -95,8 +95,9 @@ class _Quantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **options: Any) -> None:
         scheme = self.reading.scheme
-        names = quantized_names(model, scheme.skip, turned=scheme.stored)
+        names = quantized_names(model, scheme.skip)
         dtype = options.get("dtype") or torch.get_default_dtype()
+        self.turned = {f"{name}.weight" for name in names if isinstance(model.get_submodule(name), Conv1D)}
         for name in names:
             model.set_submodule(name, empty_layer(model.get_submodule(name), scheme, dtype))
         self.reading.layers = len(names)
@@ -137,6 +138,7 @@ class _Quantize(ConversionOps):
                 _hold_stack(module, parameter, weight, scheme)
                 options["missing_keys"].discard(name)
                 continue
+            weight = weight.T.contiguous() if name in self.hf_quantizer.turned else weight
             module.hold(quantize(weight, scheme.format, double=scheme.double))
             made[name] = module.weight
         return made
@@ -166,7 +168,7 @@ class _Read(ConversionOps):
         return {"weight": module.weight}
 
 
-def quantized_names(model: Any, skip: tuple[str, ...] | None, *, turned: bool = False) -> list[str]:
+def quantized_names(model: Any, skip: tuple[str, ...] | None, *, turned: bool = True) -> list[str]:
     """The linear layers of a model that are quantized, as transformers chooses them for bitsandbytes. ``turned``: GPT-2's Conv1D too."""
     keep = getattr(model, "_keep_in_fp32_modules", None)
     without = HfQuantizer.get_modules_to_not_convert(model, None if skip is None else list(skip), keep)

@@ -36,10 +36,10 @@ ENOUGH = 1024
 _BITS = {"bfloat16": 16.0, "int8": 8.03, "nf4": 4.127}
 _TRAINED = 16
 """Bytes a trained number: fp32 master, gradient and two moments."""
-_PROCESS = 450_000_000
+_PROCESS = 600_000_000
 """The process itself: Python, torch, transformers, and buffers of the loss."""
-_KEPT = 2
-"""Bytes of an activation."""
+_KEPT = 2.6
+"""Bytes of an activation in bf16, with what the C library's heap holds between activations (docs/log/quantized.md)."""
 _STEP = 4
 """Activations' gradients in flight in a layer's backward, as a share of what one layer keeps."""
 
@@ -129,7 +129,7 @@ def memory_of(
     layer = 6 * shape.hidden + 2 * shape.values + 3 * shape.intermediate + outputs
     kept = shape.layers * shape.hidden + layer if checkpointing else shape.layers * layer
     in_flight = _STEP * shape.intermediate
-    return _PROCESS + weights + dequantized + _TRAINED * trained + _KEPT * tokens * (kept + in_flight)
+    return _PROCESS + weights + dequantized + _TRAINED * trained + int(_KEPT * tokens * (kept + in_flight))
 
 
 def settings(shape: Shape, memory: int, method: str, ranks: Sequence[int]) -> list[Setting]:
