@@ -182,8 +182,9 @@ def _hold_stack(module: Any, parameter: str, weight: Tensor, scheme: Scheme) -> 
     """Put the quantized weights of all experts in the place of a parameter."""
     made = quantize(weight.reshape(-1, weight.shape[-1]), scheme.format, double=scheme.double)
     stack = QuantizedStack(made, len(weight), weight.dtype)
-    for value in (stack, stack.weight):
-        value._is_hf_initialized = True  # type: ignore[assignment]
+    known: tuple[Any, ...] = (stack, stack.weight)
+    for value in known:
+        value._is_hf_initialized = True
     delattr(module, parameter)
     setattr(module, parameter, stack)
 
