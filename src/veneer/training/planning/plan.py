@@ -133,7 +133,12 @@ class Planner:
             return
         remedies = ", or ".join(self.remedies(plan))
         on = f" on {plan.device}" if plan.device else ""
-        advice = f"it would fit with {remedies}" if remedies else "no single option makes it fit: take a smaller base"
+        settings = f"veneer plan --base {self.base.name} --memory {(plan.free or 0) / 1e9:.1f}GB"
+        advice = (
+            f"it would fit with {remedies}"
+            if remedies
+            else f"no single option makes it fit; {settings} shows which settings fit"
+        )
         raise MemoryPlanError(
             f"the run needs {_gb(plan.peak)} of memory at its peak{on} ({plan.parts}), and the process may use {_gb(plan.free or 0)}; "
             f"{advice}; --no-plan starts it anyway"
