@@ -121,9 +121,9 @@ def test_a_fresh_run_that_cannot_fit_leaves_the_earlier_one(
 def test_no_remedy_is_named_where_none_suffices(
     place: Path, base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where even one short pass is too much, no single option is offered as a way out."""
+    """Where even one short pass is too much, no single option is offered as a way out, and the command that shows settings is."""
     forecast_of(GB, monkeypatch, free=GB // 100, again=0.9)
-    with pytest.raises(MemoryPlanError, match="take a smaller base"):
+    with pytest.raises(MemoryPlanError, match=r"no single option makes it fit; veneer plan --base .* --memory"):
         train(wide(place, tmp_path / "run"), base=base, console=QUIET)
 
 
