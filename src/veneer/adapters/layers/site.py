@@ -94,6 +94,8 @@ class Site:
     @property
     def device(self) -> torch.device:
         """The device of the base weight."""
+        if self.stack is not None and self.layer_kind.quantized(self.module) is not None:
+            return self.weight.device
         device: torch.device = getattr(self.host.module, self.parameter.rpartition(".")[2]).device
         return device
 
