@@ -95,7 +95,7 @@ def test_what_fits_is_planned_from_the_config_alone(run: Run) -> None:
     Path("seven/config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}), encoding="utf-8")
     code, out, _ = run("plan", "--base", "seven", "--memory", "24GB")
     assert code == 0 and "6.74 billion parameters" in out
-    assert out.splitlines()[-1].startswith("veneer train DATA --base seven --dtype bfloat16 --r 16")
+    assert out.splitlines()[-1].startswith("veneer train DATA --base seven --dtype bfloat16 --r 64")
     code, out, _ = run("plan", "--base", "seven", "--memory", "8GB", "--method", "dora", "--r", "8", "--json")
     found = json.loads(out)
     assert code == 0 and "--method dora --quantize nf4 --r 8" in found["command"]

@@ -210,13 +210,16 @@ def test_no_head_is_given_where_more_than_a_product_lies_behind(arch: str) -> No
     assert FlatRunner(tiny(arch)).head() is None
 
 
-def test_classifier_has_hidden_states_and_no_token_logits() -> None:
-    """A model whose logits are per sequence runs flat for its states, and says so when asked for token logits."""
-    runner = FlatRunner(tiny("llama_classifier"))
-    flat = Flat.of(_segments())
-    assert runner.hidden(flat).shape == (sum(LENGTHS), 32)
-    with pytest.raises(BaseModelError, match="no logits per token"):
-        runner.logits(flat)
+def test_classifier_has_hidden_states_and_logits_of_segments() -> None:
+    """A model whose logits are per sequence runs flat for its states, and its head reads each segment as it would alone."""
+    model = tiny("llama_classifier").eval()
+    runner = FlatRunner(model)
+    segments = _segments()
+    assert runner.hidden(Flat.of(segments)).shape == (sum(LENGTHS), 32)
+    with torch.no_grad():
+        logits = runner.logits(Flat.of(segments))
+        alone = torch.stack([_alone(model, segment) for segment in segments])
+    torch.testing.assert_close(logits, alone, atol=2e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("arch", ["llama", "bloom"])
