@@ -23,7 +23,22 @@ from veneer._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from veneer import errors
-    from veneer.adapters import IA3, Adapter, Bank, BitFit, DoRA, Full, Houlsby, LoRA, Pfeiffer, Route, VeRA, bank_of
+    from veneer.adapters import (
+        IA3,
+        Adapter,
+        Bank,
+        BitFit,
+        DoRA,
+        Full,
+        Houlsby,
+        LoRA,
+        Pfeiffer,
+        PrefixTuning,
+        PromptTuning,
+        Route,
+        VeRA,
+        bank_of,
+    )
     from veneer.checkpoints import attach
     from veneer.models.load import Base, load_base
     from veneer.training import train
@@ -45,6 +60,8 @@ __all__ = [
     "Houlsby",
     "LoRA",
     "Pfeiffer",
+    "PrefixTuning",
+    "PromptTuning",
     "Route",
     "VeRA",
     "attach",
@@ -65,6 +82,8 @@ _HOMES = {
     "IA3": "veneer.adapters",
     "LoRA": "veneer.adapters",
     "Pfeiffer": "veneer.adapters",
+    "PrefixTuning": "veneer.adapters",
+    "PromptTuning": "veneer.adapters",
     "Route": "veneer.adapters",
     "VeRA": "veneer.adapters",
     "attach": "veneer.checkpoints",

@@ -34,6 +34,7 @@ from veneer._options.output import given, json_schema, plain, to_yaml
 from veneer._options.resolve import Difference, Provenance, differences, flag_name, resolve
 from veneer._options.synonyms import command_hint, near_miss, similar
 from veneer._options.train import PER_RUN_OPTIONS, DataOptions, TrainOptions, default_learning_rate
+from veneer._options.virtual_tokens import VirtualTokenOptions
 
 __all__ = [
     "PER_RUN_OPTIONS",
@@ -55,6 +56,7 @@ __all__ = [
     "Real",
     "Texts",
     "TrainOptions",
+    "VirtualTokenOptions",
     "Whole",
     "add_flags",
     "command_hint",

@@ -150,5 +150,5 @@ def test_commands_show_both_answers(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "[[blue<|im_end|>]]" in out and "[[green<|im_end|>]]" in out
     assert main(["data", "check", *common, "--task", "dpo"]) == 0
     assert "1 row, 2 examples" in capsys.readouterr().out
-    assert main(["data", "check", *common]) == 2
+    assert main(["data", "check", *common]) == 1
     assert "to train on preferences, pass --task dpo" in capsys.readouterr().err

@@ -113,8 +113,8 @@ def test_every_mistake_is_told_at_once(tmp_path: Path) -> None:
             f"  - {file}, line 2: learning_rat: unknown option; did you mean learning_rate?",
             f"  - {file}, line 3: r: expected a whole number, found true",
             f"  - {file}, line 4: lora_alpha: expected a number, found '1'",
-            f"  - {file}, line 5: method: expected 'lora', 'dora', 'full', 'bitfit', 'ia3', 'houlsby', 'pfeiffer' or 'vera', found "
-            "'dorra'; did you mean dora?",
+            f"  - {file}, line 5: method: expected 'lora', 'dora', 'full', 'bitfit', 'ia3', 'houlsby', 'pfeiffer', 'vera', 'prefix' or "
+            "'prompt', found 'dorra'; did you mean dora?",
             f"  - {file}, line 6: betas.1: a value is missing here",
             "  - --set lr=3: lr: unknown option; did you mean learning_rate?",
             "  - --set rank_pattern.q=x: rank_pattern.q: expected a whole number, found 'x'",

@@ -34,6 +34,7 @@ from veneer._options.base import (
 from veneer._options.low_rank import LowRankOptions
 from veneer._options.other_methods import BottleneckOptions, IA3Options, VeRAOptions
 from veneer._options.text import kinds_of, read
+from veneer._options.virtual_tokens import VirtualTokenOptions
 
 
 def default_learning_rate(hidden: int, model_type: str) -> float:
@@ -131,11 +132,12 @@ class DataOptions(Options):
     """Handling of longer examples: raise an error, drop them, or cut off their end; dropped and cut examples are counted."""
 
 
-class AdapterOptions(LowRankOptions, IA3Options, BottleneckOptions, VeRAOptions):
+class AdapterOptions(VirtualTokenOptions, LowRankOptions, IA3Options, BottleneckOptions, VeRAOptions):
     """Adapter."""
 
-    method: Literal["lora", "dora", "full", "bitfit", "ia3", "houlsby", "pfeiffer", "vera"] = "lora"
-    """Adapter method: lora, dora, full (copies of the layers), bitfit (biases), ia3, houlsby, pfeiffer, or vera."""
+    method: Literal["lora", "dora", "full", "bitfit", "ia3", "houlsby", "pfeiffer", "vera", "prefix", "prompt"] = "lora"
+    """Adapter method: lora, dora, full (copies of the layers), bitfit (biases), ia3, houlsby, pfeiffer, vera, or virtual tokens
+    before the sequence: prefix (keys and values of every layer), or prompt (embeddings)."""
 
 
 class ContinualOptions(Options):

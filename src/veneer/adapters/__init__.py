@@ -8,7 +8,20 @@ from __future__ import annotations
 from veneer.adapters.adapter import Adapter
 from veneer.adapters.attach import attach, bank_of
 from veneer.adapters.bank import Bank
-from veneer.adapters.methods import IA3, METHODS, BitFit, DoRA, Full, Houlsby, LoRA, Method, Pfeiffer, VeRA
+from veneer.adapters.methods import (
+    IA3,
+    METHODS,
+    BitFit,
+    DoRA,
+    Full,
+    Houlsby,
+    LoRA,
+    Method,
+    Pfeiffer,
+    PrefixTuning,
+    PromptTuning,
+    VeRA,
+)
 from veneer.adapters.runtime.route import Route
 
 __all__ = [
@@ -23,6 +36,8 @@ __all__ = [
     "LoRA",
     "Method",
     "Pfeiffer",
+    "PrefixTuning",
+    "PromptTuning",
     "Route",
     "VeRA",
     "attach",

@@ -123,7 +123,11 @@ def verify(
         found.refuse(f"the receipt holds no usable record of the base's weight at {listed(bare)}", "receipt")
         base_agrees = False
     probes = receipt.get("probes")
-    if not isinstance(probes, dict) or (adapter.method.needs_base_weights and not base_agrees):
+    if (
+        adapter.method.no_delta
+        or not isinstance(probes, dict)
+        or (adapter.method.needs_base_weights and not base_agrees)
+    ):
         return
     recorded = {name: recorded_name(probes, name, names) for name in adapter.tensors}
     if set(probes) != set(recorded.values()):

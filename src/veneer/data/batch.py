@@ -21,7 +21,7 @@ is therefore one integer, the cursor ``epoch * n + i``, and no random generator 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -83,6 +83,34 @@ class Batch:
             weights=self.weights[index],
             jobs=tuple(self.jobs[s] for s in segments),
             sources=tuple(self.sources[s] for s in segments),
+            types=None if self.types is None else self.types[index],
+        )
+
+    def prepend(self, tokens: Sequence[int], shifts: Sequence[int]) -> Batch:
+        """The batch with virtual tokens before its segments.
+
+        Args:
+            tokens: for each segment, the number of tokens without a target that are put before it, with the id 0.
+            shifts: for each segment, the position at which it begins.
+        """
+        ids, positions, targets, weights, types, ends = [], [], [], [], [], [0]
+        given = torch.zeros_like(self.ids) if self.types is None else self.types
+        for s, (n, shift) in enumerate(zip(tokens, shifts, strict=True)):
+            own = slice(int(self.offsets[s]), int(self.offsets[s + 1]))
+            ids += [self.ids.new_zeros(n), self.ids[own]]
+            positions.append(torch.arange(shift, shift + n + own.stop - own.start))
+            targets += [self.targets.new_full((n,), IGNORE), self.targets[own]]
+            weights += [self.weights.new_zeros(n), self.weights[own]]
+            types += [given.new_zeros(n), given[own]]
+            ends.append(ends[-1] + n + own.stop - own.start)
+        return replace(
+            self,
+            ids=torch.cat(ids),
+            positions=torch.cat(positions),
+            offsets=torch.tensor(ends),
+            targets=torch.cat(targets),
+            weights=torch.cat(weights),
+            types=None if self.types is None else torch.cat(types),
         )
 
     def to(self, device: torch.device | str) -> Batch:

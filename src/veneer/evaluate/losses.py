@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from veneer.adapters import Bank
-from veneer.adapters.runtime.route import RouteLike
+from veneer.adapters.runtime.route import Route, RouteLike
+from veneer.adapters.sequence import lengthen, running
 from veneer.data.batch import Batch, make_batch
 from veneer.data.example import Example
 from veneer.errors import DataError
@@ -134,8 +135,11 @@ def _fill(
     """Add the losses and weights of the examples of these groups."""
     done = 0
     for group in groups:
-        batch = make_batch([examples[i] for i in group], "held-out")
-        with torch.no_grad(), turn(), bank.use(route, training=False) if bank is not None else nullcontext():
+        batch, before = make_batch([examples[i] for i in group], "held-out"), None
+        if bank is not None:
+            batch, before = lengthen(bank, batch, [Route.parse(route).mixes[0]] * len(group))
+        acting = bank.use(route, training=False) if bank is not None else nullcontext()
+        with torch.no_grad(), turn(), running(runner, before), acting:
             owner, loss, weight = _token_losses(runner, batch)
         index = torch.tensor(group)[owner]
         sums.index_add_(0, index, loss * weight)

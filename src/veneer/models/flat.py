@@ -18,12 +18,14 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from veneer.errors import BaseModelError
+from veneer.kernels.attention.prepended import Prepended
 from veneer.kernels.attention.segments import Segments
 from veneer.models.classifiers.pooling import PLACES, Place, one_token_rows, pooled_body, reads_segments, tokens_read
 from veneer.models.devices import device_of, together
@@ -60,6 +62,7 @@ class FlatRunner:
         self._body = _body(model)
         self._config: Any = getattr(model, "config", None)
         self._switch = Switch(model)
+        self._prepended: Prepended | None = None
         self.split: SequenceSplit | None = None
         """The share of each batch's tokens that this process computes, where several compute a batch together."""
         self._head: torch.nn.Module | None = None
@@ -245,13 +248,49 @@ class FlatRunner:
                 f"the offsets of a flat batch end at {segments.tokens}, and it has {batch.ids.numel()} tokens"
             )
         try:
-            with self._switch.flat(segments, attend):
+            with self._switch.flat(segments, attend, self._prepended):
                 return call(**inputs, **options)
         except NotFlat as error:
             raise BaseModelError(
                 f"{type(self.model).__name__} cannot be run on a flat batch: {error}; make a new FlatRunner for it, which "
                 f"finds the way that it can"
             ) from error
+
+    @contextmanager
+    def prepending(self, prepended: Prepended | None) -> Iterator[None]:
+        """In this context, batches begin their segments with virtual tokens, and with keys and values of their own.
+
+        The rows of the batch's virtual tokens replace the input embeddings, whatever ids stand there; positions are the caller's.
+
+        Raises:
+            BaseModelError: the model runs on padded rows, or has no input embedding.
+        """
+        if prepended is None:
+            yield
+            return
+        model: Any = self.model
+        embedding: Any = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+        if self.kind != "flat" or embedding is None:
+            raise BaseModelError(
+                f"{type(model).__name__} cannot take virtual tokens: {self.reason or 'it has no input embedding'}; use a method that "
+                "changes layers, such as lora"
+            )
+        if self.split is not None:
+            raise BaseModelError(
+                "virtual tokens cannot stand in batches whose tokens are divided among processes; leave that option out, or use a method "
+                "that changes layers, such as lora"
+            )
+        thread = threading.get_ident()
+
+        def replace(_module: torch.nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor | None:
+            return prepended.embedded(output) if threading.get_ident() == thread else None
+
+        handle, self._prepended = embedding.register_forward_hook(replace), prepended
+        try:
+            yield
+        finally:
+            self._prepended = None
+            handle.remove()
 
     def _inputs(self, batch: PreparedBatch) -> dict[str, Any]:
         layout, ids, positions = batch.layout, batch.ids, batch.positions + self.first_position

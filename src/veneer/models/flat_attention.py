@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from veneer.errors import BaseModelError
+from veneer.kernels.attention.prepended import Prepended
 from veneer.kernels.attention.segmented import segment_attention
 from veneer.kernels.attention.segments import Pattern, Segments
 
@@ -50,6 +51,7 @@ class SegmentMask:
 
     segments: Segments
     attend: Attend | None  # kept here, since a layer that runs again in backward does so outside of its flat call
+    prepended: Prepended | None
     pattern: Pattern | NotFlat  # an error is raised only if a layer uses this mask: some models make more than they use
 
     @classmethod
@@ -69,6 +71,7 @@ class _Local(threading.local):
     segments: Segments | None = None
     calls: int = 0
     attend: Attend | None = None
+    prepended: Prepended | None = None
 
 
 _local = _Local()
@@ -90,15 +93,17 @@ class Switch:
         self._replaced: list[tuple[torch.nn.Module, Any]] = []
 
     @contextlib.contextmanager
-    def flat(self, segments: Segments, attend: Attend | None = None) -> Iterator[None]:
+    def flat(
+        self, segments: Segments, attend: Attend | None = None, prepended: Prepended | None = None
+    ) -> Iterator[None]:
         """Run the model on ``segments`` in this block and this thread; ``attend`` replaces attention inside them."""
-        before = _local.segments, _local.attend
+        before = _local.segments, _local.attend, _local.prepended
         with self._named():
-            _local.segments, _local.attend, _local.calls = segments, attend, 0
+            _local.segments, _local.attend, _local.prepended, _local.calls = segments, attend, prepended, 0
             try:
                 yield
             finally:
-                _local.segments, _local.attend = before
+                _local.segments, _local.attend, _local.prepended = before
 
     @property
     def attention_calls(self) -> int:
@@ -184,7 +189,7 @@ def _mask(*args: Any, **kwargs: Any) -> Any:
         pattern: Pattern | NotFlat = _pattern(kwargs["mask_function"], kwargs.get("local_size"))
     except NotFlat as error:
         pattern = error
-    return SegmentMask(_local.segments, _local.attend, pattern)
+    return SegmentMask(_local.segments, _local.attend, _local.prepended, pattern)
 
 
 def _pattern(rule: Callable[..., Any], window: int | None) -> Pattern:
@@ -240,17 +245,36 @@ def _attention(
     pattern = Pattern(pattern.before, pattern.after, kwargs.get("softcap"))
     if attention_mask.attend is not None:
         return attention_mask.attend(_local.calls - 1, query[0], key[0], value[0], pattern, scale, sinks)[None], None
-    out_THD = segment_attention(
-        query[0],
-        key[0],
-        value[0],
-        attention_mask.segments,
-        pattern,
-        scale=scale,
-        sinks_H=sinks,
-        dropout=float(kwargs.get("dropout") or 0.0),
-    )
+    q, k, v, segments = query[0], key[0], value[0], attention_mask.segments
+    prepended = attention_mask.prepended
+    if prepended is not None and prepended.has_past:
+        layer = _layer_of(module, prepended, k, v)
+        q, k, v = prepended.queries(q), prepended.keys(k, layer), prepended.values(v, layer)
+        segments = prepended.segments
+    dropout = float(kwargs.get("dropout") or 0.0)
+    out_THD = segment_attention(q, k, v, segments, pattern, scale=scale, sinks_H=sinks, dropout=dropout)
+    if prepended is not None and prepended.has_past:
+        out_THD = out_THD[prepended.kept.to(out_THD.device)]
     return out_THD[None], None
+
+
+def _layer_of(module: torch.nn.Module, prepended: Prepended, k: torch.Tensor, v: torch.Tensor) -> int:
+    """The number of an attention layer among those that a prefix has keys and values for."""
+    layer = getattr(module, "layer_idx", None)
+    past = next(each for each in prepended.past if each is not None)
+    width = past.shape[-1]
+    if not isinstance(layer, int) or 2 * layer + 1 >= past.shape[1]:
+        raise BaseModelError(
+            f"{type(module).__name__} does not say which layer of the base it is, so a prefix has no keys and values for it; use "
+            "another method, such as prompt"
+        )
+    found = (k.shape[0] * k.shape[-1], v.shape[0] * v.shape[-1])
+    if found != (width, width):
+        raise BaseModelError(
+            f"layer {layer} has keys and values of {found[0]} and {found[1]} features, and the prefix has {width}: it was made for "
+            "another base"
+        )
+    return layer
 
 
 def _implementation(config: Any) -> str:

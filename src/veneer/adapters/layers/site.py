@@ -57,6 +57,10 @@ class Site:
     """The part of a linear layer in its block (``roles.py``), empty if it is none of those."""
     parts: dict[str, slice] = field(default_factory=dict)
     """Outputs of each projection that a fused linear layer holds, by name (``fused.py``)."""
+    is_input: bool = False
+    """True for the embedding of the input's tokens."""
+    key_values: tuple[int, int] | None = None
+    """(layers, features of a layer's keys) of the base, at its input embedding; None elsewhere, and for layers that differ or have none."""
     is_router: bool = False
     """True for a linear layer that chooses a token's experts; all-linear leaves it out."""
     lender: Callable[[nn.Module], AbstractContextManager[None]] | None = field(default=None, repr=False)

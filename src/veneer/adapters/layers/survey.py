@@ -96,9 +96,39 @@ def survey(model: nn.Module) -> Survey:
             sites[name].tied_to = next((other for other in group if sites[other].kind == "embedding"), None)
     _mark_routers(sites, stacks)
     mark_roles(sites.values())
+    embedding = _input_embedding(sites, model)
+    if embedding is not None:
+        embedding.is_input, embedding.key_values = True, _key_values(model)
     head = tuple(name for name, site in (sites | vector_layers).items() if site.module in task_head)
     _mark_classifier(model, [sites[name] for name in head if name in sites])
     return Survey(sites, uncovered, tied, vector_layers, stacks, head)
+
+
+def _input_embedding(sites: dict[str, Site], model: nn.Module) -> Site | None:
+    """The layer that embeds the tokens, where the model names it."""
+    get = getattr(model, "get_input_embeddings", None)
+    try:
+        module = get() if callable(get) else None
+    except RuntimeError:  # transformers raises a kind of it for a model that names none
+        return None
+    return next((site for site in sites.values() if site.module is module and site.kind == "embedding"), None)
+
+
+def _key_values(model: Any) -> tuple[int, int] | None:
+    """(layers, features of a layer's keys) of a transformers model whose layers all attend to keys and values of this size, or None."""
+    config: Any = getattr(model, "config", None)
+    text: Any = config.get_text_config() if hasattr(config, "get_text_config") else config
+    layers, heads, hidden = (
+        getattr(text, key, None) for key in ("num_hidden_layers", "num_attention_heads", "hidden_size")
+    )
+    kinds = getattr(text, "layer_types", None) or ()
+    others = any("attention" not in kind or "linear" in kind for kind in kinds)
+    declared = text.to_dict() if hasattr(text, "to_dict") else {}
+    differing = any(declared.get(key) for key in ("kv_lora_rank", "global_head_dim", "per_layer_config"))
+    if not (isinstance(layers, int) and isinstance(heads, int) and isinstance(hidden, int)) or others or differing:
+        return None
+    size = getattr(text, "head_dim", None) or hidden // heads
+    return layers, (getattr(text, "num_key_value_heads", None) or heads) * size
 
 
 def _in_body(name: str, model: nn.Module) -> bool:

@@ -13,11 +13,19 @@ from veneer.adapters.methods.full import Full
 from veneer.adapters.methods.ia3 import IA3
 from veneer.adapters.methods.lora import LoRA
 from veneer.adapters.methods.low_rank import LowRankMethod, factors_2d, low_rank
+from veneer.adapters.methods.prefix import PrefixTuning
+from veneer.adapters.methods.prompt import PromptTuning
 from veneer.adapters.methods.vera import VeRA
+from veneer.adapters.methods.virtual_tokens import TENSOR, VirtualTokens
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (LoRA, DoRA, Full, BitFit, IA3, Houlsby, Pfeiffer, VeRA)
+    method.name: method
+    for method in (LoRA, DoRA, Full, BitFit, IA3, Houlsby, Pfeiffer, VeRA, PrefixTuning, PromptTuning)
 }
+VIRTUAL_TOKENS: dict[str, type[VirtualTokens]] = {
+    method.peft_type: method for method in METHODS.values() if issubclass(method, VirtualTokens)
+}
+"""The methods that put virtual tokens before the sequence, by PEFT's name."""
 LOW_RANK: dict[str, type[LowRankMethod]] = {
     name: method for name, method in METHODS.items() if issubclass(method, LowRankMethod)
 }
@@ -30,6 +38,8 @@ __all__ = [
     "LOW_RANK",
     "METHODS",
     "OPTIONS",
+    "TENSOR",
+    "VIRTUAL_TOKENS",
     "BitFit",
     "DoRA",
     "Full",
@@ -38,7 +48,10 @@ __all__ = [
     "LowRankMethod",
     "Method",
     "Pfeiffer",
+    "PrefixTuning",
+    "PromptTuning",
     "VeRA",
+    "VirtualTokens",
     "factors_2d",
     "has_option",
     "low_rank",

@@ -86,6 +86,8 @@ class Method(MethodOptions):
     """True if a site's own tensors change the layer's bias too (`bias_delta`)."""
     keeps_output: ClassVar[bool] = False
     """True if backward needs the layer's output."""
+    before: ClassVar[str] = ""
+    """What the adapter's tensor puts before the sequence: "rows" (embeddings), "past" (keys and values), or nothing (``sequence.py``)."""
     no_delta: ClassVar[str] = ""
     """The reason that no weights hold the change, so that it cannot be merged; empty if they do."""
     no_low_rank: ClassVar[str] = "its change is not kept as low-rank factors"

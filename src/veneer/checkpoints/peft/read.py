@@ -28,6 +28,7 @@ from veneer.checkpoints.peft.expert_layouts import expand_experts
 from veneer.checkpoints.peft.placement import place
 from veneer.checkpoints.peft.settings import read_settings
 from veneer.checkpoints.peft.tensor_names import read_keys, today
+from veneer.checkpoints.peft.virtual_tokens import build_virtual_tokens, is_virtual_tokens
 from veneer.checkpoints.tensors import Header, read_header, read_tensors
 from veneer.errors import CheckpointError
 
@@ -62,6 +63,10 @@ def read_adapter_folder(
         _check_files(folder)
         raw = parse_json(folder.read(CONFIG, MAX_CONFIG), str(path / CONFIG))
         template = _template(folder)
+        if is_virtual_tokens(raw):
+            adapter = _read_virtual_tokens(folder, raw, name, base, found)
+            adapter.meta |= {"path": str(path), "template": template}
+            return adapter
         settings = read_settings(raw, found)
         with folder.open(WEIGHTS) as (file, size):
             header = read_header(file, size, str(path / WEIGHTS))
@@ -96,6 +101,36 @@ def read_adapter_folder(
     found.raise_if_any(headline)
     adapter.meta |= {"notes": found.notes, "receipt": receipt, "path": str(path), "settings": raw, "digest": digest}
     adapter.meta |= {"template": template, "names": names}
+    return adapter
+
+
+def _read_virtual_tokens(folder: Folder, raw: Any, name: str, base: BaseView, found: Findings) -> Adapter:
+    """`read_adapter_folder` for an adapter whose tensor stands before the sequence."""
+    where, headline = (
+        str(folder.path / WEIGHTS),
+        f"{folder.path} cannot be loaded{' onto this base' if base.sites else ''}",
+    )
+    with folder.open(WEIGHTS) as (file, size):
+        header = read_header(file, size, where)
+        receipt = _receipt(header, found)
+        stored, digest = read_tensors(file, header, where)
+    seed = (receipt or {}).get("seed")
+    adapter = build_virtual_tokens(name, raw, stored, seed if type(seed) is int else 0, base, found)
+    if adapter is not None and receipt is None:
+        found.note("no receipt: whether this is the base that the adapter was trained on is not known")
+    elif adapter is not None and receipt is not None:
+        agrees = receipts.verify_base(receipt, adapter.tensors, base, found, {}) if base.sites else True
+        receipts.verify(receipt, adapter, digest, base, agrees, found, {})
+    found.raise_if_any(headline)
+    assert adapter is not None
+    adapter.meta |= {
+        "notes": found.notes,
+        "receipt": receipt,
+        "settings": raw,
+        "digest": digest,
+        "names": {},
+        "unsplit": (),
+    }
     return adapter
 
 

@@ -45,6 +45,7 @@ from veneer.checkpoints.peft.portable import as_parameters, converts_experts, st
 from veneer.checkpoints.peft.read import MAX_CONFIG, TEMPLATE
 from veneer.checkpoints.peft.settings import NO_TARGETS, other_settings, written_settings
 from veneer.checkpoints.peft.tensor_names import PREFIX, TOKEN_ROWS, key_of
+from veneer.checkpoints.peft.virtual_tokens import stored_virtual_tokens, virtual_token_settings
 from veneer.checkpoints.tensors import digest, read_header, read_tensors, to_buffers
 from veneer.errors import CheckpointError
 from veneer.models.embedded import alias_of, public_name
@@ -88,17 +89,56 @@ def write_adapter_folder(
     Raises:
         CheckpointError: the folder cannot be written, or does not read back equal.
     """
+    if adapter.method.before:
+        _write_virtual_tokens(adapter, path, base, base_name, task_type, receipt, template)
+        return
     as_one = experts == "fused" or (experts == "auto" and _only_fused(adapter, base))
     fused = fuse_experts(adapter, base) if as_one else FusedExperts()
     tensors = stored_tensors(adapter, base, fused)
     checksum = digest(tensors)
     settings = _settings(adapter, base, base_name, task_type, fused)
-    note = receipts.make_receipt(adapter, base, checksum, receipt)
-    alias = alias_of(_base_name(adapter, base, base_name) or "")
-    if alias is not None:
-        note["base_name"] = alias
+    note = _receipt_for(adapter, base, base_name, checksum, receipt)
     if settings.get("lora_dropout", 0.0) != adapter.method.dropout:
         note["options"]["lora_dropout"] = adapter.method.dropout
+    _write(adapter, path, settings, tensors, note, template, checksum)
+
+
+def _write_virtual_tokens(
+    adapter: Adapter,
+    path: Path,
+    base: BaseView,
+    base_name: str | None,
+    task_type: str | None,
+    receipt: Mapping[str, Any] | None,
+    template: str | None,
+) -> None:
+    """`write_adapter_folder` for an adapter whose tensor stands before the sequence."""
+    tensors = stored_virtual_tokens(adapter)
+    checksum, name = digest(tensors), _base_name(adapter, base, base_name)
+    task = task_type or _task(adapter, base) or _task_before(adapter, adapter.meta.get("settings") or {})
+    settings = virtual_token_settings(adapter, base, None if name is None else public_name(name), task)
+    note = _receipt_for(adapter, base, base_name, checksum, receipt)
+    _write(adapter, path, settings, tensors, note, template, checksum)
+
+
+def _receipt_for(
+    adapter: Adapter, base: BaseView, base_name: str | None, checksum: str, receipt: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    note = receipts.make_receipt(adapter, base, checksum, receipt)
+    alias = alias_of(_base_name(adapter, base, base_name) or "")
+    return note if alias is None else {**note, "base_name": alias}
+
+
+def _write(
+    adapter: Adapter,
+    path: Path,
+    settings: Mapping[str, Any],
+    tensors: dict[str, Tensor],
+    note: Mapping[str, Any],
+    template: str | None,
+    checksum: str,
+) -> None:
+    """Write the files of a folder and read them back."""
     metadata = {"format": "pt", receipts.KEY: json.dumps(note, sort_keys=True, separators=(",", ":"))}
     config = (json.dumps(settings, indent=2, sort_keys=True) + "\n").encode()
     files: dict[str, Sequence[bytes | memoryview]] = {

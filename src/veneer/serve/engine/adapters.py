@@ -132,6 +132,9 @@ class AdapterStore:
         with self._lock:
             found = tuple(self._find(name) for name, _ in mix)
             for one in found:
+                if one.adapter is not None:  # one that was read here has been checked
+                    _check_servable(one.adapter)
+            for one in found:
                 one.held += 1
         return found
 
@@ -184,6 +187,7 @@ class AdapterStore:
         folders = PeftFolders()
         adapter = folders.read(folders.find(Path(path))[1], name, self.bank)
         self.bank.check_fit(adapter)
+        _check_servable(adapter)
         return adapter.requires_grad_(False)
 
     # From the engine's thread
@@ -287,6 +291,15 @@ def content_hash(adapter: Adapter) -> str:
     for site in sorted(adapter.tensors):
         digest.update(f"{site} {adapter.scale(site)!r}\n".encode())
     return digest.hexdigest()
+
+
+def _check_servable(adapter: Adapter) -> None:
+    """Raise AdapterError for an adapter that changes the sequence: the engine's cache holds the tokens of requests alone."""
+    if adapter.method.before:
+        raise AdapterError(
+            f'"{adapter.name}" is a {adapter.method.label} adapter, which lengthens the sequence, and generation cannot do that; '
+            "generate with PEFT from its folder, or train a method that changes layers, such as lora"
+        )
 
 
 def _status(one: AdapterVersion) -> AdapterStatus:

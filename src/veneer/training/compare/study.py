@@ -21,8 +21,9 @@ from typing import Any
 import torch
 
 from veneer._files import replace_text
-from veneer.adapters import Bank
+from veneer.adapters import Bank, Route
 from veneer.adapters.methods import has_option
+from veneer.adapters.sequence import lengthen, running
 from veneer.checkpoints import attach
 from veneer.config import TrainOptions, given
 from veneer.data.batch import make_batch
@@ -411,15 +412,17 @@ def _step(runner: FlatRunner, bank: Bank, examples: Sequence[Example]) -> tuple[
 
 def _added_ms(runner: FlatRunner, bank: Bank, example: Example) -> float:
     """Milliseconds that the adapter adds to a forward of one example; the base and the adapter take turns."""
-    batch, keep = make_batch([example], "best"), torch.tensor([len(example) - 1])
-    cells = runner.head_cells(batch, keep)
-    times: dict[str | None, list[float]] = {None: [], "best": []}
+    batch = make_batch([example], "best")
+    times: dict[str | None, list[float]] = {}
     with torch.no_grad():
         for _ in range(3 * _REPEATS):
-            for route, taken in times.items():
-                with bank.use(route, keep=cells, training=False):
+            for route in (None, "best"):
+                longer, prefix = lengthen(bank, batch, [*Route.parse(route).mixes])
+                keep = torch.tensor([longer.tokens - 1])
+                cells = runner.head_cells(longer, keep)
+                with running(runner, prefix), bank.use(route, keep=cells, training=False):
                     start = time.perf_counter()
-                    runner.logits(batch, keep)
-                    taken.append(1e3 * (time.perf_counter() - start))
+                    runner.logits(longer, keep)
+                    times.setdefault(route, []).append(1e3 * (time.perf_counter() - start))
     base, adapter = (statistics.median(taken[2:]) for taken in times.values())  # the first two warm up
     return adapter - base

@@ -22,7 +22,9 @@ from torch import Tensor
 
 from veneer.adapters import Bank, Route
 from veneer.adapters.runtime.route import MixLike
+from veneer.adapters.sequence import lengthen, running
 from veneer.data.batch import Batch
+from veneer.kernels.attention.prepended import Prepended
 from veneer.kernels.cross_entropy import linear_cross_entropy, linear_token_losses
 from veneer.kernels.token_losses import token_losses
 from veneer.models.divided.embedding_output import EmbeddingOutput
@@ -164,19 +166,22 @@ class Stepper:
         Raises:
             Exception: whatever the route or the model raises. No gradient was added, and the dropout streams are where they were.
         """
-        keep = self.runner.here(batch, (batch.weights != 0).nonzero().squeeze(1))
         jobs = list(dict.fromkeys(batch.jobs))
+        given, routes = batch, {job: self.routes.get(job, job) for job in jobs}
+        batch, prefix = self._lengthened(given, routes)
+        keep = self.runner.here(batch, (batch.weights != 0).nonzero().squeeze(1))
         rows = self.runner.rows(batch, keep)
         flat, supervised = self.runner.send(batch, rows, batch.targets[keep], batch.weights[keep])
-        route = self._route(batch, {job: self.routes.get(job, job) for job in jobs}, flat.layout.index)
+        route = self._route(batch, routes, flat.layout.index)
         adapters = [self.bank[name] for name in route.names]
         counters = [adapter.counters for adapter in adapters]
         trained = [p for adapter in adapters for p in adapter.parameters() if p.requires_grad]
         try:
             with self.turn():
-                references = self._references(batch)
+                references = self._references(given)
                 head = self.runner.head_cells(flat, keep)
-                with self.bank.use(route, keep=head, training=True, windows=self._windows(batch)):
+                acting = self.bank.use(route, keep=head, training=True, windows=self._windows(batch))
+                with running(self.runner, prefix), acting:
                     total, found = self._loss(batch, route, flat, keep, supervised, references)
                     if between is not None:
                         between()
@@ -191,7 +196,7 @@ class Stepper:
             if grad is not None:
                 # torch's fused optimizers read a gradient in the parameter's memory order, whatever its strides.
                 parameter.grad = grad.contiguous() if parameter.grad is None else parameter.grad.add_(grad)
-        losses = PassLosses(batch, jobs, found)
+        losses = PassLosses(given, jobs, found)
         return {job: losses.of(number, job) for number, job in enumerate(jobs)}
 
     def idle(self, *, backward: bool = True) -> None:
@@ -222,6 +227,11 @@ class Stepper:
             found[name] = (int(member_T[:first].sum()), int(member_T[first:last].sum()), int(member_T.sum()))
         return found
 
+    def _lengthened(self, batch: Batch, routes: Mapping[str, MixLike]) -> tuple[Batch, Prepended | None]:
+        """The batch with the virtual tokens of its routes, and what stands there."""
+        mixes = {job: Route.parse(mix).mixes[0] for job, mix in routes.items()}
+        return lengthen(self.bank, batch, [mixes[job] for job in batch.jobs])
+
     def _route(self, batch: Batch, routes: Mapping[str, MixLike], cells: Tensor) -> Route:
         """The route of a batch, from that of each of its jobs."""
         jobs = list(routes)
@@ -245,11 +255,13 @@ class Stepper:
         if not wanted:
             return {}
         part = batch.select(wanted)
+        routes = {job: self.references.get(job) for job in dict.fromkeys(part.jobs)}
+        part, prefix = self._lengthened(part, routes)
         keep = part.weights.nonzero().squeeze(1)
         flat, (index_K, targets_K) = self.runner.send(part, keep, part.targets[keep])
-        routes = {job: self.references.get(job) for job in dict.fromkeys(part.jobs)}
         route = self._route(part, routes, flat.layout.index)
-        with torch.no_grad(), self.bank.use(route, keep=self.runner.head_cells(flat, keep), training=False):
+        cells = self.runner.head_cells(flat, keep)
+        with torch.no_grad(), running(self.runner, prefix), self.bank.use(route, keep=cells, training=False):
             losses_K = self._token_losses(route, flat, keep, index_K, targets_K)
         owners_K = torch.searchsorted(part.offsets, keep, right=True) - 1
         logps_S, _ = TokenLosses(losses_K, part.weights[keep], owners_K, tuple(range(len(wanted)))).sums()

@@ -1,4 +1,4 @@
-"""What tasks on preference data share: each example is a chosen and a rejected answer, and its loss compares the two."""
+"""The common part of tasks on preference data: each example is a chosen and a rejected answer, and its loss compares the two."""
 
 from __future__ import annotations
 
