@@ -178,7 +178,7 @@ def test_dropout_of_dora_in_the_form_of_peft(has_bias: bool, conv: bool, monkeyp
         bank = attach(model)
         method = DoRA(r=2, lora_alpha=4, lora_dropout=0.5, dropout_form=form, target_modules="0")
         nudge(bank.add("a", method))
-        monkeypatch.setattr("veneer.adapters.runtime.plain_path.drop", lambda x_n, p, seed: x_n * mask)
+        monkeypatch.setattr("veneer.adapters.runtime.plain_path.drop", lambda x_n, *_: x_n * mask)
         bank.fast_path = False
         with bank.use("a", training=True):
             results[form] = model(x)

@@ -24,7 +24,6 @@ from torch import nn
 import veneer
 from veneer import DoRA, LoRA
 from veneer.adapters import Method
-from veneer.adapters.targets import select
 
 PAGE = Path(__file__).parents[2] / "docs" / "peft.md"
 START, END = "<!-- table -->\n", "<!-- end of table -->\n"
@@ -66,7 +65,7 @@ def row(name: str) -> str:
     left: dict[str, str] = {}
     tried: dict[str, Method] = {}
     for label, method in METHODS.items():
-        lost, every = bank.not_portable(method), select(bank.survey, method, method.kinds)
+        lost, every = bank.not_portable(method), method.choose(bank.survey)
         sites = [site for site in every if site not in lost]
         read[label] = _counted(sites)
         left[label] = "; ".join(f"{_counted(sites)}: {reason}" for reason, sites in by_reason(every, lost).items())

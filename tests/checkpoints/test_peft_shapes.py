@@ -240,9 +240,9 @@ def test_what_is_not_had_is_refused_by_name(name: str, tmp_path: Path) -> None:
     """The message names the setting or the layer and the reason."""
     (arch, options, settings), says = REFUSALS[name]
     if name == "another method":
-        from peft import IA3Config, get_peft_model
+        from peft import LoHaConfig, get_peft_model
 
-        model = get_peft_model(tiny(arch, **options), IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
+        model = get_peft_model(tiny(arch, **options), LoHaConfig(target_modules=["k_proj"]))
     else:
         model = peft_model(tiny(arch, **options), **settings)
     save_peft(model, tmp_path / "a")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from veneer.kernels.lora.dora_norm import dora_norm, squared_row_norms
-from veneer.kernels.lora.dropout import drop
+from veneer.kernels.lora.dropout import Dropout, drop
 from veneer.kernels.lora.linear import (
     Factors,
     GroupedBranch,
@@ -41,7 +41,7 @@ class Case:
     def random(self, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
         return torch.randn(*shape, generator=self.draw, dtype=torch.float64).to(dtype)
 
-    def factors(self, h: int, r: int, dora: bool, dropout: tuple[float, int] | None = None) -> Factors:
+    def factors(self, h: int, r: int, dora: bool, dropout: Dropout | None = None) -> Factors:
         weight = self.layers[h][0]
         master = MASTER[self.dtype]
         a = (self.random(r, self.k) / self.k**0.5).to(master).requires_grad_()
@@ -57,7 +57,7 @@ class Case:
 
     def add(self, rows: Any, weight: Any, ranks: list[int | None], *, dora: bool = False, p: float = 0.0) -> None:
         factors = [
-            None if r is None else self.factors(h, r, dora, (p, 7 * len(self.shares) + h) if p else None)
+            None if r is None else self.factors(h, r, dora, Dropout(p, 7 * len(self.shares) + h) if p else None)
             for h, r in enumerate(ranks)
         ]
         self.shares.append(SingleBranch(rows, weight, factors))

@@ -157,7 +157,8 @@ class World:
                 if key == "lora_B":
                     parameter.normal_(0, 0.05, generator=generator)
         held_out = others.pop("held_out", [])
-        plain = {"learning_rate": 1e-2, "warmup_steps": 0, "batch_size": 2, "steps": 6, "seed": seed, **others}
+        plain = {"learning_rate": 1e-2, "warmup_steps": 0, "batch_size": 2, "steps": 6, "seed": seed}
+        plain |= {"schedule": "constant", **others}
         chosen = TrainOptions(data=("rows.jsonl",), valid=("held.jsonl",), **plain)
         rows = examples(9, seed=seed) if rows is None else rows
         return Job(name, chosen, self.bank, rows, held_out, peak=chosen.learning_rate or 0.0, steps=chosen.steps or 1)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -108,7 +109,7 @@ def of_another_program(path: Path) -> str:
 
 def looks_like_hub_id(path: Path) -> bool:
     """True if nothing is at the path and it reads as ``organisation/model``."""
-    return not path.exists() and _HUB_ID.fullmatch(path.as_posix()) is not None
+    return _HUB_ID.fullmatch(path.as_posix()) is not None and not os.path.lexists(path)
 
 
 def adapter_of_job(run: Path, job: str) -> Path | None:

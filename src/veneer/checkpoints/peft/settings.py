@@ -105,7 +105,7 @@ def read_settings(raw: Any, found: Findings) -> Settings | None:
         return None
     kind = raw.get("peft_type")
     known = {method.peft_type for method in METHODS.values()}
-    if kind not in known:
+    if not isinstance(kind, str) or kind not in known:
         others = " or ".join(sorted(known - {"LORA"}))
         found.refuse(
             f'peft_type: expected "LORA" (so are LoRA, rsLoRA and DoRA) or {others}, found {shown(kind, 40)}, which Veneer does not '

@@ -24,7 +24,7 @@ NO_BASE_SITE = "input_embedding"
 
 def is_virtual_tokens(raw: object) -> bool:
     """True for the settings of a folder of this kind."""
-    return isinstance(raw, Mapping) and raw.get("peft_type") in VIRTUAL_TOKENS
+    return isinstance(raw, Mapping) and raw.get("peft_type") in tuple(VIRTUAL_TOKENS)
 
 
 def stored_virtual_tokens(adapter: Adapter) -> dict[str, Tensor]:
