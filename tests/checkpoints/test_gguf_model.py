@@ -117,28 +117,3 @@ def test_what_cannot_be_merged_into_the_file_is_refused(tmp_path: Path, capsys: 
     ):
         assert cli.main(["export", "none", "--out", str(tmp_path / "x"), *words]) == 2
         assert message in capsys.readouterr().err
-
-
-@pytest.mark.real
-def test_embedded_model_with_an_adapter(tmp_path: Path) -> None:
-    """The whole command: the file loads as a base and answers as the adapter on its base, to the rounding of the format."""
-    from veneer.models.load import load_base
-
-    base = load_base("smollm2-135m", dtype="float32")
-    bank = attach(base.model)
-    bank.add("x", LoRA(r=4))
-    with torch.no_grad():
-        for _, key, parameter in bank["x"].named_tensors():
-            if key == "lora_B":
-                parameter.normal_(0, 0.02, generator=torch.Generator().manual_seed(1))
-    bank.save("x", tmp_path / "x", base_name="smollm2-135m")
-    ids = torch.tensor([[504, 3575, 314, 260, 2240]])
-    with torch.no_grad(), bank.use("x"):
-        wanted = base.model(ids).logits
-    words = ["export", str(tmp_path / "x"), "--to", "gguf", "--merged", "--quantize", "q8_0"]
-    assert cli.main([*words, "--out", str(tmp_path / "x.gguf")]) == 0
-    made = load_base(str(tmp_path / "x.gguf"), dtype="float32")
-    with torch.no_grad():
-        found = made.model(ids).logits
-        plain = base.model(ids).logits
-    assert (found - wanted).norm() < 0.1 * (plain - wanted).norm()
