@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import json
 import secrets
-import signal
-import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from veneer._files import replace_text
@@ -28,7 +25,7 @@ from veneer.training.cluster.ray_workers import RayCluster, Slot, connected
 from veneer.training.cluster.worker import Loaded, Outcome, TrainPart, versions
 from veneer.training.loss_plot import write_loss_plot
 from veneer.training.run.console import Console
-from veneer.training.run.control import Control, ask
+from veneer.training.run.control import Control, ask, stop_signals
 from veneer.training.run.jobs import expand, match_stored_run
 from veneer.training.run.result import JobResult, RunResult, differing_options
 from veneer.training.run.run_folder import CONFIG, MANIFEST, PARTS, RunFolder, append_line, locked, now
@@ -354,27 +351,16 @@ class ClusterRun:
                 self._waiting.append(part)
         self._control.forget()
 
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
+    def _signals(self) -> AbstractContextManager[None]:
         """Inside this context, Ctrl-C or SIGTERM saves and stops all workers; a second one stops at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
 
-        def handle(number: int, frame: FrameType | None) -> None:
-            if self._stopping:
-                raise KeyboardInterrupt
+        def stop() -> None:
             self._stopping = True
             self.console.line("stopping all workers after their round; press Ctrl-C again to stop at once")
             for worker in self._workers:
                 worker.actor.stop.remote()
 
-        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        return stop_signals(stop, lambda: self._stopping)
 
     # Records
 

@@ -1,4 +1,6 @@
-"""Requests from other processes: ``control.json`` in a run's folder maps names of jobs to changes.
+"""Requests to a run: signals, and from other processes ``control.json``.
+
+``control.json`` in a run's folder maps names of jobs to changes.
 
     {"sql": "pause", "style": "cancel"}         or "resume"; "*" means all jobs
 
@@ -9,8 +11,12 @@ if the process dies. A run that is not active finds the file at its next start.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import get_args
 
 from veneer._files import replace_text
@@ -29,6 +35,29 @@ def ask(out: Path, job: str, verb: Verb) -> None:
     except (OSError, ValueError):
         waiting = {}
     replace_text(out / FILE, json.dumps({**waiting, job: verb}))
+
+
+@contextmanager
+def stop_signals(stop: Callable[[], None], stopped: Callable[[], bool]) -> Iterator[None]:
+    """Inside this context, Ctrl-C or SIGTERM calls ``stop``, or raises KeyboardInterrupt if the run is ``stopped`` already.
+
+    Outside of the main thread, which alone can handle signals, nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if stopped():
+            raise KeyboardInterrupt
+        stop()
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Control:

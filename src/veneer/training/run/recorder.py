@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-import signal
-import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from functools import partial
-from types import FrameType
 from typing import Any
 
 from veneer.errors import CheckpointError, TrainingError
@@ -21,7 +18,7 @@ from veneer.training.loop.job import Job, JobState
 from veneer.training.loop.trainer import Listener, Request
 from veneer.training.run.checkpointing import Saver
 from veneer.training.run.console import Console, duration
-from veneer.training.run.control import Control
+from veneer.training.run.control import Control, stop_signals
 from veneer.training.run.run_folder import RunFolder, append_line, now
 from veneer.training.run.sanity_checks import SanityChecks
 from veneer.training.run.trackers import ExperimentTracker
@@ -286,25 +283,14 @@ class Recorder(Listener):
         except OSError as error:
             self.console.line(f"the event {kind} was not written: {error.strerror}")
 
-    @contextmanager
-    def handle_signals(self) -> Iterator[None]:
+    def handle_signals(self) -> AbstractContextManager[None]:
         """Inside this context, Ctrl-C or SIGTERM saves and stops after the current round; a second one stops at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
 
-        def handle(number: int, frame: FrameType | None) -> None:
-            if self.stopped:
-                raise KeyboardInterrupt
+        def stop() -> None:
             self.stopped = True
             self.console.line("stopping after this round and saving; press Ctrl-C again to stop at once")
 
-        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        return stop_signals(stop, lambda: self.stopped)
 
 
 def _finite(value: float) -> float | None:
