@@ -13,6 +13,7 @@ from veneer.cli.main import main
 from veneer.data.chat.render import Renderer, RenderOptions
 from veneer.data.dataset import load_examples
 from veneer.data.example import Example
+from veneer.data.hashing import data_hash
 from veneer.errors import DataError
 
 ASK = {"role": "user", "content": "sky?"}
@@ -152,3 +153,19 @@ def test_commands_show_both_answers(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "1 row, 2 examples" in capsys.readouterr().out
     assert main(["data", "check", *common]) == 1
     assert "to train on preferences, pass --task dpo" in capsys.readouterr().err
+
+
+def test_single_answers_have_a_label(tmp_path: Path) -> None:
+    """Truth values, their words and 0 and 1; texts and messages; other labels are refused together with what else is wrong."""
+    labels = [True, False, "false", "True", 0, 1]
+    path = file_of(tmp_path, *({"prompt": "sky?", "completion": [BLUE], "label": label} for label in labels))
+    renderer = Renderer(tiny_tokenizer(), RenderOptions())
+    found = load_examples([path], renderer, format="unpaired")[0]
+    assert [one.desirable for one in found] == [True, False, False, True, False, True]
+    assert len({one.ids for one in found}) == 1 and data_hash(found[:2]) != data_hash([found[0], found[0]])
+    rows = [{"prompt": "sky?", "completion": "", "label": "good"}, {"prompt": "a", "completion": "b", "label": 0.5}]
+    with pytest.raises(DataError, match="3 problems in 3 rows") as caught:
+        load_examples([file_of(tmp_path, *rows)], renderer, format="unpaired")
+    assert "label: expected true or false, found" in str(caught.value)
+    with pytest.raises(DataError, match="format unpaired needs the column label"):
+        load_examples([file_of(tmp_path, {"prompt": "a", "completion": "b"})], renderer, format="unpaired")

@@ -70,7 +70,9 @@ _TABLE: Mapping[str, str] = {
     "lora_model_dir adapter_name_or_path resume_adapter_file init_from_adapter adapter_model start_from network_weights": "init_from",
     # tasks
     "rl rlhf training_task": "task",
-    "dpo_beta rl_beta pref_beta orpo_alpha orpo_beta": "beta",
+    "dpo_beta rl_beta pref_beta orpo_alpha orpo_beta kto_beta": "beta",
+    "kto_desirable_weight kto_chosen_weight": "desirable_weight",
+    "kto_undesirable_weight kto_rejected_weight": "undesirable_weight",
     "loss_type pref_loss dpo_loss dpo_loss_type": "preference_loss",
     "dpo_label_smoothing cdpo_label_smoothing": "label_smoothing",
     "ref_model reference_free precompute_ref_log_probs ref_adapter_name model_adapter_name": "not needed: the reference is the base "
@@ -129,7 +131,7 @@ COMMANDS: dict[str, str] = {
     word: answer
     for words, answer in {
         "fuse merge_lora export_model merge_and_unload": "merge",
-        "sft dpo orpo finetune fine_tune fine_tuning fit lora dora resume": "train",
+        "sft dpo orpo kto finetune fine_tune fine_tuning fit lora dora resume": "train",
         "infer inference run ask complete sample": "generate",
         "eval test benchmark perplexity score lm_eval": "evaluate",
         "preprocess validate lint": "data check",

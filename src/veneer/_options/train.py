@@ -102,9 +102,10 @@ class BaseOptions(Options):
 class DataOptions(Options):
     """Data."""
 
-    task: Literal["sft", "dpo", "orpo", "classification", "regression", "token-classification"] = "sft"
-    """Task: sft trains on the answers of the rows; dpo and orpo train on preferences, rows with prompt, chosen and rejected; the others
-    train a head, saved with the adapter, that predicts the label of a text, of a pair, or of each word."""
+    task: Literal["sft", "dpo", "orpo", "kto", "classification", "regression", "token-classification"] = "sft"
+    """Task: sft trains on the answers of the rows; dpo and orpo train on preferences, rows with prompt, chosen and rejected; kto on rows
+    with prompt, completion and label (true or false); the others train a head, saved with the adapter, that predicts the label of a
+    text, of a pair, or of each word."""
     data: Paths = ()
     """Files of training examples."""
     valid: Paths = ()
@@ -159,11 +160,15 @@ class PreferenceOptions(Options):
     """Preference data."""
 
     beta: Positive = 0.1
-    """DPO: strength of the tie to the model without the adapter; ORPO: weight of the odds ratio in the loss."""
+    """DPO and KTO: strength of the tie to the model without the adapter; ORPO: weight of the odds ratio in the loss."""
     label_smoothing: Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0, lt=0.5)] = 0.0
     """Assumed fraction of preferences that are the wrong way round, less than 0.5 (DPO)."""
     preference_loss: Literal["sigmoid", "ipo"] = "sigmoid"
     """Loss of DPO: sigmoid is the original one, ipo the bounded one of IPO."""
+    desirable_weight: Positive = 1.0
+    """Weight of answers with the label true in the loss (KTO)."""
+    undesirable_weight: Positive = 1.0
+    """Weight of answers with the label false in the loss (KTO)."""
 
 
 class StepOptions(Options):
@@ -286,9 +291,16 @@ class TrainOptions(
 
     def _check_task(self) -> None:
         """Raise ValueError for options that have no effect with the task."""
+        weighted = (self.desirable_weight, self.undesirable_weight) != (1.0, 1.0)
+        if weighted and self.task != "kto":
+            raise ValueError("desirable_weight and undesirable_weight are weights of task kto; leave them out")
         if self.task == "sft":
             return
-        if self.task not in ("dpo", "orpo"):
+        if self.task == "kto" and self.batch_size == 1:
+            raise ValueError(
+                "batch_size is 1, and task kto compares the answers of a step with those of its other rows; use at least 2"
+            )
+        if self.task not in ("dpo", "orpo", "kto"):
             if self.format != "auto" or self.train_on != "assistant" or self.chat_template is not None:
                 raise ValueError(
                     f"format, train_on and chat_template are for answers, and task {self.task} predicts labels; leave them out"

@@ -12,7 +12,8 @@ from veneer.errors import ConfigError
 if TYPE_CHECKING:
     from veneer.data.chat.render import Renderer
 
-TASKS = ("sft", "dpo", "orpo")
+TASKS = {"sft": "auto", "dpo": "preference", "orpo": "preference", "kto": "unpaired"}
+"""The format of the rows of each task."""
 FORMATS = ("auto", "messages", "sharegpt", "prompt", "alpaca", "text")
 
 
@@ -47,7 +48,7 @@ def add_task_argument(parser: argparse.ArgumentParser) -> None:
         "--task",
         choices=TASKS,
         default="sft",
-        help="task that the rows are for; dpo and orpo take preferences (default: sft)",
+        help="task that the rows are for; dpo and orpo take preferences, kto answers with a label (default: sft)",
     )
 
 
@@ -61,7 +62,7 @@ def format_of(args: argparse.Namespace) -> str:
         return str(args.format)
     if args.format != "auto":
         raise ConfigError(f"--format {args.format}: task {args.task} reads preferences; leave out --format")
-    return "preference"
+    return TASKS[args.task]
 
 
 def add_format_arguments(parser: argparse.ArgumentParser) -> None:

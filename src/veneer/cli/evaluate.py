@@ -19,7 +19,6 @@ from veneer.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from veneer.adapters.runtime.route import RouteLike
     from veneer.data.example import Example
-    from veneer.evaluate.losses import Losses
     from veneer.models.load import Base
 
 
@@ -60,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-length", type=at_least(2), metavar="N", help="truncate longer examples at their end")
     add_task_argument(parser)
     parser.add_argument(
-        "--beta", type=float, default=0.1, help="beta of --task dpo or orpo, as in training (default: %(default)s)"
+        "--beta", type=float, default=0.1, help="beta of --task dpo, orpo or kto, as in training (default: %(default)s)"
     )
     add_format_arguments(parser)
     add_json(parser)
@@ -90,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
         report["sets"][label] = {
             "examples": len(examples),
             "tokens": sum(example.trained for example in examples),
-            "routes": _losses(runner, examples, loaded.bank, routes, args),
+            "routes": _losses(runner, examples, loaded.bank, routes, args, args.task if label == args.data else "sft"),
         }
         if not args.json:
             print("\n".join(_lines(label, report["sets"][label], args.against)))
@@ -130,14 +129,18 @@ def _evaluate_heads(args: argparse.Namespace, loaded: LoadedTargets) -> int:
 
 
 def _losses(
-    runner: Any, examples: list[Example], bank: Any, routes: dict[str, RouteLike], args: argparse.Namespace
+    runner: Any, rows: list[Example], bank: Any, routes: dict[str, RouteLike], args: argparse.Namespace, name: str
 ) -> dict[str, dict[str, float]]:
+    """The figures of each route on these examples of a task."""
+    from veneer.config import TrainOptions
     from veneer.evaluate.losses import compare, example_losses
     from veneer.training.run.console import Console
+    from veneer.training.tasks import task_of
 
     console, against = Console(sys.stderr), args.against
-    preferences = any(example.lengths for example in examples)
-    examples = [sequence for example in examples for sequence in example.sequences]
+    task = task_of(TrainOptions(data=(args.data or "",), task=name, beta=args.beta))
+    task.longest = args.max_length
+    examples = task.sequences(rows)
     results = {}
     for number, (name, route) in enumerate(routes.items()):
 
@@ -149,25 +152,16 @@ def _losses(
 
         results[name] = example_losses(runner, examples, bank=bank, route=route, progress=show)
     console.clear()
-    if preferences:
-        return {name: _preference_row(args, losses, results["base"]) for name, losses in results.items()}
-    rows = {}
+    if task.has_units:
+        scores = {name: task.scores(rows, losses, results["base"]) for name, losses in results.items()}
+        return {name: {"loss": one.loss, **one.figures} for name, one in scores.items()}
+    found = {}
     for name, losses in results.items():
-        rows[name] = {"loss": losses.mean, "perplexity": losses.perplexity}
+        found[name] = {"loss": losses.mean, "perplexity": losses.perplexity}
         if name != against:
             difference = compare(losses, results[against])
-            rows[name] |= {f"against_{against}": difference.mean, "low": difference.low, "high": difference.high}
-    return rows
-
-
-def _preference_row(args: argparse.Namespace, losses: Losses, base: Losses) -> dict[str, float]:
-    """The loss of a preference task and its further figures, with the base as the reference."""
-    from veneer.config import TrainOptions
-    from veneer.training.tasks import task_of
-
-    task = task_of(TrainOptions(data=(args.data,), task=args.task, beta=args.beta))
-    scores = task.scores(losses, base if task.reference else None)
-    return {"loss": scores.loss, **scores.figures}
+            found[name] |= {f"against_{against}": difference.mean, "low": difference.low, "high": difference.high}
+    return found
 
 
 @status("reading the examples")
@@ -229,7 +223,9 @@ def _lines(label: str, entry: dict[str, Any], against: str) -> list[str]:
     width = max(len(name) for name in entry["routes"])
     for name, row in entry["routes"].items():
         figures = (
-            f"  {key.replace('_', ' ')} {row[key]:.4f}" for key in ("reward_accuracy", "reward_margin") if key in row
+            f"  {key.replace('_', ' ')} {row[key]:.4f}"
+            for key in ("reward_accuracy", "reward_margin", "kl")
+            if key in row
         )
         line = f"  {name:<{width}}  loss {row['loss']:.4f}" + "".join(figures)
         line += f"  perplexity {row['perplexity']:.2f}" if "perplexity" in row else ""

@@ -50,6 +50,7 @@ class Batch:
         jobs: the job (adapter) of each segment.
         sources: "file:line" of each segment.
         types: [T] long, 1 for tokens of the second of two texts; None where every segment is one text.
+        undesirable: the segments with answers that the model is to avoid.
     """
 
     ids: torch.Tensor
@@ -60,6 +61,7 @@ class Batch:
     jobs: tuple[str, ...]
     sources: tuple[str, ...]
     types: torch.Tensor | None = None
+    undesirable: frozenset[int] = frozenset()
 
     @property
     def tokens(self) -> int:
@@ -84,6 +86,7 @@ class Batch:
             jobs=tuple(self.jobs[s] for s in segments),
             sources=tuple(self.sources[s] for s in segments),
             types=None if self.types is None else self.types[index],
+            undesirable=frozenset(at for at, s in enumerate(segments) if s in self.undesirable),
         )
 
     def prepend(self, tokens: Sequence[int], shifts: Sequence[int]) -> Batch:
@@ -124,6 +127,7 @@ class Batch:
             jobs=self.jobs,
             sources=self.sources,
             types=None if self.types is None else self.types.to(device),
+            undesirable=self.undesirable,
         )
 
 
@@ -168,6 +172,7 @@ def make_batch(examples: Sequence[Example], jobs: Sequence[str] | str) -> Batch:
         jobs=tuple(job for _, job in segments),
         sources=tuple(sequence.source for sequence, _ in segments),
         types=_types(examples),
+        undesirable=frozenset(s for s, (sequence, _) in enumerate(segments) if not sequence.desirable),
     )
 
 

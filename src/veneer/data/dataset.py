@@ -44,6 +44,7 @@ class Examples(Sequence[Example]):
         self._labels = _Column("f", np.float32)
         self._offsets = array("q", [0])
         self._seconds = array("i")
+        self._desirable = array("b")
         self._sources: list[str] = []
         self._lengths: dict[int, tuple[int, ...]] = {}
         """Lengths of the sequences of those examples that have several."""
@@ -60,6 +61,7 @@ class Examples(Sequence[Example]):
             raise DataError(f"{example.source}: a set of examples has labels in all rows or in none")
         self._labels.extend(example.labels)
         self._seconds.append(example.second)
+        self._desirable.append(example.desirable)
         self._offsets.append(self._offsets[-1] + len(example.ids))
         self._sources.append(example.source)
 
@@ -84,7 +86,8 @@ class Examples(Sequence[Example]):
         a, b = self._offsets[at], self._offsets[at + 1]
         labels = tuple(self._labels.values(a, b)) if self.labelled else ()
         ids, weights = tuple(self._ids.values(a, b)), tuple(self._weights.values(a, b))
-        return Example(ids, weights, self._sources[at], self._lengths.get(at, ()), labels, self._seconds[at])
+        lengths, desirable = self._lengths.get(at, ()), bool(self._desirable[at])
+        return Example(ids, weights, self._sources[at], lengths, labels, self._seconds[at], desirable)
 
     @property
     def lengths(self) -> list[int]:

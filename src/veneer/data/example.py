@@ -33,6 +33,7 @@ class Example:
         lengths: tokens of each sequence, where an example has several; empty for one. The first weight of each is 0.
         labels: empty, or as long as ``ids``: the number of a class or a value to predict at each token with a weight.
         second: the token at which the second of two texts begins; 0 for one text.
+        desirable: False for an answer that the model is to avoid (KTO).
 
     Raises:
         DataError: ids and weights do not satisfy this.
@@ -44,6 +45,7 @@ class Example:
     lengths: tuple[int, ...] = ()
     labels: tuple[float, ...] = ()
     second: int = 0
+    desirable: bool = True
 
     def __post_init__(self) -> None:
         if len(self.ids) != len(self.weights):

@@ -30,6 +30,8 @@ def data_hash(examples: Iterable[Example]) -> str:
         digest.update(struct.pack(f"<{len(example.lengths)}q", *example.lengths))
         if example.labels:
             digest.update(struct.pack(f"<q{n}d", example.second, *example.labels))
+        if not example.desirable:
+            digest.update(b"undesirable")
     return digest.hexdigest()
 
 

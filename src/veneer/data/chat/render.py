@@ -77,7 +77,7 @@ class Renderer:
 
     def notices(self, format: str) -> list[str]:
         """Describe how rows of a format are rendered, one line each; empty if it goes without saying."""
-        if format not in ("prompt", "alpaca", "preference"):
+        if format not in ("prompt", "alpaca", "preference", "unpaired"):
             return []
         way = "as a conversation through the chat template" if self._pairs_chat() else "as plain text"
         what = "prompt and answer, where they are texts," if format == "preference" else "prompt and completion"
@@ -142,7 +142,9 @@ class Renderer:
 
     def _plan(self, row: Row) -> list[Draft]:
         if row.rejected is not None:
-            return self._plan_answers(row, row.rejected)
+            return self._plan_answers({"chosen": replace(row, rejected=None), "rejected": row.rejected})
+        if row.desirable is not None:
+            return self._plan_answers({"desirable" if row.desirable else "undesirable": replace(row, desirable=None)})
         if self._as_chat(row):
             return self._plan_chat(row)
         text = row.prompt + row.completion if row.kind == "pair" else row.text
@@ -154,10 +156,10 @@ class Renderer:
         first = len(row.prompt) if row.kind == "pair" and self.options.train_on != "all" else 0
         return [Draft(GuardedText(text, guards), ((first, len(text)),) if first < len(text) else ())]
 
-    def _plan_answers(self, row: Row, rejected: Row) -> list[Draft]:
-        """One draft for each answer of a preference."""
+    def _plan_answers(self, rows: Mapping[str, Row]) -> list[Draft]:
+        """One draft for each answer of a preference, by its name."""
         drafts = []
-        for answer, one in (("chosen", replace(row, rejected=None)), ("rejected", rejected)):
+        for answer, one in rows.items():
             found = self._plan(one)
             if len(found) > 1:
                 raise DataError(

@@ -79,7 +79,7 @@ class Rendered:
         lost: number of trained tokens that were cut off.
         stops: the token at the end of each trained turn, or of a text, after which generation has to stop.
         typed: control strings that are part of the row's own text and stay text.
-        answer: in preference data "chosen" or "rejected", the answer of this part.
+        answer: in preference data "chosen", "rejected", "desirable" or "undesirable": the answer of this part.
         labels, second: as in ``Example``, of a labelled row.
     """
 
@@ -107,4 +107,5 @@ class Rendered:
     @property
     def example(self) -> Example:
         """The training example."""
-        return Example(self.ids, self.weights, self.source, (), self.labels, self.second)
+        desirable = self.answer != "undesirable"
+        return Example(self.ids, self.weights, self.source, (), self.labels, self.second, desirable)

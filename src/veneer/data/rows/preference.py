@@ -1,8 +1,9 @@
-"""Conversion of preference rows: a prompt with a chosen and a rejected answer.
+"""Conversion of preference rows: a prompt with a chosen and a rejected answer, or with one answer and its label.
 
     prompt, chosen, rejected     texts, or lists of messages
     chosen, rejected             the prompt is what both begin with: messages, or the words of two texts
     prompt as a text, and conversations that begin with it
+    prompt, completion, label    texts, or lists of messages; label is true for an answer to learn, false for one to avoid
 
 These are the forms that TRL reads. Two texts without a prompt stay plain text; their prompt ends before the first word that differs.
 """
@@ -17,9 +18,10 @@ from veneer.data.rows.json_rows import describe
 from veneer.data.rows.messages import Message, checked_messages
 from veneer.data.rows.row import Row
 
-__all__ = ["preference"]
+__all__ = ["preference", "unpaired"]
 
 _ANSWERS = ("chosen", "rejected")
+_LABELS = {"true": True, "1": True, "false": False, "0": False}
 _SAME = "expected another answer than chosen, found the same"
 
 
@@ -41,6 +43,16 @@ def preference(source: str, values: ColumnValues) -> Row | None:
         values.errors.add("rejected", _SAME)
         return None
     return replace(chosen, rejected=rejected)
+
+
+def unpaired(source: str, values: ColumnValues) -> Row | None:
+    """The row of an answer, with its label; None, with errors added, if there is none."""
+    label = values.columns.get("label")
+    word = str(label).strip().lower() if isinstance(label, (bool, int, str)) else ""
+    if word not in _LABELS:
+        values.errors.add("label", f"expected true or false, found {describe(label)}")
+    row = CONVERTERS["prompt"](source, values)
+    return None if row is None or values.errors else replace(row, desirable=_LABELS[word])
 
 
 def _with_prompt(source: str, values: ColumnValues, answer: str) -> Row | None:

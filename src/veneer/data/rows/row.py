@@ -49,6 +49,7 @@ class Row:
         second: the second text of a labelled row; "" if it has one text.
         words: the words of a row with a label for each.
         label: the label of a labelled row as the file has it; None if it has none.
+        desirable: in data of single answers, whether this one is to be learnt or avoided; None elsewhere.
         key: the column of the file that errors of this row name.
         rejected: in preference data, the row with the rejected answer; this row has the chosen one.
     """
@@ -66,6 +67,7 @@ class Row:
     second: str = ""
     words: tuple[str, ...] = ()
     label: Any = None
+    desirable: bool | None = None
 
     @staticmethod
     def chat(source: str, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> Row:

@@ -6,6 +6,7 @@
     alpaca      instruction, output, input?, system?, history?: [[question, answer]]     a conversation
     text        text                                                                     all of it is trained
     preference  chosen, rejected, prompt?, tools?                                        the two answers are compared
+    unpaired    prompt, completion, label, tools?                                        answers to learn or avoid (only if requested)
     labelled    text: one text or two, text_pair?, label?                                a head reads it (only if requested)
 
 A file with other column names is read with a mapping from our names to the file's, ``{"prompt": "question",
@@ -25,7 +26,7 @@ from pathlib import Path
 
 from veneer.data.rows.columns import CONVERTERS, TAGS, ColumnValues
 from veneer.data.rows.messages import RowErrors
-from veneer.data.rows.preference import preference
+from veneer.data.rows.preference import preference, unpaired
 from veneer.data.rows.readers import RecordReader
 from veneer.data.rows.row import BadRow, Record, Row
 from veneer.errors import ConfigError, DataError
@@ -39,6 +40,7 @@ _REQUIRED = {
     "alpaca": ("instruction", "output"),
     "text": ("text",),
     "preference": ("chosen", "rejected"),
+    "unpaired": ("prompt", "completion", "label"),
     "labelled": ("text",),
 }
 _OPTIONAL = {
@@ -48,8 +50,10 @@ _OPTIONAL = {
     "alpaca": ("input", "system", "history"),
     "text": (),
     "preference": ("prompt", "tools"),
+    "unpaired": ("tools",),
     "labelled": ("text_pair", "label"),
 }
+_PREFERENCES = {"preference": preference, "unpaired": unpaired}
 FORMATS = tuple(_REQUIRED)
 """The names of the shapes."""
 
@@ -156,7 +160,7 @@ class RowReader:
             if key not in columns:
                 errors.add(key, f"missing; the row has {_listed(record.values)}")
         if not errors:
-            convert = preference if self.shape.format == "preference" else CONVERTERS[self.shape.format]
+            convert = _PREFERENCES.get(self.shape.format) or CONVERTERS[self.shape.format]
             row = convert(record.source, ColumnValues(columns, errors, self._tags))
             if row is not None and not errors:
                 return [row]

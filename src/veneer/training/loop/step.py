@@ -304,7 +304,12 @@ class Stepper:
             own = torch.isin(owners_K, torch.tensor(segments)).nonzero().squeeze(1)
             reference_S = torch.stack([references[s] for s in segments]) if segments[0] in references else None
             tokens = TokenLosses(
-                losses_K[own.to(losses_K.device)], weights_K[own], owners_K[own], segments, reference_S
+                losses_K[own.to(losses_K.device)],
+                weights_K[own],
+                owners_K[own],
+                segments,
+                reference_S,
+                batch.undesirable.intersection(segments),
             )
             task = self.tasks.get(job)
             found.append(token_units(tokens) if task is None else task.losses(tokens))

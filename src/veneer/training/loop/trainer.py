@@ -155,7 +155,7 @@ class Trainer:
 
     def round(self) -> None:
         """Take one optimizer step of every running job."""
-        pieces = self._pieces()
+        pieces = self._begun(self._pieces())
         numbering = Numbering(self.stepper, pieces)
         turns = deque(self._turns(pieces))
         shares = self._shares(pieces)
@@ -229,6 +229,25 @@ class Trainer:
                     self._fail(job, code, reason, TrainingError(reason, code))
             found = [piece for piece in found if piece.job.running]
         return found
+
+    def _begun(self, pieces: list[MicroBatch[Example]]) -> list[MicroBatch[Example]]:
+        """The pieces of the jobs that go on, after each task has taken what it needs to know of the whole step."""
+        for job in dict.fromkeys(piece.job for piece in pieces):
+            examples = [example for piece in pieces if piece.job is job for example in piece.examples]
+            compared = job.task.compared(examples)
+            if not compared:
+                continue
+            try:
+                losses, reference = (
+                    self._losses(job, compared, route, silent=True) for route in (self._route_of(job), job.reference)
+                )
+            except ProcessError:
+                raise
+            except Exception as error:
+                self._fail(job, _code(error), f"its forward pass failed: {_message(error)}", error)
+            else:
+                job.task.begin_step(losses, reference)
+        return [piece for piece in pieces if piece.job.running]
 
     def _handle_requests(self) -> None:
         for job in self.listener.new_jobs():
@@ -377,10 +396,11 @@ class Trainer:
 
     def scores(self, job: Job) -> TaskScores:
         """The loss of the job's held-out examples, and the other figures of its task."""
-        sequences = [sequence for example in job.held_out for sequence in example.sequences]
+        sequences = job.task.sequences(job.held_out)
         if job.task.reference and job.reference_losses is None:
             job.reference_losses = self._losses(job, sequences, job.reference)
-        return job.task.scores(self._losses(job, sequences, self._route_of(job)), job.reference_losses)
+        losses = self._losses(job, sequences, self._route_of(job))
+        return job.task.scores(job.held_out, losses, job.reference_losses)
 
     def mean_loss(self, job: Job, examples: Sequence[Example]) -> float:
         """Mean loss of examples under the job's route."""
@@ -389,8 +409,9 @@ class Trainer:
     def _route_of(self, job: Job) -> MixLike:
         return self.stepper.routes.get(job.name, job.name)
 
-    def _losses(self, job: Job, examples: Sequence[Example], route: MixLike) -> Losses:
-        self._heap.give_back()
+    def _losses(self, job: Job, examples: Sequence[Example], route: MixLike, *, silent: bool = False) -> Losses:
+        if not silent:
+            self._heap.give_back()
         losses = example_losses(
             self.stepper.runner,
             examples,
@@ -398,10 +419,11 @@ class Trainer:
             route=route,
             tokens_per_pass=self.tokens_per_pass,
             turn=self.stepper.turn,
-            progress=lambda done: self.listener.evaluating(job, done, len(examples)),
+            progress=None if silent else lambda done: self.listener.evaluating(job, done, len(examples)),
             ranks=None if self.processes.alone else EvaluationTeam(self.processes, self.stepper),
         )
-        self._heap.give_back()
+        if not silent:
+            self._heap.give_back()
         return losses
 
     def _fail(self, job: Job, code: str, reason: str, error: Exception) -> None:

@@ -389,6 +389,7 @@ def make_job(name: str, options: TrainOptions, base: Base, bank: Bank, data: Job
     job = Job(name, options, bank, data.train, data.held_out, peak=peak, steps=steps)
     job.general = data.general
     job.template = data.template
+    job.task.longest = min(context_of(base), options.max_length or context_of(base))
     return job
 
 

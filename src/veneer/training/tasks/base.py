@@ -10,6 +10,7 @@ the units of its whole optimizer step, whatever the passes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from veneer.config import TrainOptions
+from veneer.data.example import Example
 from veneer.evaluate.losses import Losses
 
 
@@ -30,6 +32,7 @@ class TokenLosses:
         owners_K: the segment of each token, on the CPU.
         segments: the job's segments, in order.
         reference_S: for a task with ``reference``, the summed log-probability of each segment under the model without the job's adapter.
+        undesirable: those of the segments whose answers the model is to avoid.
     """
 
     losses_K: Tensor
@@ -37,6 +40,7 @@ class TokenLosses:
     owners_K: Tensor
     segments: tuple[int, ...]
     reference_S: Tensor | None = None
+    undesirable: frozenset[int] = frozenset()
 
     def sums(self) -> tuple[Tensor, Tensor]:
         """(summed log-probability, summed weight) of each segment, [S]."""
@@ -94,16 +98,30 @@ class Task:
 
     def __init__(self, options: TrainOptions) -> None:
         self.options = options
+        self.longest: int | None = None
+        """Most tokens of a sequence that the task itself makes."""
+
+    def sequences(self, examples: Sequence[Example]) -> list[Example]:
+        """The sequences whose losses an evaluation on examples needs."""
+        return [sequence for example in examples for sequence in example.sequences]
+
+    def compared(self, examples: Sequence[Example]) -> list[Example]:
+        """Sequences whose losses must be known before a step on examples, for a figure of the whole step; mostly none."""
+        return []
+
+    def begin_step(self, losses: Losses, reference: Losses) -> None:
+        """Take the losses of the sequences of `compared`, under the job's route and without the job's adapter."""
 
     def losses(self, tokens: TokenLosses) -> TaskLosses:
         """The losses of the units of a pass."""
         return token_units(tokens)
 
-    def scores(self, losses: Losses, reference: Losses | None) -> TaskScores:
+    def scores(self, examples: Sequence[Example], losses: Losses, reference: Losses | None) -> TaskScores:
         """The result of an evaluation.
 
         Args:
-            losses: of each sequence of the held-out examples, under the job's route.
+            examples: the held-out examples.
+            losses: of each of their `sequences`, under the job's route.
             reference: the same without the job's adapter, for a task with ``reference``.
         """
         return TaskScores(losses.mean)

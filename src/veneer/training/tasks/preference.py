@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from veneer.data.example import Example
 from veneer.evaluate.losses import Losses
 from veneer.training.tasks.base import Task, TaskLosses, TaskScores, TokenLosses
 
@@ -56,7 +58,7 @@ class PreferenceTask(Task, ABC):
         losses_P = self.pair_losses(Answers.of(*tokens.sums(), tokens.reference_S))
         return TaskLosses(losses_P, torch.ones(len(losses_P)), torch.tensor(tokens.segments[::2]))
 
-    def scores(self, losses: Losses, reference: Losses | None) -> TaskScores:
+    def scores(self, examples: Sequence[Example], losses: Losses, reference: Losses | None) -> TaskScores:
         """Mean loss, share of pairs whose chosen answer has the higher reward (a tie counts half), and mean difference of the rewards."""
         answers = Answers.of(-losses.sums, losses.weights, None if reference is None else -reference.sums)
         rewards = self.rewards(answers)
