@@ -11,6 +11,7 @@ Nothing here imports torch, and only the file of the requested command is import
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
 import importlib
@@ -151,8 +152,9 @@ def _prepare() -> None:
     # 1,024 of them by default.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
     os.environ.setdefault("LRU_CACHE_CAPACITY", "256")
-    # Imports create many long-lived objects; scanning them again and again costs a second at every start.
+    # Imports create many long-lived objects; scanning them again and again costs a second at every start, and another at exit.
     gc.set_threshold(50_000, *gc.get_threshold()[1:])
+    atexit.register(gc.freeze)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, ValueError, OSError):
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
