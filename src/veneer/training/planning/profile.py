@@ -38,6 +38,7 @@ from veneer.training.planning.workload import (
     smaller,
     tokens_per_round,
 )
+from veneer.training.process_memory import only_new_objects
 
 _SMALLEST = 64
 """Tokens below which a pass predicts little about larger ones."""
@@ -141,15 +142,16 @@ class Profiler:
         """Run the passes and restore everything. Raises whatever a pass raises."""
         self.memory.give_back()
         self._start = self.memory.used()
-        with untouched(self.stepper, self.jobs):
-            rows = load(self.largest)
-            self._train(smaller(rows, _WARM_UP))
-            update = sum(self._update(job) for job in self.jobs)
-            training = self._climb(rows, self._train)
+        with only_new_objects():
+            with untouched(self.stepper, self.jobs):
+                rows = load(self.largest)
+                self._train(smaller(rows, _WARM_UP))
+                update = sum(self._update(job) for job in self.jobs)
+                training = self._climb(rows, self._train)
+                self.memory.give_back()
+                evaluation = self._climb([(self.jobs[0], example) for example in self.evaluated], self._evaluate)
+                rounds, peak = self._whole_rounds(training, update)
             self.memory.give_back()
-            evaluation = self._climb([(self.jobs[0], example) for example in self.evaluated], self._evaluate)
-            rounds, peak = self._whole_rounds(training, update)
-        self.memory.give_back()
         return Profile(
             start=self._start,
             training=tuple(training),
