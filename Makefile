@@ -24,8 +24,7 @@ demo: $(VENV)/.installed ## train, evaluate and try an adapter on the embedded m
 	$(BIN)/veneer demo
 
 test: lint ## style, types, structure and tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --dist loadfile
-	$(BIN)/python -m pytest -q -m "real and not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --dist loadfile -m "not slow"
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

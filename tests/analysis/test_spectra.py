@@ -248,15 +248,13 @@ def test_the_page_stands_alone(model: nn.Module) -> None:
     """The report loads nothing, runs nothing, escapes names, and is the same each time."""
     adapter = trained(model, METHODS["dora"], name="a.b")
     spectra = adapter_spectra(adapter, weights_of(model), against=trained(model, name="other", seed=3))
+    object.__setattr__(spectra, "name", "<b>&")
     page = html_report(spectra)
     assert page == html_report(spectra)
-    assert not spectra.one_seed and "initialised from one seed" not in page
-    assert "initialised from one seed" in html_report(replace(spectra, one_seed=True))
     assert not re.findall(r"<script|<link|<img|@import|src=|url\((?!#)", page)
     assert page.count("<svg") >= 8 and "Against other" in page and page.rstrip().endswith("</html>")
     assert "Correlation of direction and magnitude change" in page
-    object.__setattr__(spectra, "name", "<b>&")
-    assert "<b>&" not in html_report(spectra) and "&lt;b&gt;&amp;" in html_report(spectra)
+    assert "<b>&" not in page and "&lt;b&gt;&amp;" in page
 
 
 def test_pictures_can_be_read(model: nn.Module) -> None:
@@ -282,7 +280,7 @@ def test_pictures_can_be_read(model: nn.Module) -> None:
 
 
 def test_without_matplotlib(model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pictures are refused with the way to get them; the page has its tables and says so."""
+    """Pictures are refused with the way to get them; the page has its tables and says so, and whether two adapters began alike."""
     import builtins
 
     real = builtins.__import__
@@ -293,11 +291,14 @@ def test_without_matplotlib(model: nn.Module, tmp_path: Path, monkeypatch: pytes
         return real(name, *args, **kwargs)  # type: ignore[arg-type]
 
     spectra = adapter_spectra(trained(model))
+    pair = adapter_spectra(trained(model), against=trained(model, name="other", seed=3))
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ComposeError, match=r"pip install 'veneer\[plot\]'"):
         write_plots(spectra, tmp_path)
     page = html_report(spectra)
     assert "There are no plots" in page and "<svg" not in page and page.count("<table") == 2
+    assert not pair.one_seed and "initialised from one seed" not in html_report(pair)
+    assert "initialised from one seed" in html_report(replace(pair, one_seed=True))
 
 
 def test_a_folder_is_enough(made: Path) -> None:
