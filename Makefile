@@ -72,10 +72,7 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	$(PIP) install -q -c constraints.txt -e '.[test]'
 	@touch $@
 
-$(VENV)/.installed-device-check: $(VENV)/.installed-test ## check a GPU in ten minutes: DEVICE="--tiny --device cpu" runs the same stages on a CPU
-	$(BIN)/python -m bench.device $(DEVICE)
-
-docs: $(VENV)/.installed
+$(VENV)/.installed-docs: $(VENV)/.installed
 	$(PIP) install -q -c constraints.txt -e '.[docs]'
 	@touch $@
 

@@ -78,3 +78,12 @@ def test_the_licence_is_shipped() -> None:
     """The declared licence is the one in the LICENSE file."""
     assert project()["project"]["license"] == "Apache-2.0"
     assert "Apache License" in (ROOT / "LICENSE").read_text(encoding="utf-8")
+
+
+def test_every_target_has_its_own_rule() -> None:
+    """``make docs`` installs what the site needs before it builds it, and no rule is given twice."""
+    done = subprocess.run(
+        ["make", "-n", "docs", "VENV=none-such"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stderr == ""
+    assert done.stdout.index("-e '.[docs]'") < done.stdout.index("mkdocs build")
