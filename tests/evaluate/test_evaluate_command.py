@@ -11,6 +11,7 @@ from tests.compose.made import METHODS, saved, trained
 from tests.tiny import tiny_tokenizer
 
 from veneer.checkpoints import attach
+from veneer.cli.evaluate import _lines
 from veneer.cli.main import main
 from veneer.data.chat.render import Renderer
 from veneer.data.dataset import load_examples
@@ -79,6 +80,11 @@ def test_against_another_and_in_words(made: Path, capsys: pytest.CaptureFixture[
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].endswith("rows.jsonl: 4 examples, 40 tokens") or "4 examples" in lines[0]
     assert "against base" in lines[2] and "(95 %:" in lines[2]
+    row = {"loss": 1.0, "against_base": 0.1, "low": -0.1, "high": 0.3}
+    for low, high, word in ((-0.3, -0.1, "better"), (-0.1, 0.3, "no clear difference"), (0.1, 0.3, "worse")):
+        entry = {"examples": 1, "tokens": 2000, "routes": {"lora": {**row, "low": low, "high": high}}}
+        found = _lines("rows", entry, "base")
+        assert found[0] == "rows: 1 example, 2,000 tokens" and found[1].endswith(f"), {word}")
 
 
 def test_mistakes_are_one_sentence(made: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -69,6 +70,29 @@ def test_help_needs_nothing_heavy(name: str) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr.strip()) == (0, "[]")
     assert done.stdout.startswith("usage: veneer")
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_usage_is_one_line(name: str) -> None:
+    """The usage has arguments and required options; the others are listed below it, and examples parse."""
+    parser, _ = cli.parser_of(name)
+    usage = parser.format_usage()
+    assert usage.startswith(f"usage: veneer {name} [OPTIONS]") and usage.count("\n") == 1
+    assert {word for word in usage.split() if word.startswith("--")} <= {
+        "--out",
+        "--to",
+        "--base",
+        "--tuned",
+        "--adapter",
+    }
+    for words in cli.EXAMPLES.get(name, ()):
+        assert f"  veneer {name} {words}" in parser.format_help()
+        parser.parse_args(shlex.split(words))
+
+
+def test_examples_belong_to_commands() -> None:
+    """Each example is of a command."""
+    assert set(cli.EXAMPLES) < set(cli.COMMANDS)
 
 
 @pytest.mark.parametrize("name", ["", *cli.COMMANDS])

@@ -11,7 +11,7 @@ from tests.tiny import tiny, tiny_tokenizer
 from tests.training.made import SIZES, write_place, write_rows
 
 from veneer.cli.main import main
-from veneer.training.compare.report import _labels, html, notes
+from veneer.training.compare.report import _counts, _labels, _step, html, notes
 from veneer.training.compare.study import Comparison, ContestantRow, Score
 
 FLAGS = [
@@ -113,6 +113,13 @@ def test_notes_name_results_that_need_care() -> None:
     assert [line for line in lines if "cannot be told apart" in line] == ["a and b cannot be told apart with 2 seeds"]
     assert [line.split(":")[0] for line in lines if "edge of the search" in line] == ["b"]
     assert html(base).count("<circle") == 3
+
+
+def test_axes_have_round_numbers() -> None:
+    """Counts are powers of ten, with their doubles and fives on a short axis; losses are multiples of 1, 2 or 5."""
+    assert _counts(8e5, 6e6) == [10**6, 2 * 10**6, 5 * 10**6]
+    assert _counts(5e3, 2e9) == [10**power for power in range(4, 10)]
+    assert [_step(least) for least in (1.22, 0.013, 5.0)] == [2.0, 0.02, 5.0]
 
 
 def test_the_interval_is_students() -> None:

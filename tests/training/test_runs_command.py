@@ -134,8 +134,13 @@ def test_the_index_is_the_same_from_another_folder(
     assert json.loads(capsys.readouterr().out)[0]["adapter"] == "a/adapter"
 
 
-def test_a_folder_without_runs_and_one_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """An empty folder is no error; a missing one is, in one sentence."""
+def test_a_folder_without_runs_and_one_that_is_not_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An empty folder is no error, nor is the default one before the first run; another that is missing is, in one sentence."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["runs"]) == 0
+    assert "start one with veneer train DATA --out runs/NAME" in capsys.readouterr().out
     assert main(["runs", str(tmp_path)]) == 0
     assert "contains no runs" in capsys.readouterr().out
     assert main(["runs", str(tmp_path / "none")]) == 1

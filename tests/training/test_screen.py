@@ -11,6 +11,8 @@ from xml.etree import ElementTree
 import pytest
 
 from veneer._terminal import bar, fitted, status, wrapped
+from veneer.errors import VeneerError
+from veneer.training import train
 from veneer.training.loss_plot import PLOT, write_loss_plot
 from veneer.training.run.console import Console
 from veneer.training.run.recorder import _change
@@ -48,6 +50,16 @@ def test_elsewhere_lines_are_plain() -> None:
     console.advance(0.1)
     console.progress("step 1/10  loss 1.2345  lr 1.00e-04", important=True)
     assert stream.getvalue() == "step 1/10  loss 1.2345  lr 1.00e-04\n"
+
+
+def test_an_error_does_not_stand_behind_the_live_line(tmp_path: Path) -> None:
+    """The line that says what is loading is erased before an error is raised."""
+    stream = Terminal()
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n', encoding="utf-8")
+    options = {"data": [str(tmp_path / "rows.jsonl")], "base": str(tmp_path / "none"), "out": str(tmp_path / "run")}
+    with pytest.raises(VeneerError):
+        train(options, console=Console(stream))
+    assert "loading" in stream.getvalue() and stream.getvalue().endswith(" \r")
 
 
 @pytest.mark.parametrize("text", ["word " * 40, "  - " + "a-hyphenated-word " * 20, "x" * 200, "short"])

@@ -22,6 +22,14 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **settings: Any) -> None:
         super().__init__(allow_abbrev=False, **settings)
 
+    def shorten_usage(self) -> None:
+        """Show arguments and required options in the usage line, and ``[OPTIONS]`` for the others."""
+        shown = [action for action in self._actions if action.required or not action.option_strings]
+        formatter = self._get_formatter()
+        formatter.add_usage(None, shown, [], prefix="")
+        rest = " ".join(formatter.format_help().split()).removeprefix(self.prog).replace("%", "%%")
+        self.usage = f"%(prog)s [OPTIONS]{rest}"
+
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
 

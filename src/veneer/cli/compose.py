@@ -215,4 +215,4 @@ def _lines(composition: Composition, report: dict[str, Any], count: int) -> list
         lines += ["", *table(["least accurate sites", "rank", "norm of the change", "error"], rows), ""]
     if report["losses"]:
         lines += table(["held-out loss", ""], [[name, f"{loss:.4f}"] for name, loss in report["losses"].items()])
-    return lines + composition.notes
+    return [*lines, *composition.notes, f"try it with: veneer chat {report['out']}"]

@@ -219,7 +219,8 @@ def _mixes(given: list[str], names: list[str]) -> dict[str, dict[str, float]]:
 
 
 def _lines(label: str, entry: dict[str, Any], against: str) -> list[str]:
-    lines = [f"{label}: {entry['examples']} examples, {entry['tokens']} tokens"]
+    count = entry["examples"]
+    lines = [f"{label}: {count:,} example{'' if count == 1 else 's'}, {entry['tokens']:,} tokens"]
     width = max(len(name) for name in entry["routes"])
     for name, row in entry["routes"].items():
         figures = (
@@ -230,6 +231,7 @@ def _lines(label: str, entry: dict[str, Any], against: str) -> list[str]:
         line = f"  {name:<{width}}  loss {row['loss']:.4f}" + "".join(figures)
         line += f"  perplexity {row['perplexity']:.2f}" if "perplexity" in row else ""
         if (change := row.get(f"against_{against}")) is not None:
-            line += f"  against {against} {change:+.4f} (95 %: {row['low']:+.4f} to {row['high']:+.4f})"
+            clear = "better" if row["high"] < 0 else "worse" if row["low"] > 0 else "no clear difference"
+            line += f"  against {against} {change:+.4f} (95 %: {row['low']:+.4f} to {row['high']:+.4f}), {clear}"
         lines.append(line)
     return lines

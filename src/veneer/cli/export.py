@@ -334,5 +334,5 @@ def _lines(report: dict[str, Any]) -> list[str]:
         )
         lines.append(f"use it with: llama-cli -m {report['file']}")
     elif report["to"] == "gguf":
-        lines.append(f"use it with a GGUF base of the {report['family']} family: llama-cli --lora {report['file']}")
+        lines.append(f"use it with the base in GGUF: llama-cli -m BASE.gguf --lora {report['file']}")
     return [*lines, *(f"note: {note}" for note in report.get("notes", ()))]

@@ -11,6 +11,7 @@ Nothing here imports torch, and only the file of the requested command is import
 
 from __future__ import annotations
 
+import argparse
 import atexit
 import contextlib
 import gc
@@ -57,6 +58,31 @@ COMMANDS = {
 }
 """Every command with its description."""
 
+EXAMPLES = {
+    "train": (
+        "rows.jsonl --base smollm2-135m --out runs/first",
+        "rows.csv --columns prompt=question,completion=answer --out runs/csv",
+        "rows.jsonl --valid-fraction 0.1 --r 8 --learning-rate 2e-4 --epochs 3 --out runs/second",
+        "run.yaml --steps 200",
+    ),
+    "compare": ("rows.jsonl --valid valid.jsonl --test test.jsonl --r 4,16 --out runs/ranks",),
+    "generate": (
+        'runs/first "2 + 2?"',
+        "runs/first --file prompts.txt --json",
+    ),
+    "evaluate": ("runs/first --data heldout.jsonl --general",),
+    "merge": ("runs/first --out merged", "runs/a:0.7 runs/b:0.3 --out merged"),
+    "compose": ("runs/a:0.7 runs/b:0.3 --out both",),
+    "export": (
+        "runs/first --to gguf --out first.gguf",
+        "runs/first --to gguf --merged --quantize q8_0 --out merged.gguf",
+    ),
+    "plan": ("--base MODEL --memory 24GB", "rows.jsonl --base smollm2-135m --out runs/first"),
+    "serve": ("--base smollm2-135m --adapters runs",),
+    "runs": ("", "runs/both --pause sql"),
+}
+"""Commands -> arguments of the examples that their help ends with."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; errors are printed, not raised."""
@@ -88,6 +114,10 @@ def parser_of(name: str) -> tuple[Parser, ModuleType]:
     parser = Parser(prog=f"veneer {name}", description=f"{COMMANDS[name][0].upper()}{COMMANDS[name][1:]}.")
     module.add_arguments(parser)
     parser.add_argument("--debug", action="store_true", help="print the traceback of an error")
+    parser.shorten_usage()
+    if examples := EXAMPLES.get(name):
+        parser.formatter_class = argparse.RawDescriptionHelpFormatter  # keeps the examples' lines
+        parser.epilog = "\n".join(["examples:", *(f"  veneer {name} {words}" for words in examples)])
     return parser, module
 
 

@@ -195,4 +195,4 @@ def _lines(report: MergeReport, count: int) -> list[str]:
         )
         if found["with_residual"] is not None:
             lines.append(f"logits with the residual adapter: at most {found['with_residual']:.2g}")
-    return lines + report.notes
+    return [*lines, *report.notes, f"a base like any other: veneer chat {report.out}"]

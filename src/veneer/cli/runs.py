@@ -19,6 +19,7 @@ from veneer.cli._run_list import JobStatus, as_dict, latest_samples, list_runs
 from veneer.errors import CheckpointError
 
 _ALL = "*"
+_DEFAULT = "runs"
 _REQUESTS = {
     "pause": "pause a job of the run DIR (default: all jobs)",
     "resume": "resume a paused job",
@@ -29,7 +30,7 @@ _HEADER = ("run", "job", "state", "step", "loss", "held out", "best", "adapter")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("folder", nargs="?", default="runs", metavar="DIR", help="folder of runs (default: runs)")
+    parser.add_argument("folder", nargs="?", default=_DEFAULT, metavar="DIR", help="folder of runs (default: runs)")
     for request, description in _REQUESTS.items():
         parser.add_argument(f"--{request}", nargs="?", const=_ALL, metavar="JOB", help=description)
     add_json(parser, "print the list as JSON")
@@ -37,7 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the list, or request a change of a job."""
-    statuses = list_runs(Path(args.folder))
+    root = Path(args.folder)
+    statuses = list_runs(root) if root.is_dir() or args.folder != _DEFAULT else []
     requests = {request: job for request in _REQUESTS if (job := getattr(args, request)) is not None}
     if requests:
         return _request(Path(args.folder), statuses, requests)

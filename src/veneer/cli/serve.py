@@ -217,18 +217,18 @@ def start_screen(server: Server) -> str:
     waiting = len(server.context.jobs.with_status("validating_files", "queued", "running"))
     if waiting:
         lines.append(f"  jobs     {waiting} to go on with")
+    if str(server.options.state / "keys") in server.keys.source:
+        lines += ["", "In another shell:", f"  export $(grep VENEER_API_KEY {server.options.state / 'keys'})"]
     body = f'{{"model": "{names[-1]}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
     lines += [
         "",
         f"  curl {server.url}/chat/completions -H \"Authorization: Bearer $VENEER_API_KEY\" -H 'Content-Type: application/json' \\",
         f"    -d '{body}'",
         "",
+        "From Python:",
         f'  client = openai.OpenAI(base_url="{server.url}", api_key=os.environ["VENEER_API_KEY"])',
         f'  client.chat.completions.create(model="{names[-1]}", messages=[{{"role": "user", "content": "Hello"}}])',
+        "",
+        "Ctrl-C lets running answers end and stops the server.",
     ]
-    if str(server.options.state / "keys") in server.keys.source:
-        lines += [
-            "",
-            f"  set VENEER_API_KEY in your shell:  export $(grep VENEER_API_KEY {server.options.state / 'keys'})",
-        ]
     return "\n".join(lines)

@@ -314,7 +314,7 @@ def _histogram_lines(report: CheckReport) -> list[str]:
     most = max(count for _, _, count in rows)
     ordered = sorted(report.lengths)
     median, late = ordered[len(ordered) // 2], ordered[min(len(ordered) - 1, len(ordered) * 95 // 100)]
-    lines = ["", f"Tokens per example: median {median:,}, 95 % below {late + 1:,}, longest {ordered[-1]:,}"]
+    lines = ["", f"Tokens per example: median {median:,}, 95 % at most {late:,}, longest {ordered[-1]:,}"]
     for a, b, count in rows:
         bar = "#" * max(1 if count else 0, round(_BAR * count / most))
         lines.append(f"  {a:>7,} - {b:>7,}  {count:>8,}  {bar}")

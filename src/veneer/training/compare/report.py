@@ -118,12 +118,13 @@ def write_html(comparison: Comparison) -> Path:
 
 def html(comparison: Comparison) -> str:
     """The page as text."""
+    seeds = comparison.rows[0].seeds
     legend = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in LEGEND.items())
     remarks = "".join(f"<li>{escape(line)}</li>" for line in notes(comparison))
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>Veneer: comparison</title><style>{_STYLE}</style>"
         f"<h1>Comparison on {escape(comparison.base)}</h1>"
-        f"<p>{comparison.examples['test']:,} test rows, seeds {', '.join(map(str, comparison.rows[0].seeds))}. "
+        f"<p>{comparison.examples['test']:,} test rows, seed{'s' if seeds[1:] else ''} {', '.join(map(str, seeds))}. "
         f"{'Higher' if comparison.rows[0].scores_best else 'Lower'} is better.</p>{plot(comparison.rows, comparison.base_loss)}"
         f"{html_table(header(comparison), cells(comparison))}"
         f"<ul>{remarks}</ul><dl>{legend}</dl><p>Veneer {__version__}</p></html>\n"
@@ -167,13 +168,13 @@ def plot(rows: Sequence[ContestantRow], base_loss: float | None) -> str:
             f'<path d="M{_LEFT} {y(base_loss):.1f}H{right}" stroke="#888" stroke-dasharray="5 4"/>',
             f'<text x="{right}" y="{y(base_loss) - 5:.1f}" text-anchor="end" fill="#666">base {base_loss:.3f}</text>',
         ]
-    for power in range(math.ceil(first), math.floor(last) + 1):
-        parts.append(
-            f'<text x="{x(10.0**power):.1f}" y="{bottom + 16}" text-anchor="middle">{_count(10**power)}</text>'
-        )
-    for step in range(5):
-        loss = low + (high - low) * step / 4
-        parts.append(f'<text x="{_LEFT - 6}" y="{y(loss) + 4:.1f}" text-anchor="end">{loss:.3f}</text>')
+    for count in _counts(10**first, 10**last):
+        parts.append(f'<text x="{x(count):.1f}" y="{bottom + 16}" text-anchor="middle">{_count(count)}</text>')
+    step = _step((high - low) / 4)
+    digits = max(0, -math.floor(math.log10(step)))
+    for number in range(math.ceil(low / step), math.floor(high / step) + 1):
+        loss = number * step
+        parts.append(f'<text x="{_LEFT - 6}" y="{y(loss) + 4:.1f}" text-anchor="end">{loss:.{digits}f}</text>')
     labels = _labels([(row.label, x(row.parameters), y(points[row.label].mean)) for row in rows], (_LEFT + right) / 2)
     for row in rows:
         score = points[row.label]
@@ -199,6 +200,21 @@ def _labels(points: Sequence[tuple[str, float, float]], middle: float) -> dict[s
         taken.append((left, width, top))
         found[label] = (side, x - 8 if side == "end" else x + 8, top)
     return found
+
+
+def _counts(low: float, high: float) -> list[int]:
+    """The counts for the labels of a logarithmic axis: powers of ten, and their doubles and fives if those are few."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    found = [factor * 10**power for power in powers if power >= 0 for factor in (1, 2, 5)]
+    inside = [count for count in found if low <= count <= high]
+    tens = [count for count in inside if str(count).rstrip("0") == "1"]
+    return tens if len(inside) > 8 else inside
+
+
+def _step(least: float) -> float:
+    """The smallest of 1, 2 and 5 times a power of ten that is at least ``least``."""
+    power = 10.0 ** math.floor(math.log10(least))
+    return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= least * (1 - 1e-9))
 
 
 def _count(number: int) -> str:

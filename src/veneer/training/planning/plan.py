@@ -85,7 +85,7 @@ class TrainingPlan:
 
     @classmethod
     def stored_lines(cls, manifest: Mapping[str, Any], steps: int) -> list[str]:
-        """The lines of the plan in a run's manifest, for its ``steps`` of today; [] if it has none."""
+        """The lines of the plan in a run's manifest, for the ``steps`` that are left; [] if it has none."""
         found = manifest.get("plan") or {}
         names = {field.name for field in fields(cls)}
         known = {name: found[name] for name in names & set(found)}

@@ -168,9 +168,11 @@ def go_on(job: Job, had: int, out: Path) -> str:
         return f"{first}; the learning rate goes on at {job.peak:.2e}"
     step = min(job.progress.step, had - 1)
     rate = learning_rate_at(step, peak=job.peak, schedule=schedule, warmup=warmup, steps=had)
+    now, before = f"{job.learning_rate():.2e}", f"{rate:.2e}"
+    changed = "" if now == before else f" in place of {before}"
     return (
-        f"{first}; the {schedule} schedule now decays to the new end, so the learning rate goes on at {job.learning_rate():.2e} "
-        f"in place of {rate:.2e}; for a warm-up and a decay of their own, train with --init-from {out} and another --out"
+        f"{first}; the {schedule} schedule now decays to the new end, so the learning rate "
+        f"goes on at {now}{changed}; for a warm-up and a decay of their own, train with --init-from {out} and another --out"
     )
 
 

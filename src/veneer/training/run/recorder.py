@@ -288,7 +288,7 @@ class Recorder(Listener):
 
         def stop() -> None:
             self.stopped = True
-            self.console.line("stopping after this round and saving; press Ctrl-C again to stop at once")
+            self.console.line("stopping after this step and saving; press Ctrl-C again to stop at once")
 
         return stop_signals(stop, lambda: self.stopped)
 

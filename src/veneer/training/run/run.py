@@ -140,6 +140,7 @@ def _start(
             if goes_on:
                 jobs, stored = match_stored_run(out, jobs)
             if console.live:
+                stack.callback(console.clear)  # an error must not stand behind it
                 console.progress(f"loading {options.base}")
             setup = stack.enter_context(set_up(own, jobs, base, console.line))
             halving = Halving(setup.jobs) if options.halving else None
@@ -351,8 +352,8 @@ def _announce(setup: Setup, manifest: Manifest, recorder: Recorder, gone_on: lis
     lines = describe(setup, restored=restored)
     if len(setup.jobs) > 1:
         lines.append(Packing.stored(manifest).line())
-    steps = max(job.steps for job in setup.jobs)
-    for line in (*lines, *gone_on, *TrainingPlan.stored_lines(manifest, steps)):
+    left = max((job.steps - job.progress.step for job in setup.jobs if not job.over), default=0)
+    for line in (*lines, *gone_on, *(TrainingPlan.stored_lines(manifest, left) if left else ())):
         recorder.console.line(line)
 
 

@@ -461,16 +461,17 @@ def describe(setup: Setup, *, restored: bool) -> list[str]:
         adapter, report = setup.bank[job.name], setup.data[job.name].report
         count = adapter.num_parameters()
         tokens = round(job.steps * job.options.batch_size * report.tokens / max(1, report.examples))
+        passes = job.steps * job.options.batch_size / max(1, len(setup.data[job.name].train))
         method, sites = adapter.method, len(adapter.tensors) or len(adapter.overrides)
         what = f"{method.name} {method.size} at {sites} sites" if method.size else f"{method.label} of {sites} layers"
         lines.append(
             f"{job.name}: {what}, {count:,} trainable parameters ({100 * count / total:.2f} % of the base), learning rate "
-            f"{job.peak:.2e}; {job.steps:,} steps of {job.options.batch_size}, about {tokens:,} tokens"
+            f"{job.peak:.2e}; {job.steps:,} steps of {job.options.batch_size} examples ({passes:.3g} epochs), about {tokens:,} tokens"
         )
         lines += [f"{job.name}: note: {line}" for line in remarks(setup.bank, adapter)]
         idle = sorted(OPTIONS & job.options.model_fields_set - type(method).model_fields.keys())
         lines += [f"{job.name}: note: {method.label} has no option {', '.join(idle)}; ignored"] if idle else []
         if restored:
-            state = f"{job.state.value}: {job.reason}" if job.over and job.reason else job.state.value
-            lines.append(f"{job.name}: resuming at step {job.progress.step} of {job.steps} ({state})")
+            ended = f" ({job.state.value}{f': {job.reason}' if job.reason else ''})" if job.over else ""
+            lines.append(f"{job.name}: resuming at step {job.progress.step} of {job.steps}{ended}")
     return lines
