@@ -59,6 +59,12 @@ def main() -> None:
     parser.add_argument("place", nargs="?", help="folder of the large base, or the options of a child")
     parser.add_argument("--steps", type=int, default=70)
     parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument(
+        "--base", choices=("bf16", "nf4"), action="append", help="only this base (quality; may be given twice)"
+    )
+    parser.add_argument(
+        "--method", choices=("lora", "dora"), action="append", help="only this method (quality; may be given twice)"
+    )
     parser.add_argument("--cpu", action="store_true", help="compare processor time")
     args = parser.parse_args()
     if args.part == "child":
@@ -94,6 +100,10 @@ def _quality(files: tuple[Path, Path], folder: Path, args: argparse.Namespace) -
         flush=True,
     )
     for quantize, method in CASES:
+        if (quantize or "bf16") not in (args.base or ("bf16", "nf4")) or method not in (
+            args.method or ("lora", "dora")
+        ):
+            continue
         out = folder / f"{quantize}-{method}"
         more = {"steps": args.steps, "eval_every": args.steps, "out": str(out), "method": method, "quantize": quantize}
         found = _in_child(_options(files, **more))

@@ -25,11 +25,14 @@ from veneer.checkpoints.dequantized_folder import DequantizedFolder
 from veneer.checkpoints.findings import listed
 from veneer.checkpoints.model_folder import ModelFolder
 from veneer.checkpoints.peft.expert_layouts import fit_experts
+from veneer.checkpoints.quantized_reading import QuantizedParameter, QuantizedReading
 from veneer.errors import ComposeError, Problems
 from veneer.models.fingerprint import quantized_fingerprint, tensor_fingerprint, weight_fingerprints
 from veneer.models.load import Base, folder_of, model_class
-from veneer.models.names import current_layers, stored_names
-from veneer.models.quantized.scheme import Scheme, read_scheme
+from veneer.models.names import current_layers, plain_shapes, stored_names
+from veneer.models.quantized.loading import quantized_names
+from veneer.models.quantized.scheme import Scheme, read_scheme, scheme_for
+from veneer.models.quantized.size import stack_names
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -82,12 +85,10 @@ class Skeleton:
     def fingerprints(self, sites: Iterable[str]) -> dict[str, str]:
         """SHA-256 of the stored weights of these sites, as `weight_fingerprints` computes them."""
         names = {site: f"{site}.weight" if site else "weight" for site in sites}
-        quantized = self.folder.parts if isinstance(self.folder, DequantizedFolder) else {}
         found = {}
         for site, name in names.items():
-            if (key := self.key(site)) in quantized:
-                assert isinstance(self.folder, DequantizedFolder)
-                found[site] = quantized_fingerprint(name, self.folder.quantized(key))
+            if (weight := self.folder.quantized(self.key(site))) is not None:
+                found[site] = quantized_fingerprint(name, weight)
             elif self.sites[site].stack is not None:
                 found[site] = tensor_fingerprint(name, self.weight_2d(site))
         plain = {site: name for site, name in names.items() if site not in found}
@@ -97,9 +98,7 @@ class Skeleton:
 
     def format(self, site: str) -> str | None:
         """The format of a site's weight where it is quantized, else None."""
-        if not isinstance(self.folder, DequantizedFolder) or self.key(site) not in self.folder.parts:
-            return None
-        return self.folder.quantized(self.key(site)).format
+        return self.folder.format(self.key(site))
 
     def parameter_key(self, name: str) -> str | None:
         """Name in the files of a parameter of the model, or of a parameter that shares its tensor; None if the files have neither."""
@@ -122,27 +121,59 @@ def base_folder(name: str | Path, revision: str | None = None) -> Path:
     return folder_of(name, revision)
 
 
-def skeleton(folder: Path) -> Skeleton:
+def skeleton(folder: Path, quantize: str | None = None) -> Skeleton:
     """Read a model folder's names and build its model without weights.
 
-    Weights that bitsandbytes quantized are dequantized when they are read. Raises ComposeError for others.
+    Weights that bitsandbytes quantized are dequantized when they are read. With ``quantize`` plain ones have the values that they have in
+    this format. Raises ComposeError for other formats.
     """
     import transformers
 
     files = ModelFolder(folder)
     if files.config.get("quantization_config"):
-        if not isinstance(read_scheme(files.config, folder), Scheme):
+        scheme = read_scheme(files.config, folder)
+        if not isinstance(scheme, Scheme):
             raise ComposeError(
                 f"the weights in {folder} are quantized, and a change cannot be added to them; use the base they were made from"
             )
-        files = DequantizedFolder(folder)
+        if quantize not in (None, scheme.format):
+            raise ComposeError(
+                f"the weights in {folder} are quantized to {scheme.format}, and cannot be quantized to {quantize}; leave --quantize out, "
+                "or use the model that they were made from"
+            )
+        files, quantize = DequantizedFolder(folder), None
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with torch.device("meta"):
         cls = model_class(folder)
         model = getattr(cls, "from_config", cls)(config)  # an auto class, or the model's own
-    return Skeleton(files, model, survey(model), stored_names(model, files.files))
+    base = Skeleton(files, model, survey(model), stored_names(model, files.files))
+    if quantize is not None:
+        scheme = scheme_for(quantize)
+        base.folder = QuantizedReading(folder, scheme=scheme, parameters=_parameters(base, scheme))
+    return base
+
+
+def _parameters(base: Skeleton, scheme: Scheme) -> dict[str, QuantizedParameter]:
+    """The tensors of the files that are quantized while they are read, with the parameters that they are parts of."""
+    found: dict[str, QuantizedParameter] = {}
+    shapes = plain_shapes(base.model)
+    linear = [f"{name}.weight" for name in quantized_names(base.model, scheme.skip)]
+    stacks: dict[str, dict[str, Any]] = {name: {} for name in stack_names(base.model)}
+    for name, site in base.sites.items():
+        if site.parameter in stacks and (key := base.names.get(f"{name}.weight")) is not None:
+            stacks[site.parameter][key] = getattr(site.module, "view_of")  # noqa: B009
+    for name in (*linear, *stacks):
+        shape, key = shapes[name], base.names.get(name)
+        turned = name in linear and base.sites[name.removesuffix(".weight")].kind == "conv1d"
+        places: dict[str, Any] = stacks.get(name, {}) if key is None else {key: _same}
+        found |= dict.fromkeys(places, QuantizedParameter(name, shape, turned, places))
+    return found
+
+
+def _same(parameter: Tensor) -> Tensor:
+    return parameter
 
 
 def as_2d(weight: Tensor, kind: str) -> Tensor:

@@ -43,19 +43,26 @@ class DequantizedFolder(ModelFolder):
         self._quantized_keys = dict(self.files)
         self.files = {key: file for key, file in self.files.items() if key not in self.hidden}
 
-    def quantized(self, key: str) -> QuantizedWeight:
+    def quantized(self, key: str) -> QuantizedWeight | None:
         """A quantized weight as stored."""
+        if key not in self.parts:
+            return None
         tensors = {name: self._stored(part) for name, part in self.parts[key].items()}
         try:
             return weight_of(tensors, shape_of(tensors))
         except ValueError as error:
             raise CheckpointError(f"{self.path}: {key}: {error}; get the file again") from error
 
+    def format(self, key: str) -> str | None:
+        return self.scheme.format if self.scheme is not None and key in self.parts else None
+
     def get(self, key: str) -> Tensor:
-        return self.quantized(key).dequantize(dtype=self._dtype()) if key in self.parts else super().get(key)
+        weight = self.quantized(key)
+        return super().get(key) if weight is None else weight.dequantize(dtype=self._dtype())
 
     def shape(self, key: str) -> tuple[int, ...]:
-        return tuple(self.quantized(key).shape) if key in self.parts else super().shape(key)
+        weight = self.quantized(key)
+        return super().shape(key) if weight is None else tuple(weight.shape)
 
     def dtypes(self) -> set[str]:
         names = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}

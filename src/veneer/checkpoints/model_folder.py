@@ -30,6 +30,7 @@ from torch import Tensor
 from veneer._files import publish
 from veneer.checkpoints.tensors import save_tensors
 from veneer.errors import CheckpointError
+from veneer.kernels.quantized.weight import QuantizedWeight
 
 INDEX = "model.safetensors.index.json"
 GENERATION = "generation_config.json"
@@ -70,6 +71,14 @@ class ModelFolder:
         """A tensor's shape, from the header."""
         with _open(self.files[key]) as opened:
             return tuple(opened.get_slice(key).get_shape())
+
+    def quantized(self, key: str) -> QuantizedWeight | None:
+        """A tensor as a quantized weight; None for a plain one."""
+        return None
+
+    def format(self, key: str) -> str | None:
+        """The format of a quantized weight; None for a plain one."""
+        return None
 
     def dtypes(self) -> set[str]:
         """The floating-point dtypes of the stored weights, as safetensors calls them: F32, BF16, F16, F64, F8_E4M3, ..."""

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from veneer.checkpoints.base_files import Skeleton, check_float
-from veneer.checkpoints.model_folder import SHARD_BYTES, write_model
+from veneer.checkpoints.model_folder import SHARD_BYTES, ModelWriter, write_model
 from veneer.errors import CheckpointError
 from veneer.kernels.quantized.state import quantize, state_of
+from veneer.kernels.quantized.weight import QuantizedWeight
 from veneer.models.quantized.loading import quantized_names
 from veneer.models.quantized.scheme import Scheme
 
@@ -67,15 +67,14 @@ def quantize_to_folder(
     Raises:
         CheckpointError: there is no linear layer whose weight is in the files under its own name.
     """
-    names = quantized_names(base.model, scheme.skip, turned=False)
-    keys = {base.names[f"{name}.weight"]: name for name in names if f"{name}.weight" in base.names}
+    keys = quantizable(base, scheme)
     if not keys:
         raise CheckpointError(
             f"{base.folder.path} has no linear layer that can be quantized; give a base that has some"
         )
     report = QuantizeReport(str(out), scheme.format, scheme.double)
-    report.plain = sorted(set(names) - set(keys.values()))
-    config = {**base.folder.config, "quantization_config": scheme.as_config(_dtype(base))}
+    report.plain = sorted(set(quantized_names(base.model, scheme.skip, turned=False)) - set(keys.values()))
+    config = {**base.folder.config, "quantization_config": scheme.as_config(compute_dtype(base))}
     lost = total = 0.0
     with write_model(base.folder, out, config, shard_bytes=shard_bytes, check=check) as writer:
         for key, tensor in base.folder.tensors():
@@ -85,24 +84,29 @@ def quantize_to_folder(
                 continue
             check_float(key, tensor)
             made = quantize(tensor, scheme.format, double=scheme.double)
-            parts = _error(tensor, made.dequantize())
+            parts = made.squared_error(tensor)
             report.layers[keys[key]] = math.sqrt(parts[0] / parts[1]) if parts[1] else 0.0
             lost, total = lost + parts[0], total + parts[1]
-            layer = key.removesuffix("weight")
-            for name, value in state_of(made).items():
-                writer.put(f"{layer}{name}", value)
+            put_quantized(writer, key, made)
         report.after = writer.total_bytes
     report.error = math.sqrt(lost / total) if total else 0.0
     return report
 
 
-def _dtype(base: Skeleton) -> torch.dtype:
+def quantizable(base: Skeleton, scheme: Scheme) -> dict[str, str]:
+    """{name in the files of a weight: its layer} of the linear layers that transformers reads quantized."""
+    names = quantized_names(base.model, scheme.skip, turned=False)
+    return {base.names[f"{name}.weight"]: name for name in names if f"{name}.weight" in base.names}
+
+
+def put_quantized(writer: ModelWriter, key: str, weight: QuantizedWeight) -> None:
+    """Write the tensors of a quantized weight; ``key``: the name of the plain one."""
+    layer = key.removesuffix("weight")
+    for name, value in state_of(weight).items():
+        writer.put(f"{layer}{name}", value)
+
+
+def compute_dtype(base: Skeleton) -> torch.dtype:
     """The data type that the base's config names, else float32."""
     names = {"bfloat16": torch.bfloat16, "float16": torch.float16}
     return names.get(str(base.folder.config.get("dtype") or base.folder.config.get("torch_dtype")), torch.float32)
-
-
-def _error(weight: Tensor, dequantized: Tensor) -> tuple[float, float]:
-    """(the square of what was lost, the square of the weight)."""
-    wide = weight.float()
-    return float((dequantized.float() - wide).double().square().sum()), float(wide.double().square().sum())

@@ -54,8 +54,16 @@ def base_of(parents: Sequence[Parent], given: str | None) -> str:
 
 
 @status("reading the base")
-def checked_base(parents: Sequence[Parent], given: str | None, force: Sequence[str]) -> tuple[str, Skeleton]:
+def checked_base(
+    parents: Sequence[Parent], given: str | None, force: Sequence[str], quantize: str = "auto"
+) -> tuple[str, Skeleton]:
     """Open the files of the parents' base, and check that every parent fits it and was made on it.
+
+    Args:
+        parents: the adapters.
+        given: the base that was asked for, if one was.
+        force: checks to skip.
+        quantize: the format in which plain weights are taken, "none", or "auto" for that of the parents' training.
 
     Returns:
         The name of the base, and its files.
@@ -64,10 +72,11 @@ def checked_base(parents: Sequence[Parent], given: str | None, force: Sequence[s
         ComposeError: A parent does not fit the base or, without ``force`` of "base", was made on another one.
     """
     from veneer.checkpoints.base_files import base_folder, fit, skeleton
-    from veneer.deltas.parents import check_base
+    from veneer.deltas.parents import check_base, trained_format
 
     name = base_of(parents, given)
-    base = skeleton(base_folder(name))
+    format = trained_format(parent.adapter for parent in parents) if quantize == "auto" else quantize
+    base = skeleton(base_folder(name), None if format == "none" else format)
     for adapter in {id(parent.adapter): parent.adapter for parent in parents}.values():
         fit(adapter, base)
         if "base" not in force:

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING
 from veneer._terminal import status
 from veneer.cli._output import as_json, difference_from, percent, print_lines, table
 from veneer.cli._parents import checked_base, parse_mix, stops_of
-from veneer.cli._parser import add_device, add_force, add_json, add_sites, at_least
+from veneer.cli._parser import FORMATS, add_device, add_force, add_json, add_quantize, add_sites, at_least
 from veneer.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
 
     from veneer.adapters import Adapter
+    from veneer.checkpoints.base_files import Skeleton
     from veneer.deltas.parents import Parent
     from veneer.merge.folder import MergeReport
 
@@ -37,6 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("auto", "float32", "bfloat16", "float16"),
         default="auto",
         help="data type of the merged weights (default: auto, that of the base)",
+    )
+    add_quantize(parser)
+    parser.add_argument(
+        "--to", choices=FORMATS, help="quantize the merged linear layers to this format (default: plain weights)"
     )
     parser.add_argument(
         "--shard-size", default="2GB", metavar="SIZE", help="maximum size of a file, such as 500MB (default: 2GB)"
@@ -73,17 +78,19 @@ def run(args: argparse.Namespace) -> int:
     from veneer.deltas.parents import read_parents
     from veneer.merge.folder import merge_to_folder
     from veneer.models.devices import resolve_device
+    from veneer.models.quantized.scheme import scheme_for
 
     shard_bytes, device = parse_size(args.shard_size), resolve_device(args.device)
     check_free(args.out)
     parents = read_parents(parse_mix(args.adapter), force=args.force)
-    _, base = checked_base(parents, args.base, args.force)
-    compare = None if args.no_probe else _logit_check(parents, base.folder.path, base.folder.bytes(), device)
+    _, base = checked_base(parents, args.base, args.force, args.quantize)
+    compare = None if args.no_probe else _logit_check(parents, base, device)
     report = status("merging")(merge_to_folder)(
         [(parent.adapter, parent.weight) for parent in parents],
         base,
         args.out,
         dtype=_dtype(args.dtype),
+        scheme=None if args.to is None else scheme_for(args.to),
         rounding=args.rounding,
         seed=args.seed,
         shard_bytes=shard_bytes,
@@ -140,13 +147,13 @@ def _finish(parents: Sequence[Parent], base: Path, compare: Check | None) -> Che
     return finish
 
 
-def _logit_check(parents: Sequence[Parent], base: Path, stored_bytes: int, device: torch.device) -> Check:
+def _logit_check(parents: Sequence[Parent], base: Skeleton, device: torch.device) -> Check:
     """Return a function that compares the logits of the merged model with those of the adapted base."""
     from veneer.checkpoints import read_adapter
     from veneer.merge.fidelity import compare_logits, fits_in_memory
 
     def compare(folder: Path, report: MergeReport) -> None:
-        if not fits_in_memory(2 * stored_bytes):
+        if not fits_in_memory(2 * base.folder.bytes()):
             report.notes.append("logits were not compared: not enough memory to run the model in float32")
             return
         residual = folder / "residual"
@@ -169,11 +176,16 @@ def _write_residual(adapter: Adapter, folder: Path, base: str) -> None:
 
 def _lines(report: MergeReport, count: int) -> list[str]:
     parents = " + ".join(f"{p['name']} x {p['weight']:g}" for p in report.parents)
+    stored = f"data type {report.dtype}" + (f", linear layers in {report.format}" if report.format else "")
     lines = [
-        f"merged {parents} into {report.out} (data type {report.dtype}, {report.rounding} rounding)",
+        f"merged {parents} into {report.out} ({stored}, {report.rounding} rounding)",
         f"the change has {report.ratio:.3g} times the norm of the adapted weights; {percent(report.kept)} of it is kept, "
         f"and the stored change {difference_from('the exact one', report.error)}",
     ]
+    if report.format is not None:
+        lines.append(
+            f"the stored weights differ from the exact ones by {percent(report.distance)} of their norm, in {report.format}"
+        )
     if report.left is not None:
         kept = percent(report.kept_with_residual or 0.0)
         lines.append(

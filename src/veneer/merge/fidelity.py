@@ -18,12 +18,14 @@ from torch import Tensor
 
 from veneer.adapters.adapter import Adapter
 from veneer.adapters.attach import attach
+from veneer.checkpoints.base_files import Skeleton
 from veneer.checkpoints.model_folder import ModelFolder
+from veneer.checkpoints.quantized_reading import QuantizedReading
 from veneer.deltas.parents import copy_as
 from veneer.errors import ComposeError
 from veneer.merge.plan import Mix
 from veneer.models.devices import device_of
-from veneer.models.load import load_base
+from veneer.models.load import Base, load_base
 
 PROBE_TEXT = (
     "The harbour master wrote the tide table by hand: high water at 6:42, low water at 12:57, and a note that the ferry of "
@@ -60,7 +62,7 @@ def fits_in_memory(weight_bytes: int) -> bool:
 
 
 def compare_logits(
-    base: Path,
+    base: Skeleton | Path,
     merged: Path,
     mix: Mix,
     *,
@@ -76,7 +78,7 @@ def compare_logits(
     Raises:
         ComposeError: a merged model stored in fp32 computes something else than the adapted one.
     """
-    loaded = load_base(base, dtype="float32", device=device)
+    loaded = _load(base, device)
     config: Any = loaded.model.config
     if config.is_encoder_decoder or "input_ids" not in inspect.signature(loaded.model.forward).parameters:
         return None
@@ -98,12 +100,25 @@ def compare_logits(
         positions=int(ids.numel()),
         with_residual=with_residual,
     )
-    if ModelFolder(merged).dtypes() <= {"F64", "F32"} and not difference <= WRONG * scale:
+    files = ModelFolder(merged)
+    exact = files.dtypes() <= {"F64", "F32"} and "quantization_config" not in files.config
+    if exact and not difference <= WRONG * scale:
         raise ComposeError(
             f"the merged model in fp32 does not compute what the adapted one does (logits differ by {difference:.3g} of {scale:.3g}); "
             "nothing was written, because this model uses a merged weight in a way that is not supported"
         )
     return comparison
+
+
+def _load(base: Skeleton | Path, device: str | torch.device) -> Base:
+    """The base in fp32, with the values that its quantized weights have."""
+    if isinstance(base, Path):
+        return load_base(base, dtype="float32", device=device)
+    loaded = load_base(base.folder.path, dtype="float32", device=device)
+    if isinstance(base.folder, QuantizedReading):
+        for held in {id(held): held for held in base.folder.parameters.values()}.values():
+            loaded.model.get_parameter(held.name).data.copy_(base.folder.dense(held))
+    return loaded
 
 
 def _ids(tokenizer: Any, model: Any, text: str) -> Tensor:

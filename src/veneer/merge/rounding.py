@@ -6,6 +6,9 @@ differs from d by 1.7 %, at 0.01 by 17 %, at 0.003 by half, at 0.001 by four fif
     error   ||k - d|| / ||d||      everything that differs, noise included
     kept    <k, d> / ||d||^2       the share of d itself that is still there
 
+A quantized format is a coarser rounding: k = Q(W + d) - Q(W). If W is already a value of the format, as in a base that was quantized, a
+delta of less than half a step changes nothing, and most of it is lost.
+
 "nearest" rounds to the nearest number. "stochastic" rounds up or down with probabilities that make the mean exact: kept stays at one
 for deltas that nearest would lose, and the noise is larger.
 """
@@ -43,14 +46,17 @@ class RoundingTotals:
     """The square of what is lost even with the residual adapter."""
     returned: float = 0.0
     """The inner product of the residual adapter's delta with the exact one."""
+    apart: float = 0.0
+    """The square of the difference of the stored weight from the exact one."""
 
-    def add(self, base: Tensor, delta: Tensor, stored: Tensor) -> None:
-        """Add one block: the base weight, the exact delta (fp32 or wider) and the stored weight."""
+    def add(self, base: Tensor, delta: Tensor, stored: Tensor, exact: Tensor) -> None:
+        """Add one block: the base weight as it would be stored, the exact delta (fp32 or wider), the stored weight and the exact one."""
         kept = stored.to(delta.dtype) - base.to(stored.dtype).to(delta.dtype)
         self.delta += float(delta.double().square().sum())
         self.lost += float((kept - delta).double().square().sum())
         self.along += float((kept.double() * delta.double()).sum())
         self.weight += float(base.double().square().sum())
+        self.apart += float((stored.to(exact.dtype) - exact).double().square().sum())
         moved = delta != 0
         self.changed += int(moved.sum())
         self.unmoved += int((moved & (kept == 0)).sum())
@@ -62,6 +68,11 @@ class RoundingTotals:
     def ratio(self) -> float:
         """||d|| / ||W||."""
         return math.sqrt(self.delta / self.weight) if self.weight else math.inf
+
+    @property
+    def distance(self) -> float:
+        """||stored - (W + d)|| / ||W||."""
+        return math.sqrt(self.apart / self.weight) if self.weight else 0.0
 
     @property
     def error(self) -> float:

@@ -71,6 +71,17 @@ class QuantizedWeight:
         """||W_o||^2 of the values in ``dtype``, [O], in fp32 or wider."""
         return torch.cat([squared_row_norms(chunk) for chunk in self.chunks(dtype)])
 
+    def squared_error(self, weight_OK: Tensor) -> tuple[float, float]:
+        """(the square of the difference from the weight that was quantized, the square of that weight's norm)."""
+        lost = total = 0.0
+        start = 0
+        for chunk in self.chunks(torch.float32):
+            exact = weight_OK[start : start + len(chunk)].float()
+            lost += float((chunk - exact).double().square().sum())
+            total += float(exact.double().square().sum())
+            start += len(chunk)
+        return lost, total
+
     @property
     def mark(self) -> tuple[object, ...]:
         """A key that changes when the packed numbers do."""
