@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests.tiny import tiny, tiny_tokenizer
 
+from veneer.checkpoints.base_files import skeleton
 from veneer.errors import BaseModelError
 from veneer.kernels.quantized.module import QuantizedLinear
 from veneer.models.fingerprint import weight_fingerprints
@@ -203,29 +204,69 @@ def test_a_quantized_base_is_not_quantized_again(plain: Path, tmp_path: Path) ->
         load_base(plain, quantize="int3")
 
 
-def test_fp8_weights_are_dequantized(plain: Path, tmp_path: Path) -> None:
-    """A fine-grained FP8 checkpoint is read as plain weights, and the load says so."""
-    folder = tmp_path / "base"
-    folder.mkdir()
+def write_fp8(plain: Path, out: Path, block: list[int] | None = None) -> dict[str, torch.Tensor]:
+    """Write a copy of a plain folder in FP8 with a scale for each block; returns the weights that it stands for."""
+    out.mkdir()
     for file in plain.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    tensors = load_file(folder / "model.safetensors")
-    expected = tiny("llama", **SIZES)
-    for name in [name for name in tensors if "_proj" in name]:
-        scale = tensors[name].abs().max() / 448
-        tensors[name] = (tensors[name] / scale).to(torch.float8_e4m3fn)
-        tensors[f"{name}_scale_inv"] = torch.full((1, 1), float(scale))
-        expected.get_parameter(name).data.copy_(tensors[name].float() * scale)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        (out / file.name).write_bytes(file.read_bytes())
+    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    rows, columns = block or (128, 128)
     config["quantization_config"] = {
         "quant_method": "fp8",
         "activation_scheme": "dynamic",
-        "weight_block_size": [128, 128],
+        "weight_block_size": [rows, columns],
     }
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    base = load_base(folder, dtype="float32")
-    assert (logits(base.model) - logits(expected)).abs().max() < 1e-4
+    (out / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    tensors, expected = load_file(out / "model.safetensors"), {}
+    for name in [name for name in tensors if "_proj" in name]:
+        weight = tensors[name]
+        grid = (
+            torch.stack([torch.stack([b.abs().max() for b in a.split(columns, 1)]) for a in weight.split(rows)]) / 448
+        )
+        scale = grid.repeat_interleave(rows, 0)[: len(weight)].repeat_interleave(columns, 1)[:, : weight.shape[1]]
+        tensors[name] = (weight / scale).to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale_inv"] = grid
+        expected[name] = tensors[name].float() * scale
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    return expected
+
+
+def test_fp8_weights_are_dequantized(plain: Path, tmp_path: Path) -> None:
+    """A fine-grained FP8 checkpoint is read as plain weights, and the load says so."""
+    dense = tiny("llama", **SIZES)
+    dense.load_state_dict(write_fp8(plain, tmp_path / "base"), strict=False)
+    base = load_base(tmp_path / "base", dtype="float32")
+    assert (logits(base.model) - logits(dense)).abs().max() < 1e-4
     assert any("dequantized" in line for line in base.notes)
-    with pytest.raises(BaseModelError, match=r"cannot be quantized in the same read"):
-        load_base(folder, quantize="nf4")
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen3_moe"])
+def test_fp8_weights_are_quantized_while_they_are_read(arch: str, tmp_path: Path) -> None:
+    """The same numbers as those of the dequantized weights, experts among them, with blocks that end beyond the weight."""
+    dense = tiny(arch)
+    dense.save_pretrained(tmp_path / "plain")
+    expected = write_fp8(tmp_path / "plain", tmp_path / "fp8", [48, 48])
+    tensors = {**load_file(tmp_path / "plain" / "model.safetensors"), **expected}
+    save_file(tensors, tmp_path / "plain" / "model.safetensors", metadata={"format": "pt"})
+    for dtype in ("float32", "bfloat16"):
+        found, known = (
+            load_base(tmp_path / name, dtype=dtype, quantize="nf4").model.state_dict() for name in ("fp8", "plain")
+        )
+        assert found.keys() == known.keys() and any("quant_state" in name for name in found)
+        assert all(torch.equal(value, known[name]) for name, value in found.items())
+    files = skeleton(tmp_path / "fp8").folder
+    assert set(files.files) == set(tensors)
+    assert all(torch.allclose(files.get(name), value) for name, value in tensors.items())
+
+
+def test_fp8_files_that_do_not_fit_are_refused(plain: Path, tmp_path: Path) -> None:
+    """Scales of other blocks, and a weight without scales, are named with the layer."""
+    write_fp8(plain, tmp_path / "base", [32, 32])
+    file = tmp_path / "base" / "model.safetensors"
+    tensors = load_file(file)
+    tensors[f"{Q}weight_scale_inv"] = tensors[f"{Q}weight_scale_inv"][:3].clone()
+    del tensors["model.layers.0.self_attn.q_proj.weight_scale_inv"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(BaseModelError, match=r"expected 4 x 2 blocks of 32 x 32") as error:
+        load_base(tmp_path / "base", dtype="float32", quantize="nf4")
+    assert "layers.0.self_attn.q_proj: weight_scale_inv is missing beside the weight" in str(error.value)

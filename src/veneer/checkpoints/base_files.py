@@ -21,7 +21,7 @@ from veneer.adapters.compatibility import fit_problems
 from veneer.adapters.layers.site import Site, Survey
 from veneer.adapters.layers.survey import survey
 from veneer.checkpoints.base_view import SkeletonView
-from veneer.checkpoints.dequantized_folder import DequantizedFolder
+from veneer.checkpoints.dequantized_folder import DequantizedFolder, FP8Folder
 from veneer.checkpoints.findings import listed
 from veneer.checkpoints.model_folder import ModelFolder
 from veneer.checkpoints.peft.expert_layouts import fit_experts
@@ -31,7 +31,7 @@ from veneer.models.fingerprint import quantized_fingerprint, tensor_fingerprint,
 from veneer.models.load import Base, folder_of, model_class
 from veneer.models.names import current_layers, plain_shapes, stored_names
 from veneer.models.quantized.loading import quantized_names
-from veneer.models.quantized.scheme import Scheme, read_scheme, scheme_for
+from veneer.models.quantized.scheme import FP8, Scheme, read_scheme, scheme_for
 from veneer.models.quantized.size import stack_names
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -124,18 +124,16 @@ def base_folder(name: str | Path, revision: str | None = None) -> Path:
 def skeleton(folder: Path, quantize: str | None = None) -> Skeleton:
     """Read a model folder's names and build its model without weights.
 
-    Weights that bitsandbytes quantized are dequantized when they are read. With ``quantize`` plain ones have the values that they have in
-    this format. Raises ComposeError for other formats.
+    Weights that bitsandbytes quantized and FP8 weights are dequantized when they are read. With ``quantize`` plain ones have the values
+    that they have in this format. Raises BaseModelError for weights in other formats, ComposeError where ``quantize`` contradicts them.
     """
     import transformers
 
     files = ModelFolder(folder)
-    if files.config.get("quantization_config"):
-        scheme = read_scheme(files.config, folder)
-        if not isinstance(scheme, Scheme):
-            raise ComposeError(
-                f"the weights in {folder} are quantized, and a change cannot be added to them; use the base they were made from"
-            )
+    scheme = read_scheme(files.config, folder)
+    if isinstance(scheme, FP8):
+        files = FP8Folder(folder, scheme=scheme)
+    elif scheme is not None:
         if quantize not in (None, scheme.format):
             raise ComposeError(
                 f"the weights in {folder} are quantized to {scheme.format}, and cannot be quantized to {quantize}; leave --quantize out, "
@@ -150,8 +148,8 @@ def skeleton(folder: Path, quantize: str | None = None) -> Skeleton:
         model = getattr(cls, "from_config", cls)(config)  # an auto class, or the model's own
     base = Skeleton(files, model, survey(model), stored_names(model, files.files))
     if quantize is not None:
-        scheme = scheme_for(quantize)
-        base.folder = QuantizedReading(folder, scheme=scheme, parameters=_parameters(base, scheme))
+        chosen = scheme_for(quantize)
+        base.folder = QuantizedReading(files, chosen, _parameters(base, chosen))
     return base
 
 

@@ -1,6 +1,7 @@
-"""A folder of weights that bitsandbytes quantized, seen as the plain model that they stand for.
+"""Folders of weights that bitsandbytes quantized, or that are FP8, seen as the plain models that they stand for.
 
-Merging, composing and extracting read a base tensor by tensor; from this folder they get dequantized weights, one at a time, and no scales.
+Merging, composing and extracting read a base tensor by tensor; from these folders they get dequantized weights, one at a time, and no
+scales.
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from veneer.checkpoints.model_folder import ModelFolder
+from veneer.checkpoints.model_folder import ModelFolder, read_tensor
 from veneer.errors import CheckpointError
+from veneer.kernels.quantized.fp8 import SCALE, dequantize_fp8
 from veneer.kernels.quantized.state import COMPANIONS, shape_of, weight_of
 from veneer.kernels.quantized.weight import QuantizedWeight
-from veneer.models.quantized.scheme import Scheme, read_scheme
+from veneer.models.quantized.scheme import FP8, Scheme, read_scheme
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 @dataclass
@@ -39,15 +42,15 @@ class DequantizedFolder(ModelFolder):
                 parts = self.parts.setdefault(f"{layer}.weight", {"weight": f"{layer}.weight"})
                 parts[key.removeprefix(f"{layer}.")] = key
         self.hidden = {key for parts in self.parts.values() for name, key in parts.items() if name != "weight"}
-        self.config = {key: value for key, value in self.config.items() if key != "quantization_config"}
-        self._quantized_keys = dict(self.files)
+        self.config = _plain(self.config)
+        self._all = dict(self.files)
         self.files = {key: file for key, file in self.files.items() if key not in self.hidden}
 
     def quantized(self, key: str) -> QuantizedWeight | None:
         """A quantized weight as stored."""
         if key not in self.parts:
             return None
-        tensors = {name: self._stored(part) for name, part in self.parts[key].items()}
+        tensors = {name: read_tensor(self._all[part], part) for name, part in self.parts[key].items()}
         try:
             return weight_of(tensors, shape_of(tensors))
         except ValueError as error:
@@ -58,15 +61,14 @@ class DequantizedFolder(ModelFolder):
 
     def get(self, key: str) -> Tensor:
         weight = self.quantized(key)
-        return super().get(key) if weight is None else weight.dequantize(dtype=self._dtype())
+        return super().get(key) if weight is None else weight.dequantize(dtype=_dtype(self.config))
 
     def shape(self, key: str) -> tuple[int, ...]:
         weight = self.quantized(key)
         return super().shape(key) if weight is None else tuple(weight.shape)
 
     def dtypes(self) -> set[str]:
-        names = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-        return {names[self._dtype()]}
+        return {_NAMES[_dtype(self.config)]}
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         for key in self.files:
@@ -75,13 +77,46 @@ class DequantizedFolder(ModelFolder):
     def bytes(self) -> int:
         return 4 * super().bytes()
 
-    def _stored(self, key: str) -> Tensor:
-        files, self.files = self.files, self._quantized_keys
-        try:
-            return super().get(key)
-        finally:
-            self.files = files
 
-    def _dtype(self) -> torch.dtype:
-        named: Any = self.config.get("dtype") or self.config.get("torch_dtype")
-        return _DTYPES.get(str(named), torch.float32)
+@dataclass
+class FP8Folder(ModelFolder):
+    """A model folder whose FP8 weights are dequantized when they are asked for, in the model's data type."""
+
+    scheme: FP8 = field(default_factory=lambda: FP8(None))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.config = _plain(self.config)
+        self._scales = {key.removesuffix("_scale_inv"): key for key in self.files if key.endswith(f".{SCALE}")}
+        self._all = dict(self.files)
+        hidden = {*self._scales.values(), *(key for key in self.files if key.endswith(".activation_scale"))}
+        self.files = {key: file for key, file in self.files.items() if key not in hidden}
+
+    def get(self, key: str) -> Tensor:
+        weight = super().get(key)
+        if key not in self._scales:
+            return weight
+        scale = self._scales[key]
+        try:
+            return dequantize_fp8(weight, read_tensor(self._all[scale], scale), self.scheme.block, _dtype(self.config))
+        except ValueError as error:
+            raise CheckpointError(f"{self.path}: {key}: {error}; get the file again") from error
+
+    def dtypes(self) -> set[str]:
+        return {_NAMES[_dtype(self.config)]}
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for key in self.files:
+            yield key, self.get(key)
+
+    def bytes(self) -> int:
+        return 2 * super().bytes()
+
+
+def _plain(config: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key != "quantization_config"}
+
+
+def _dtype(config: dict[str, Any]) -> torch.dtype:
+    named: Any = config.get("dtype") or config.get("torch_dtype")
+    return _DTYPES.get(str(named), torch.float32)

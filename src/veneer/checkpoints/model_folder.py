@@ -63,9 +63,7 @@ class ModelFolder:
 
     def get(self, key: str) -> Tensor:
         """One tensor, as stored."""
-        with _open(self.files[key]) as opened:
-            tensor: Tensor = opened.get_tensor(key)
-        return tensor
+        return read_tensor(self.files[key], key)
 
     def shape(self, key: str) -> tuple[int, ...]:
         """A tensor's shape, from the header."""
@@ -98,6 +96,13 @@ class ModelFolder:
     def bytes(self) -> int:
         """Size of the weights on disk."""
         return sum(file.stat().st_size for file in set(self.files.values()))
+
+
+def read_tensor(file: Path, key: str) -> Tensor:
+    """One tensor of a safetensors file."""
+    with _open(file) as opened:
+        tensor: Tensor = opened.get_tensor(key)
+    return tensor
 
 
 class ModelWriter:

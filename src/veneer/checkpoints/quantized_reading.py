@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -40,16 +40,16 @@ class QuantizedParameter:
     places: Mapping[str, Callable[[Tensor], Tensor]]
 
 
-@dataclass
 class QuantizedReading(ModelFolder):
     """A folder of plain weights, some of which have the values that they have in a quantized format."""
 
-    scheme: Scheme = field(default_factory=lambda: Scheme("nf4"))
-    parameters: Mapping[str, QuantizedParameter] = field(default_factory=dict)
-    """Tensor in the files -> the parameter that it is part of."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def __init__(self, plain: ModelFolder, scheme: Scheme, parameters: Mapping[str, QuantizedParameter]) -> None:
+        """``parameters``: tensor in the files -> the parameter that it is part of."""
+        super().__init__(plain.path)
+        self.config, self.files = plain.config, plain.files
+        self.plain = plain
+        self.scheme = scheme
+        self.parameters = parameters
         self._lost: dict[int, tuple[float, float]] = {}
         self._stacks: dict[int, Tensor] = {}
 
@@ -69,7 +69,7 @@ class QuantizedReading(ModelFolder):
     def get(self, key: str) -> Tensor:
         parameter = self.parameters.get(key)
         if parameter is None:
-            return super().get(key)
+            return self.plain.get(key)
         return parameter.places[key](self.dense(parameter)).contiguous()
 
     def dense(self, parameter: QuantizedParameter) -> Tensor:
@@ -84,13 +84,16 @@ class QuantizedReading(ModelFolder):
             self._stacks = dict([*self._stacks.items(), (id(parameter), found)][-_STACKS:])
         return found
 
+    def dtypes(self) -> set[str]:
+        return self.plain.dtypes()
+
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         for key in self.files:
             yield key, self.get(key)
 
     def _quantize(self, parameter: QuantizedParameter) -> tuple[Tensor, QuantizedWeight]:
         """(the plain weight [out, in], the quantized one)."""
-        read = {key: super(QuantizedReading, self).get(key) for key in parameter.places}
+        read = {key: self.plain.get(key) for key in parameter.places}
         plain = torch.empty(parameter.shape, dtype=next(iter(read.values())).dtype)
         for key, value in read.items():
             parameter.places[key](plain).copy_(value)

@@ -14,7 +14,7 @@ import io
 import logging
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ from veneer.models.classifiers.heads import HEADS, belongs_to_head, class_with_h
 from veneer.models.devices import resolve_device
 from veneer.models.embedded import EMBEDDED
 from veneer.models.precision import fast_dtype, slow_dtype_notes
-from veneer.models.quantized.scheme import read_scheme, scheme_for
+from veneer.models.quantized.scheme import FP8, read_scheme, scheme_for
 from veneer.models.sources import Source, fetch_config, looks_like_path, read_config, read_generation_config, resolve
 
 if TYPE_CHECKING:
@@ -213,15 +213,13 @@ def _quantization(folder: Path, quantize: str | None) -> tuple[Reading | None, d
         return None, {}, ()
     import transformers
 
-    if isinstance(stored, str):
-        if quantize is not None:
-            raise BaseModelError(
-                f"the weights in {folder} are {stored} and are dequantized while they are read, so they cannot be quantized in the same "
-                "read; save them as bfloat16 first"
-            )
-        note = f"the weights of {folder} are {stored}; they were dequantized, and take the memory of plain ones"
+    if isinstance(stored, FP8) and quantize is None:
+        note = f"the weights of {folder} are fp8; they were dequantized, and take the memory of plain ones"
         return None, {"quantization_config": transformers.FineGrainedFP8Config(dequantize=True)}, (note,)
-    scheme = stored or scheme_for(quantize or "")
+    if isinstance(stored, FP8):
+        scheme = replace(scheme_for(quantize or ""), fp8=stored)
+    else:
+        scheme = stored or scheme_for(quantize or "")
     if quantize not in (None, scheme.format):
         raise BaseModelError(
             f"the weights in {folder} are quantized to {scheme.format}, and cannot be quantized to {quantize}; leave --quantize out, "
@@ -230,7 +228,7 @@ def _quantization(folder: Path, quantize: str | None) -> tuple[Reading | None, d
     from veneer.models.quantized.loading import Reading
 
     reading = Reading(scheme)
-    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False) if scheme.stored else None
+    config = None if stored is None else transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     return reading, reading.arguments(config), ()
 
 

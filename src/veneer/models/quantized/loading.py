@@ -20,6 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from veneer.kernels.experts import quantized_experts
 from veneer.kernels.quantized.four_bit import FourBit
+from veneer.kernels.quantized.fp8 import SCALE, dequantize_fp8
 from veneer.kernels.quantized.int8 import Int8
 from veneer.kernels.quantized.module import QuantizedLinear
 from veneer.kernels.quantized.stack import QuantizedStack
@@ -56,7 +57,7 @@ class Reading:
     def arguments(self, config: Any) -> dict[str, Any]:
         """Arguments of ``from_pretrained`` beside the usual ones."""
         Reading.current = self
-        if not self.scheme.stored:
+        if not self.scheme.stored and self.scheme.fp8 is None:
             return {"quantization_config": _Config()}
         config.quantization_config = {"quant_method": _METHOD}
         return {"config": config}
@@ -86,17 +87,17 @@ class _Config(QuantizationConfigMixin):
 class _Quantizer(HfQuantizer):
     """transformers' hooks: which modules are replaced, and what becomes of a tensor that was read."""
 
-    serialized_names = {"weight": ["weight", *COMPANIONS]}
-
     def __init__(self, quantization_config: Any, **options: Any) -> None:
         super().__init__(quantization_config, **options)
         assert Reading.current is not None
         self.reading = Reading.current
+        companions = COMPANIONS if self.reading.scheme.fp8 is None else (SCALE, "activation_scale")
+        self.serialized_names = {"weight": ["weight", *companions]}
 
     def _process_model_before_weight_loading(self, model: Any, **options: Any) -> None:
         scheme = self.reading.scheme
         names = quantized_names(model, scheme.skip)
-        dtype = options.get("dtype") or torch.get_default_dtype()
+        self.dtype = dtype = options.get("dtype") or torch.get_default_dtype()
         self.turned = {f"{name}.weight" for name in names if isinstance(model.get_submodule(name), Conv1D)}
         for name in names:
             model.set_submodule(name, empty_layer(model.get_submodule(name), scheme, dtype))
@@ -113,7 +114,18 @@ class _Quantizer(HfQuantizer):
         return _Quantize(self)
 
     def get_load_operations(self) -> dict[str, Any]:
-        return {"deserialize": _Read}
+        if self.reading.scheme.fp8 is None:
+            return {"deserialize": _Read}
+        return {"deserialize": _ReadFP8, "dequantize": _DequantizeFP8}
+
+    def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
+        """Stacks of experts that the loader has put together are quantized last."""
+        found = super().update_weight_conversions(weight_conversions, model)
+        for each in found if self.reading.scheme.fp8 is not None else ():
+            operations = getattr(each, "operations", ())
+            if len(operations) > 1 and isinstance(operations[0], _DequantizeFP8):
+                operations.append(_QuantizeStack(self))
+        return found
 
     def is_serializable(self) -> bool:
         return True
@@ -142,6 +154,81 @@ class _Quantize(ConversionOps):
             module.hold(quantize(weight, scheme.format, double=scheme.double))
             made[name] = module.weight
         return made
+
+
+class _FP8(ConversionOps):
+    """Operations on weights that the files hold in FP8."""
+
+    def __init__(self, hf_quantizer: _Quantizer) -> None:
+        self.hf_quantizer = hf_quantizer
+
+    def dense(self, weight: Tensor, scale: Tensor | None, name: str, dtype: torch.dtype) -> Tensor:
+        """A weight in ``dtype``."""
+        scheme = self.hf_quantizer.reading.scheme
+        assert scheme.fp8 is not None
+        if scale is None and weight.element_size() > 1:
+            return weight.to(dtype)
+        try:
+            if scale is None:
+                raise ValueError(f"{SCALE} is missing beside the weight")
+            return dequantize_fp8(weight, scale, scheme.fp8.block, dtype)
+        except ValueError as error:
+            self.hf_quantizer.reading.problems.append(f"{name}: {error}")
+            return torch.zeros(weight.shape, dtype=dtype)
+
+
+class _DequantizeFP8(_FP8):
+    def convert(self, input_dict: dict[str, Any], *patterns: Any, **options: Any) -> Any:
+        """Weights of experts, before the loader stacks them; their scales go."""
+        found = {}
+        for name, held in input_dict.items():
+            if not name.endswith("weight"):
+                continue
+            weights, scales = _listed(held), _listed(input_dict.get(f"{name}_scale_inv", []))
+            if len(scales) not in (0, len(weights)):
+                problem = f"expected {len(weights)} tensors {SCALE}, found {len(scales)}"
+                self.hf_quantizer.reading.problems.append(f"{options['full_layer_name']}: {problem}")
+            known = scales if len(scales) == len(weights) else [None] * len(weights)
+            pairs, dtype = zip(weights, known, strict=True), self.hf_quantizer.dtype
+            found[name] = [self.dense(weight, scale, options["full_layer_name"], dtype) for weight, scale in pairs]
+        return found
+
+
+class _ReadFP8(_FP8):
+    def convert(self, input_dict: dict[str, Any], *patterns: Any, **options: Any) -> Any:
+        """A weight in FP8 becomes a quantized one, where it is that of a layer that is quantized, else a plain one."""
+        tensors = {name: _listed(value)[0] for name, value in input_dict.items()}
+        scheme, full_name = self.hf_quantizer.reading.scheme, options["full_layer_name"]
+        path = full_name.rpartition(".")[0]
+        module = options["model"].get_submodule(path)
+        quantized = isinstance(module, QuantizedLinear)
+        dtype = self.hf_quantizer.dtype if quantized else options["model"].get_parameter_or_buffer(full_name).dtype
+        weight = self.dense(tensors["weight"], tensors.get(SCALE), path, dtype)
+        if quantized:
+            weight = weight.T.contiguous() if full_name in self.hf_quantizer.turned else weight
+            module.hold(quantize(weight, scheme.format, double=scheme.double))
+            weight = module.weight
+        return {"weight": weight}
+
+
+class _QuantizeStack(ConversionOps):
+    def __init__(self, hf_quantizer: _Quantizer) -> None:
+        self.hf_quantizer = hf_quantizer
+
+    def convert(self, input_dict: dict[str, Any], *patterns: Any, **options: Any) -> Any:
+        """The stacked weights of experts become a quantized stack."""
+        name, quantizer = options["full_layer_name"], self.hf_quantizer
+        if name not in quantizer.stacks or len(input_dict) != 1:
+            return input_dict
+        path, _, parameter = name.rpartition(".")
+        weight = _listed(next(iter(input_dict.values())))[0]
+        _hold_stack(options["model"].get_submodule(path), parameter, weight, quantizer.reading.scheme)
+        options["missing_keys"].discard(name)
+        return {}
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 class _Read(ConversionOps):

@@ -12,13 +12,18 @@ import torch
 from veneer.errors import BaseModelError
 from veneer.kernels.quantized.state import FORMATS
 
-__all__ = ["Scheme", "read_scheme", "scheme_for"]
+__all__ = ["FP8", "Scheme", "read_scheme", "scheme_for"]
 
 _UNKNOWN = (
     "Veneer reads weights that bitsandbytes quantized (nf4, fp4, int8), and quantizes plain ones itself with --quantize"
 )
-_DEQUANTIZED = ("fp8",)
-"""Methods whose weights transformers dequantizes on every device."""
+
+
+@dataclass(frozen=True)
+class FP8:
+    """Fine-grained FP8 weights. block: rows and columns that share a scale; None for one scale for each weight."""
+
+    block: tuple[int, int] | None
 
 
 @dataclass(frozen=True)
@@ -30,12 +35,14 @@ class Scheme:
         double: double quantization.
         stored: whether the files are quantized; otherwise they are quantized while they are read.
         skip: names of modules that are not quantized; None for transformers' choice (the output head).
+        fp8: how the files hold weights that are dequantized first; None for plain weights.
     """
 
     format: str
     double: bool = True
     stored: bool = False
     skip: tuple[str, ...] | None = None
+    fp8: FP8 | None = None
 
     def as_config(self, dtype: torch.dtype) -> dict[str, Any]:
         """The ``quantization_config`` with which transformers and bitsandbytes read such weights; ``dtype``: what they compute in."""
@@ -69,8 +76,8 @@ def scheme_for(format: str) -> Scheme:
     return Scheme(format)
 
 
-def read_scheme(config: Mapping[str, Any], folder: Path) -> Scheme | str | None:
-    """The scheme of the weights in a folder; "fp8" where they are dequantized while they are read, None where they are plain.
+def read_scheme(config: Mapping[str, Any], folder: Path) -> Scheme | FP8 | None:
+    """The scheme of the weights in a folder; FP8 where they are dequantized while they are read, None where they are plain.
 
     Raises BaseModelError, with the way to a base that can be trained on, for weights that cannot be read.
     """
@@ -80,8 +87,13 @@ def read_scheme(config: Mapping[str, Any], folder: Path) -> Scheme | str | None:
     if not isinstance(found, Mapping):
         raise BaseModelError(f"{folder / 'config.json'}: quantization_config is no JSON object; get the file again")
     method = str(found.get("quant_method", "bitsandbytes"))
-    if method in _DEQUANTIZED:
-        return method
+    if method == "fp8":
+        block = found.get("weight_block_size")
+        if block is not None and not (
+            isinstance(block, list) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)
+        ):
+            raise BaseModelError(f"{folder / 'config.json'}: weight_block_size is {block!r}; expected two sizes")
+        return FP8(None if block is None else (block[0], block[1]))
     if method != "bitsandbytes":
         raise BaseModelError(_refusal(method, folder))
     skip = found.get("llm_int8_skip_modules")
