@@ -21,11 +21,10 @@ from veneer.adapters.compatibility import fit_problems
 from veneer.adapters.layers.site import Site, Survey
 from veneer.adapters.layers.survey import survey
 from veneer.checkpoints.base_view import SkeletonView
-from veneer.checkpoints.dequantized_folder import DequantizedFolder, FP8Folder
+from veneer.checkpoints.dequantized_folder import DequantizedFolder, FP8Folder, QuantizedParameter, QuantizedReading
 from veneer.checkpoints.findings import listed
 from veneer.checkpoints.model_folder import ModelFolder
 from veneer.checkpoints.peft.expert_layouts import fit_experts
-from veneer.checkpoints.quantized_reading import QuantizedParameter, QuantizedReading
 from veneer.errors import ComposeError, Problems
 from veneer.models.fingerprint import quantized_fingerprint, tensor_fingerprint, weight_fingerprints
 from veneer.models.load import Base, folder_of, model_class

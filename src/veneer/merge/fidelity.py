@@ -19,8 +19,8 @@ from torch import Tensor
 from veneer.adapters.adapter import Adapter
 from veneer.adapters.attach import attach
 from veneer.checkpoints.base_files import Skeleton
+from veneer.checkpoints.dequantized_folder import QuantizedReading
 from veneer.checkpoints.model_folder import ModelFolder
-from veneer.checkpoints.quantized_reading import QuantizedReading
 from veneer.deltas.parents import copy_as
 from veneer.errors import ComposeError
 from veneer.merge.plan import Mix

@@ -24,10 +24,10 @@ from torch import Tensor
 from veneer.adapters.adapter import Adapter, stream_seed
 from veneer.adapters.methods import LoRA
 from veneer.checkpoints.base_files import Skeleton, as_2d, as_stored, check_finite, check_float, fit
+from veneer.checkpoints.dequantized_folder import QuantizedReading
 from veneer.checkpoints.model_folder import SHARD_BYTES, ModelWriter, write_model
 from veneer.checkpoints.peft.portable import as_parameters
 from veneer.checkpoints.quantized_folder import compute_dtype, put_quantized, quantizable
-from veneer.checkpoints.quantized_reading import QuantizedReading
 from veneer.checkpoints.tensors import dtype_name
 from veneer.deltas.build import Tensors, assemble, site_tensors
 from veneer.deltas.delta import SiteDelta

@@ -120,9 +120,9 @@ class _Quantizer(HfQuantizer):
 
     def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
         """Stacks of experts that the loader has put together are quantized last."""
-        found = super().update_weight_conversions(weight_conversions, model)
-        for each in found if self.reading.scheme.fp8 is not None else ():
-            operations = getattr(each, "operations", ())
+        found = super().update_weight_conversions(weight_conversions, model)  # type: ignore[no-untyped-call]
+        for each in found:
+            operations: list[Any] = getattr(each, "operations", [])
             if len(operations) > 1 and isinstance(operations[0], _DequantizeFP8):
                 operations.append(_QuantizeStack(self))
         return found
