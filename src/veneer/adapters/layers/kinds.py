@@ -66,8 +66,7 @@ class LayerKind:
 
     def weight_2d(self, module: Any) -> Tensor:
         """The base weight as a view [out, in] (conv2d: [out, in*kh*kw]); no copy."""
-        weight: Tensor = module.weight
-        return weight
+        return self.dense(module)
 
     def dense(self, module: Any) -> Tensor:
         """The base weight in its stored layout, [out, in] for a linear layer; no copy unless it is quantized."""
@@ -127,8 +126,7 @@ class Conv1DKind(LayerKind):
         return Geometry(self.kind, out, in_)
 
     def weight_2d(self, module: Any) -> Tensor:
-        weight: Tensor = module.weight
-        return weight.T
+        return self.dense(module).T
 
     def stored(self, module: Any, delta_OK: Tensor) -> Tensor:
         return delta_OK.T
@@ -143,8 +141,7 @@ class EmbeddingKind(LayerKind):
         return Geometry(self.kind, module.embedding_dim, module.num_embeddings)
 
     def weight_2d(self, module: Any) -> Tensor:
-        weight: Tensor = module.weight
-        return weight.T
+        return self.dense(module).T
 
     def bias(self, module: Any) -> Tensor | None:
         return None
@@ -182,8 +179,7 @@ class Conv2dKind(LayerKind):
         return Geometry(self.kind, out, in_, (kh, kw))
 
     def weight_2d(self, module: Any) -> Tensor:
-        weight: Tensor = module.weight
-        return weight.flatten(1)
+        return self.dense(module).flatten(1)
 
     def batch_shape(self, module: Any, x: Tensor) -> tuple[int, ...]:
         # An unbatched image [C, H, W] is one token without a leading size.

@@ -15,11 +15,9 @@ from veneer.kernels.quantized.weight import QuantizedWeight
 class QuantizedLinearKind(LayerKind):
     """A linear layer with a quantized weight: this package's own, or one of bitsandbytes.
 
-    `weight_2d` dequantizes all of it, for callers that need the matrix once (a merge, an SVD); the result must not outlive the call.
+    `dense` and `weight_2d` dequantize all of it, for callers that need the matrix once (a merge, an SVD); the result must not outlive the
+    call.
     """
-
-    def weight_2d(self, module: Any) -> Tensor:
-        return self.dense(module)
 
     def dense(self, module: Any) -> Tensor:
         return quantized_weight(module).dequantize(dtype=self.dtype(module))

@@ -110,10 +110,8 @@ class AdaptedLayer:
             each = [(one.tensors or {}, one.scale) for one in here]
             norms = at.adapter.method.constant_norms(weight_2d, self.site.squared_norms(), each)
             current.norms.update({(one.adapter.name, name): norm for one, norm in zip(here, norms, strict=True)})
-            norm = current.norms[at.adapter.name, name]
-        if norm is None:
-            norm = at.adapter.method.norm(at.tensors or {}, weight_2d, self.site.squared_norms(), at.scale)
-        return norm
+            return current.norms[at.adapter.name, name]
+        return at.adapter.method.norm(at.tensors or {}, weight_2d, self.site.squared_norms(), at.scale)
 
     def dropout(self, current: ForwardPass, adapter: Adapter) -> Dropout | None:
         """An adapter's dropout at this layer in this pass, or None where nothing is dropped.

@@ -71,9 +71,6 @@ class ThreadState(threading.local):
     muted: bool = False
     shared: SharedOutputs | None = None
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (ThreadState, ())
-
 
 class InputRegistry:
     """The passes under which each tensor entered a watched module, by storage. Weak: it keeps no activation alive."""
@@ -118,9 +115,6 @@ class InputRegistry:
                 "routes; give each route its own copy of the input (x.clone()), or call backward after each"
             )
         return seen[-1]
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (InputRegistry, ())
 
 
 class RouteTracker:
@@ -327,12 +321,11 @@ class RouteTracker:
             )
         current.linked = True
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_lock": None, "context": None, "recent": deque(maxlen=_RECENT)}
+    def __getstate__(self) -> dict[str, Any]:  # a copy begins without calls
+        return {"adapters": self.adapters, "monitor": self.monitor}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._lock = threading.Lock()
+        RouteTracker.__init__(self, **state)
 
 
 def _first(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
