@@ -204,6 +204,35 @@ def test_a_quantized_base_is_not_quantized_again(plain: Path, tmp_path: Path) ->
         load_base(plain, quantize="int3")
 
 
+@pytest.mark.parametrize("change", ["expert", "row"])
+def test_weights_of_another_shape_are_not_quantized(change: str, tmp_path: Path) -> None:
+    """Files with one expert fewer, or a layer of fewer rows, are refused while they are quantized, as they are when plain."""
+    tiny("qwen3_moe").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    if change == "expert":
+        del tensors["model.layers.1.mlp.experts.3.down_proj.weight"]
+        reason = r"model.layers.1.mlp.experts.down_proj has shape \[3, 32, 16\] in the files and \[4, 32, 16\]"
+    else:
+        name = "model.layers.0.self_attn.q_proj.weight"
+        tensors[name] = tensors[name][:-8].clone()
+        reason = r"q_proj.weight has shape \[\d+, 32\] in the files and \[\d+, 32\] by config.json"
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    for quantize in (None, "nf4"):
+        with pytest.raises(BaseModelError, match=reason):
+            load_base(tmp_path, dtype="float32", quantize=quantize)
+
+
+def test_the_order_of_a_gpu_kernel_is_refused(plain: Path, tmp_path: Path) -> None:
+    """int8 numbers that are packed for a kernel, and not row by row, are refused with the reason."""
+    load_base(plain, dtype="float32", quantize="int8").model.save_pretrained(tmp_path / "base")
+    file = tmp_path / "base" / "model.safetensors"
+    tensors = load_file(file)
+    tensors[f"{Q}weight_format"] = torch.tensor(1, dtype=torch.uint8)
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(BaseModelError, match=r"up_proj: its numbers are packed in the order 1 of a GPU's kernel"):
+        load_base(tmp_path / "base", dtype="float32")
+
+
 def write_fp8(plain: Path, out: Path, block: list[int] | None = None) -> dict[str, torch.Tensor]:
     """Write a copy of a plain folder in FP8 with a scale for each block; returns the weights that it stands for."""
     out.mkdir()

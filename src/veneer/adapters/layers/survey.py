@@ -95,6 +95,7 @@ def survey(model: nn.Module) -> Survey:
         if sites[name].kind == "linear":
             sites[name].tied_to = next((other for other in group if sites[other].kind == "embedding"), None)
     _mark_routers(sites, stacks)
+    _name_routers(uncovered, stacks, model)
     mark_roles(sites.values())
     embedding = _input_embedding(sites, model)
     if embedding is not None:
@@ -172,6 +173,20 @@ def _mark_routers(sites: dict[str, Site], stacks: dict[str, Site]) -> None:
             count = len(experts) if isinstance(experts, (nn.ModuleList, nn.ModuleDict)) else None
             count = counts.get(site.name.rpartition(".")[0], count)
             site.is_router = count is not None and site.geometry.out == count
+
+
+def _name_routers(uncovered: dict[str, str], stacks: dict[str, Site], model: nn.Module) -> None:
+    """Say of a layer that is not supported that it is a router: beside stacked experts, with one row for each of them."""
+    counts = {name.rpartition(".")[0]: site.layer_kind.count(site.module) for name, site in stacks.items()}  # type: ignore[attr-defined]
+    modules = dict(model.named_modules()) if stacks else {}
+    for name in uncovered:
+        count, module = counts.get(name.rpartition(".")[0]), modules.get(name)
+        weight = None if module is None else module._parameters.get("weight")
+        if module is not None and weight is not None and weight.shape[0] == count:
+            uncovered[name] = (
+                f"{type(module).__name__} is a router that also chooses the experts, and only routers that are nn.Linear can be adapted; "
+                "adapt the experts"
+            )
 
 
 def _weights_without_kind(name: str, module: nn.Module) -> dict[str, str]:

@@ -54,6 +54,13 @@ class Reading:
     def __deepcopy__(self, memo: Any) -> Reading:
         return self  # the loader copies its converters for each tensor, with all that they refer to
 
+    def fits(self, name: str, weight: Tensor, shape: tuple[int, ...]) -> bool:
+        """True for a weight of this shape; any other is a problem."""
+        if tuple(weight.shape) == shape:
+            return True
+        self.problems.append(f"{name} has shape {list(weight.shape)} in the files and {list(shape)} by config.json")
+        return False
+
     def arguments(self, config: Any) -> dict[str, Any]:
         """Arguments of ``from_pretrained`` beside the usual ones."""
         Reading.current = self
@@ -127,6 +134,26 @@ class _Quantizer(HfQuantizer):
                 operations.append(_QuantizeStack(self))
         return found
 
+    def hold(self, module: QuantizedLinear, name: str, weight: Tensor) -> None:
+        """Quantize the weight of a layer, if it fits."""
+        scheme = self.reading.scheme
+        weight = weight.T.contiguous() if name in self.turned else weight
+        if self.reading.fits(name, weight, (module.out_features, module.in_features)):
+            module.hold(quantize(weight, scheme.format, double=scheme.double))
+
+    def hold_stack(self, module: Any, parameter: str, name: str, weight: Tensor) -> None:
+        """Put the quantized weights of all experts in the place of a parameter, if they fit."""
+        scheme = self.reading.scheme
+        if not self.reading.fits(name, weight, tuple(getattr(module, parameter).shape)):
+            return
+        made = quantize(weight.reshape(-1, weight.shape[-1]), scheme.format, double=scheme.double)
+        stack = QuantizedStack(made, len(weight), weight.dtype)
+        known: tuple[Any, ...] = (stack, stack.weight)
+        for value in known:
+            value._is_hf_initialized = True
+        delattr(module, parameter)
+        setattr(module, parameter, stack)
+
     def is_serializable(self) -> bool:
         return True
 
@@ -141,17 +168,16 @@ class _Quantize(ConversionOps):
 
     def convert(self, input_dict: dict[str, Any], *patterns: Any, **options: Any) -> Any:
         """A plain weight becomes a quantized one."""
-        scheme, model, made = self.hf_quantizer.reading.scheme, options["model"], {}
+        model, made = options["model"], {}
         for name, value in input_dict.items():
             weight = value[0] if isinstance(value, list) else value
             path, _, parameter = name.rpartition(".")
             module = model.get_submodule(path)
             if name in self.hf_quantizer.stacks:
-                _hold_stack(module, parameter, weight, scheme)
+                self.hf_quantizer.hold_stack(module, parameter, name, weight)
                 options["missing_keys"].discard(name)
                 continue
-            weight = weight.T.contiguous() if name in self.hf_quantizer.turned else weight
-            module.hold(quantize(weight, scheme.format, double=scheme.double))
+            self.hf_quantizer.hold(module, name, weight)
             made[name] = module.weight
         return made
 
@@ -198,15 +224,14 @@ class _ReadFP8(_FP8):
     def convert(self, input_dict: dict[str, Any], *patterns: Any, **options: Any) -> Any:
         """A weight in FP8 becomes a quantized one, where it is that of a layer that is quantized, else a plain one."""
         tensors = {name: _listed(value)[0] for name, value in input_dict.items()}
-        scheme, full_name = self.hf_quantizer.reading.scheme, options["full_layer_name"]
+        full_name = options["full_layer_name"]
         path = full_name.rpartition(".")[0]
         module = options["model"].get_submodule(path)
         quantized = isinstance(module, QuantizedLinear)
         dtype = self.hf_quantizer.dtype if quantized else options["model"].get_parameter_or_buffer(full_name).dtype
         weight = self.dense(tensors["weight"], tensors.get(SCALE), path, dtype)
         if quantized:
-            weight = weight.T.contiguous() if full_name in self.hf_quantizer.turned else weight
-            module.hold(quantize(weight, scheme.format, double=scheme.double))
+            self.hf_quantizer.hold(module, full_name, weight)
             weight = module.weight
         return {"weight": weight}
 
@@ -222,7 +247,7 @@ class _QuantizeStack(ConversionOps):
             return input_dict
         path, _, parameter = name.rpartition(".")
         weight = _listed(next(iter(input_dict.values())))[0]
-        _hold_stack(options["model"].get_submodule(path), parameter, weight, quantizer.reading.scheme)
+        quantizer.hold_stack(options["model"].get_submodule(path), parameter, name, weight)
         options["missing_keys"].discard(name)
         return {}
 
@@ -263,17 +288,6 @@ def quantized_names(model: Any, skip: tuple[str, ...] | None, *, turned: bool = 
     return [
         name for name, module in model.named_modules() if type(module) in kinds and should_convert_module(name, without)
     ]
-
-
-def _hold_stack(module: Any, parameter: str, weight: Tensor, scheme: Scheme) -> None:
-    """Put the quantized weights of all experts in the place of a parameter."""
-    made = quantize(weight.reshape(-1, weight.shape[-1]), scheme.format, double=scheme.double)
-    stack = QuantizedStack(made, len(weight), weight.dtype)
-    known: tuple[Any, ...] = (stack, stack.weight)
-    for value in known:
-        value._is_hf_initialized = True
-    delattr(module, parameter)
-    setattr(module, parameter, stack)
 
 
 def empty_layer(layer: Any, scheme: Scheme, dtype: torch.dtype) -> QuantizedLinear:
