@@ -106,6 +106,17 @@ def test_what_fits_is_planned_from_the_config_alone(run: Run) -> None:
     assert code == 2 and "--memory: expected a size" in err
 
 
+def test_a_small_base_on_this_machine_is_timed(run: Run) -> None:
+    """With the weights at hand each row has the time of 1,000 tokens; --no-plan leaves it out."""
+    code, out, _ = run("plan", "--base", "base", "--memory", "2GB", "--r", "4", "--json")
+    rows = json.loads(out)["settings"]
+    assert code == 0 and len(rows) == 6 and all(row["seconds"] > 0 for row in rows)
+    code, out, _ = run("plan", "--base", "base", "--memory", "2GB", "--r", "4")
+    assert code == 0 and "1,000 tokens here" in out
+    code, out, _ = run("plan", "--base", "base", "--memory", "2GB", "--r", "4", "--no-plan")
+    assert code == 0 and "1,000 tokens here" not in out
+
+
 def test_a_receipt_names_another_precision(run: Run, place: Path) -> None:
     """An adapter of a plain base says, on a quantized one, how far the weights are apart; the plain base's fingerprint is not confused."""
     import veneer

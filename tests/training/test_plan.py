@@ -127,6 +127,17 @@ def test_no_remedy_is_named_where_none_suffices(
         train(wide(place, tmp_path / "run"), base=base, console=QUIET)
 
 
+def test_options_that_fit_together_are_offered(
+    place: Path, base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no single option suffices, the best row of the table for this much memory is named with its flags."""
+    forecast_of(10 * GB, monkeypatch, free=GB, again=0.9)
+    with pytest.raises(
+        MemoryPlanError, match=r"these should together: --dtype bfloat16 --r \d+ .*--tokens-per-pass \d+ \(the best"
+    ):
+        train(wide(place, tmp_path / "run"), base=base, console=QUIET)
+
+
 @pytest.mark.parametrize(("free", "on"), [(2 * GB, True), (200 * GB, False)])
 def test_auto_checkpoints_only_where_memory_would_not_suffice(
     place: Path, base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, on: bool

@@ -1,9 +1,13 @@
-"""``veneer plan --base MODEL --memory 24GB``: the settings of a run that fit, without weights or examples."""
+"""``veneer plan --base MODEL --memory 24GB``: the settings of a run that fit, without weights or examples.
+
+Where the weights are on this machine and the base is small, the table has measured times too.
+"""
 
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from veneer._terminal import status
 from veneer.cli._output import as_json, table
@@ -24,9 +28,12 @@ def show_what_fits(args: argparse.Namespace) -> int:
     ranks = [int(given["r"])] if "r" in given else [16, 64]
     memory = parse_size(args.memory, "--memory")
     with status(f"reading the config of {base}"):
-        shape = shape_of(config_folder(base, given.get("revision")), method)
+        folder = config_folder(base, given.get("revision"))
+        shape = shape_of(folder, method)
         rows = settings(shape, memory, method, ranks)
         chosen = best(rows)
+    if given.get("plan") is not False:
+        rows = _timed(rows, folder, shape.linear + shape.other, method, given)
     data = " ".join(args.source) or "DATA"
     out = ["--method", method] if "method" in given else []
     command = None if chosen is None else " ".join(["veneer train", data, "--base", base, *out, *chosen.flags()])
@@ -34,11 +41,32 @@ def show_what_fits(args: argparse.Namespace) -> int:
         found = [row.as_dict() for row in rows]
         print(as_json({"base": base, "parameters": shape.linear + shape.other, "settings": found, "command": command}))
         return int(chosen is None)
-    print(f"{base}: {(shape.linear + shape.other) / 1e9:.2f} billion parameters; {method}, estimated without weights")
-    header = ["base", "r", "checkpointing", "tokens per pass", "memory"]
-    print("\n".join(line.rstrip() for line in table(header, [_cells(row) for row in rows])))
+    print(
+        f"{base}: {(shape.linear + shape.other) / 1e9:.2f} billion parameters; {method}, memory estimated without weights"
+    )
+    header, cells = ["base", "r", "checkpointing", "tokens per pass", "memory"], [_cells(row) for row in rows]
+    if any(row.seconds is not None for row in rows):
+        header.append("1,000 tokens here")
+        cells = [
+            [*line, "" if row.seconds is None else f"{row.seconds:.2f} s"]
+            for line, row in zip(cells, rows, strict=True)
+        ]
+    print("\n".join(line.rstrip() for line in table(header, cells)))
     print(f"\n{command}" if command else f"\nnothing fits into {args.memory}; take a smaller base or more memory")
     return int(chosen is None)
+
+
+def _timed(rows: list[Setting], folder: Path, parameters: int, method: str, given: dict[str, Any]) -> list[Setting]:
+    """The rows with the times of passes, where the weights are on this machine and the base is small enough to be measured."""
+    from dataclasses import replace
+
+    from veneer.training.planning.probe import LARGEST, measure_times
+
+    if parameters > LARGEST or not any(folder.glob("*.safetensors")):
+        return rows
+    with status("measuring passes on random tokens (--no-plan leaves it out)"):
+        times = measure_times(folder, method, sorted({row.r for row in rows}), given.get("device", "auto"))
+    return [replace(row, seconds=times.get((row.quantize, row.r, row.checkpointing))) for row in rows]
 
 
 def _cells(row: Setting) -> list[str]:

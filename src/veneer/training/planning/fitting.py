@@ -70,6 +70,8 @@ class Setting:
     tokens: int
     memory: int
     fits: bool
+    seconds: float | None = None
+    """Seconds for 1,000 tokens on this machine, where they were measured."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data."""

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from veneer.adapters.methods import LOW_RANK
 from veneer.config import TrainOptions
 from veneer.data.example import Example
 from veneer.errors import MemoryPlanError
@@ -26,6 +27,7 @@ from veneer.training.activation_checkpointing import activation_checkpointing, l
 from veneer.training.device_memory import memory_of
 from veneer.training.loop.job import Job
 from veneer.training.loop.step import Stepper
+from veneer.training.planning.fitting import best, settings, shape_of
 from veneer.training.planning.profile import Profile, Profiler, adapter_bytes, memory_at
 from veneer.training.planning.workload import lengths_of, tokens_per_round
 from veneer.training.run.console import duration
@@ -133,15 +135,23 @@ class Planner:
             return
         remedies = ", or ".join(self.remedies(plan))
         on = f" on {plan.device}" if plan.device else ""
-        settings = f"veneer plan --base {self.base.name} --memory {(plan.free or 0) / 1e9:.1f}GB"
-        advice = (
-            f"it would fit with {remedies}"
-            if remedies
-            else f"no single option makes it fit; {settings} shows which settings fit"
-        )
+        advice = f"it would fit with {remedies}" if remedies else self._settings(plan.free or 0)
         raise MemoryPlanError(
             f"the run needs {_gb(plan.peak)} of memory at its peak{on} ({plan.parts}), and the process may use {_gb(plan.free or 0)}; "
             f"{advice}; --no-plan starts it anyway"
+        )
+
+    def _settings(self, free: int) -> str:
+        """The options that fit together, by the estimate from the base's config."""
+        command = f"veneer plan --base {self.base.name} --memory {free / 1e9:.1f}GB"
+        method, folder, row = self.options.method, self.base.path, None
+        if method in LOW_RANK and folder is not None and (folder / "config.json").is_file():
+            ranks = sorted({min(r, job.options.r) for job in self.jobs for r in (8, 16, 64)})
+            row = best(settings(shape_of(folder, method), free, method, ranks))
+        if row is None:
+            return f"no single option makes it fit; {command} shows which settings fit"
+        return (
+            f"no single option makes it fit, these should together: {' '.join(row.flags())} (the best row of {command})"
         )
 
     def remedies(self, plan: TrainingPlan) -> list[str]:
