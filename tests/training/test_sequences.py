@@ -40,17 +40,24 @@ CASES: dict[str, list[LoRA | DoRA]] = {
 
 
 def trained(
-    case: str, processes: Processes, out: Path, *, degree: int, parts: bool = False, recompute: bool = False
+    case: str,
+    processes: Processes,
+    out: Path,
+    *,
+    degree: int,
+    parts: bool = False,
+    recompute: bool = False,
+    steps: int = STEPS,
 ) -> dict[str, Any]:
     """Train jobs of ragged rows with SGD: losses and evaluations; gradients and tensors go to ``out``."""
     exact = case == "other layers"  # in fp64: rounding does not hide a small error
     world, ear = World(dtype=torch.float64, **DEEPER) if exact else World(**SIZES), Gradients()
     jobs = []
     for number, method in enumerate(CASES[case]):
-        more: dict[str, Any] = {"optimizer": "sgd", "learning_rate": 1e-3, "steps": STEPS, "batch_size": 4 + number}
+        more: dict[str, Any] = {"optimizer": "sgd", "learning_rate": 1e-3, "steps": steps, "batch_size": 4 + number}
         rows = examples(13, seed=number, shortest=3, longest=40)
         held = examples(5, seed=50)
-        more |= {"lora_dropout": method.lora_dropout, "eval_every": 10}
+        more |= {"lora_dropout": method.lora_dropout, "eval_every": steps // 2}
         jobs.append(world.job(f"job{number}", method, seed=number, rows=rows, held_out=held, **more))
     if degree > 1:
         processes.sequence = degree
@@ -75,30 +82,29 @@ def trained(
 
 
 @pytest.mark.parametrize(
-    ("size", "degree", "case", "parts", "recompute"),
+    ("size", "degree", "case", "parts", "recompute", "steps"),
     [
-        (2, 2, "four jobs", False, False),
-        pytest.param(2, 2, "other layers", False, False, marks=pytest.mark.slow),
-        pytest.param(2, 2, "dora with dropout", True, True, marks=pytest.mark.slow),
-        pytest.param(4, 4, "four jobs", False, True, marks=pytest.mark.slow),
-        pytest.param(4, 2, "four jobs", True, False, marks=pytest.mark.slow),
+        (2, 2, "four jobs", False, False, 4),
+        pytest.param(2, 2, "four jobs", False, False, STEPS, marks=pytest.mark.slow),
+        pytest.param(2, 2, "other layers", False, False, STEPS, marks=pytest.mark.slow),
+        pytest.param(2, 2, "dora with dropout", True, True, STEPS, marks=pytest.mark.slow),
+        pytest.param(4, 4, "four jobs", False, True, STEPS, marks=pytest.mark.slow),
+        pytest.param(4, 2, "four jobs", True, False, STEPS, marks=pytest.mark.slow),
     ],
 )
 def test_parts_of_sequences_train_as_whole_ones(
-    size: int, degree: int, case: str, parts: bool, recompute: bool, tmp_path: Path
+    size: int, degree: int, case: str, parts: bool, recompute: bool, steps: int, tmp_path: Path
 ) -> None:
     """The gradients of every step, the losses, the evaluations and the result are those of one process."""
-    alone = trained(case, ALONE, tmp_path / "alone", degree=1)
-    found = together(
-        size,
-        lambda p: trained(case, p, tmp_path / str(p.rank), degree=degree, parts=parts, recompute=recompute),
-    )
+    alone = trained(case, ALONE, tmp_path / "alone", degree=1, steps=steps)
+    more: dict[str, Any] = {"degree": degree, "parts": parts, "recompute": recompute, "steps": steps}
+    found = together(size, lambda p: trained(case, p, tmp_path / str(p.rank), **more))
     bound = 1e-11 if case == "other layers" else 1e-6
     expected = torch.load(tmp_path / "alone")
     every = [torch.load(tmp_path / str(rank)) for rank in range(size)]
-    for job, steps in expected["gradients"].items():
-        assert len(steps) == STEPS
-        for step, grads in enumerate(steps):
+    for job, of_job in expected["gradients"].items():
+        assert len(of_job) == steps
+        for step, grads in enumerate(of_job):
             joint = torch.cat([g.flatten().double() for g in every[0]["gradients"][job][step]])
             whole = torch.cat([g.flatten().double() for g in grads])
             assert float((joint - whole).norm() / whole.norm()) < bound
