@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 import resource
 import signal
@@ -159,28 +158,27 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
-def test_fifty_kills(wanted: dict[str, Any], place: Path, tmp_path: Path) -> None:
-    """SIGKILL of a random process at a random time, 50 times: the others end, and the same command ends with the bits of the run that was
-    never killed, whether its base, its sequences or its pieces are divided."""
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("part", range(2))
+@pytest.mark.parametrize("kind", KINDS)
+def test_fifty_kills(wanted: dict[str, Any], place: Path, tmp_path: Path, kind: str, part: int) -> None:
+    """SIGKILL of a random process at a random time, 54 times in six parts: the others end, and the same command ends with the bits of the
+    run that was never killed, whether its base, its sequences or its pieces are divided."""
     one = options(place, tmp_path, name="one", method="dora", steps=6, batch_size=4, save_every=2, eval_every=3)
-    plain = {**one, **{key: wanted[key] for key in ("base", "device", "tokens_per_pass", "valid")}}
-    expected, seconds = {}, {}
-    for kind, more in KINDS.items():
-        began = time.monotonic()
-        never = {**plain, **more, "out": tmp_path / kind}
-        assert run_together(2, never).wait(300) == [0, 0]
-        expected[kind], seconds[kind] = digest(never["out"]), time.monotonic() - began
-    rng, landed = random.Random(50), 0
-    for number, kind in zip(range(50), itertools.cycle(KINDS), strict=False):
-        chosen = {**plain, **KINDS[kind], "out": tmp_path / f"k{number}"}
+    plain = {**one, **{key: wanted[key] for key in ("base", "device", "tokens_per_pass", "valid")}, **KINDS[kind]}
+    never, began = {**plain, "out": tmp_path / "never"}, time.monotonic()
+    assert run_together(2, never).wait(300) == [0, 0]
+    expected, seconds = digest(never["out"]), time.monotonic() - began
+    rng, landed = random.Random(f"{kind} {part}"), 0
+    for number in range(9):
+        chosen = {**plain, "out": tmp_path / f"k{number}"}
         forks = run_together(2, chosen)
-        time.sleep(rng.uniform(0.05, seconds[kind]))
+        time.sleep(rng.uniform(0.05, seconds))
         forks.kill(rng.randrange(2))
         codes = forks.wait(300)
         assert codes.count(-signal.SIGKILL) <= 1, codes
         landed += codes != [0, 0]
         assert run_together(2, chosen).wait(300) == [0, 0]
-        assert digest(chosen["out"]) == expected[kind] and not litter(chosen["out"])
+        assert digest(chosen["out"]) == expected and not litter(chosen["out"])
         print(f"kill {number}, {kind}: exit codes {codes}; {landed} before the end", flush=True)
-    assert landed >= 20
+    assert landed >= 3

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed.fsdp
 import torch.distributed.tensor  # imported here, so that forks need not
+from tests.tiny import tiny
 from tests.training.killing import litter
 from tests.training.made import QUIET, Ear, World, digest, examples, four_jobs, options
 from tests.training.processes import Forks, together
@@ -19,6 +20,7 @@ from tests.training.processes import Forks, together
 from veneer.adapters import DoRA, LoRA
 from veneer.config import TrainOptions
 from veneer.errors import ConfigError, ProcessError
+from veneer.models.load import load_base
 from veneer.training import train
 from veneer.training.activation_checkpointing import activation_checkpointing
 from veneer.training.device_memory import ProcessMemory
@@ -96,28 +98,66 @@ def test_parts_train_as_whole_bases(size: int, case: str, recompute: bool) -> No
     assert set(parts[0][3].values()) == {"finished"}
 
 
-def held() -> int:
-    """Bytes of all tensors in this process."""
+def storages() -> dict[int, int]:
+    """{address: bytes} of all tensors in this process."""
     from torch.distributed.tensor import DTensor
 
     # By type: isinstance would ask deprecated objects of torch for their class, which warns.
     tensors = [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor) and not issubclass(type(t), DTensor)]
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+
+
+def held() -> int:
+    """Bytes of all tensors in this process."""
+    return sum(storages().values())
+
+
+def mapped(folder: Path) -> list[range]:
+    """Addresses of the files of a folder that this process has mapped into its memory."""
+    lines = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(folder) in line]
+    return [range(*(int(number, 16) for number in line.split()[0].split("-"))) for line in lines]
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads the mappings of a process from /proc")
+def test_no_process_holds_the_whole_base(tmp_path: Path) -> None:
+    """A run is set up on weights in their file, which the processes of a machine share; then each process has its part, and no file."""
+    tiny("llama", num_hidden_layers=8, hidden_size=128, intermediate_size=256).save_pretrained(tmp_path)
+
+    def work(processes: Processes) -> tuple[float, float, int]:
+        before = storages()
+
+        def own() -> int:
+            files = mapped(tmp_path)
+            new = {at: size for at, size in storages().items() if at not in before}
+            return sum(size for at, size in new.items() if not any(at in file for file in files))
+
+        world = World(model=load_base(tmp_path, dtype="float32").model)
+        weights = sum(p.nbytes for p in world.model.parameters())
+        job = world.job("a", DoRA(r=1), rows=examples(2, longest=5), batch_size=2)
+        gc.collect()
+        whole = own()
+        divide(world, [job], processes)
+        trainer = world.trainer([job])
+        trainer.processes = processes
+        trainer.round()
+        gc.collect()
+        return whole / weights, own() / weights, len(mapped(tmp_path))
+
+    for whole, divided, files in together(2, work):
+        assert whole < 0.1 and divided <= 0.6 and files == 0
 
 
 def most_held(world: World, job: Job, processes: Processes) -> int:
-    """The most that is held at any layer of a round, forward and backward."""
+    """The most that is held at the first, middle and last layer of a round, forward and backward."""
     found: list[int] = []
-    hooks = []
-    for name, module in world.model.named_modules():
-        if name.endswith("mlp"):
+    layers = world.model.model.layers
 
-            def sample(_module: Any, _args: Any, output: torch.Tensor) -> None:
-                found.append(held())
-                if output.requires_grad:
-                    output.register_hook(lambda grad: found.append(held()))
+    def sample(_module: Any, _args: Any, output: torch.Tensor) -> None:
+        found.append(held())
+        if output.requires_grad:
+            output.register_hook(lambda grad: found.append(held()))
 
-            hooks.append(module.register_forward_hook(sample))
+    hooks = [layers[at].mlp.register_forward_hook(sample) for at in (0, len(layers) // 2, -1)]
     trainer = world.trainer([job])
     trainer.processes = processes
     trainer.round()
@@ -128,18 +168,19 @@ def most_held(world: World, job: Job, processes: Processes) -> int:
 
 @pytest.mark.slow
 def test_parts_take_less_memory() -> None:
-    """With two processes each holds at most 0.6 of what one holds, between passes and in them."""
+    """With two processes each holds at most 0.6 of what one holds, between passes and, besides activations, in them."""
 
     def work(processes: Processes) -> list[float]:
         world = World(num_hidden_layers=40, hidden_size=160, intermediate_size=384, num_attention_heads=4)
-        job = world.job("a", DoRA(r=1), rows=examples(2, longest=5), steps=9, batch_size=2)
+        job = world.job("a", LoRA(r=1, target_modules=("q_proj",)), rows=examples(2, longest=5), steps=9)
         weights = sum(p.nbytes for p in world.model.parameters())
         gc.collect()
-        whole, in_pass = held(), most_held(world, job, ALONE)
+        whole = held()
+        activations = most_held(world, job, ALONE) - whole
         divide(world, [job], processes)
         divided = most_held(world, job, processes)
         gc.collect()
-        return [whole / weights, held() / whole, divided / in_pass]
+        return [whole / weights, held() / whole, (divided - activations) / whole]
 
     found = together(2, work)
     assert all(one[0] < 1.2 and one[1] <= 0.6 and one[2] <= 0.6 for one in found), found
