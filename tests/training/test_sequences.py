@@ -27,10 +27,14 @@ from veneer.training.parallel.sequences import check_sequence, split_sequences
 
 STEPS = 20
 SIZES = {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 4, "hidden_size": 16}
-DEEPER = {**SIZES, "num_hidden_layers": 3, "hidden_size": 32}
+WIDER = {**SIZES, "num_hidden_layers": 2, "hidden_size": 32}
+DEEPER = {**WIDER, "num_hidden_layers": 3}
+EXACT = {"four jobs in fp64": WIDER, "other layers": DEEPER}
+"""Cases in fp64, whose larger models carry the rounding of fp32 beyond 1e-6: an error of the method would show here as well."""
 CASES: dict[str, list[LoRA | DoRA]] = {
     "dora with dropout": [DoRA(r=3, lora_dropout=0.2)],
     "four jobs": [LoRA(r=2, lora_dropout=0.3), DoRA(r=3), LoRA(r=8), DoRA(r=2, lora_dropout=0.1)],
+    "four jobs in fp64": [LoRA(r=2, lora_dropout=0.3), DoRA(r=3), LoRA(r=8), DoRA(r=2, lora_dropout=0.1)],
     "other layers": [
         LoRA(r=2, layers_to_transform=(2,)),
         DoRA(r=3, lora_dropout=0.1),
@@ -50,8 +54,8 @@ def trained(
     steps: int = STEPS,
 ) -> dict[str, Any]:
     """Train jobs of ragged rows with SGD: losses and evaluations; gradients and tensors go to ``out``."""
-    exact = case == "other layers"  # in fp64: rounding does not hide a small error
-    world, ear = World(dtype=torch.float64, **DEEPER) if exact else World(**SIZES), Gradients()
+    world = World(dtype=torch.float64, **EXACT[case]) if case in EXACT else World(**SIZES)
+    ear = Gradients()
     jobs = []
     for number, method in enumerate(CASES[case]):
         more: dict[str, Any] = {"optimizer": "sgd", "learning_rate": 1e-3, "steps": steps, "batch_size": 4 + number}
@@ -86,6 +90,7 @@ def trained(
     [
         (2, 2, "four jobs", False, False, 4),
         pytest.param(2, 2, "four jobs", False, False, STEPS, marks=pytest.mark.slow),
+        pytest.param(2, 2, "four jobs in fp64", False, False, STEPS, marks=pytest.mark.slow),
         pytest.param(2, 2, "other layers", False, False, STEPS, marks=pytest.mark.slow),
         pytest.param(2, 2, "dora with dropout", True, True, STEPS, marks=pytest.mark.slow),
         pytest.param(4, 4, "four jobs", False, True, STEPS, marks=pytest.mark.slow),
@@ -99,7 +104,7 @@ def test_parts_of_sequences_train_as_whole_ones(
     alone = trained(case, ALONE, tmp_path / "alone", degree=1, steps=steps)
     more: dict[str, Any] = {"degree": degree, "parts": parts, "recompute": recompute, "steps": steps}
     found = together(size, lambda p: trained(case, p, tmp_path / str(p.rank), **more))
-    bound = 1e-11 if case == "other layers" else 1e-6
+    bound = 1e-12 if case in EXACT else 1e-6
     expected = torch.load(tmp_path / "alone")
     every = [torch.load(tmp_path / str(rank)) for rank in range(size)]
     for job, of_job in expected["gradients"].items():
