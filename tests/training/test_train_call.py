@@ -7,9 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.training.made import QUIET, digest, options
+import torch
+from safetensors.torch import load_file
+from tests.checkpoints.architectures import build
+from tests.training.made import QUIET, digest, figures, options
 
 import veneer
+from veneer.data.rows.memory_rows import rows_in, write_rows
+from veneer.data.rows.shapes import RowReader
 from veneer.errors import ConfigError, DataError, VeneerError
 from veneer.models.load import Base
 
@@ -73,6 +78,49 @@ def test_wrong_calls_are_told_and_leave_nothing(base: Base, tmp_path: Path, call
     with pytest.raises((ConfigError, DataError), match=says):
         veneer.train(arguments.pop("config", None), **arguments)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("arch", ["gemma3", "llava", "qwen2_5_vl", "mistral3"])
+def test_text_rows_train_the_language_model_of_a_multimodal_base(arch: str, base: Base, tmp_path: Path) -> None:
+    """The default targets leave the images' part alone, and the loss falls, also where the model asks for token types."""
+    model = build(arch).requires_grad_(False)
+    images = Base(model, base.tokenizer, arch, None, torch.float32)
+    chosen = {**SHORT, "steps": 3, "learning_rate": 2e-2, "schedule": "constant", "batch_size": 12}
+    result = veneer.train(data=ROWS, base=images, out=tmp_path / "run", console=QUIET, **chosen)
+    (job,) = result.jobs.values()
+    names = list(load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors"))
+    assert names and all("language_model" in name for name in names)
+    losses = [line["loss"] for line in figures(tmp_path / "run" / "metrics" / "run.jsonl") if "loss" in line]
+    assert losses[-1] < 0.9 * losses[0] and job.steps == 3
+
+
+NULLS = [
+    {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "reasoning_content": None}]},
+    {
+        "messages": [{"role": "user", "content": "c", "name": "ann"}, {"role": "assistant", "content": "d"}],
+        "tools": None,
+    },
+]
+
+
+@pytest.mark.parametrize("kind", ["rows", "set", "frame", "arrow frame"])
+def test_nulls_of_rows_in_memory_are_no_data(kind: str, tmp_path: Path) -> None:
+    """Structs of a data set and missing cells of a frame give the messages that the rows were made with."""
+    datasets, pandas = pytest.importorskip("datasets"), pytest.importorskip("pandas")
+    data = {
+        "rows": lambda: NULLS,
+        "set": lambda: datasets.Dataset.from_list(NULLS),
+        "frame": lambda: pandas.DataFrame(NULLS),
+        "arrow frame": lambda: datasets.Dataset.from_list(NULLS).to_pandas(),
+    }[kind]()
+    rows = rows_in(data, "data")
+    assert rows is not None
+    found = list(RowReader(write_rows(rows, tmp_path, "data")))
+    assert [row.messages for row in found] == [
+        ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}),
+        ({"role": "user", "content": "c", "name": "ann"}, {"role": "assistant", "content": "d"}),
+    ]
+    assert [row.tools for row in found] == [None, None]
 
 
 def test_the_former_call_still_works(place: Path, base: Base, tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def template_source(tokenizer: Any, tools: Any = None, template: str | None = No
     own = tokenizer.chat_template
     if template is None and isinstance(own, dict) and "default" not in own and not (tools and "tool_use" in own):
         raise DataError(
-            f"the tokenizer has several chat templates ({', '.join(own)}) and no default; choose one with --chat-template NAME"
+            f"the tokenizer has several chat templates ({', '.join(sorted(own))}) and no default; choose one with --chat-template NAME"
         )
     return str(tokenizer.get_chat_template(template, tools))
 

@@ -24,7 +24,9 @@ def rows_in(value: Any, what: str) -> list[Mapping[str, Any]] | None:
     if value is None or isinstance(value, str | Path):
         return None
     if hasattr(value, "to_dict") and hasattr(value, "iterrows"):
-        value = value.to_dict("records")
+        present = value.notna().to_dict("records")  # a missing cell of a frame is NaN, which is no value of the row
+        cells = zip(value.to_dict("records"), present, strict=True)
+        value = [{key: cell for key, cell in row.items() if has[key]} for row, has in cells]
     if isinstance(value, Mapping):
         raise DataError(
             f"{what}: expected rows or paths, found a mapping with {', '.join(map(str, value))}; give one of its values"
@@ -53,7 +55,7 @@ def write_rows(rows: Iterable[Mapping[str, Any]], folder: Path, what: str) -> Pa
     lines = []
     for number, row in enumerate(rows):
         try:
-            lines.append(json.dumps(dict(row), ensure_ascii=False, allow_nan=False) + "\n")
+            lines.append(json.dumps(dict(row), ensure_ascii=False, allow_nan=False, default=_listed) + "\n")
         except (TypeError, ValueError) as error:
             raise DataError(f"{what}[{number}]: the row cannot be written as JSON: {error}") from None
     text = "".join(lines)
@@ -62,3 +64,10 @@ def write_rows(rows: Iterable[Mapping[str, Any]], folder: Path, what: str) -> Pa
         folder.mkdir(parents=True, exist_ok=True)
         replace_text(path, text)
     return path
+
+
+def _listed(value: Any) -> Any:
+    """An array of numpy, as a frame from a Parquet file has them in place of lists, as a list; a number of numpy as a number."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
