@@ -135,7 +135,7 @@ def test_the_model_itself_without_an_optimizer_is_refused(tmp_path: Path) -> Non
     assert values(bank.model) == before
 
 
-@pytest.mark.parametrize("arch", ["gpt2", "bert"])
+@pytest.mark.parametrize("arch", ["gpt2", "bert", "mixtral", "t5"])
 def test_an_optimizer_of_the_frozen_base_is_refused(arch: str) -> None:
     """In a loop of one's own too, in a mix and beside the base; outside the context, or without an adapter to train, nothing is said."""
     model: Any = tiny(arch)

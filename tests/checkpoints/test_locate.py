@@ -64,13 +64,43 @@ def test_a_path_may_mean_several(tmp_path: Path) -> None:
     assert adapter_of_job(two, "b") == two / "adapters" / "b" and adapter_of_job(two, "c") is None
 
 
+@pytest.mark.parametrize(
+    ("inside", "named"),
+    [
+        (("sql", "style"), r"holds several adapters \(sql, style\); give the folder of one, such as .*sql"),
+        (("checkpoint-10", "checkpoint-20"), r"holds several adapters \(checkpoint-10, checkpoint-20\)"),
+        (("job/checkpoint-3", "other/checkpoint-4"), r"contains job, other: give one, such as .*job"),
+        (("epoch_0/adapter",), r"contains epoch_0: give one, such as .*epoch_0"),
+        (("checkpoint-20",), ""),
+        ((".", "checkpoint-20"), ""),
+    ],
+    ids=["peft", "trainer", "nested", "torchtune", "one checkpoint", "beside its checkpoints"],
+)
+def test_folders_above_adapters(inside: tuple[str, ...], named: str, tmp_path: Path) -> None:
+    """The folders that other programs leave mean their one adapter, or name those inside to ``bank.load`` and every command."""
+    for path in inside:
+        (tmp_path / "out" / path).mkdir(parents=True, exist_ok=True)
+        make_folder(tmp_path / "out" / path)
+    bank = veneer.attach(tiny("llama"))
+    if not named:
+        assert find_adapter(tmp_path / "out")[1] == tmp_path / "out" / inside[0]
+        assert bank.load(tmp_path / "out", name="a").meta["path"] == str(tmp_path / "out" / inside[0])
+        return
+    for read in (bank.load, find_adapter):
+        with pytest.raises(CheckpointError, match=named):
+            read(tmp_path / "out")
+    if not adapters_at(tmp_path / "out"):
+        with pytest.raises(CheckpointError, match=named):
+            adapter_folders(str(tmp_path / "out"))
+
+
 def test_a_path_may_mean_none(tmp_path: Path) -> None:
     """A run before its first adapter, a base and a missing folder hold none, and loading says why."""
     run(tmp_path / "new", "best/a")
     (tmp_path / "model" / "extra").mkdir(parents=True)
     (tmp_path / "model" / "config.json").write_text("{}")
     make_folder(tmp_path / "model" / "extra")
-    for name, says in (("new", "holds no"), ("model", "holds a base model"), ("gone", "does not exist")):
+    for name, says in (("new", "contains best: give one"), ("model", "holds a base model"), ("gone", "does not exist")):
         assert adapters_at(tmp_path / name) == {}
         with pytest.raises(CheckpointError, match="holds no adapter"):
             find_adapter(tmp_path / name)

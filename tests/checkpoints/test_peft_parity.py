@@ -127,6 +127,60 @@ def test_what_starts_here_loads_there(arch: str, method: LoRA | DoRA, tmp_path: 
     assert (outputs(theirs) - expected).abs().max() <= LIMIT
 
 
+GROUPED: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "depthwise": (
+        "ConvNextForImageClassification",
+        "ConvNextConfig",
+        {"patch_size": 2, "num_stages": 2, "hidden_sizes": [8, 16], "depths": [1, 1], "image_size": 8},
+    ),
+    "groups of four channels": (
+        "RegNetForImageClassification",
+        "RegNetConfig",
+        {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "groups_width": 4},
+    ),
+    "inside feed-forward layers": (
+        "SegformerForImageClassification",
+        "SegformerConfig",
+        {"num_encoder_blocks": 1, "depths": [1], "sr_ratios": [2], "hidden_sizes": [8], "patch_sizes": [3]}
+        | {"strides": [2], "num_attention_heads": [2], "mlp_ratios": [2], "drop_path_rate": 0.0},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_grouped_convolutions_are_refused_beside_plain_ones(name: str, tmp_path: Path) -> None:
+    """Plain convolutions of a network of grouped ones are PEFT's; a target that names a grouped one is refused with the reason."""
+    import transformers
+
+    model_class, config_class, fields = GROUPED[name]
+
+    def made() -> Any:
+        torch.manual_seed(0)
+        model = getattr(transformers, model_class)(getattr(transformers, config_class)(**fields, num_labels=3))
+        for parameter in model.parameters():
+            if parameter.dim() > 1:  # as they are drawn, the outputs of many layers vanish
+                torch.nn.init.kaiming_normal_(parameter)
+        return model.eval()
+
+    base = made()
+    bank = veneer.attach(base)
+    convolutions = {path: part.groups for path, part in base.named_modules() if isinstance(part, torch.nn.Conv2d)}
+    plain = tuple(path for path, groups in convolutions.items() if groups == 1)
+    grouped = [path for path in convolutions if path not in plain]
+    assert grouped and all("groups > 1" in bank.uncovered[path] for path in grouped)
+    for path in (grouped[0], f"re:.*{grouped[-1]}"):
+        with pytest.raises(veneer.errors.TargetError, match=r"groups > 1"):
+            bank.add("b", LoRA(r=2, target_modules=(path,)))
+    adapter = bank.add("a", LoRA(r=2, target_modules=plain))
+    assert set(adapter.tensors) == set(plain)
+    stir(torch.nn.ParameterDict({str(i): p for i, p in enumerate(adapter.parameters())}), "", by=0.05)
+    with bank.use("a"):
+        expected = outputs(base)
+    assert (expected - outputs(base)).abs().max() > 1e-4
+    bank.save("a", tmp_path)
+    assert (outputs(load_peft(made(), tmp_path)) - expected).abs().max() <= LIMIT
+
+
 @pytest.mark.parametrize(("init", "arch"), [("pissa", "llama"), ("olora", "llama"), ("pissa", "gpt2")])
 @pytest.mark.parametrize("rslora", [False, True], ids=["plain", "rslora"])
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.checkpoints.helpers import load_peft, outputs, peft_model, save_peft, stir
+from tests.checkpoints.helpers import TARGETS, load_peft, outputs, peft_model, save_peft, stir
 from tests.tiny import tiny
 
 import veneer
@@ -377,21 +377,52 @@ LEGACY: dict[str, Callable[[str], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", LEGACY)
-def test_older_names_load(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "arch"), [*zip(LEGACY, ("llama", "gpt2", "qwen3", "gemma3"), strict=True)])
+def test_older_names_load(name: str, arch: str, tmp_path: Path) -> None:
     """Names that earlier versions and other programs wrote mean the same; a missing prefix is told."""
     from safetensors.torch import load_file, save_file
 
-    theirs = peft_model(tiny("llama"), **QV, use_dora=True)
+    theirs = peft_model(tiny(arch), target_modules=TARGETS[arch], use_dora=True)
     expected = outputs(theirs)
     save_peft(theirs, tmp_path / "a")
     path = tmp_path / "a" / "adapter_model.safetensors"
     save_file({LEGACY[name](key): value for key, value in load_file(path).items()}, path)
-    bank = veneer.attach(tiny("llama"))
+    bank = veneer.attach(tiny(arch))
     notes = bank.load(tmp_path / "a").meta["notes"]
     with bank.use("a"):
         assert (outputs(bank.model) - expected).abs().max() <= LIMIT
     assert any("lack the prefix" in note for note in notes) == (name == "no prefix")
+
+
+@pytest.mark.parametrize(
+    ("arch", "targets"),
+    [
+        (
+            "qwen3",
+            r"(?:.*?(?:language|text).*?(?:self_attn|mlp).*?(?:q_proj|v_proj).*?)|(?:\bmodel\.layers\.[\d]{1,}\..*)",
+        ),
+        ("gpt2", r"^transformer\.h\.\d+\.(attn|mlp)\.c_proj$"),
+        ("gemma3", "all-linear"),
+        ("phi3", ["model.layers.0.self_attn.qkv_proj", "model.layers.1.self_attn.qkv_proj"]),
+    ],
+    ids=["alternatives", "anchors", "keyword", "full names"],
+)
+def test_targets_that_other_programs_write(arch: str, targets: Any, tmp_path: Path) -> None:
+    """The tensors say which layers there are, whatever the settings call them; an edited expression is not evaluated."""
+    theirs = peft_model(tiny(arch), target_modules=TARGETS[arch])
+    expected = outputs(theirs)
+    save_peft(theirs, tmp_path / "a")
+    file = tmp_path / "a" / "adapter_config.json"
+    settings = json.loads(file.read_text())
+    if isinstance(targets, list):
+        settings |= {"target_modules": targets + [name.replace("self_attn.qkv", "mlp.gate_up") for name in targets]}
+    else:
+        settings |= {"target_modules": targets}
+    file.write_text(json.dumps(settings))
+    bank = veneer.attach(tiny(arch))
+    bank.load(tmp_path / "a")
+    with bank.use("a"):
+        assert (outputs(bank.model) - expected).abs().max() <= LIMIT
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

@@ -123,8 +123,17 @@ def sharing(arch: str) -> tuple[nn.Module, nn.Module]:
     return whole, alone
 
 
-@pytest.mark.parametrize("method", [LoRA(r=2, lora_alpha=4), DoRA(r=2, lora_alpha=4)], ids=["lora", "dora"])
-@pytest.mark.parametrize("arch", ["llava", "internvl", "gemma3"])
+@pytest.mark.parametrize(
+    ("arch", "method"),
+    [
+        ("llava", LoRA(r=2, lora_alpha=4)),
+        ("internvl", DoRA(r=2, lora_alpha=4)),
+        ("gemma3", LoRA(r=2, lora_alpha=4)),
+        ("mistral3", DoRA(r=2, lora_alpha=4)),
+        ("llava_onevision", LoRA(r=2, lora_alpha=4)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.name,
+)
 def test_an_adapter_moves_between_a_text_model_and_the_multimodal_one(
     arch: str, method: LoRA | DoRA, tmp_path: Path
 ) -> None:

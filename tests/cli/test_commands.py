@@ -21,6 +21,7 @@ from veneer.cli.main import main
 
 Run = Callable[..., tuple[int, str, str]]
 TRAIN = ("train", "train.jsonl", "--base", "base", "--steps", "3", "--batch-size", "2", "--no-plan")
+TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 TURN = '{"role": "user", "content": "ask"}, {"role": "assistant", "content": "answer"}'
 
 
@@ -172,6 +173,29 @@ def test_wrong_words_are_one_sentence(
     assert "Traceback" not in err and "bug" not in err
     assert err.count("\n") == 1 or " problem" in err.splitlines()[0]
     assert sorted(path for path in trained.rglob("*") if "__pycache__" not in path.parts) == before
+
+
+@pytest.mark.parametrize("kind", ["prompts", "options", "settings", "template"])
+def test_files_of_a_windows_editor(kind: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A byte order mark and Windows line ends are no part of prompts, options, an adapter's settings or its template."""
+    mark = "\N{ZERO WIDTH NO-BREAK SPACE}"
+    short = ("--max-tokens", "2", "--dtype", "float32")
+    if kind == "prompts":
+        (tmp_path / "prompts.txt").write_text(f"{mark}1+1\r\n2+2\r\n", encoding="utf-8", newline="")
+        code, out, _ = run("generate", "run", "--file", str(tmp_path / "prompts.txt"), "--json", *short)
+        assert code == 0 and [json.loads(line)["prompt"] for line in out.splitlines()] == ["1+1", "2+2"]
+    elif kind == "options":
+        text = f"{mark}data: train.jsonl\r\nbase: base\r\nsteps: 1\r\nplan: false\r\nout: {tmp_path}/run\r\n"
+        (tmp_path / "run.yaml").write_text(text, encoding="utf-8", newline="")
+        assert run("train", str(tmp_path / "run.yaml"))[0] == 0
+    else:
+        adapter = tmp_path / "adapter"
+        shutil.copytree("run/adapter", adapter)
+        expected = run("generate", "run", "1+1", *short)
+        name = "adapter_config.json" if kind == "settings" else "chat_template.jinja"
+        text = (adapter / name).read_text() if (adapter / name).exists() else TEMPLATE
+        (adapter / name).write_text(mark + text.replace("\n", "\r\n"), encoding="utf-8", newline="")
+        assert run("generate", str(adapter), "1+1", *short)[:2] == expected[:2]
 
 
 def test_rows_from_which_nothing_is_learnt_are_shown_as_unusable(run: Run) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
 import orjson
 import pytest
 from tests.data.families import tokenizer_of
+from transformers import PreTrainedTokenizerFast
 
 from veneer.data.chat.render import Rendered, Renderer, RenderOptions
 from veneer.data.chat.template import read_template
@@ -225,6 +227,37 @@ def test_templates_of_the_tokenizer_are_chosen_by_name() -> None:
     assert read_template("rag", tokenizer) == plain
     with pytest.raises(DataError, match="the names are chatml, chatml-tools, rag, tool_use"):
         read_template("rga", tokenizer)
+
+
+@pytest.mark.parametrize("form", ["list in the settings", "folder of templates", "older files"])
+def test_named_templates_are_read_in_every_form_of_file(form: str, tmp_path: Path) -> None:
+    """Several templates in tokenizer_config.json, and in files of their own, with a default and without one."""
+    plain = template(CONTENT)
+    tool_use = template("m.content + " + CALLS, "{{ 'T ' + (tools | tojson) if tools else '' }}")
+    tokenizer_of("chatml").save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    for default in (True, False):
+        settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+        names = {"default" if default else "rag": plain, "tool_use": tool_use}
+        if form == "folder of templates":
+            (tmp_path / "additional_chat_templates").mkdir(exist_ok=True)
+            (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
+            for name, source in names.items():
+                where = "chat_template" if name == "default" else f"additional_chat_templates/{name}"
+                (tmp_path / f"{where}.jinja").write_text(source)
+        elif form == "older files":
+            settings["chat_template"] = names if default else [{"name": k, "template": v} for k, v in names.items()]
+        else:
+            settings["chat_template"] = [{"name": key, "template": value} for key, value in names.items()]
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+        if default:
+            (part,) = Renderer(tokenizer).render(Row.chat("rows.jsonl:1", CALLING, TOOLS))
+            (other,) = Renderer(tokenizer).render(Row.chat("rows.jsonl:1", CALLING[::3]))
+            assert part.text.startswith("T [") and other.text.startswith(OPEN)
+        else:
+            with pytest.raises(DataError, match=r"several chat templates \(rag, tool_use\) and no default"):
+                Renderer(tokenizer)
 
 
 def test_a_file_goes_before_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

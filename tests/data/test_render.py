@@ -134,12 +134,29 @@ def test_tool_calls_are_trained_as_the_template_writes_them() -> None:
         assert ids.count(tokenizer.convert_tokens_to_ids(text)) == 1
 
 
-def test_what_the_template_refuses_is_told_in_its_words() -> None:
+ASSERTING = (
+    "{%- for m in messages -%}{%- if m.role not in ['user', 'assistant'] -%}"
+    "{{ raise_exception('expected user or assistant, found ' + m.role) }}{%- endif -%}"
+    "{{ m.role + ': ' + m['content'].strip() + '<|im_end|>' }}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ 'assistant: ' }}{%- endif -%}"
+)
+
+
+@pytest.mark.parametrize(
+    ("family", "source", "first", "words"),
+    [
+        ("gemma", None, {"role": "system", "content": "s"}, "this family takes no system message"),
+        ("gemma", None, {"role": "user", "content": "one more"}, "roles must take turns"),
+        ("chatml", ASSERTING, {"role": "tool", "content": "s"}, "expected user or assistant, found tool"),
+        ("chatml", ASSERTING.replace("m['content']", "m['parts'][0]"), CHAT[0], "has no attribute 'parts'"),
+    ],
+    ids=["system", "turns", "role", "content"],
+)
+def test_what_the_template_refuses_is_told_in_its_words(family: str, source: Any, first: Any, words: str) -> None:
     """A template's own complaint is the reason, with the place and the key of the row."""
-    row = Row("chat", "rows.jsonl:7", ({"role": "system", "content": "s"}, *CHAT), (1.0,) * 3, key="messages")
-    assert refusal(Renderer(tokenizer_of("gemma")), row) == (
-        "rows.jsonl:7: messages: the chat template refuses the conversation: this family takes no system message"
-    )
+    row = Row("chat", "rows.jsonl:7", (first, *CHAT), (1.0,) * 3, key="messages")
+    said = refusal(Renderer(tokenizer_of(family), RenderOptions(chat_template=source)), row)
+    assert said.startswith("rows.jsonl:7: messages: the chat template refuses the conversation: ") and words in said
 
 
 @pytest.mark.parametrize(

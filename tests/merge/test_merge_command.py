@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from tests.checkpoints.architectures import build
 from tests.compose.made import saved, trained
 from tests.tiny import tiny_tokenizer
 from transformers import GenerationConfig
@@ -136,10 +139,11 @@ def test_sizes_are_read() -> None:
             parse_size(text)
 
 
-@pytest.mark.parametrize("arch", ["llama", "gemma3", "qwen3", "gpt2"])
-def test_files_of_the_processor_come_along(arch: str, tmp_path: Path) -> None:
-    """What stands beside the weights of the base stands beside the merged ones, byte for byte."""
-    model = saved(tmp_path / "base", arch)
+@pytest.mark.parametrize("arch", ["gemma3", "llava", "paligemma", "qwen2_5_vl"])
+def test_a_merged_multimodal_model_keeps_its_images_part_and_processor(arch: str, tmp_path: Path) -> None:
+    """The processor's files are the base's byte for byte, and so are the weights outside the language model; those inside changed."""
+    model: Any = build(arch)
+    model.save_pretrained(tmp_path / "base")
     beside = {
         "preprocessor_config.json": b'{"do_resize": true}',
         "processor_config.json": b"{}",
@@ -148,6 +152,12 @@ def test_files_of_the_processor_come_along(arch: str, tmp_path: Path) -> None:
     }
     for name, content in beside.items():
         (tmp_path / "base" / name).write_bytes(content)
-    write_adapter(trained(model, LoRA(r=2)), tmp_path / "a", base_name=str(tmp_path / "base"))
+    language = LoRA(r=2, target_modules=("re:.*language_model.*q_proj",))
+    write_adapter(trained(model, language), tmp_path / "a", base_name=str(tmp_path / "base"))
     assert main(["merge", str(tmp_path / "a"), "--out", str(tmp_path / "merged")]) == 0
     assert {name: (tmp_path / "merged" / name).read_bytes() for name in beside} == beside
+    old, new = (load_file(tmp_path / folder / "model.safetensors") for folder in ("base", "merged"))
+    assert old.keys() == new.keys()
+    changed = {name for name, value in old.items() if not torch.equal(value, new[name])}
+    assert changed and not any("vis" in name or "projector" in name for name in changed)
+    assert any("visual" in name or "vision" in name for name in old)

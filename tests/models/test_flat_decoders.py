@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from tests.checkpoints.architectures import build
 
 from veneer.errors import BaseModelError
 from veneer.models.flat import Flat, FlatRunner
@@ -112,3 +113,11 @@ def test_a_model_that_needs_images_is_refused_with_the_reason() -> None:
         BaseModelError, match=r"cannot be run on batches of text: .*pixel_values.*takes token ids alone"
     ):
         FlatRunner(model)
+
+
+def test_a_prefix_language_model_is_refused_for_its_attention() -> None:
+    """PaliGemma sees the whole text where there is one, and the tokens before in a batch: refused, and not trained on another function."""
+    with pytest.raises(
+        BaseModelError, match=r"gives other results in a batch than for each text alone .*use another base"
+    ):
+        FlatRunner(build("paligemma"))

@@ -63,9 +63,8 @@ def find_adapter(path: Path) -> tuple[str, Path]:
     """
     found = adapters_at(path)
     if not found:
-        raise CheckpointError(
-            f"{path} holds no adapter ({CONFIG}); give an adapter folder, or a run that has written one"
-        )
+        remedy = named_inside(path) or "give an adapter folder, or a run that has written one"
+        raise CheckpointError(f"{path} holds no adapter ({CONFIG}); {remedy}")
     if len(found) > 1:
         first = next(iter(found.values()))
         raise CheckpointError(
@@ -89,7 +88,16 @@ def why_not(path: Path, typed: str | None = None) -> str:
     if other := of_another_program(path):
         return other
     problem = f"contains no adapter ({CONFIG})" if path.exists() else "no such folder"
-    return f"{typed}: {problem}; give an adapter folder, or a run that has written one"
+    return f"{typed}: {problem}; {named_inside(path) or 'give an adapter folder, or a run that has written one'}"
+
+
+def named_inside(path: Path) -> str:
+    """The folders in a folder that hold adapters, as the remedy of a message; empty if there are none."""
+    try:
+        found = sorted(child for child in path.iterdir() if child.is_dir() and adapters_at(child))
+    except OSError:
+        return ""
+    return f"it contains {', '.join(one.name for one in found[:8])}: give one, such as {found[0]}" if found else ""
 
 
 def of_another_program(path: Path) -> str:

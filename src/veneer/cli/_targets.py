@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veneer._terminal import note, status
-from veneer.checkpoints.locate import CONFIG, adapters_at, choice_note, is_run, of_another_program, why_not
+from veneer.checkpoints.locate import (
+    CONFIG,
+    adapters_at,
+    choice_note,
+    is_run,
+    named_inside,
+    of_another_program,
+    why_not,
+)
 from veneer.cli._parser import FORMATS, add_device, add_dtype, add_force, add_quantize
 from veneer.errors import CheckpointError, ConfigError
 from veneer.models.embedded import EMBEDDED
@@ -74,8 +82,7 @@ def adapter_folders(target: str) -> dict[str, Path]:
     if other := of_another_program(path):
         raise CheckpointError(other)
     if not (path / "config.json").is_file() and not any(path.glob("*.gguf")):
-        runs = sorted(run for run in path.iterdir() if adapters_at(run))
-        hint = f"; it contains {', '.join(run.name for run in runs[:8])}: give one, such as {runs[0]}" if runs else ""
+        hint = f"; {inside}" if (inside := named_inside(path)) else ""
         raise CheckpointError(f"{path} contains neither a base (config.json) nor an adapter ({CONFIG}){hint}")
     return {}
 
@@ -199,7 +206,7 @@ def task_named_in(folder: Path) -> str:
     if isinstance(recorded, str):
         return recorded
     try:
-        kind = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("task_type")
+        kind = json.loads((folder / CONFIG).read_text(encoding="utf-8-sig")).get("task_type")
     except (OSError, ValueError, AttributeError):
         return "sft"  # reading the adapter reports what is wrong
     return {"SEQ_CLS": "classification", "TOKEN_CLS": "token-classification"}.get(kind, "sft")
@@ -247,7 +254,7 @@ def base_named_in(folder: Path) -> str:
     if isinstance(recorded, str) and recorded in EMBEDDED:
         return recorded
     try:
-        found = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+        found = json.loads((folder / CONFIG).read_text(encoding="utf-8-sig")).get("base_model_name_or_path")
     except (ValueError, AttributeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{folder / CONFIG} is not a JSON object: {error}") from None
     if not isinstance(found, str) or not found:

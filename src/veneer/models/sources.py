@@ -120,7 +120,9 @@ def _from_folder(folder: Path, hub_id: str | None = None) -> Source:
 def _is_adapter(where: str, folder: Path) -> str:
     base = "the base that it was trained on"
     try:
-        found = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+        found = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8-sig")).get(
+            "base_model_name_or_path"
+        )
         base = repr(found) if isinstance(found, str) and found else base
     except (OSError, ValueError, AttributeError):
         pass

@@ -20,7 +20,7 @@ from veneer.adapters.attach import attach as attach_bank
 from veneer.adapters.bank import Bank
 from veneer.adapters.methods import Method
 from veneer.checkpoints.base_view import BaseView, base_view
-from veneer.checkpoints.locate import adapters_at, find_adapter, looks_like_hub_id, why_not
+from veneer.checkpoints.locate import adapters_at, find_adapter, looks_like_hub_id, named_inside, why_not
 from veneer.checkpoints.logit_check import logits_record
 from veneer.checkpoints.peft.portable import not_portable
 from veneer.checkpoints.peft.read import read_adapter_folder
@@ -35,11 +35,11 @@ class PeftFolders:
     def find(self, path: Path) -> tuple[str, Path]:
         """(default name, folder) of the adapter that a path means; a path without one is left to `read` to explain.
 
-        Raises CheckpointError where the path holds several adapters, or is a hub id.
+        Raises CheckpointError where the path holds several adapters, or folders that do, or is a hub id.
         """
         if adapters_at(path):
             return find_adapter(path)
-        if looks_like_hub_id(path):
+        if looks_like_hub_id(path) or (named_inside(path) and not (path / "config.json").exists()):
             raise CheckpointError(why_not(path))
         return path.name or "adapter", path
 
