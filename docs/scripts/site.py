@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from veneer.cli.main import COMMANDS, parser_of
+from veneer.cli.main import COMMANDS, EXAMPLES, parser_of
 from veneer.config import TrainOptions
 
 ROOT = Path(__file__).parents[2]
@@ -52,6 +52,8 @@ def commands_page() -> str:
         parser, module = parser_of(name)
         lines += ["", f"## veneer {name}", "", f"{text[0].upper()}{text[1:]}."]
         lines += _details(module.__doc__ or "")
+        if name in EXAMPLES:
+            lines += ["", "```bash", *(f"veneer {name} {words}".rstrip() for words in EXAMPLES[name]), "```"]
         positional = [action for action in parser._actions if not action.option_strings]
         options = [
             action for action in parser._actions if action.option_strings and action.dest not in ("help", "debug")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 
 import openai
 import pytest
-from tests.serve.api.made import Running, wait
+from tests.project.source import ROOT
+from tests.serve.api.made import KEY, Running, wait
 from tests.training.made import write_rows
 
 from veneer.serve.limits import ServeLimits
@@ -108,6 +110,28 @@ def test_two_jobs_at_once_and_a_chat_with_each(client: openai.OpenAI, file: str)
     assert client.models.delete("second").deleted
     with pytest.raises(openai.NotFoundError):
         client.chat.completions.create(model="second", messages=[{"role": "user", "content": "1+2"}])
+
+
+def test_the_code_of_the_page_runs(server: Running, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Python blocks of docs/serving.md run as printed; only address, base, file and size of the job differ."""
+    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    code = "\n".join(re.findall(r"```python\n(.*?)```", page, re.S))
+    for printed, here in {
+        "http://127.0.0.1:8000/v1": server.server.url,
+        "smollm2-135m": "base",
+        "rows.jsonl": "train.jsonl",
+        '"r": 16': '"r": 2',
+        '"steps": 200': '"steps": 2',
+        'suffix="sql"': 'suffix="page"',
+    }.items():
+        assert printed in code
+        code = code.replace(printed, here)
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("VENEER_API_KEY", KEY)
+    names: dict[str, Any] = {}
+    exec(compile(code, "docs/serving.md", "exec"), names)
+    assert names["answer"].model == "sql" and names["answer"].usage.completion_tokens > 0
+    assert ended(server.client(), names["job"].id).fine_tuned_model == "page"
 
 
 def test_job_starts_from_a_model(client: openai.OpenAI, file: str) -> None:
