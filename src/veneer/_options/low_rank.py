@@ -29,9 +29,12 @@ class LowRankOptions(MethodOptions):
     """Scale by lora_alpha / sqrt(r) instead (rsLoRA, arXiv 2312.03732)."""
     loraplus_lr_ratio: Positive = 1.0
     """Ratio of B's learning rate to A's (LoRA+, arXiv 2402.12354)."""
-    init_lora_weights: Literal["kaiming_uniform", "gaussian", "pissa", "olora"] = "kaiming_uniform"
+    init_lora_weights: Literal["kaiming_uniform", "gaussian", "pissa", "olora", "eva"] = "kaiming_uniform"
     """Initialization: A is random and B zero (kaiming_uniform, gaussian), or both are factors of the base weight by its singular values
-    (pissa, arXiv 2404.02948) or its QR decomposition (olora, arXiv 2406.01775); the adapter then has rank 2 r, half of it held."""
+    (pissa, arXiv 2404.02948) or its QR decomposition (olora, arXiv 2406.01775); the adapter then has rank 2 r, half of it held. eva
+    (arXiv 2410.07170): A has the directions of most variance in a layer's inputs on the training rows, and ranks are shared by it."""
+    eva_rho: Annotated[float, Field(strict=True, allow_inf_nan=False, ge=1, le=64)] = 2.0
+    """Highest rank of a layer with eva, relative to r; 1 keeps all ranks equal."""
     rank_pattern: dict[str, Rank] = {}
     """Ranks of particular modules, by pattern: q_proj=8."""
     alpha_pattern: dict[str, Alpha] = {}

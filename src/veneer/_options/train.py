@@ -283,6 +283,8 @@ class TrainOptions(
                 f"{self.init_lora_weights} holds the factors that training started from, and weight_decay and orthogonal_to would "
                 "change them; leave them out"
             )
+        if self.eva_rho != 2.0 and self.init_lora_weights != "eva" and "init_lora_weights" not in self.sweep:
+            raise ValueError("eva_rho is part of init_lora_weights: eva; leave it out")
         for key in self.sweep:
             field = type(self).model_fields.get(key)
             if field is not None and getattr(self, key) != field.default:

@@ -218,6 +218,11 @@ class Method(MethodOptions):
         return {}
 
     @property
+    def needs_rows(self) -> bool:
+        """True if a new adapter's tensors come from the training rows (``training/eva.py``), which `init` does not have."""
+        return False
+
+    @property
     def holds_half(self) -> bool:
         """True if training holds the second half of a new site's ranks."""
         return False

@@ -127,10 +127,20 @@ class LowRankMethod(Method, LowRankOptions):
     def new_tensors(self, site: Site, r: int, generator: torch.Generator, dtype: torch.dtype) -> dict[str, Tensor]:
         """`init` at rank ``r``, on a base with values."""
         geometry = site.geometry
+        if self.needs_rows:
+            raise AdapterError(
+                "init_lora_weights is eva, which looks at training rows, and none are given here; train with veneer.train or the command, "
+                "or choose another"
+            )
         if self.holds_half:
             return self._factors_of_base(site, r, dtype)
         factors = initial_factors(self.init_lora_weights, geometry, r, generator, dtype)
         return dict(zip(self.factor_names(geometry.kind), factors, strict=True))
+
+    @property
+    def needs_rows(self) -> bool:
+        """A of eva."""
+        return self.init_lora_weights == "eva"
 
     @property
     def holds_half(self) -> bool:

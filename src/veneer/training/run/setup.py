@@ -17,7 +17,7 @@ import torch
 
 from veneer._version import __version__
 from veneer.adapters import METHODS, Bank, Method
-from veneer.adapters.methods import OPTIONS
+from veneer.adapters.methods import OPTIONS, LowRankMethod
 from veneer.checkpoints import attach
 from veneer.checkpoints.peft.portable import remarks
 from veneer.checkpoints.receipt import trained_tokens
@@ -41,6 +41,7 @@ from veneer.models.flat import FlatRunner
 from veneer.models.load import Base, load_base, own_ends
 from veneer.models.quantized.size import parameter_count
 from veneer.training.acceleration import cpp_kernels
+from veneer.training.eva import explained
 from veneer.training.loop.job import Job
 from veneer.training.loop.step import Stepper
 from veneer.training.run.jobs import number_of_steps
@@ -204,9 +205,9 @@ def _with_adapters(
     turn: Callable[[], AbstractContextManager[None]],
 ) -> Setup:
     """Add the adapters of the jobs and their parents to the bank, and make what runs them."""
-    made = [make_job(name, own, base, bank, data[name]) for name, own in jobs.items()]
-    load_parents(made, bank)
     runner = FlatRunner(base.model)
+    made = [make_job(name, own, base, bank, data[name], runner) for name, own in jobs.items()]
+    load_parents(made, bank)
     if runner.kind != "flat":
         say(f"rows are padded: {runner.reason}")
     stepper = Stepper(
@@ -376,11 +377,16 @@ def _split(examples: Examples, fraction: float) -> tuple[list[Example], Subset]:
 # Jobs
 
 
-def make_job(name: str, options: TrainOptions, base: Base, bank: Bank, data: JobData) -> Job:
+def make_job(name: str, options: TrainOptions, base: Base, bank: Bank, data: JobData, runner: FlatRunner) -> Job:
     """Add the job's adapter to the bank and make the job."""
     method = method_of(options)
     if options.init_from is None:
-        bank.add(name, method, seed=seed_of(options), outputs=data.outputs)
+        found = None
+        if isinstance(method, LowRankMethod) and method.needs_rows and not next(base.model.parameters()).is_meta:
+            found = explained(method, bank, runner, data.train, seed_of(options))
+        bank.add(name, method if found is None else found.method, seed=seed_of(options), outputs=data.outputs)
+        if found is not None:
+            found.fill(bank, name)
     else:
         options = start_from_adapter(name, options, method, bank)
     check_tokens(options.trainable_token_indices, data.train, base.tokenizer)
