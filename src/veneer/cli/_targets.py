@@ -17,9 +17,12 @@ from veneer.checkpoints.locate import (
     CONFIG,
     adapters_at,
     choice_note,
+    head_refusal,
     is_run,
     named_inside,
     of_another_program,
+    receipt_at,
+    task_of_adapter,
     why_not,
 )
 from veneer.cli._parser import FORMATS, add_device, add_dtype, add_force, add_quantize
@@ -97,7 +100,7 @@ def load_targets(args: argparse.Namespace, *, purpose: str = "generate") -> Load
 
     Args:
         args: the arguments of ``add_target_arguments``.
-        purpose: "generate" or "train", for the data type that is fastest.
+        purpose: "generate" or "train", for the data type that is fastest; adapters with a head do not generate.
 
     Raises:
         ConfigError: The targets name different bases, two adapters have the same name, or there is no such device.
@@ -140,22 +143,10 @@ def _format(quantize: str, folders: dict[str, Path]) -> str | None:
 def format_named_in(folder: Path) -> str | None:
     """Return the quantized format of the base on which an adapter was trained, by its receipt; None if it was plain or is not known."""
     try:
-        formats = {record["dtype"] for record in _receipt_in(folder).get("base", {}).values()}
+        formats = {record["dtype"] for record in receipt_at(folder).get("base", {}).values()}
     except (AttributeError, KeyError, TypeError):
         return None  # reading the adapter reports what is wrong
     return next((format for format in FORMATS if formats == {format}), None)
-
-
-def _receipt_in(folder: Path) -> dict[str, Any]:
-    """Return the receipt of a folder, unverified; empty if there is none that can be read."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
-            receipt = json.loads((file.metadata() or {}).get("veneer", "{}"))
-    except (OSError, SafetensorError, ValueError):
-        return {}
-    return receipt if isinstance(receipt, dict) else {}
 
 
 def _load(
@@ -172,6 +163,9 @@ def _load(
     if args.dtype == "auto" and purpose == "generate":
         requested = str(fast_dtype(device, "generate")).removeprefix("torch.")
     task = task_of(folders)
+    for name, folder in folders.items() if purpose == "generate" else ():
+        if reason := head_refusal(name, folder):
+            raise ConfigError(reason)
     loaded = load_base(model, dtype=requested, device=device, quantize=_format(args.quantize, folders), task=task)
     bank = attach(loaded.model)
     for name, folder in folders.items():
@@ -192,24 +186,12 @@ def task_of(folders: dict[str, Path]) -> str:
     Raises:
         ConfigError: Some have heads, and others have none or heads of another kind.
     """
-    tasks = {name: task_named_in(folder) for name, folder in folders.items()}
+    tasks = {name: task_of_adapter(folder) for name, folder in folders.items()}
     found = list(dict.fromkeys(tasks.values())) or ["sft"]
     if len(found) > 1:
         listed = ", ".join(f"{name} ({task})" for name, task in tasks.items())
         raise ConfigError(f"the adapters have heads for different tasks: {listed}; give those of one task")
     return found[0]
-
-
-def task_named_in(folder: Path) -> str:
-    """Return the task of an adapter: that of its receipt, or else of PEFT's ``task_type``; sft for adapters without a head."""
-    recorded = _receipt_in(folder).get("task")
-    if isinstance(recorded, str):
-        return recorded
-    try:
-        kind = json.loads((folder / CONFIG).read_text(encoding="utf-8-sig")).get("task_type")
-    except (OSError, ValueError, AttributeError):
-        return "sft"  # reading the adapter reports what is wrong
-    return {"SEQ_CLS": "classification", "TOKEN_CLS": "token-classification"}.get(kind, "sft")
 
 
 def use_adapter_template(tokenizer: Any, bank: Bank) -> None:
@@ -250,7 +232,7 @@ def base_named_in(folder: Path) -> str:
     Raises:
         CheckpointError: The file is not valid or names no base.
     """
-    recorded = _receipt_in(folder).get("base_name")
+    recorded = receipt_at(folder).get("base_name")
     if isinstance(recorded, str) and recorded in EMBEDDED:
         return recorded
     try:

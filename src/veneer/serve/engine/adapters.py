@@ -22,6 +22,7 @@ import torch
 from veneer.adapters import Bank
 from veneer.adapters.adapter import Adapter, check_name
 from veneer.checkpoints import PeftFolders
+from veneer.checkpoints.locate import head_refusal
 from veneer.checkpoints.receipt import stop_tokens
 from veneer.errors import AdapterError, VeneerError
 from veneer.serve.engine.request import AdapterStatus, GenerationRequest, Mix
@@ -185,7 +186,10 @@ class AdapterStore:
         if self.bank is None:
             raise AdapterError("this engine has no bank, so it takes no adapters; attach one to its base")
         folders = PeftFolders()
-        adapter = folders.read(folders.find(Path(path))[1], name, self.bank)
+        folder = folders.find(Path(path))[1]
+        if reason := head_refusal(name, folder):
+            raise AdapterError(reason)
+        adapter = folders.read(folder, name, self.bank)
         self.bank.check_fit(adapter)
         _check_servable(adapter)
         return adapter.requires_grad_(False)
