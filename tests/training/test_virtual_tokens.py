@@ -23,7 +23,7 @@ from veneer.data.example import Example
 from veneer.errors import AdapterError, BaseModelError, CheckpointError, ConfigError, RouteError, TargetError
 from veneer.evaluate.losses import example_losses
 from veneer.models.flat import FlatRunner
-from veneer.models.load import Base
+from veneer.models.load import Base, load_base
 from veneer.serve.generation import TextGenerator
 from veneer.training.loop.step import Stepper
 
@@ -146,6 +146,35 @@ def test_a_run_learns_and_resumes_with_the_same_bits(name: str, place: Path, bas
     train(options(place, tmp_path / "part", **own, **more), base=base, console=QUIET)
     train(options(place, tmp_path / "part", **own, **more), base=base, console=QUIET, resume_from="step-00000010")
     assert digest(tmp_path / "whole") == digest(tmp_path / "part")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_head_is_saved_with_the_virtual_tokens(name: str, tmp_path: Path) -> None:
+    """The head that a task trains beside a prefix or a prompt is in the folder, here and for PEFT; one tensor less is refused."""
+    from peft import PeftModel
+
+    tiny("llama").save_pretrained(tmp_path / "base")
+    base = load_base(tmp_path / "base", dtype="float32", task="classification")
+    bank = attach(base.model)
+    adapter = trained(bank.add("a", METHODS[name], outputs=3))
+    bank.save("a", tmp_path / "a")
+    again = bank.load(tmp_path / "a", name="again")
+    tensors, others = ({(site, key): value for site, key, value in one.named_tensors()} for one in (adapter, again))
+    assert len(tensors) == 2 and all(torch.equal(value, others[key]) for key, value in tensors.items())
+    theirs = PeftModel.from_pretrained(tiny_classifier(tmp_path / "base", 3), tmp_path / "a")
+    head = theirs.base_model.score.modules_to_save["default"].weight  # type: ignore[union-attr, operator]
+    assert torch.equal(head, again.overrides["score"]["weight"])
+    stored = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    del stored["base_model.score.weight"]
+    save_file(stored, tmp_path / "a" / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match=r"modules_to_save declares .*score.* which the file has no tensors for"):
+        bank.load(tmp_path / "a", name="broken")
+
+
+def tiny_classifier(folder: Path, labels: int) -> Any:
+    from transformers import AutoModelForSequenceClassification
+
+    return AutoModelForSequenceClassification.from_pretrained(folder, num_labels=labels)
 
 
 def test_other_calls_of_the_model_are_refused() -> None:

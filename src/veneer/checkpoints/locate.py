@@ -159,8 +159,8 @@ def trained(folder: Path) -> tuple[int | None, float | None]:
     """(steps, held-out loss) in the receipt of an adapter; None for what it does not say."""
     receipt = receipt_at(folder)
     steps, loss = receipt.get("steps"), receipt.get("held_out_loss")
-    finite = isinstance(loss, int | float) and math.isfinite(loss)
-    return steps if isinstance(steps, int) else None, float(loss) if finite else None
+    known = float(loss) if isinstance(loss, int | float) and math.isfinite(loss) else None
+    return steps if isinstance(steps, int) else None, known
 
 
 def task_of_adapter(folder: Path) -> str:

@@ -1,4 +1,4 @@
-"""PEFT folders of prompt tuning and prefix tuning: one tensor, ``prompt_embeddings``, and the settings of its size.
+"""PEFT folders of prompt tuning and prefix tuning: a tensor, ``prompt_embeddings``, the settings of its size, and a head beside it.
 
 prompt    [n, D]             embeddings
 prefix    [n, 2 L W]         keys and values of all layers behind each other; here [n, 2 L, W]
@@ -15,11 +15,16 @@ from torch import Tensor
 from veneer.adapters.adapter import Adapter
 from veneer.adapters.layers.site import Site
 from veneer.adapters.methods import TENSOR, VIRTUAL_TOKENS, VirtualTokens
-from veneer.checkpoints.base_view import BaseView
+from veneer.adapters.overrides import BIAS, WEIGHT
+from veneer.checkpoints.base_view import BaseView, inside
 from veneer.checkpoints.findings import Findings, shown
 
 NO_BASE_SITE = "input_embedding"
 """The site of the tensor in an adapter that is read without a base."""
+
+
+_PREFIX = "base_model."
+"""Before the name of a layer in a file: PEFT does not wrap the base of these methods."""
 
 
 def is_virtual_tokens(raw: object) -> bool:
@@ -28,9 +33,14 @@ def is_virtual_tokens(raw: object) -> bool:
 
 
 def stored_virtual_tokens(adapter: Adapter) -> dict[str, Tensor]:
-    """The adapter's tensor as PEFT stores it, in fp32."""
+    """The adapter's tensor as PEFT stores it, in fp32, and the layers of a head that it has."""
     (tensors,) = adapter.tensors.values()
-    return {TENSOR: tensors[TENSOR].detach().float().flatten(1).contiguous()}
+    head = {
+        f"{_PREFIX}{layer}.{key}": value.detach().float().contiguous()
+        for layer, overrides in adapter.overrides.items()
+        for key, value in overrides.items()
+    }
+    return {TENSOR: tensors[TENSOR].detach().float().flatten(1).contiguous(), **head}
 
 
 def virtual_token_settings(adapter: Adapter, base: BaseView, name: str | None, task: str | None) -> dict[str, Any]:
@@ -47,6 +57,7 @@ def virtual_token_settings(adapter: Adapter, base: BaseView, name: str | None, t
         "auto_mapping": None,
         "base_model_name_or_path": name,
         "inference_mode": True,
+        **({"modules_to_save": sorted(adapter.overrides)} if adapter.overrides else {}),
         "num_attention_heads": heads,
         "num_layers": layers,
         "num_transformer_submodules": 1,
@@ -67,9 +78,7 @@ def build_virtual_tokens(
     """The adapter in a folder; None, with what is wrong in ``found``."""
     cls: type[VirtualTokens] = VIRTUAL_TOKENS[raw["peft_type"]]
     tensor, count = stored.get(TENSOR), raw.get("num_virtual_tokens")
-    others = [key for key in stored if key != TENSOR]
-    if others:
-        found.refuse(f"tensor {shown(others[0])} is not one of {cls.name}; expected {TENSOR} alone")
+    overrides = _overrides(cls, raw, stored, base, found)
     if tensor is None or tensor.dim() != 2 or not tensor.is_floating_point():
         found.refuse(
             f"expected a tensor {TENSOR} of two dimensions, found {'none' if tensor is None else tuple(tensor.shape)}"
@@ -90,7 +99,41 @@ def build_virtual_tokens(
     at = NO_BASE_SITE if site is None else site.name
     dtype = torch.float32 if site is None else torch.promote_types(site.dtype, torch.float32)
     method = cls(num_virtual_tokens=len(tensor))
-    return Adapter(name, method, {at: {TENSOR: shaped.to(dtype).contiguous()}}, {at: "embedding"}, seed=seed)
+    tensors = {at: {TENSOR: shaped.to(dtype).contiguous()}}
+    return Adapter(name, method, tensors, {at: "embedding"}, overrides=overrides, seed=seed)
+
+
+def _overrides(
+    cls: type[VirtualTokens], raw: Mapping[str, Any], stored: Mapping[str, Tensor], base: BaseView, found: Findings
+) -> dict[str, dict[str, Tensor]]:
+    """The layers of a head in the file: {layer: {"weight" or "bias": tensor}}."""
+    declared = raw.get("modules_to_save") or ()
+    names = [name for name in declared if isinstance(name, str)] if isinstance(declared, list) else []
+    if not names and len(stored) > 1:
+        other = next(key for key in stored if key != TENSOR)
+        found.refuse(f"tensor {shown(other)} is not one of {cls.name}; expected {TENSOR} alone")
+        return {}
+    overrides: dict[str, dict[str, Tensor]] = {}
+    for key, value in stored.items():
+        layer, _, kind = key.removeprefix(_PREFIX).rpartition(".")
+        if key == TENSOR:
+            continue
+        if not key.startswith(_PREFIX) or kind not in (WEIGHT, BIAS) or not any(inside(layer, name) for name in names):
+            found.refuse(
+                f"tensor {shown(key)} is not one of {cls.name}; expected {TENSOR} and the layers in modules_to_save"
+            )
+        elif base.sites and base.layer(layer) is None:
+            found.refuse(f"tensor {shown(key)} belongs to a layer that the base does not have")
+        elif not bool(torch.isfinite(value).all()):
+            found.refuse(f"{shown(key)} has values that are not finite")
+        else:
+            overrides.setdefault(layer, {})[kind] = value.float()
+    missing = [name for name in names if not any(inside(layer, name) for layer in overrides)]
+    if missing and not found.problems:
+        found.refuse(
+            f"modules_to_save declares {shown(missing[0])}, which the file has no tensors for: it is incomplete"
+        )
+    return overrides
 
 
 def _shaped(
