@@ -102,13 +102,13 @@ def test_the_kernel_gives_the_bits_of_the_form_in_torch(monkeypatch: pytest.Monk
     from veneer.kernels import cpp_library
 
     for weight, made, double, block in cases(100):
-        quantized = made.quantize(weight, double=double, block=block)
         rows = slice(len(weight) // 3, len(weight) // 3 * 2)
-        found = [quantized.dequantize(part, dtype) for part in (None, rows) for dtype in DTYPES]
-        with monkeypatch.context() as plain:
-            plain.setattr(cpp_library._state, "library", None)
-            expected = [quantized.dequantize(part, dtype) for part in (None, rows) for dtype in DTYPES]
-        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+        for quantized in (made.quantize(weight, double=double, block=block), Int8.quantize(weight)):
+            found = [quantized.dequantize(part, dtype) for part in (None, rows) for dtype in DTYPES]
+            with monkeypatch.context() as plain:
+                plain.setattr(cpp_library._state, "library", None)
+                expected = [quantized.dequantize(part, dtype) for part in (None, rows) for dtype in DTYPES]
+            assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("format", ["nf4", "fp4", "int8"])

@@ -7,8 +7,8 @@ For each layer, with row n's adapters p of weight w_p,
 
 which is a decoder in Llama's form: RMSNorm, queries and keys rotated by halves and optionally normed by head, grouped heads that see all
 tokens or a window of them, a gated SiLU layer.
-Its plain form is the model itself, run by a `FlatRunner` on a paged cache. Weights are fp32 or bf16; sums are in fp32, rounded where
-models round. A row's result does not depend on the other rows.
+Its plain form is the model itself, run by a `FlatRunner` on a paged cache. Weights are fp32, bf16 or quantized, which are dequantized a few
+rows at a time; sums are in fp32, rounded where models round. A row's result does not depend on the other rows.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 
 from veneer.kernels.cpp_library import KINDS, function, library
+from veneer.kernels.quantized.native import DENSE, WeightView, view_of
+from veneer.kernels.quantized.weight import QuantizedWeight
 
 __all__ = ["LINEARS", "DecoderKernel", "DecoderWeights", "LayerWeights", "LowRankLayer", "LowRankTable"]
 
@@ -31,9 +33,9 @@ _LONG, _POINTER, _FLOAT, _INT = ctypes.c_long, ctypes.c_void_p, ctypes.c_float, 
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One layer: weights [out, in] and biases by the names in `LINEARS`, and norms [D]; head norms are None where there are none."""
+    """One layer: weights [out, in], dense or quantized, and biases by the names in `LINEARS`, and norms [D]. Head norms may be None."""
 
-    weights: Mapping[str, Tensor]
+    weights: Mapping[str, Tensor | QuantizedWeight]
     biases: Mapping[str, Tensor | None]
     norm: Tensor
     norm_after: Tensor
@@ -56,12 +58,15 @@ class DecoderWeights:
     scale: float
 
     def tensors(self) -> list[Tensor]:
-        """All of its tensors."""
+        """Its dense tensors."""
         found = [self.embedding, self.norm, self.head]
         for layer in self.layers:
-            found += [*layer.weights.values(), layer.norm, layer.norm_after]
+            found += [layer.norm, layer.norm_after, *(w for w in layer.weights.values() if isinstance(w, Tensor))]
             found += [t for t in (*layer.biases.values(), layer.q_norm, layer.k_norm) if t is not None]
         return found
+
+    def _quantized(self) -> list[QuantizedWeight]:
+        return [w for layer in self.layers for w in layer.weights.values() if not isinstance(w, Tensor)]
 
     def fits(self) -> bool:
         """True if the kernel takes a decoder of these shapes, dtypes and places in memory."""
@@ -72,7 +77,9 @@ class DecoderWeights:
             t.dtype == dtype and t.is_cpu and t.is_contiguous() and type(t.data) is Tensor for t in self.tensors()
         )
         sizes = [size for t in self.tensors() for size in t.shape]
-        return plain and all(size % _LANES == 0 for size in sizes) and self._shaped()
+        sizes += [size for weight in self._quantized() for size in weight.shape]
+        known = all(weight.native() is not None for weight in self._quantized())
+        return plain and known and all(size % _LANES == 0 for size in sizes) and self._shaped()
 
     def _shaped(self) -> bool:
         width, inner = self.norm.shape[0], self.layers[0].weights["gate"].shape[0]
@@ -131,7 +138,7 @@ class LowRankTable:
 
 class _Block(ctypes.Structure):
     _fields_ = [
-        ("weight", _POINTER * len(LINEARS)),
+        ("weight", WeightView * len(LINEARS)),
         ("bias", _POINTER * len(LINEARS)),
         *((name, _POINTER) for name in ("norm", "norm_after", "q_norm", "k_norm", "keys", "values")),
         ("before", _LONG),
@@ -188,7 +195,7 @@ class DecoderKernel:
         self._blocks = (_Block * len(weights.layers))()
         for row, layer, (keys, values), before in zip(self._blocks, weights.layers, cache, reaches, strict=True):
             for number, name in enumerate(LINEARS):
-                row.weight[number] = layer.weights[name].data_ptr()
+                row.weight[number] = _view(layer.weights[name])
                 row.bias[number] = _at(layer.biases[name])
             row.norm, row.norm_after = layer.norm.data_ptr(), layer.norm_after.data_ptr()
             row.q_norm, row.k_norm = _at(layer.q_norm), _at(layer.k_norm)
@@ -254,6 +261,12 @@ class DecoderKernel:
         )
         self._run(self._kind, ctypes.addressof(self._decoder), ctypes.addressof(step), torch.get_num_threads())
         return logits
+
+
+def _view(weight: Tensor | QuantizedWeight) -> WeightView:
+    found = view_of(DENSE, weight.shape[1], weight) if isinstance(weight, Tensor) else weight.native()
+    assert found is not None  # `DecoderWeights.fits`
+    return found
 
 
 def _at(tensor: Tensor | None) -> int | None:

@@ -21,6 +21,7 @@ import torch
 
 from veneer._files import replace_text
 from veneer.kernels import cpp_library
+from veneer.kernels.quantized.bitsandbytes import quantized_layer, quantized_weight
 from veneer.models.cache import cache_root
 from veneer.models.devices import device_of
 from veneer.models.load import Base
@@ -73,6 +74,7 @@ def record_of(base: Base) -> RunnerRecord:
         *(str(base.path.resolve()), files, type(base.model).__qualname__, str(base.model.config)),
         *sorted({str(parameter.dtype) for parameter in base.model.parameters()}),
         *sorted({type(module).__qualname__ for module in base.model.modules()}),
+        *sorted({quantized_weight(module).format for module in base.model.modules() if quantized_layer(module)}),
         *(_code(), str(library), cpp_library.processor(), torch.__version__, transformers.__version__),
         *(str(device_of(base.model)), torch.get_num_threads()),
     ]

@@ -61,15 +61,18 @@ def logits(made: Engine, requests: list[GenerationRequest], steps: int) -> list[
 
 
 @pytest.mark.parametrize(
-    ("arch", "dtype", "bound"),
+    ("arch", "dtype", "bound", "format"),
     [
-        *((arch, torch.float32, 1e-5) for arch in ("llama", "qwen3", "mistral")),
-        *((arch, torch.bfloat16, 4e-2) for arch in ("llama", "qwen3")),
+        *((arch, torch.float32, 1e-5, None) for arch in ("llama", "qwen3", "mistral")),
+        *((arch, torch.bfloat16, 4e-2, None) for arch in ("llama", "qwen3")),
+        *(("llama", torch.float32, 1e-5, format) for format in ("nf4", "fp4", "int8")),
+        *(("qwen3", torch.bfloat16, 4e-2, format) for format in ("nf4", "int8")),
     ],
 )
-def test_logits_are_the_models(arch: str, dtype: torch.dtype, bound: float, tmp_path: Path) -> None:
-    """Under LoRA, DoRA, mixes and the base, the logits are the flat runner's; so are those of windows in some or all layers."""
-    over = {**SHAPE, "dtype": dtype}
+def test_logits_are_the_models(arch: str, dtype: torch.dtype, bound: float, format: str | None, tmp_path: Path) -> None:
+    """Under LoRA, DoRA, mixes and the base, dense or quantized, the logits are the flat runner's; so are those of windows in some or all
+    layers."""
+    over = {**SHAPE, "dtype": dtype, "format": format}
     made, plain = engine(arch, **over), engine(arch, **over)
     assert isinstance(made.runner, DecodingRunner)
     plain.runner = made.runner._paged.__class__(_flat(plain), plain.bank, plain._cache)

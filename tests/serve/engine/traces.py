@@ -8,9 +8,12 @@ from typing import Any
 
 import torch
 from tests.tiny import VOCAB, tiny, tiny_tokenizer
+from torch import nn
 
 from veneer import DoRA, LoRA
 from veneer.checkpoints import attach
+from veneer.kernels.quantized.module import QuantizedLinear
+from veneer.kernels.quantized.state import quantize
 from veneer.serve.engine.engine import Engine, EngineLimits
 from veneer.serve.engine.request import Event, Finished, GenerationRequest, Mix, SamplingParams, TextDelta
 
@@ -23,9 +26,21 @@ def randomised(bank: Any, name: str, seed: int) -> None:
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=draw))
 
 
+def model_of(arch: str, format: str | None = None, **overrides: Any) -> Any:
+    """A tiny model, the linear layers of its blocks quantized where a format is given."""
+    model = tiny(arch, **overrides)
+    for block in model.model.layers if format else ():
+        for parent in (block.self_attn, block.mlp):
+            for name, module in list(parent.named_children()):
+                if isinstance(module, nn.Linear):
+                    weight = quantize(module.weight.detach(), str(format))
+                    setattr(parent, name, QuantizedLinear(weight, module.bias, module.weight.dtype))
+    return model
+
+
 def folders(root: Path, count: int, arch: str = "llama", **overrides: Any) -> list[Path]:
     """Folders of adapters with different methods, ranks and targets."""
-    bank = attach(tiny(arch, **overrides))
+    bank = attach(model_of(arch, **overrides))
     methods = [
         LoRA(r=4, target_modules=["q_proj", "v_proj"]),
         DoRA(r=8),
@@ -43,7 +58,7 @@ def folders(root: Path, count: int, arch: str = "llama", **overrides: Any) -> li
 
 def engine(arch: str = "llama", limits: EngineLimits | None = None, **overrides: Any) -> Engine:
     """An engine on a tiny model with an empty bank."""
-    model = tiny(arch, **overrides)
+    model = model_of(arch, **overrides)
     return Engine(model, tiny_tokenizer(), attach(model), limits or EngineLimits(context=128))
 
 

@@ -7,7 +7,7 @@
 #include <algorithm>
 #include <memory>
 
-#include "vec.h"
+#include "quantized.h"
 
 #if defined(__AMX_BF16__) && defined(__AMX_TILE__) && defined(__linux__)
 #include <sys/syscall.h>
@@ -33,7 +33,7 @@ struct Factor {
 };
 
 struct Block {
-    const void* weight[LINEARS];
+    Weight weight[LINEARS];
     const void* bias[LINEARS];  // or null
     const void *norm, *norm_after;
     const void *q_norm, *k_norm;  // [head size] or null
@@ -265,7 +265,7 @@ template <class T> struct Worker {
     Shared<T>& all;
     const long thread, threads, parts;
     Input<T> in;
-    std::unique_ptr<T[]> normed;
+    std::unique_ptr<T[]> normed, room;  // room: four blocks of outputs of a quantized weight
     std::unique_ptr<float[]> found, scores;
     Tiles tiles;
 
@@ -273,6 +273,7 @@ template <class T> struct Worker {
         : m(m), s(s), all(all), thread(thread), threads(threads), parts(s.first[s.rows]), normed(new T[s.rows * m.width]) {
         const long row_blocks = (s.rows + ROWS - 1) / ROWS;
         found.reset(new float[2 * 4 * row_blocks * ROWS * 16]);
+        room.reset(new T[4 * 16 * std::max({m.width, m.inner, m.heads * m.size})]);
         long longest = 0;
         for (long n = 0; n < s.rows; n++) longest = std::max(longest, s.lengths[n]);
         scores.reset(new float[m.heads / m.groups * ((longest + 15) / 16 * 16)]);
@@ -329,12 +330,17 @@ template <class T> struct Worker {
         return y + low;
     }
 
-    // The outputs of [first, last) blocks of 16 of a weight [.., columns]: take(row, output, sums of 16 outputs).
-    template <class F> void outputs(const void* weight, long first, long last, F take) {
+    // Sums of `count` <= 4 blocks of 16 outputs from block `at` on.
+    void multiply(const Weight& w, long at, long count, float* sums_on) {
+        product(dense_rows(w, at * 16, (at + count) * 16, room.get()), in, count, sums_on);
+    }
+
+    // The outputs of [first, last) blocks of 16 of a weight: take(row, output, sums of 16 outputs).
+    template <class F> void outputs(const Weight& w, long first, long last, F take) {
         const long row_blocks = (s.rows + ROWS - 1) / ROWS;
         for (long at = first; at < last; at += 4) {
             const long count = std::min(4L, last - at);
-            product((const T*)weight + at * 16 * in.columns, in, count, found.get());
+            multiply(w, at, count, found.get());
             for (long i = 0; i < count; i++) each_row(found.get() + i * row_blocks * ROWS * 16, (at + i) * 16, take);
         }
     }
@@ -467,8 +473,8 @@ template <class T> struct Worker {
         float *gates = found.get(), *ups = found.get() + 4 * size;
         for (long at = first; at < last; at += 4) {
             const long count = std::min(4L, last - at);
-            product((const T*)b.weight[GATE] + at * 16 * m.width, in, count, gates);
-            product((const T*)b.weight[UP] + at * 16 * m.width, in, count, ups);
+            multiply(b.weight[GATE], at, count, gates);
+            multiply(b.weight[UP], at, count, ups);
             for (long i = 0; i < count; i++)
                 for (long rb = 0; rb < row_blocks; rb++) both(layer, gates + i * size + rb * ROWS * 16, ups + i * size + rb * ROWS * 16, rb * ROWS, (at + i) * 16);
         }
@@ -513,7 +519,7 @@ template <class T> struct Worker {
         in.set(normed.get(), s.rows, m.width);
         long first, last;
         share(m.vocabulary / 16, first, last);
-        outputs(m.head, first, last, [&](long n, long o, vf y) { store(s.logits + n * m.vocabulary + o, y); });
+        outputs(Weight{Weight::DENSE, m.width, 0, 0, m.head, nullptr, nullptr, nullptr, 0.0f, 0.0f, nullptr}, first, last, [&](long n, long o, vf y) { store(s.logits + n * m.vocabulary + o, y); });
     }
 };
 

@@ -21,7 +21,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from veneer.kernels.quantized.native import dequantize_4bit
+from veneer.kernels.quantized.native import FOUR_BITS, WeightView, dequantize_rows, view_of
 from veneer.kernels.quantized.weight import QuantizedWeight
 
 __all__ = ["BLOCKS", "FP4", "NF4", "OUTER", "FourBit", "absmax_map", "code_of"]
@@ -116,23 +116,28 @@ class FourBit(QuantizedWeight):
         at = torch.arange(first, first + len(part), device=part.device) // OUTER
         return absmax_map(part.device)[part.long()] * self.outer[at] + self.offset
 
+    def native(self) -> WeightView | None:
+        device = self.packed.device
+        double = None if self.outer is None else (absmax_map(device), self.outer, self.offset)
+        return view_of(
+            FOUR_BITS,
+            self.shape[1],
+            self.packed,
+            self.absmax,
+            code=code_of(self.format, device),
+            block=self.block,
+            rounding=self.dtype,
+            double=double,
+        )
+
     def dequantize(self, rows: slice | None = None, dtype: torch.dtype | None = None) -> Tensor:
         out, k = self.shape
         start, stop, _ = (rows or slice(None)).indices(out)
-        first, last = start * k, max(start, stop) * k
-        found = dequantize_4bit(
-            self.packed,
-            self.absmax,
-            None if self.outer is None else (absmax_map(self.packed.device), self.outer, self.offset),
-            code_of(self.format, self.packed.device),
-            block=self.block,
-            numbers=(first, last),
-            rounding=self.dtype,
-            dtype=dtype or self.dtype,
-        )
+        stop = max(start, stop)
+        found = dequantize_rows(self.native(), start, stop, dtype or self.dtype)
         if found is None:
-            found = _values(self, first, last).to(self.dtype).to(dtype or self.dtype)
-        return found.view(-1, k)
+            found = _values(self, start * k, stop * k).to(self.dtype).to(dtype or self.dtype).view(-1, k)
+        return found
 
 
 class NF4(FourBit):

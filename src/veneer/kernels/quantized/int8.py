@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from veneer.kernels.quantized.native import EIGHT_BITS, WeightView, dequantize_rows, view_of
 from veneer.kernels.quantized.weight import QuantizedWeight
 
 _INVERSE = 7.874015718698502e-3
@@ -54,7 +55,14 @@ class Int8(QuantizedWeight):
     def with_tensors(self, stored: Tensor, scales: Mapping[str, Tensor]) -> Int8:
         return replace(self, values=stored, absmax=scales["SCB"])
 
+    def native(self) -> WeightView | None:
+        return view_of(EIGHT_BITS, self.values.shape[1], self.values, self.absmax, scale=_INVERSE)
+
     def dequantize(self, rows: slice | None = None, dtype: torch.dtype | None = None) -> Tensor:
-        part = slice(None) if rows is None else rows
-        exact = self.values[part].float().mul_(self.absmax[part].unsqueeze(1)).mul_(_INVERSE)
-        return exact.to(dtype or self.dtype)
+        part = rows or slice(None)
+        start, stop, _ = part.indices(len(self.values))
+        found = dequantize_rows(self.native(), start, max(start, stop), dtype or self.dtype)
+        if found is None:
+            exact = self.values[part].float().mul_(self.absmax[part].unsqueeze(1)).mul_(_INVERSE)
+            found = exact.to(dtype or self.dtype)
+        return found

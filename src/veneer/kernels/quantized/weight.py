@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from veneer.kernels.lora.dora_norm import squared_row_norms
+from veneer.kernels.quantized.native import WeightView
 
 ELEMENTS_AT_ONCE = 1 << 18
 """Numbers that are dequantized at once where only a reduction of them is needed."""
@@ -56,6 +57,10 @@ class QuantizedWeight:
     def with_tensors(self, stored: Tensor, scales: Mapping[str, Tensor]) -> QuantizedWeight:
         """The same weight with its tensors elsewhere, such as on another device."""
         raise AssertionError
+
+    def native(self) -> WeightView | None:
+        """The weight as the kernels in C++ take it; None where they have no form of it."""
+        return None
 
     def dequantize(self, rows: slice | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """The values of some rows (all by default) as a dense [rows, K], in ``dtype`` (by default the weight's own)."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from veneer.kernels.decoding import LINEARS, DecoderWeights, LayerWeights
+from veneer.kernels.quantized.bitsandbytes import quantized_layer, quantized_weight
 
 __all__ = ["decoder_modules", "decoder_weights", "rotation_table"]
 
@@ -40,8 +41,8 @@ def decoder_weights(model: Any, scale: float) -> DecoderWeights | None:
             body.embed_tokens.weight.detach(),
             body.norm.weight.detach(),
             head.weight.detach(),
-            heads=first.self_attn.q_proj.weight.shape[0] // size,
-            groups=first.self_attn.k_proj.weight.shape[0] // size,
+            heads=first.self_attn.q_proj.out_features // size,
+            groups=first.self_attn.k_proj.out_features // size,
             size=size,
             eps=_eps(first.input_layernorm),
             scale=scale,
@@ -79,7 +80,10 @@ def _layer(layer: Any) -> LayerWeights:
     attention = layer.self_attn
     norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
     return LayerWeights(
-        {name: module.weight.detach() for name, module in linears.items()},
+        {
+            name: quantized_weight(module) if quantized_layer(module) else module.weight.detach()
+            for name, module in linears.items()
+        },
         {name: None if module.bias is None else module.bias.detach() for name, module in linears.items()},
         layer.input_layernorm.weight.detach(),
         layer.post_attention_layernorm.weight.detach(),
