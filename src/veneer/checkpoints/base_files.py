@@ -86,10 +86,10 @@ class Skeleton:
         names = {site: f"{site}.weight" if site else "weight" for site in sites}
         found = {}
         for site, name in names.items():
-            if (weight := self.folder.quantized(self.key(site))) is not None:
-                found[site] = quantized_fingerprint(name, weight)
-            elif self.sites[site].stack is not None:
+            if self.sites[site].stack is not None:
                 found[site] = tensor_fingerprint(name, self.weight_2d(site))
+            elif (weight := self.folder.quantized(self.key(site))) is not None:
+                found[site] = quantized_fingerprint(name, weight)
         plain = {site: name for site, name in names.items() if site not in found}
         files = Base(self.model, None, str(self.folder.path), self.folder.path, torch.float32)
         hashes = weight_fingerprints(files, plain.values())
@@ -148,11 +148,11 @@ def skeleton(folder: Path, quantize: str | None = None) -> Skeleton:
     base = Skeleton(files, model, survey(model), stored_names(model, files.files))
     if quantize is not None:
         chosen = scheme_for(quantize)
-        base.folder = QuantizedReading(files, chosen, _parameters(base, chosen))
+        base.folder = QuantizedReading(files, chosen, quantized_parameters(base, chosen))
     return base
 
 
-def _parameters(base: Skeleton, scheme: Scheme) -> dict[str, QuantizedParameter]:
+def quantized_parameters(base: Skeleton, scheme: Scheme) -> dict[str, QuantizedParameter]:
     """The tensors of the files that are quantized while they are read, with the parameters that they are parts of."""
     found: dict[str, QuantizedParameter] = {}
     shapes = plain_shapes(base.model)

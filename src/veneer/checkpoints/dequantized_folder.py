@@ -48,7 +48,10 @@ class DequantizedFolder(ModelFolder):
         self.hidden = {key for parts in self.parts.values() for name, key in parts.items() if name != "weight"}
         self.config = _plain(self.config)
         self._all = dict(self.files)
-        self.files = {key: file for key, file in self.files.items() if key not in self.hidden}
+        self.stacks = dict(self.scheme.stacks) if self.scheme is not None else {}
+        plain = {f"{name}.weight": name for name in self.stacks}
+        self.parts = {plain.get(key, key): parts for key, parts in self.parts.items()}
+        self.files = {plain.get(key, key): file for key, file in self.files.items() if key not in self.hidden}
 
     def quantized(self, key: str) -> QuantizedWeight | None:
         """A quantized weight as stored."""
@@ -65,11 +68,14 @@ class DequantizedFolder(ModelFolder):
 
     def get(self, key: str) -> Tensor:
         weight = self.quantized(key)
-        return super().get(key) if weight is None else weight.dequantize(dtype=_dtype(self.config))
+        if weight is None:
+            return super().get(key)
+        dense = weight.dequantize(dtype=_dtype(self.config))
+        return dense.unflatten(0, (self.stacks[key], -1)) if key in self.stacks else dense
 
     def shape(self, key: str) -> tuple[int, ...]:
         weight = self.quantized(key)
-        return super().shape(key) if weight is None else tuple(weight.shape)
+        return super().shape(key) if weight is None else tuple(self.get(key).shape)
 
     def dtypes(self) -> set[str]:
         return {_NAMES[_dtype(self.config)]}
@@ -155,7 +161,7 @@ class QuantizedReading(ModelFolder):
 
     def quantized(self, key: str) -> QuantizedWeight | None:
         parameter = self.parameters.get(key)
-        return None if parameter is None or len(parameter.places) > 1 else self._quantize(parameter)[1]
+        return None if parameter is None or len(parameter.places) > 1 else self.both(parameter)[1]
 
     def format(self, key: str) -> str | None:
         return self.scheme.format if key in self.parameters else None
@@ -170,7 +176,7 @@ class QuantizedReading(ModelFolder):
         """The dequantized values of a whole parameter, in the data type of the files."""
         if id(parameter) in self._stacks:
             return self._stacks[id(parameter)]
-        plain, made = self._quantize(parameter)
+        plain, made = self.both(parameter)
         found = made.dequantize(dtype=plain.dtype)
         self._lost[id(parameter)] = made.squared_error(plain)
         found = found.T if parameter.turned else found.view(parameter.shape)
@@ -185,7 +191,7 @@ class QuantizedReading(ModelFolder):
         for key in self.files:
             yield key, self.get(key)
 
-    def _quantize(self, parameter: QuantizedParameter) -> tuple[Tensor, QuantizedWeight]:
+    def both(self, parameter: QuantizedParameter) -> tuple[Tensor, QuantizedWeight]:
         """(the plain weight [out, in], the quantized one)."""
         read = {key: self.plain.get(key) for key in parameter.places}
         plain = torch.empty(parameter.shape, dtype=next(iter(read.values())).dtype)

@@ -23,6 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--single", action="store_true", help="keep the scales of nf4 and fp4 in float32 (no double quantization)"
     )
+    parser.add_argument(
+        "--experts", action="store_true", help="quantize stacked experts too; only Veneer reads such a folder"
+    )
     parser.add_argument("--revision", metavar="REV", help="commit, tag or branch of a Hub model")
     parser.add_argument(
         "--shard-size", default="2GB", metavar="SIZE", help="maximum size of a file, such as 500MB (default: 2GB)"
@@ -42,7 +45,9 @@ def run(args: argparse.Namespace) -> int:
     check_free(args.out)
     scheme = Scheme(args.to, double=args.to != "int8" and not args.single)
     base = skeleton(base_folder(args.base, args.revision))
-    report = status("quantizing")(quantize_to_folder)(base, args.out, scheme, shard_bytes=shard_bytes)
+    report = status("quantizing")(quantize_to_folder)(
+        base, args.out, scheme, shard_bytes=shard_bytes, experts=args.experts
+    )
     if args.json:
         print(as_json(report.as_dict()))
     else:
@@ -52,13 +57,20 @@ def run(args: argparse.Namespace) -> int:
 
 def _lines(report: QuantizeReport, count: int) -> list[str]:
     sizes = f"{report.before / 1e9:.2f} GB to {report.after / 1e9:.2f} GB"
+    experts = f" and {report.stacks} parameters of stacked experts" if report.stacks else ""
     rows = [[name, percent(error)] for name, error in report.worst(count)]
     lines = [
-        f"quantized {len(report.layers)} linear layers to {report.format} in {report.out}: {sizes}",
+        f"quantized {len(report.layers) - report.stacks} linear layers{experts} to {report.format} in {report.out}: {sizes}",
         f"the weights differ from the exact ones by {percent(report.error)} of their norm",
         "",
         *table(["least accurate layers", "error"], rows),
     ]
+    if report.experts:
+        lines += [
+            "",
+            f"the stacked experts ({report.experts / 1e9:.2f} GB) are as they were, since transformers reads quantized linear layers only; "
+            "--experts quantizes them, for Veneer alone",
+        ]
     if report.plain:
         lines += ["", f"not quantized, since the files hold them in another shape: {', '.join(report.plain[:5])}"]
     return lines

@@ -6,6 +6,7 @@ copy of the files is ever in memory. bitsandbytes is not needed.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -26,12 +27,11 @@ from veneer.kernels.quantized.module import QuantizedLinear
 from veneer.kernels.quantized.stack import QuantizedStack
 from veneer.kernels.quantized.state import COMPANIONS, FORMATS, quantize, weight_of
 from veneer.kernels.quantized.weight import QuantizedWeight
-from veneer.models.quantized.scheme import Scheme
+from veneer.models.quantized.scheme import METHOD, Scheme
 from veneer.models.quantized.size import stack_names
 
 __all__ = ["Reading", "empty_layer", "quantized_names"]
 
-_METHOD = "veneer"
 _EXPERTS = "veneer_quantized"
 """Name of the forward of quantized experts, by transformers' ``ExpertsInterface``."""
 
@@ -61,12 +61,17 @@ class Reading:
         self.problems.append(f"{name} has shape {list(weight.shape)} in the files and {list(shape)} by config.json")
         return False
 
+    def check_stacks(self, names: Iterable[str]) -> None:
+        """Note quantized stacks of the files that the model does not have."""
+        for name in sorted(set(self.scheme.stacks) - set(names)):
+            self.problems.append(f"{name}: the files hold it as quantized experts, and the model has no such stack")
+
     def arguments(self, config: Any) -> dict[str, Any]:
         """Arguments of ``from_pretrained`` beside the usual ones."""
         Reading.current = self
         if not self.scheme.stored and self.scheme.fp8 is None:
             return {"quantization_config": _Config()}
-        config.quantization_config = {"quant_method": _METHOD}
+        config.quantization_config = {"quant_method": METHOD}
         return {"config": config}
 
     def finish(self, model: Any) -> tuple[str, ...]:
@@ -88,7 +93,7 @@ class Reading:
 
 class _Config(QuantizationConfigMixin):
     def __init__(self, **unused: Any) -> None:
-        self.quant_method = _METHOD  # type: ignore[assignment]
+        self.quant_method = METHOD  # type: ignore[assignment]
 
 
 class _Quantizer(HfQuantizer):
@@ -110,6 +115,16 @@ class _Quantizer(HfQuantizer):
             model.set_submodule(name, empty_layer(model.get_submodule(name), scheme, dtype))
         self.reading.layers = len(names)
         self.stacks = set() if scheme.stored else set(stack_names(model))
+        self.reading.check_stacks(stack_names(model))
+        for name in scheme.stacks if not self.reading.problems else ():
+            path, _, parameter = name.rpartition(".")
+            module = model.get_submodule(path)
+            shape = getattr(module, parameter).shape
+            with torch.device("meta"):
+                weight = _empty(scheme, torch.Size((shape[0] * shape[1], shape[2])), dtype)
+                stack = QuantizedStack(weight, shape[0], dtype)
+            delattr(module, parameter)
+            setattr(module, parameter, stack)
 
     def param_needs_quantization(self, model: Any, param_name: str, **options: Any) -> bool:
         path, _, name = param_name.rpartition(".")
@@ -311,6 +326,6 @@ def _empty(scheme: Scheme, shape: torch.Size, dtype: torch.dtype) -> QuantizedWe
     return made(torch.empty((shape.numel() + 1) // 2, 1, dtype=torch.uint8), absmax, shape, dtype, outer=outer)
 
 
-auto.AUTO_QUANTIZATION_CONFIG_MAPPING[_METHOD] = _Config
-auto.AUTO_QUANTIZER_MAPPING[_METHOD] = _Quantizer
+auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = _Config
+auto.AUTO_QUANTIZER_MAPPING[METHOD] = _Quantizer
 ALL_EXPERTS_FUNCTIONS.register(_EXPERTS, quantized_experts)

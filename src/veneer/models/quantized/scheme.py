@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,10 @@ import torch
 from veneer.errors import BaseModelError
 from veneer.kernels.quantized.state import FORMATS
 
-__all__ = ["FP8", "Scheme", "read_scheme", "scheme_for"]
+__all__ = ["FP8", "METHOD", "Scheme", "read_scheme", "scheme_for"]
 
+METHOD = "veneer"
+"""``quant_method`` of folders whose experts are quantized too. Other programs do not know it, and refuse the folder."""
 _UNKNOWN = (
     "Veneer reads weights that bitsandbytes quantized (nf4, fp4, int8), and quantizes plain ones itself with --quantize"
 )
@@ -36,6 +38,7 @@ class Scheme:
         stored: whether the files are quantized; otherwise they are quantized while they are read.
         skip: names of modules that are not quantized; None for transformers' choice (the output head).
         fp8: how the files hold weights that are dequantized first; None for plain weights.
+        stacks: parameters of stacked experts that the files hold quantized, with the number of experts. Only Veneer reads such files.
     """
 
     format: str
@@ -43,6 +46,7 @@ class Scheme:
     stored: bool = False
     skip: tuple[str, ...] | None = None
     fp8: FP8 | None = None
+    stacks: Mapping[str, int] = field(default_factory=dict)
 
     def as_config(self, dtype: torch.dtype) -> dict[str, Any]:
         """The ``quantization_config`` with which transformers and bitsandbytes read such weights; ``dtype``: what they compute in."""
@@ -54,6 +58,9 @@ class Scheme:
             "bnb_4bit_quant_type": "fp4" if eight else self.format,
             "bnb_4bit_use_double_quant": self.double and not eight,
         }
+        if self.stacks:  # nothing by which transformers would take it for bitsandbytes'
+            own = {"quant_method": METHOD, "format": self.format, "double": self.double, "skip": skip}
+            return {**own, "stacks": dict(self.stacks)}
         return {
             "quant_method": "bitsandbytes",
             "load_in_4bit": not eight,
@@ -94,8 +101,10 @@ def read_scheme(config: Mapping[str, Any], folder: Path) -> Scheme | FP8 | None:
         ):
             raise BaseModelError(f"{folder / 'config.json'}: weight_block_size is {block!r}; expected two sizes")
         return FP8(None if block is None else (block[0], block[1]))
-    if method != "bitsandbytes":
+    if method not in ("bitsandbytes", METHOD):
         raise BaseModelError(_refusal(method, folder))
+    if method == METHOD:
+        return _own(found, folder)
     skip = found.get("llm_int8_skip_modules")
     names = None if skip is None else tuple(map(str, skip))
     if found.get("load_in_8bit") or found.get("_load_in_8bit"):
@@ -104,6 +113,19 @@ def read_scheme(config: Mapping[str, Any], folder: Path) -> Scheme | FP8 | None:
     if format not in FORMATS:
         raise BaseModelError(f"{folder / 'config.json'}: bnb_4bit_quant_type is {format!r}; expected nf4 or fp4")
     return Scheme(format, double=bool(found.get("bnb_4bit_use_double_quant")), stored=True, skip=names)
+
+
+def _own(found: Mapping[str, Any], folder: Path) -> Scheme:
+    """The scheme of a folder whose experts are quantized too."""
+    format, skip, stacks = (found.get(key) for key in ("format", "skip", "stacks"))
+    known = isinstance(stacks, Mapping) and all(type(count) is int and count > 0 for count in stacks.values())
+    if format not in FORMATS or not known:
+        raise BaseModelError(
+            f"{folder / 'config.json'}: quantization_config: expected a format of {', '.join(FORMATS)} and the number of experts of each "
+            f"stack, found {format!r} and {stacks!r}; get the file again"
+        )
+    names = None if skip is None else tuple(map(str, skip))
+    return Scheme(str(format), double=bool(found.get("double")), stored=True, skip=names, stacks=dict(stacks or {}))
 
 
 def _refusal(method: str, folder: Path) -> str:
