@@ -14,7 +14,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 
 export PIP_ROOT_USER_ACTION ?= ignore
 
-.PHONY: help demo test lint test-real torture bench device-check evidence docs clean
+.PHONY: help demo test lint test-real coverage torture bench device-check evidence docs clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -33,6 +33,9 @@ lint: $(VENV)/.installed-test
 
 test-real: $(VENV)/.installed-test ## only the tests that use the embedded model
 	$(BIN)/python -m pytest -q -m "real and not slow"
+
+coverage: $(VENV)/.installed-test ## the default tests with the lines and branches that they miss, in htmlcov/
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --dist loadfile --timeout 600 --cov --cov-report term --cov-report html
 
 torture: $(VENV)/.installed-test ## slow tests: kills, long variants, repeats
 	$(BIN)/python -m pytest -q -m slow --timeout 3600

@@ -246,6 +246,14 @@ def test_doctor_says_what_is_missing(run: Run, monkeypatch: pytest.MonkeyPatch, 
     )
 
 
+def test_doctor_runs_the_compiler(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiler that is there and does not run is reported with a remedy."""
+    monkeypatch.setenv("CXX", "/bin/false")
+    facts = {fact["name"]: fact for fact in json.loads(run("doctor", "--json")[1])}
+    assert facts["C++ compiler"]["value"] == "/bin/false, which does not run"
+    assert facts["C++ compiler"]["state"] == "note" and "set CXX" in facts["C++ compiler"]["remedy"]
+
+
 def test_commands_load_through_their_own_file() -> None:
     """Each command's module has ``add_arguments`` and ``run``, and its parser can be built."""
     for name in cli.COMMANDS:

@@ -190,7 +190,11 @@ def _compiler() -> Check:
     if command is None:
         remedy = "training on a CPU is slower without one; install g++ or clang++, or set CXX"
         return Check("C++ compiler", "none", "note", remedy)
-    return Check("C++ compiler", shutil.which(command[0]) or command[0])
+    where = shutil.which(command[0]) or command[0]
+    if native.key() is None:
+        remedy = f"{where} --version fails, so training on a CPU is slower; install g++ or clang++, or set CXX"
+        return Check("C++ compiler", f"{where}, which does not run", "note", remedy)
+    return Check("C++ compiler", where)
 
 
 def _gigabytes(count: float) -> str:
