@@ -56,6 +56,14 @@ def test_a_quantized_base_is_trained_on_used_and_merged(run: Run) -> None:
     code, out, _ = run("merge", "two", "--out", "merged", "--allow-rounding")
     assert code == 0 and "logits: at most" in out
     assert not hasattr(load_base("merged", dtype="float32").model.config, "quantization_config")
+    code, out, _ = run("merge", "one", "--out", "as-trained", "--no-probe")
+    assert code == 0 and "in nf4, whose weights differ from the plain ones by" in out
+    code, _, err = run("merge", "one", "--to", "nf4", "--out", "lost")
+    assert code == 1 and "round the fine-tune away" in err and "--quantize none" in err and not Path("lost").exists()
+    rest = ("--quantize", "none", "--to", "int8", "--allow-rounding", "--no-probe")
+    code, out, _ = run("merge", "one", *rest, "--out", "eight")
+    assert code == 0 and "linear layers in int8" in out and "of their norm, in int8" in out
+    assert load_base("eight", dtype="float32").model.config.quantization_config["load_in_8bit"]
     code, out, _ = run("inspect", "two", "--base", "nf4")
     assert code == 0 and "fingerprints and probes agree" in out
 
