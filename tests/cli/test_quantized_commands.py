@@ -95,6 +95,18 @@ def _receipt(folder: Path) -> str:
         return str(file.metadata()["veneer"])
 
 
+def test_an_adapter_of_a_plain_layer_too_finds_its_quantized_base(run: Run) -> None:
+    """The head of a quantized base is plain; an adapter of it and of quantized layers is used and merged on the base of its training."""
+    assert (
+        run(*TRAIN, "--base", "base", "--quantize", "nf4", "--target-modules", "q_proj,lm_head", "--out", "head")[0]
+        == 0
+    )
+    code, _, err = run("evaluate", "head", "--data", "valid.jsonl", "--json", "--dtype", "float32")
+    assert code == 0 and "the base is in" not in err
+    code, out, _ = run("merge", "head", "--out", "head-merged", "--no-probe")
+    assert code == 0 and "in nf4, whose weights differ from the plain ones by" in out
+
+
 def test_what_fits_is_planned_from_the_config_alone(run: Run) -> None:
     """A folder with a config.json and no weights is enough; the best row's command comes last, and the exit code is 1 if nothing fits."""
     Path("seven").mkdir()

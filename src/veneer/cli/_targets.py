@@ -146,7 +146,8 @@ def format_named_in(folder: Path) -> str | None:
         formats = {record["dtype"] for record in receipt_at(folder).get("base", {}).values()}
     except (AttributeError, KeyError, TypeError):
         return None  # reading the adapter reports what is wrong
-    return next((format for format in FORMATS if formats == {format}), None)
+    quantized = formats.intersection(FORMATS)
+    return quantized.pop() if len(quantized) == 1 else None  # other layers of such a base, as its head, are plain
 
 
 def _load(

@@ -193,8 +193,8 @@ def records_of(base: Skeleton, sites: Iterable[str]) -> dict[str, dict[str, Any]
 
 def trained_format(adapters: Iterable[Adapter]) -> str | None:
     """The quantized format of the base that all adapters were trained on, by their receipts; None if it was plain or is not known."""
-    found = {record.get("dtype") for adapter in adapters for record in base_records(adapter).values()}
-    return next((format for format in FORMATS if found == {format}), None)
+    found = {record.get("dtype") for adapter in adapters for record in base_records(adapter).values()} & FORMATS.keys()
+    return found.pop() if len(found) == 1 else None  # other layers of such a base, as its head, are plain
 
 
 def target_parameters_of(parents: Iterable[Parent]) -> set[str]:
