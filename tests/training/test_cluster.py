@@ -24,6 +24,7 @@ from veneer.training.cluster import driver
 from veneer.training.cluster.parts import divide
 from veneer.training.cluster.ray_workers import Slot, connected
 from veneer.training.cluster.worker import ClusterWorker
+from veneer.training.loop.step import Stepper
 from veneer.training.run.control import ask
 
 ALONE = threading.RLock()
@@ -160,6 +161,43 @@ def test_a_cluster_ends_with_the_same_bytes(place: Path, tmp_path: Path, use: An
     assert sorted(name for part in parts for name in part) == sorted(result.jobs) and len(parts) == 4
 
 
+def test_jobs_of_a_part_share_passes(place: Path, tmp_path: Path, use: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker trains the jobs of its part together, with the bytes of an ordinary run of these jobs."""
+    beside: set[int] = set()
+    forward = Stepper.forward_backward
+
+    def counted(self: Stepper, batch: Any, **rest: Any) -> Any:
+        beside.add(len(set(batch.jobs)))
+        return forward(self, batch, **rest)
+
+    monkeypatch.setattr(Stepper, "forward_backward", counted)
+    use(Cluster(machines=1))
+    shared = sweep(place, tmp_path / "run", tokens_per_shared_pass=512)
+    train(TrainOptions(**shared, cluster="auto"), console=QUIET)
+    assert 2 in beside
+    expected = {}
+    for at in (0, 2):
+        out = tmp_path / f"from {at}"
+        train(TrainOptions(**{**shared, "jobs": shared["jobs"][at : at + 2], "out": out}), console=QUIET)
+        expected |= adapters(out)
+    assert adapters(tmp_path / "run") == expected and len(expected) == 4
+
+
+def test_a_cluster_trains_heads(place: Path, tmp_path: Path, use: Any) -> None:
+    """Workers load the base with the head that the task of the jobs asks for."""
+    use(Cluster(machines=1))
+    rows = [{"text": f"{i} {'plus' if i % 2 else 'minus'}", "label": "abc"[i % 3]} for i in range(12)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    more = {
+        "data": (tmp_path / "rows.jsonl",),
+        "task": "classification",
+        "jobs": [{"name": "a"}, {"name": "b", "r": 3}],
+    }
+    for out, cluster in (("run", "auto"), ("alone", None)):
+        train(TrainOptions(**sweep(place, tmp_path / out, **more, cluster=cluster)), console=QUIET)
+    assert adapters(tmp_path / "run") == adapters(tmp_path / "alone") and len(adapters(tmp_path / "run")) == 2
+
+
 def test_a_lost_worker_costs_the_steps_since_its_checkpoint(
     place: Path, tmp_path: Path, use: Any, alone: dict[str, str]
 ) -> None:
@@ -242,7 +280,7 @@ def test_workers_that_do_not_fit_are_refused(
 
 
 def test_options_that_need_one_process(place: Path, base: Base, tmp_path: Path, use: Any) -> None:
-    """Halving and several processes are refused by name; so is a folder with a run of one machine."""
+    """Halving, several processes and several heads are refused by name; so is a folder with a run of one machine."""
     use(Cluster())
     for more, message in (
         ({"halving": True}, "halving compares jobs"),
@@ -250,6 +288,9 @@ def test_options_that_need_one_process(place: Path, base: Base, tmp_path: Path, 
     ):
         with pytest.raises(ConfigError, match=message):
             train(TrainOptions(**sweep(place, tmp_path / "run", cluster="auto", **more)), console=QUIET)
+    heads = [{"name": "a"}, {"name": "b", "task": "classification"}]
+    with pytest.raises(ConfigError, match="their tasks differ: sft and classification"):
+        train(TrainOptions(**sweep(place, tmp_path / "run", cluster="auto", jobs=heads)), console=QUIET)
     given = TrainOptions(**sweep(place, tmp_path / "run", cluster="auto"))
     with pytest.raises(ConfigError, match="each worker loads the base itself"):
         train(given, base=base, console=QUIET)

@@ -29,6 +29,7 @@ from veneer.training.run.control import Control, ask, stop_signals
 from veneer.training.run.jobs import expand, match_stored_run
 from veneer.training.run.result import JobResult, RunResult, differing_options
 from veneer.training.run.run_folder import CONFIG, MANIFEST, PARTS, RunFolder, append_line, locked, now
+from veneer.training.run.setup import common_task
 
 _POLL = 0.5
 _LOOK_SECONDS = 10.0
@@ -76,6 +77,7 @@ def train_on_cluster(
                     f"{out} holds a run of one machine; leave --cluster out to resume it, or choose another --out"
                 )
             jobs, _ = match_stored_run(out, jobs)
+        common_task(jobs)  # jobs that need different heads are refused here, and not by a worker
         cluster = stack.enter_context(connected(options.cluster or "auto"))
         run = ClusterRun(options, jobs, out, cluster, train_part, console)
         run.begin(fresh=fresh)

@@ -27,7 +27,7 @@ from veneer.training.planning.profile import adapter_bytes
 from veneer.training.run.jobs import expand
 from veneer.training.run.manifest import manifest_of
 from veneer.training.run.result import RunResult
-from veneer.training.run.setup import set_up
+from veneer.training.run.setup import common_task, set_up
 from veneer.training.shared_base import Watcher
 
 TrainPart = Callable[..., RunResult | None]
@@ -104,6 +104,7 @@ class ClusterWorker:
             revision=options.revision,
             device=options.device,
             quantize=options.quantize,
+            task=common_task(jobs),
         )
         with set_up(options, jobs, self._base, lambda line: None) as setup:
             found = str(manifest_of(setup)["base"])
