@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.devices import PretendDevice
 from tests.training.killing import litter
 from tests.training.made import QUIET, Ear, World, apart, contents, digest, examples, figures, four_jobs, options
 from tests.training.processes import Forks, together
@@ -49,10 +50,16 @@ class Gradients(Ear):
 
 
 def trained(
-    methods: list[LoRA | DoRA], processes: Processes, out: Path | None = None, *, steps: int = STEPS
+    methods: list[LoRA | DoRA],
+    processes: Processes,
+    out: Path | None = None,
+    *,
+    steps: int = STEPS,
+    device: torch.device | None = None,
 ) -> dict[str, Any]:
     """Train jobs of ragged rows with SGD: losses, evaluations; gradients and tensors go to ``out``."""
     world, ear = World(), Gradients()
+    world.model.to(device or "cpu")
     jobs = []
     for number, method in enumerate(methods):
         held = examples(5, seed=50)
@@ -340,6 +347,39 @@ def test_mistakes_are_told_before_anything_starts(
         pass
     with pytest.raises(ConfigError, match="all processes would use cuda:1; give cuda"), join(1, "cuda:1", 1):
         pass
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    for device in ("mps", "auto"):
+        with pytest.raises(ConfigError, match=r"mps is one GPU, .* use --device cpu"), join(1, device, 1):
+            pass
+
+
+def test_each_process_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the process's current device before the processes meet: torch divides a base there, whatever device the weights are on."""
+    done: list[Any] = []
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "1"), ("LOCAL_RANK", "1"), ("LOCAL_WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    monkeypatch.setattr("veneer.training.parallel.processes._end_with_launcher", lambda: None)
+    monkeypatch.setattr(torch.cuda, "set_device", done.append)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **_: done.append(backend))
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    with PretendDevice(), join(2, "auto", 1) as processes:
+        assert processes.rank == 1
+    assert done == [torch.device("cuda:1"), "cpu:gloo,cuda:nccl"]
+
+
+def test_processes_on_a_gpu(tmp_path: Path) -> None:
+    """Pieces, sums and losses of a device meet no tensor of the CPU; the numbers are those of processes on a CPU."""
+
+    def work(processes: Processes) -> dict[str, Any]:
+        with PretendDevice() as device:
+            return trained(CASES["dora with dropout"], processes, steps=2, device=device.device)
+
+    expected = together(2, lambda processes: trained(CASES["dora with dropout"], processes, steps=2))
+    found = together(2, work)
+    assert found[0]["losses"]["job0"] == pytest.approx(expected[0]["losses"]["job0"], rel=1e-5)
+    assert found[0] == found[1] and found[0]["state"]["job0"][1:] == expected[0]["state"]["job0"][1:]
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.devices import PretendDevice
 from tests.training.killing import litter
 from tests.training.made import QUIET, World, apart, digest, examples, figures, four_jobs, options
 from tests.training.processes import together
@@ -52,9 +53,11 @@ def trained(
     parts: bool = False,
     recompute: bool = False,
     steps: int = STEPS,
+    device: torch.device | None = None,
 ) -> dict[str, Any]:
     """Train jobs of ragged rows with SGD: losses and evaluations; gradients and tensors go to ``out``."""
     world = World(dtype=torch.float64, **EXACT[case]) if case in EXACT else World(**SIZES)
+    world.model.to(device or "cpu")
     ear = Gradients()
     jobs = []
     for number, method in enumerate(CASES[case]):
@@ -121,6 +124,20 @@ def test_parts_of_sequences_train_as_whole_ones(
         assert counts == expected_counts and len(losses) == 3
         assert [loss for _, loss in losses] == pytest.approx([loss for _, loss in other], rel=1e-6)
     assert all(one == found[0] for one in found) and set(found[0]["ends"].values()) == {"finished"}
+
+
+def test_parts_of_sequences_on_a_gpu(tmp_path: Path) -> None:
+    """Shares of a batch and their exchange meet no tensor of the CPU, and give its numbers."""
+    case = "dora with dropout"
+
+    def work(processes: Processes) -> dict[str, Any]:
+        with PretendDevice() as device:
+            return trained(case, processes, tmp_path / str(processes.rank), degree=2, steps=2, device=device.device)
+
+    expected = trained(case, ALONE, tmp_path / "cpu", degree=1, steps=2)
+    found = together(2, work)
+    assert found[0] == found[1] and found[0]["ends"] == {"job0": "finished"}
+    assert found[0]["losses"]["job0"] == pytest.approx(expected["losses"]["job0"], rel=1e-5)
 
 
 @pytest.mark.slow

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from veneer.errors import ConfigError, ProcessError, TrainingError
+from veneer.models.devices import resolve_device
 
 T = TypeVar("T")
 SLOTS = 3
@@ -192,7 +193,7 @@ def join(processes: int, device: str, minutes: float) -> Iterator[Processes]:
         minutes: time after which a process that does not answer ends the run.
 
     Raises:
-        ConfigError: the launcher's variables are incomplete, it started another number than asked for, or there are too few GPUs.
+        ConfigError: the launcher's variables are incomplete, it started another number than asked for, or the GPUs cannot be shared.
         ProcessError: not all processes came.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -212,6 +213,8 @@ def join(processes: int, device: str, minutes: float) -> Iterator[Processes]:
     rank = int(os.environ["RANK"])
     on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     _check_devices(device, on_gpu)
+    if on_gpu:
+        torch.cuda.set_device(resolve_device(device))  # where torch puts a divided base, and what NCCL takes as its own
     _end_with_launcher()
     group = Processes(rank, size, 60 * minutes)
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
@@ -227,8 +230,12 @@ def join(processes: int, device: str, minutes: float) -> Iterator[Processes]:
 
 
 def _check_devices(device: str, on_gpu: bool) -> None:
-    """Raise ConfigError if this machine has fewer GPUs than processes."""
+    """Raise ConfigError if this machine has fewer GPUs than processes, or none that they can exchange tensors on."""
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if not on_gpu and resolve_device(device).type == "mps":
+        raise ConfigError(
+            "device: mps is one GPU, which several processes cannot exchange tensors on; use --device cpu"
+        )
     if device.startswith("cuda:"):
         raise ConfigError(f"device: all processes would use {device}; give cuda, so that each takes its own")
     if on_gpu and here > torch.cuda.device_count():
