@@ -90,7 +90,7 @@ class BaseModelError(VeneerError, ValueError):
 class TrainingError(VeneerError, RuntimeError):
     """A run that cannot go on: a loss that is not finite, parameters that do not move, state that does not fit.
 
-    ``code`` is one word for programs: non_finite, still, data, memory, process, training.
+    ``code`` is one word for programs: non_finite, still, data, memory, device, process, training.
     """
 
     def __init__(self, message: str, code: str = "training") -> None:

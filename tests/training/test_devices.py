@@ -13,7 +13,7 @@ from tests.training.made import QUIET, Ear, World, apart, examples, figures, opt
 
 from veneer.adapters import DoRA, LoRA
 from veneer.data.batch import make_batch
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, TrainingError
 from veneer.kernels import cpp_library, cross_entropy
 from veneer.kernels.lora import branch, dropout
 from veneer.models.flat import FlatRunner
@@ -163,6 +163,32 @@ def test_a_pass_that_does_not_fit_on_the_device_ends_its_job(monkeypatch: pytest
     assert ear.ends == {"small": "finished", "large": "memory"} and freed
     assert "a pass of 60 tokens, the longest example 30, does not fit in memory on cuda:0, where 24." in jobs[1].reason
     assert "use tokens_per_pass 59, or activation_checkpointing" in jobs[1].reason
+
+
+def test_a_device_that_has_failed_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error that CUDA does not recover from is no job's own: none fails, so that all go on from the last checkpoint."""
+    world, ear = World(), Ear()
+    with PretendDevice() as device:
+        world.model.to(device.device)
+        jobs = [world.job("a"), world.job("b", seed=1)]
+        forward = world.stepper.forward_backward
+
+        def broken(*_: Any) -> None:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered\nCompile with TORCH_USE_CUDA_DSA.")
+
+        def second(batch: Any, **rest: Any) -> Any:
+            if jobs[0].progress.step == 2:
+                monkeypatch.setattr(torch.cuda, "synchronize", broken)
+                broken()
+            return forward(batch, **rest)
+
+        monkeypatch.setattr(world.stepper, "forward_backward", second)
+        with pytest.raises(
+            TrainingError, match=r"^cuda:0 has failed: CUDA error: an illegal memory access was "
+        ) as raised:
+            world.trainer(jobs, ear).run()
+    assert str(raised.value).endswith("encountered; run the same command to resume from the last checkpoint")
+    assert raised.value.code == "device" and not ear.ends and all(job.running for job in jobs)
 
 
 def test_a_device_that_is_not_there_is_one_sentence(place: Path, tmp_path: Path) -> None:

@@ -47,6 +47,10 @@ class DeviceMemory(Protocol):
         """Return freed memory."""
         ...
 
+    def answers(self) -> bool:
+        """False if the device can no longer be used by this process."""
+        ...
+
     def saving(self, start: int, state: int) -> int:
         """The peak while a state of so many bytes is saved, from ``start`` bytes in use."""
         ...
@@ -76,6 +80,10 @@ class ProcessMemory:
     def give_back(self) -> None:
         """Return freed memory to the system."""
         process_memory.give_back()
+
+    def answers(self) -> bool:
+        """Always."""
+        return True
 
     def saving(self, start: int, state: int) -> int:
         """The state is copied, and then written from the copy."""
@@ -119,6 +127,14 @@ class CudaMemory:
         """Return the allocator's unused blocks to the driver."""
         gc.collect()
         torch.cuda.empty_cache()
+
+    def answers(self) -> bool:
+        """False after an error that CUDA does not recover from, such as an illegal access: each later call fails with it too."""
+        try:
+            torch.cuda.synchronize(self._device)
+        except RuntimeError:
+            return False
+        return True
 
     def saving(self, start: int, state: int) -> int:
         """The state is copied to the host, which takes nothing here."""

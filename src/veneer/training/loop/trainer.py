@@ -25,7 +25,7 @@ from typing import Any, Generic, Literal, TypeVar
 from veneer.adapters.runtime.route import MixLike
 from veneer.data.batch import make_batch
 from veneer.data.example import Example
-from veneer.errors import DataError, ProcessError, TrainingError
+from veneer.errors import DataError, ProcessError, TrainingError, VeneerError
 from veneer.evaluate.losses import Losses, example_losses
 from veneer.models.devices import device_of
 from veneer.training.device_memory import DeviceMemory, memory_of
@@ -301,6 +301,7 @@ class Trainer:
         try:
             losses = self.stepper.forward_backward(make_batch(examples, owners), between=self._heap.at_peak)
         except Exception as error:
+            self._check_device(error)
             if self.processes.lockstep:
                 raise self.processes.fault_of_pass(self._fault_of_pass(pieces[0], error).reason) from error
             if len(pieces) > 1:
@@ -426,7 +427,17 @@ class Trainer:
             self._heap.give_back()
         return losses
 
+    def _check_device(self, error: Exception) -> None:
+        """Raise TrainingError if the device has failed for good: the error is no job's own, and nothing can be computed or saved."""
+        memory = memory_of(device_of(self.stepper.runner.model))
+        if not memory.answers():
+            raise TrainingError(
+                f"{memory.name} has failed: {_message(error)}; run the same command to resume from the last checkpoint",
+                "device",
+            ) from error
+
     def _fail(self, job: Job, code: str, reason: str, error: Exception) -> None:
+        self._check_device(error)
         prefix = f'job "{job.name}"'
         job.end(JobState.FAILED, code, reason if reason.startswith(prefix) else f"{prefix}: {reason}")
         job.error = error
@@ -469,7 +480,9 @@ def _vocabulary_size(stepper: Stepper) -> int | None:
 
 
 def _message(error: Exception) -> str:
-    return str(error) or type(error).__name__
+    """An error's message; of a library's, the first line: torch adds advice for its developers."""
+    text = str(error) if isinstance(error, VeneerError) else str(error).partition("\n")[0]
+    return text.rstrip(".") or type(error).__name__
 
 
 def _code(error: Exception) -> str:
