@@ -68,7 +68,7 @@ def run(trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
 def test_a_run_is_used_by_its_folder(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """What train leaves is answered with, talked to, merged and gone on with; the merged model says what the adapter says."""
     code, out, _ = run(*TRAIN, "--out", "run")
-    assert code == 0 and "resuming at step 3 of 3 (finished)" in out
+    assert code == 0 and "already finished at step 3 of 3" in out
     code, answer, _ = run("generate", "run", "12+12", "--max-tokens", "8", "--dtype", "float32")
     assert code == 0 and answer.strip()
     code, both, _ = run("generate", "run", "12+12", "--max-tokens", "8", "--compare", "--json", "--dtype", "float32")

@@ -83,7 +83,7 @@ def test_a_finished_run_does_nothing_again(place: Path, base: Base, tmp_path: Pa
     before, said = digest(out), io.StringIO()
     again = train(options(place, out), base=base, console=Console(said))
     assert again == first and digest(out) == before
-    assert "a: resuming at step 12 of 12 (finished)" in said.getvalue()
+    assert "a: already finished at step 12 of 12" in said.getvalue()
     shutil.rmtree(out / "adapter")
     train(options(place, out), base=base, console=QUIET)
     assert digest(out) == before

@@ -478,6 +478,7 @@ def describe(setup: Setup, *, restored: bool) -> list[str]:
         idle = sorted(OPTIONS & job.options.model_fields_set - type(method).model_fields.keys())
         lines += [f"{job.name}: note: {method.label} has no option {', '.join(idle)}; ignored"] if idle else []
         if restored:
-            ended = f" ({job.state.value}{f': {job.reason}' if job.reason else ''})" if job.over else ""
-            lines.append(f"{job.name}: resuming at step {job.progress.step} of {job.steps}{ended}")
+            at = f"at step {job.progress.step} of {job.steps}"
+            reason = f": {job.reason}" if job.reason else ""
+            lines.append(f"{job.name}: {f'already {job.state.value} {at}{reason}' if job.over else f'resuming {at}'}")
     return lines
