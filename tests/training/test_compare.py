@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,13 +13,15 @@ from tests.tiny import tiny, tiny_tokenizer
 from tests.training.made import SIZES, write_place, write_rows
 
 from veneer.cli.main import main
+from veneer.config import TrainOptions
+from veneer.training.compare import study
 from veneer.training.compare.report import _counts, _labels, _step, html, notes
 from veneer.training.compare.study import Comparison, ContestantRow, Score
 
 FLAGS = [
     *("compare", "train.jsonl", "--valid", "valid.jsonl", "--test", "test.jsonl", "--base", "base", "--out", "cmp"),
     *("--method", "lora,full", "--r", "2", "--learning-rate", "1e-9,1e-2", "--seed", "0,1"),
-    *("--steps", "4", "--batch-size", "2", "--no-plan", "--dtype", "float32", "--json"),
+    *("--steps", "3", "--batch-size", "2", "--no-plan", "--dtype", "float32", "--json"),
 ]
 
 
@@ -30,13 +34,27 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_command_searches_trains_and_measures(
-    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The rate that learns wins, both seeds are measured, and the same command again finds the same without training."""
-    monkeypatch.chdir(place)
-    assert main(FLAGS) == 0
-    first = json.loads(capsys.readouterr().out)
+@pytest.fixture(autouse=True, scope="module")
+def short() -> Iterator[None]:
+    """A short text to forget, and few repeated measurements."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study, "general_text", lambda: "The sea is wide. " * 8)
+        patch.setattr(study, "_REPEATS", 1)
+        yield
+
+
+@pytest.fixture(scope="module")
+def first(place: Path) -> dict[str, Any]:
+    """The result of the command."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        assert main(FLAGS) == 0
+    found: dict[str, Any] = json.loads((place / "cmp" / study.RESULT).read_text(encoding="utf-8"))
+    return found
+
+
+def test_the_command_searches_trains_and_measures(place: Path, first: dict[str, Any]) -> None:
+    """The rate that learns wins, and both seeds are measured."""
     rows = {row["label"]: row for row in first["rows"]}
     assert set(rows) == {"lora r=2", "full"}
     for row in rows.values():
@@ -48,12 +66,25 @@ def test_the_command_searches_trains_and_measures(
     assert [row["label"] for row in first["rows"]] == sorted(rows, key=lambda label: rows[label]["best"]["mean"])
     assert "full" in (place / "cmp" / "compare.html").read_text(encoding="utf-8")
 
+
+def test_the_same_command_again_trains_nothing(
+    place: Path, first: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It finds the finished runs, and the same scores."""
     metrics = {file: file.read_bytes() for file in (place / "cmp").glob("*/metrics/*.jsonl")}
     assert len(metrics) == 4 + 2
+    monkeypatch.chdir(place)
     assert main(FLAGS) == 0
     again = json.loads(capsys.readouterr().out)
     assert [row["best"] for row in again["rows"]] == [row["best"] for row in first["rows"]]
     assert {file: file.read_bytes() for file in metrics} == metrics
+
+
+def test_jobs_are_evaluated_four_times(place: Path, tmp_path: Path) -> None:
+    """An evaluation of every tenth of the steps would take longer than the training; what is given stays."""
+    given = {"data": (place / "train.jsonl",), "epochs": 2.0, "batch_size": 5}
+    assert study._run_options(TrainOptions(**given), tmp_path, [{"name": "a"}]).eval_every == 4  # 15 steps of 37 rows
+    assert study._run_options(TrainOptions(**given, eval_every=2), tmp_path, [{"name": "a"}]).eval_every == 2
 
 
 def test_heads_are_scored_and_counted_apart(
@@ -67,10 +98,12 @@ def test_heads_are_scored_and_counted_apart(
         # The test rows lack nothing but the order of the classes: they begin with the other one.
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, reversed(rows) if name == "test" else rows)))
     monkeypatch.chdir(tmp_path)
-    words = [word for word in FLAGS if word not in ("--seed", "0,1")]
+    words = [word for word in FLAGS if word not in ("--seed", "0,1", "1e-9,1e-2", "lora,full")]
+    words[words.index("--method") + 1 : words.index("--method") + 1] = ["full,prefix"]
+    words[words.index("--learning-rate") + 1 : words.index("--learning-rate") + 1] = ["1e-2"]
     assert main([*words, "--task", "classification", "--steps", "10"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["base_loss"] is None and {row["label"] for row in found["rows"]} == {"lora r=2", "full"}
+    assert found["base_loss"] is None and {row["label"] for row in found["rows"]} == {"prefix", "full"}
     for row in found["rows"]:
         assert row["head_parameters"] == 16 * 16 + 16 + 2 * 16 + 2
         assert set(row["scores_best"]) == set(row["scores_last"]) == {"accuracy", "f1", "matthews"}

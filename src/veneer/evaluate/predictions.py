@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from veneer.adapters import Bank
-from veneer.adapters.runtime.route import RouteLike
+from veneer.adapters.runtime.route import Route, RouteLike
+from veneer.adapters.sequence import lengthen, running
 from veneer.data.batch import make_batch
 from veneer.data.example import Example
 from veneer.evaluate.losses import groups_by_length
@@ -65,9 +66,11 @@ def predict(
     done = 0
     for group in groups_by_length(examples, tokens_per_pass):
         batch = make_batch([examples[i] for i in group], "held-out")
+        batch, before = lengthen(bank, batch, [Route.parse(route).mixes[0]] * len(group))
         keep = batch.weights.nonzero().squeeze(1)
         flat, (targets_K,) = runner.send(batch, batch.targets[keep])
-        with turn(), bank.use(route, keep=runner.head_cells(flat, keep), training=False):
+        acting = bank.use(route, keep=runner.head_cells(flat, keep), training=False)
+        with turn(), running(runner, before), acting:
             logits_KL = runner.logits(flat, keep).float().cpu()
         owner_K = torch.tensor(group)[torch.searchsorted(batch.offsets, keep, right=True) - 1]
         found.append((logits_KL, targets_K.cpu(), owner_K))

@@ -25,9 +25,11 @@ from veneer.adapters import Bank, Route
 from veneer.adapters.methods import has_option
 from veneer.adapters.sequence import lengthen, running
 from veneer.checkpoints import attach
+from veneer.checkpoints.locate import trained
 from veneer.config import TrainOptions, given
 from veneer.data.batch import make_batch
 from veneer.data.example import Example
+from veneer.data.rows.readers import RecordReader
 from veneer.errors import ConfigError
 from veneer.evaluate.general import general_text, pieces
 from veneer.evaluate.losses import example_losses, t95
@@ -41,14 +43,17 @@ from veneer.training.acceleration import cpp_kernels
 from veneer.training.loop.step import Stepper
 from veneer.training.process_memory import give_back, peak_of, resident
 from veneer.training.run.console import Console
+from veneer.training.run.jobs import number_of_steps
 from veneer.training.run.result import JobResult
 from veneer.training.run.run import train
-from veneer.training.run.setup import context_of, default_rate, load_data, load_labelled, training_classes
+from veneer.training.run.setup import context_of, default_rate, files_of, load_data, load_labelled, training_classes
 
 RESULT = "compare.json"
 FACTORS = (0.3, 1.0, 3.0)
 """Learning rates that are tried by default, relative to the method's default."""
 _REPEATS = 5
+_EVALUATIONS = 4
+"""Evaluations of a job on the held-out rows, if ``eval_every`` does not say otherwise: each takes as long as the rows' part of an epoch."""
 
 
 @dataclass(frozen=True)
@@ -126,8 +131,9 @@ def compare(options: TrainOptions, test: Path, *, seeds: Sequence[int], console:
     """Compare the contestants that the sweep or the jobs in ``options`` describe.
 
     Args:
-        options: options of the runs. Its sweep's ``learning_rate`` is searched (default: ``FACTORS`` times the method's default);
-            every other swept option makes contestants. Without one, each of its jobs is a contestant, by its name.
+        options: options of the runs. Its sweep's ``learning_rate`` is searched (default: ``FACTORS`` times the method's default), and
+            one that is given alone is taken; every other swept option makes contestants. Without one, each of its jobs is a contestant, by
+            its name.
         test: a file of rows that neither training nor the search reads.
         seeds: random seeds; the first is the search's.
         console: prints the progress.
@@ -139,7 +145,7 @@ def compare(options: TrainOptions, test: Path, *, seeds: Sequence[int], console:
     contestants = contestants_of(options)
     out = Path(options.out or Path("runs") / "compare")
     base = load_base(options.base, dtype=options.dtype, revision=options.revision, task=options.task)
-    rates = options.sweep.get("learning_rate")
+    rates = options.sweep.get("learning_rate") or ([options.learning_rate] if options.learning_rate else None)
     console.line(f"search: {len(contestants)} contestants at {len(rates or FACTORS)} learning rates")
     found = train(
         _run_options(options, out / "search", _search_jobs(contestants, rates, seeds[0], base)),
@@ -234,7 +240,15 @@ def _run_options(options: TrainOptions, out: Path, jobs: list[dict[str, Any]]) -
         for key, value in given(options).items()
         if key not in ("sweep", "jobs", "out", "name", "seed", "learning_rate")
     }
+    if options.eval_every is None:
+        common["eval_every"] = math.ceil(_steps(options) / _EVALUATIONS)
     return TrainOptions(**{**common, "out": out, "jobs": jobs})
+
+
+def _steps(options: TrainOptions) -> int:
+    """The optimizer steps of a job, by the number of rows in the files."""
+    rows = 0 if options.steps else sum(1 for path in files_of(options)[0] for _ in RecordReader(path))
+    return number_of_steps(options, round(rows * (1 - options.valid_fraction)))
 
 
 def _search_jobs(
@@ -324,14 +338,18 @@ def _row(
     best, last, forgetting = [], [], []
     scores: dict[str, list[dict[str, float]]] = {"best": [], "last": []}
     for job in jobs:
-        with _loaded(bank, job.best if job.best.is_dir() else job.adapter):
-            best.append(example_losses(runner, examples, bank=bank, route="best").mean)
-            scores["best"].append(_head_scores(runner, bank, examples))
+        folder = job.best if job.best.is_dir() else job.adapter
+        with _loaded(bank, folder):
+            found = _tested(runner, bank, examples)
             if base.base_general is not None:
                 forgetting.append(example_losses(runner, general, bank=bank, route="best").mean - base.base_general)
-        with _loaded(bank, job.adapter):
-            last.append(example_losses(runner, examples, bank=bank, route="best").mean)
-            scores["last"].append(_head_scores(runner, bank, examples))
+        best.append(found[0])
+        scores["best"].append(found[1])
+        if trained(folder)[0] != trained(job.adapter)[0]:  # else the best step is the last one
+            with _loaded(bank, job.adapter):
+                found = _tested(runner, bank, examples)
+        last.append(found[0])
+        scores["last"].append(found[1])
     with _loaded(bank, jobs[0].adapter):
         own = [layer for layer in bank.survey.head if layer in bank["best"].overrides]
         head = sum(value.numel() for layer in own for value in bank["best"].overrides[layer].values())
@@ -360,13 +378,13 @@ def _row(
     )
 
 
-def _head_scores(runner: FlatRunner, bank: Bank, examples: Sequence[Example]) -> dict[str, float]:
-    """The scores of the adapter's head; empty without one."""
+def _tested(runner: FlatRunner, bank: Bank, examples: Sequence[Example]) -> tuple[float, dict[str, float]]:
+    """(mean loss on the examples, scores of the adapter's head, empty without one), of one pass over them."""
     if not examples[0].labels:
-        return {}
+        return example_losses(runner, examples, bank=bank, route="best").mean, {}
     found = predict(runner, examples, bank=bank, route="best")
     task = "regression" if found.logits_KL.shape[1] == 1 else "classification"
-    return score_values(task, found.values_K.tolist(), found.targets_K.tolist())
+    return float(found.losses_K.double().mean()), score_values(task, found.values_K.tolist(), found.targets_K.tolist())
 
 
 def _over_seeds(found: Sequence[dict[str, float]]) -> dict[str, Score]:
@@ -398,10 +416,11 @@ def _step(runner: FlatRunner, bank: Bank, examples: Sequence[Example]) -> tuple[
     batch, stepper = make_batch(chosen, "best"), Stepper(runner, bank)
     times: list[float] = []
     most = 0
-    for _ in range(_REPEATS):
+    for repeat in range(_REPEATS):
         for parameter in bank.parameters("best"):
             parameter.grad = None
-        give_back()  # memory that earlier passes left would hide what this one takes
+        if not repeat:
+            give_back()  # memory that earlier passes left would hide what the first one takes
         before, start = resident(), time.perf_counter()
         with peak_of() as peak:
             stepper.forward_backward(batch)
