@@ -90,5 +90,24 @@ def test_what_has_no_factors_is_refused() -> None:
         bank.add("a", LoRA(r=2, target_modules="embed_tokens", init_lora_weights="pissa"))
     with pytest.raises(TargetError, match="r=64"):
         bank.add("a", LoRA(r=64, target_modules="k_proj", init_lora_weights="olora"))
-    with pytest.raises(ConfigError, match="weight_decay and orthogonal_to would change them"):
-        TrainOptions(data=("rows.jsonl",), init_lora_weights="pissa", weight_decay=0.1)
+    with pytest.raises(ConfigError, match="orthogonal_to would change them"):
+        TrainOptions(data=("rows.jsonl",), init_lora_weights="pissa", orthogonal_to=("runs/a",))
+
+
+def test_weight_decay_leaves_the_held_half() -> None:
+    """An optimizer of one's own decays every value that it is given; the held half is put back before the adapter is used again."""
+    model = tiny("llama")
+    bank = veneer.attach(model)
+    adapter = bank.add("a", LoRA(r=2, target_modules="q_proj", init_lora_weights="pissa"))
+    before = {(site, key): value.detach().clone() for site, key, value in adapter.named_tensors()}
+    optimizer = torch.optim.AdamW(bank.parameters("a"), lr=0.1, weight_decay=0.5)
+    with bank.use("a", training=True):
+        model(**inputs(model)).logits.square().mean().backward()
+    optimizer.step()
+    with bank.use("a"):
+        pass
+    for site, key, value in adapter.named_tensors():
+        (free, held), (was_free, was_held) = (
+            one.detach().chunk(2, 0 if key == "lora_A" else 1) for one in (value, before[site, key])
+        )
+        assert torch.equal(held, was_held) and not torch.equal(free, was_free)

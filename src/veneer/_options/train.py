@@ -278,10 +278,9 @@ class TrainOptions(
                 "use orthogonal: penalty"
             )
         self._check_task()
-        if self.init_lora_weights in ("pissa", "olora") and (self.weight_decay or self.orthogonal_to):
+        if self.init_lora_weights in ("pissa", "olora") and self.orthogonal_to:
             raise ValueError(
-                f"{self.init_lora_weights} holds the factors that training started from, and weight_decay and orthogonal_to would "
-                "change them; leave them out"
+                f"{self.init_lora_weights} holds the factors that training started from, and orthogonal_to would change them; leave it out"
             )
         if self.eva_rho != 2.0 and self.init_lora_weights != "eva" and "init_lora_weights" not in self.sweep:
             raise ValueError("eva_rho is part of init_lora_weights: eva; leave it out")

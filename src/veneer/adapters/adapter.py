@@ -67,6 +67,7 @@ class Adapter:
         self.draws = 0
         self.expert_tokens: dict[str, Tensor] = {}
         self.holds_half = False
+        self._halves: list[tuple[nn.Parameter, int, Tensor]] = []
         self.meta: dict[str, Any] = dict(meta or {})
 
     def __repr__(self) -> str:
@@ -130,7 +131,7 @@ class Adapter:
         return sum(parameter.numel() for parameter in self.parameters()) - held
 
     def hold_half(self) -> None:
-        """Give the second half of the ranks no gradient, at every site. Decay of weights would still move it."""
+        """Hold the second half of the ranks at every site: it gets no gradient, and `settle` undoes what weight decay does to it."""
         self.holds_half = True
         for dim, parameter in self._factors():
             half = parameter.shape[dim] // 2
@@ -140,6 +141,8 @@ class Adapter:
                 kept.narrow(dim, half, half).zero_()
                 return kept
 
+            if not parameter.is_meta:
+                self._halves.append((parameter, dim, parameter.detach().narrow(dim, half, half).clone()))
             parameter.register_hook(without)
 
     def _factors(self) -> list[tuple[int, nn.Parameter]]:
@@ -181,6 +184,9 @@ class Adapter:
             for parameter, outputs_O, values in held:
                 if parameter.requires_grad and not parameter.is_meta:
                     parameter.data[outputs_O.to(parameter.device)] = values.to(parameter.device)
+        for parameter, dim, values in self._halves:
+            if parameter.requires_grad:
+                parameter.data.narrow(dim, values.shape[dim], values.shape[dim]).copy_(values)
 
     def requires_grad_(self, on: bool = True) -> Adapter:
         """Let gradients reach the adapter's tensors, or not."""

@@ -265,7 +265,10 @@ class AttachedBase(SkeletonView):
     def override_problem(self, layer: str, name: str, tensor: str, shape: Shape | None) -> str:
         site = self.layer(layer)
         if site is None:
-            return f"{shown(layer)}: the base has no layer here that an adapter can override"
+            return (
+                f"{shown(layer)}: the base has no layer here that an adapter can override; a head stays in its adapter (veneer predict), "
+                "unless the base has one of this name"
+            )
         parameter = self.parameters_of(layer).get(name)
         if parameter is None and name != LORA_BIAS:
             return f"{shown(layer)}: the base's layer has no {name}"
