@@ -201,7 +201,14 @@ def test_a_bottleneck_is_what_its_paper_says() -> None:
     assert (outputs(plain) - expected).abs().max() <= 2e-6
 
 
-@pytest.mark.parametrize("method", [Houlsby(bottleneck_size=3), Pfeiffer(bottleneck_size=2, layers_to_transform=(1,))])
+@pytest.mark.parametrize(
+    "method",
+    [
+        Houlsby(bottleneck_size=3),
+        Houlsby(bottleneck_size=3, modules_to_save=("input_layernorm",)),  # with its norms, as the paper trains it
+        Pfeiffer(bottleneck_size=2, layers_to_transform=(1,)),
+    ],
+)
 def test_a_bottleneck_is_saved_and_inspected(method: Method, tmp_path: Path) -> None:
     """A folder reads back to the bit, with and without the base; a tensor of another width is refused."""
     bank = veneer.attach(tiny("llama"))
@@ -213,6 +220,7 @@ def test_a_bottleneck_is_saved_and_inspected(method: Method, tmp_path: Path) -> 
     assert again.method == method and again.meta["notes"] == []
     with bank.use("b"):
         assert torch.equal(outputs(bank.model), expected)
+    assert len(again.overrides) == (2 if method.modules_to_save else 0)
     found = view(again, bank)
     assert found.method == method.label and len(found.sites) == len(again.tensors) and found.sites[0].norm > 0
     assert read_adapter(tmp_path / "a").method.name == method.name
