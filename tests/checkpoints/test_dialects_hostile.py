@@ -33,9 +33,12 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
     return 0.1 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-A, B = {Q: draw(3, 32), UP: draw(3, 32, seed=1)}, {Q: draw(32, 3, seed=2), UP: draw(64, 3, seed=3)}
+Q_1, UP_0 = Q.replace("0", "1"), UP.replace("1", "0")
+A = {site: draw(3, 32, seed=seed) for seed, site in enumerate((Q, UP, Q_1, UP_0))}
+B = {site: draw(64 if "up" in site else 32, 3, seed=seed + 4) for seed, site in enumerate(A)}
 SCALE = 5.0
 HERE = {Q: "transformer.h.0.attn.qkv", UP: "transformer.h.1.mlp.fc_2"}
+HERE |= {Q_1: "transformer.h.1.attn.qkv", UP_0: "transformer.h.0.mlp.fc_2"}
 TENSORS: dict[str, Tensors] = {
     "mlx": {f"{s}.lora_a": A[s].T for s in A} | {f"{s}.lora_b": B[s].T for s in B},
     "litgpt": {f"{HERE[s]}.lora_A": A[s] for s in A} | {f"{HERE[s]}.lora_B": B[s] for s in B},
@@ -137,6 +140,14 @@ BAD: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
     "a layer under two names": (
         lambda t: {**t, **named(named(t, "model.layers", "layers"), "h.0", "h.00")},
         "under two names",
+    ),
+    "a block missing": (
+        lambda t: {k: v for k, v in t.items() if "s.0." not in k and "h.0." not in k},
+        r"has no factors of model\.layers\.0\..* \(block 0\), .*it is incomplete",
+    ),
+    "a layer of a block missing": (
+        lambda t: {k: v for k, v in t.items() if "s.1.self" not in k and "h.1.attn" not in k},
+        r"model\.layers\.1\.self_attn\.q_proj \(block 1\)",
     ),
     "never trained": (lambda t: {k: 0 * v for k, v in t.items()}, "changes nothing"),
     "out of proportion": (lambda t: {k: 1e30 * v for k, v in t.items()}, "the change has a norm of up to"),

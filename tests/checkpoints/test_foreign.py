@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,7 +52,7 @@ def imported(folder: Path, tmp_path: Path, model: nn.Module, *more: str) -> Tens
 
 def mlx_folder(folder: Path, tensors: dict[str, Tensor], **settings: Any) -> Path:
     folder.mkdir(exist_ok=True)
-    save_file({key: value.contiguous() for key, value in tensors.items()}, folder / "adapters.safetensors")
+    save_file({key: value.contiguous().clone() for key, value in tensors.items()}, folder / "adapters.safetensors")
     parameters = {"rank": 3, "scale": 5.0, "dropout": 0.1}
     found = {"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": parameters, "model": "org/base", **settings}
     (folder / "adapter_config.json").write_text(json.dumps(found))
@@ -58,7 +60,11 @@ def mlx_folder(folder: Path, tensors: dict[str, Tensor], **settings: Any) -> Pat
 
 
 def litgpt_folder(folder: Path, tensors: dict[str, Tensor], which: str = "q", **settings: Any) -> Path:
+    """The tensors with factors of zero for the layers that they leave out in one of the two blocks, which LitGPT always adapts both."""
     folder.mkdir(exist_ok=True)
+    other = {"h.0.": "h.1.", "h.1.": "h.0."}
+    twins = {re.sub(r"h\.[01]\.", lambda at: other[at[0]], key): 0 * value for key, value in tensors.items()}
+    tensors = {**twins, **tensors}
     save_file({key: value.contiguous() for key, value in tensors.items()}, folder / "lit_model.lora.safetensors")
     flags = {f"lora_{name}": name[0] in which for name in ("query", "key", "value")}
     found = {"precision": "bf16-true", "lora_r": 3, "lora_alpha": 12, "lora_dropout": 0.05, **flags, **settings}
@@ -73,10 +79,9 @@ def test_mlx_lm(tmp_path: Path, dora: bool, capsys: pytest.CaptureFixture[str]) 
     model = saved(tmp_path / "base")
     tensors: dict[str, Tensor] = {}
     changes = {}
-    for seed, (name, width) in enumerate(
-        {"layers.0.self_attn.q_proj": 32, "layers.1.mlp.up_proj": 64, "layers.1.self_attn.v_proj": 16}.items()
-    ):
-        site = f"model.{name}"
+    widths = {"self_attn.q_proj": 32, "mlp.up_proj": 64, "self_attn.v_proj": 16}
+    for seed, (block, (name, width)) in enumerate(itertools.product(range(2), widths.items())):
+        site = f"model.layers.{block}.{name}"
         a, b = draw(32, 3, seed=seed), draw(3, width, seed=seed + 10)
         tensors |= {f"{site}.lora_a": a, f"{site}.lora_b": b}
         weight = model.get_submodule(site).weight.detach()
@@ -91,7 +96,7 @@ def test_mlx_lm(tmp_path: Path, dora: bool, capsys: pytest.CaptureFixture[str]) 
     assert torch.allclose(imported(folder, tmp_path, model), wanted, atol=1e-5)
     said = capsys.readouterr().out
     assert (
-        f"a {'DoRA' if dora else 'LoRA'} adapter of mlx-lm, rank 3 and scale 5 at 3 sites" in said
+        f"a {'DoRA' if dora else 'LoRA'} adapter of mlx-lm, rank 3 and scale 5 at 6 sites" in said
         and "org/base" in said
     )
     receipt = read_adapter(tmp_path / "imported").meta["receipt"]
@@ -208,6 +213,23 @@ MLX_MISTAKES: dict[str, tuple[dict[str, Tensor], dict[str, Any], str]] = {
         "one magnitude per token",
     ),
 }
+MLX_MISTAKES |= {
+    "blocks": (
+        {f"model.layers.1.self_attn.q_proj.lora_{half}": PAIR[f"{Q}.lora_{half}"] for half in "ab"},
+        {},
+        "has no factors of model.layers.0.self_attn.q_proj (block 0), and has those of their like in other blocks: it is incomplete",
+    ),
+    "more blocks": (
+        {
+            f"model.layers.{block}.self_attn.q_proj.lora_{half}": PAIR[f"{Q}.lora_{half}"]
+            for half in "ab"
+            for block in (0, 1)
+        },
+        {"num_layers": 1},
+        "the last 1 blocks are adapted (num_layers), and it has factors of model.layers.0.self_attn.q_proj",
+    ),
+    "a gap": (PAIR, {"num_layers": None}, "block 1"),
+}
 AT = "transformer.h.0"
 QV = {f"{AT}.attn.qkv.lora_A": draw(6, 32), f"{AT}.attn.qkv.lora_B": draw(48, 3)}
 LITGPT_MISTAKES: dict[str, tuple[dict[str, Tensor], dict[str, Any], str]] = {
@@ -243,6 +265,58 @@ def test_what_does_not_fit_is_named(
     said = capsys.readouterr().err
     assert says in said and "bug in veneer" not in said, said
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "blocks", "done"),
+    [
+        ({"num_layers": 1}, (1,), True),
+        ({"num_layers": -1}, (0, 1), True),
+        ({"num_layers": None}, (1,), True),
+        ({"num_layers": 16}, (0, 1), True),
+        ({"num_layers": 16}, (1,), False),
+        ({"num_layers": 1}, (0,), False),
+    ],
+)
+def test_blocks_that_the_settings_ask_for(
+    settings: dict[str, Any], blocks: tuple[int, ...], done: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The last blocks, all of them, or those from the first one in the file; others are missing, and --force config takes the rest."""
+    saved(tmp_path / "base")
+    tensors = {
+        f"model.layers.{b}.self_attn.q_proj.lora_{half}": PAIR[f"{Q}.lora_{half}"] for b in blocks for half in "ab"
+    }
+    folder = mlx_folder(tmp_path / "theirs", tensors, **settings)
+    words = ["import", str(folder), "--base", str(tmp_path / "base"), "--out", str(tmp_path / "out")]
+    assert main(words) == (0 if done else 1)
+    said = capsys.readouterr()
+    if not done:
+        assert "it is incomplete (force=" in said.err and not (tmp_path / "out").exists()
+        assert main([*words, "--force", "config"]) == 0 and "overridden" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("make", "scale"), [(mlx_folder, 1e-30), (litgpt_folder, 1e-30), (mlx_folder, 1e-7), (mlx_folder, 1e-3)]
+)
+def test_factors_that_change_nothing_are_told(
+    make: Make, scale: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Factors that were scaled down to nothing are read, and one sentence says that they change nothing."""
+    saved(tmp_path / "base")
+    if make is mlx_folder:
+        tensors = {
+            f"model.layers.{b}.self_attn.q_proj.lora_{half}": scale * PAIR[f"{Q}.lora_{half}"]
+            for b in (0, 1)
+            for half in "ab"
+        }
+    else:
+        tensors = {key.replace(".h.0", f".h.{b}"): scale * value for key, value in QV.items() for b in (0, 1)}
+    folder = make(tmp_path / "theirs", tensors, **({} if make is mlx_folder else {"lora_value": True}))
+    assert main(["import", str(folder), "--base", str(tmp_path / "base"), "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().err
+    assert ("so nothing that can be measured changes" in said) == (scale < 1e-3)
+    assert main(["inspect", str(tmp_path / "out")]) == 0
+    assert ("so nothing that can be measured changes" in capsys.readouterr().out) == (scale < 1e-3)
 
 
 def test_folders_of_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

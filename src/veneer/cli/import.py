@@ -11,8 +11,9 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from veneer._terminal import note
 from veneer.cli._output import as_json, print_lines
-from veneer.cli._parser import add_json, number
+from veneer.cli._parser import add_force, add_json, number
 
 if TYPE_CHECKING:
     from veneer.adapters import Adapter
@@ -31,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="lora_alpha / r, if the adapter folder does not contain it",
     )
+    add_force(parser)
     add_json(parser)
 
 
@@ -46,6 +48,8 @@ def run(args: argparse.Namespace) -> int:
     program = program_of(args.folder)
     base = skeleton(base_folder(args.base))
     adapter, model = _read(program, args, base)
+    for remark in adapter.meta["notes"]:
+        note(f"{args.folder}: {remark}")
     made_by: dict[str, Any] = {"operation": "import", "from": program, **({"model": model} if model else {})}
     receipt = {"made_by": made_by, "base": records_of(base, adapter.tensors)}
     task = "CAUSAL_LM" if type(base.model).__name__.endswith(("ForCausalLM", "LMHeadModel")) else None
@@ -65,8 +69,8 @@ def _read(program: str, args: argparse.Namespace, base: Skeleton) -> tuple[Adapt
 
     name = args.name or args.out.resolve().name
     if program == "mlx-lm":
-        return read_mlx(args.folder, name, base.sites, scale=args.scale)
-    return read_litgpt(args.folder, name, base.sites, base.folder.config, scale=args.scale)
+        return read_mlx(args.folder, name, base.sites, scale=args.scale, force=args.force)
+    return read_litgpt(args.folder, name, base.sites, base.folder.config, scale=args.scale, force=args.force)
 
 
 def _lines(adapter: Adapter, report: dict[str, Any], base: str) -> list[str]:

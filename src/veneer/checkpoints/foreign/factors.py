@@ -22,7 +22,7 @@ from veneer.adapters.compatibility import tensor_problems
 from veneer.adapters.layers.site import Site
 from veneer.adapters.methods import method_class_for
 from veneer.checkpoints.files import Folder
-from veneer.checkpoints.findings import Findings, shown
+from veneer.checkpoints.findings import Findings, listed, shown
 from veneer.checkpoints.peft.checks import check_values
 from veneer.checkpoints.tensors import read_header, read_tensors
 from veneer.errors import CheckpointError, Problems
@@ -107,11 +107,29 @@ def read_foreign_tensors(path: Path, name: str) -> dict[str, Tensor]:
 
 
 def adapter_of(
-    found: Mapping[str, ForeignFactors], sites: Mapping[str, Site], name: str, where: str, *, dropout: object = 0.0
+    found: Mapping[str, ForeignFactors],
+    sites: Mapping[str, Site],
+    name: str,
+    where: str,
+    *,
+    dropout: object = 0.0,
+    last_blocks: int | None = 0,
+    force: Iterable[str] = (),
 ) -> Adapter:
-    """The adapter with these factors, checked against the base's layers. dropout: the value in the settings, ignored if not valid.
+    """The adapter with these factors, checked against the base's layers. Its ``meta`` holds "notes".
 
-    Raises CheckpointError that names every site which the base lacks or which has another shape, and where nothing is changed.
+    Args:
+        found: factors by site.
+        sites: the base's layers.
+        name: the adapter's name.
+        where: the folder, for messages.
+        dropout: the value in the settings, ignored if not valid.
+        last_blocks: the number of blocks, counted from the last, that the settings say are adapted; 0 for all, None where they do not say.
+        force: checks to override, keys of `findings.OVERRIDES`.
+
+    Raises:
+        CheckpointError: it names every site which the base lacks, which has another shape or which is missing from the file, and says
+            where nothing is changed.
     """
     use_dora = any(factors.magnitude_O is not None for factors in found.values())
     form = method_class_for({"use_dora": use_dora})
@@ -144,10 +162,47 @@ def adapter_of(
     )
     tensors = {site: {key: value.contiguous() for key, value in held.items()} for site, held in tensors.items()}
     made = Adapter(name, method, tensors, {site: sites[site].kind for site in found}, alphas=alphas)
-    sizes = Findings()
-    check_values(made, sizes)
-    sizes.raise_if_any(f"{where} cannot be used")
+    findings = Findings(force)
+    _check_complete(found, sites, last_blocks, findings)
+    check_values(made, findings)
+    findings.raise_if_any(f"{where} cannot be used")
+    made.meta["notes"] = findings.notes
     return made
+
+
+def _check_complete(
+    found: Iterable[str], sites: Mapping[str, Site], last_blocks: int | None, findings: Findings
+) -> None:
+    """Refuse a file that lacks layers in some blocks and has their like in others: both programs adapt a name in every block."""
+    places: dict[str, tuple[str, str, int]] = {}  # (name of the stack of blocks, name inside a block, block)
+    for name, site in sites.items():
+        if site.block is not None:
+            stack, tail = name.split(f".{site.block}.", 1)
+            places[name] = stack, tail, site.block
+    held = [name for name in found if name in places]
+    adapted = {places[name][:2] for name in held}
+    first: dict[str, int] = {}
+    for stack, _ in adapted:
+        blocks = {block for other, _, block in places.values() if other == stack}
+        own = {places[name][2] for name in held if places[name][0] == stack}
+        first[stack] = min(own) if last_blocks is None else max(blocks) + 1 - last_blocks if last_blocks else 0
+    missing = [
+        name
+        for name, (stack, tail, block) in places.items()
+        if (stack, tail) in adapted and block >= first[stack] and name not in held
+    ]
+    if missing:
+        lacking = ", ".join(str(block) for block in sorted({places[name][2] for name in missing})[:12])
+        findings.refuse(
+            f"it has no factors of {listed(missing, 2)} (block {lacking}), and has those of their like in other blocks: it is incomplete",
+            "config",
+        )
+    if surplus := [name for name in held if places[name][2] < first[places[name][0]]]:
+        findings.refuse(
+            f"its settings say that the last {last_blocks} blocks are adapted (num_layers), and it has factors of {listed(surplus, 2)}; "
+            "get both files from the same run",
+            "config",
+        )
 
 
 def sites_by_block(sites: Mapping[str, Site]) -> dict[int | None, dict[str, str]]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,9 +87,16 @@ class _Misfit(Exception):
 
 
 def read_litgpt(
-    path: Path, name: str, sites: Mapping[str, Site], config: Mapping[str, Any], *, scale: float | None = None
+    path: Path,
+    name: str,
+    sites: Mapping[str, Site],
+    config: Mapping[str, Any],
+    *,
+    scale: float | None = None,
+    force: Iterable[str] = (),
 ) -> tuple[Adapter, str | None]:
     """The adapter in LitGPT's folder, and the checkpoint that it names. config: the base's config.json. scale: instead of alpha / r.
+    force: checks to override.
 
     Raises CheckpointError with what is wrong with it, or does not fit the base.
     """
@@ -110,7 +117,7 @@ def read_litgpt(
             problems.add(f"{HYPERPARAMETERS} says {flag}, and {LITGPT} has no factors of {start}")
     problems.raise_if_any(CheckpointError, f"{path} cannot be imported", limit=8)
     found = {site: _joined(parts, _scale(settings, parts[0], scale, path)) for site, parts in pieces.items()}
-    adapter = adapter_of(found, sites, name, str(path), dropout=settings.get("lora_dropout"))
+    adapter = adapter_of(found, sites, name, str(path), dropout=settings.get("lora_dropout"), force=force)
     source = settings.get("checkpoint_dir")
     return adapter, shown(source) if isinstance(source, str) else None
 

@@ -12,7 +12,7 @@ Boundary: experts (lora_a of three dimensions) and full fine-tunes are refused b
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -39,9 +39,10 @@ _MOST_CONFIG = 2 << 20
 
 
 def read_mlx(
-    path: Path, name: str, sites: Mapping[str, Site], *, scale: float | None = None
+    path: Path, name: str, sites: Mapping[str, Site], *, scale: float | None = None, force: Iterable[str] = ()
 ) -> tuple[Adapter, str | None]:
-    """The adapter in mlx-lm's folder, and the model that the folder names. scale: instead of the one in its settings.
+    """The adapter in mlx-lm's folder, and the model that the folder names. scale: instead of the one in its settings. force: checks to
+    override.
 
     Raises CheckpointError with what is wrong with it, or does not fit the base's ``sites``.
     """
@@ -70,7 +71,10 @@ def read_mlx(
         if site in found:
             raise CheckpointError(f"{path / MLX} has factors for {site} under two names")
         found[site] = ForeignFactors(tensors["lora_a"].T, tensors["lora_b"].T, chosen, tensors.get("m"))
-    adapter = adapter_of(found, sites, name, str(path), dropout=parameters.get("dropout"))
+    count = settings.get("num_layers", settings.get("lora_layers"))  # -1 means all
+    last = max(count, 0) if isinstance(count, int) and not isinstance(count, bool) else None
+    dropout = parameters.get("dropout")
+    adapter = adapter_of(found, sites, name, str(path), dropout=dropout, last_blocks=last, force=force)
     model = settings.get("model")
     return adapter, shown(model) if isinstance(model, str) else None
 

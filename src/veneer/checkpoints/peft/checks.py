@@ -37,6 +37,8 @@ MAX_TRIES = 1_000_000
 """Patterns times sites."""
 MAX_SCALE = 1e4
 MAX_CHANGE = 1e6
+MIN_CHANGE = 1e-9
+"""A change with a smaller norm is lost in the rounding of any base weight."""
 _PIECE = 512 << 10
 
 
@@ -200,17 +202,25 @@ def check_values(adapter: Adapter, found: Findings) -> None:
         for table in (adapter.tensors, adapter.overrides)
     )
     _refuse(factors, overrides, {site: adapter.scale(site) for site in factors}, found)
-    zero = sum(any(sums.norm == 0 for key, sums in parts.items() if key not in VECTORS) for parts in factors.values())
+    sizes = {site: _change(parts, adapter.scale(site)) for site, parts in factors.items()}
+    zero = sum(size <= MIN_CHANGE for size in sizes.values())
     for site, tensors in adapter.tensors.items():
         magnitude = adapter.method.magnitude(tensors)
         if magnitude is not None and bool((magnitude <= 0).any()):
             count = int((magnitude <= 0).sum())
             found.note(f"{shown(site)}: {count:,} magnitudes are zero or negative, which training rarely yields")
     if zero and zero == len(factors):
+        if any(sizes.values()):
+            found.note(
+                f"the change has a norm of at most {max(sizes.values()):.1e} at every site, so nothing that can be measured changes: "
+                "factors that were scaled by mistake, or never trained?"
+            )
+            return
         moved = "directions are those of the base" if adapter.method.needs_base_weights else "change is zero"
         found.note(f"the {moved} at every site: an adapter that was never trained?")
     elif zero:
-        found.note(f"the change is zero at {zero} of {len(factors)} sites")
+        small = " or too small to be measured" if any(0 < size <= MIN_CHANGE for size in sizes.values()) else ""
+        found.note(f"the change is zero{small} at {zero} of {len(factors)} sites")
 
 
 def _refuse(factors: _SumsByLayer, overrides: _SumsByLayer, scales: Mapping[str, float], found: Findings) -> None:
@@ -222,14 +232,18 @@ def _refuse(factors: _SumsByLayer, overrides: _SumsByLayer, scales: Mapping[str,
     for site, parts in factors.items():
         if any(sums.bad for sums in parts.values()):
             continue
-        size = math.prod(sums.norm for key, sums in parts.items() if key not in VECTORS)
         scale = scales.get(site, 1.0)
         if abs(scale) > MAX_SCALE:
             found.refuse(
                 f"{shown(site)}: the change is scaled by {scale:.3g}; at most {MAX_SCALE:.0e} is read", "scale"
             )
-        elif not scale * size <= MAX_CHANGE:
-            found.refuse(f"{shown(site)}: the change has a norm of up to {scale * size:.3g}", "scale")
+        elif not (size := _change(parts, scale)) <= MAX_CHANGE:
+            found.refuse(f"{shown(site)}: the change has a norm of up to {size:.3g}", "scale")
+
+
+def _change(parts: Mapping[str, Sums], scale: float) -> float:
+    """A bound on the norm of the change at a site."""
+    return abs(scale) * math.prod(sums.norm for key, sums in parts.items() if key not in VECTORS)
 
 
 def sums_of_stored(file: BinaryIO, header: Header, entries: Iterable[Entry], where: str) -> dict[str, Sums]:
