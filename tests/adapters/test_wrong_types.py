@@ -38,7 +38,7 @@ MISTAKES: dict[str, tuple[Callable[[Any], Any], str]] = {
     ),
     "a hub id for an adapter": (
         lambda bank: bank.load("somebody/some-lora"),
-        "adapters are read from folders only, so download one from the hub first: hf download somebody/some-lora",
+        "no adapter of that name in the local hub cache; HF_HUB_OFFLINE is set.*: hf download somebody/some-lora",
     ),
     "a number for a path": (lambda bank: bank.load(3), r"bank\.load takes the path of a folder; found int"),
     "nothing for a path": (lambda bank: bank.save("a", None), r"bank\.save takes the path of a folder; found NoneType"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from tests.tiny import tiny
 import veneer
 from veneer.checkpoints import read_adapter
 from veneer.checkpoints.locate import adapter_of_job, adapters_at, choice_note, find_adapter
+from veneer.cli._parents import parse_mix
 from veneer.cli._targets import adapter_folders
 from veneer.errors import CheckpointError
 
@@ -152,3 +154,77 @@ def test_a_damaged_best_adapter_is_not_taken(tmp_path: Path) -> None:
     for content in (b"", b"\xff" * 8, b"\x02\0\0\0\0\0\0\0[]", b"\x10\0\0\0\0\0\0\0{"):
         (one / "best" / "adapter_model.safetensors").write_bytes(content)
         assert find_adapter(one)[1] == one / "adapter"
+
+
+@pytest.fixture
+def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The place of the files of org/sql in an empty hub cache, offline."""
+    from huggingface_hub import constants
+
+    repo = tmp_path / "hub" / "models--org--sql"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    (repo / "snapshots").mkdir()
+    return repo / "snapshots" / ("0" * 40)
+
+
+def test_a_hub_id_means_the_adapter_in_the_local_cache(cached: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has the name of its repository, to every reader; what is on this disk under the same name goes first."""
+    make_folder(cached)
+    path = Path("org/sql")
+    assert adapters_at(path) == adapter_folders("org/sql") == {"sql": cached} and find_adapter(path) == ("sql", cached)
+    bank = veneer.attach(tiny("llama"))
+    assert bank.load("org/sql").name == "sql" and read_adapter(path).meta["path"] == str(cached)
+    assert adapter_folders("mine=org/sql") == {"mine": cached}
+    assert parse_mix(["org/sql:0.5"]) == [(cached, "sql", 0.5)]
+    monkeypatch.chdir(cached.parent)
+    make_folder(Path("org/sql"))
+    assert adapters_at(path) == {"sql": path}
+
+
+@pytest.mark.parametrize("name", ["config.json", "adapter_model.bin", "README.md"])
+def test_a_hub_id_may_mean_no_adapter(name: str, cached: Path) -> None:
+    """A base, a repository of something else and one that is not in the cache: the message has the remedy."""
+    cached.mkdir()
+    (cached / name).write_text("{}")
+    for path in (Path("org/sql"), Path("org/other")):
+        assert adapters_at(path) == {} and adapter_folders(str(path)) == {}
+        for read in (find_adapter, veneer.attach(tiny("llama")).load, read_adapter):
+            with pytest.raises(CheckpointError, match=rf"HF_HUB_OFFLINE is set.* hf download {path} --local-dir"):
+                read(path)
+
+
+@pytest.mark.parametrize(
+    ("file", "says"), [("adapters.safetensors", "veneer import"), ("adapter_model.bin", "adapter_model")]
+)
+def test_another_format_on_the_hub_is_told(file: str, says: str, cached: Path) -> None:
+    """An adapter of mlx-lm is to be imported; a pickle is not read."""
+    cached.mkdir()
+    (cached / "adapter_config.json").write_text("{}")
+    (cached / file).write_bytes(b"x")
+    with pytest.raises(CheckpointError, match=says):
+        veneer.attach(tiny("llama")).load("org/sql")
+
+
+def test_an_adapter_is_downloaded_without_pickles(cached: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only settings, safetensors and templates are asked for; a hub that cannot be reached, or refuses, gives none."""
+    import huggingface_hub
+
+    asked: list[Any] = []
+
+    def download(name: str, **options: Any) -> str:
+        asked.append((name, options))
+        if name == "org/sql":
+            return str(make_folder(cached))
+        raise {"org/gone": OSError, "org/odd": ValueError}[name]("no")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    assert adapters_at(Path("org/sql")) == {"sql": cached}
+    patterns = asked[0][1]["allow_patterns"]
+    assert "adapter_model.safetensors" in patterns and not any(fnmatch("adapter_model.bin", one) for one in patterns)
+    for name in ("org/gone", "org/odd"):
+        with pytest.raises(CheckpointError, match=r"gives out no adapter of that name; check the spelling"):
+            find_adapter(Path(name))

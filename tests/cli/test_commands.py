@@ -16,6 +16,7 @@ import pytest
 import torch
 from tests.training.made import write_place
 
+from veneer.checkpoints import read_adapter
 from veneer.cli import demo
 from veneer.cli.main import main
 
@@ -173,6 +174,26 @@ def test_wrong_words_are_one_sentence(
     assert "Traceback" not in err and "bug" not in err
     assert err.count("\n") == 1 or " problem" in err.splitlines()[0]
     assert sorted(path for path in trained.rglob("*") if "__pycache__" not in path.parts) == before
+
+
+def test_an_adapter_is_used_by_its_hub_id(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is in the local hub cache answers, is shown, merged and gone on with; the receipt names the hub id and no folder."""
+    from huggingface_hub import constants
+
+    repo = tmp_path / "hub" / "models--some--sums"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text("0" * 40)
+    shutil.copytree("run/adapter", repo / "snapshots" / ("0" * 40))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    words = ("12+12", "--max-tokens", "4", "--dtype", "float32")
+    assert run("generate", "some/sums", *words)[:2] == run("generate", "run", *words)[:2]
+    code, shown, _ = run("inspect", "some/sums")
+    assert code == 0 and "LoRA" in shown
+    assert run("merge", "some/sums:0.5", "--out", str(tmp_path / "merged"), "--no-probe", "--dtype", "float32")[0] == 0
+    started = ("--init-from", "some/sums", "--out", str(tmp_path / "on"))
+    assert run("train", "train.jsonl", "--base", "base", "--steps", "1", "--no-plan", *started)[0] == 0
+    receipt = read_adapter(tmp_path / "on").meta["receipt"]
+    assert receipt["init_from"]["folder"] == "some/sums" and receipt["init_from"]["name"] == "sums"
 
 
 @pytest.mark.parametrize("kind", ["prompts", "options", "settings", "template"])

@@ -254,7 +254,7 @@ class Bank:
         """Read an adapter into the bank, strictly.
 
         Args:
-            path: a PEFT folder, its .safetensors file, a run (its best adapter), or what `train` returned.
+            path: a PEFT folder, its .safetensors file, a run (its best adapter), what `train` returned, or a hub id.
             name: by default that of the folder or run.
             options: ``force`` and ``convert``, as for commands.
 

@@ -6,7 +6,9 @@
     runs/a/adapter/, runs/a/best/      a folder of a run                    a
     runs/a/, runs/a/best/              a run of several jobs                one adapter per job, named after it
     parts/                             a folder of PEFT folders             one adapter per folder
+    organisation/adapter               a repository on the hub              adapter
 
+What is on this disk goes before the hub.
 A run means its best adapter where that has a lower held-out loss than the last one, and else the last.
 
 Boundary: looks at names and receipts only, and imports no torch.
@@ -28,14 +30,22 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _LARGEST_HEADER = 16 << 20
 _OTHER_PROGRAMS = {"adapters.safetensors": "mlx-lm", "lit_model.lora.safetensors": "LitGPT"}
 _ADAPTER_HUB = "pytorch_adapter.bin"
+_HUB_FILES = (CONFIG, WEIGHTS, "adapters.safetensors", "*.jinja")
+"""Those of PEFT and mlx-lm; pickles are not downloaded."""
 _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _IN_A_RUN = ("adapter", "best", "last", "final")
 
 
 def adapters_at(path: Path) -> dict[str, Path]:
-    """{name: folder} of every adapter that a path means; empty if there is none, or the path cannot be read."""
+    """{name: folder} of every adapter that a path means; empty if there is none, or the path cannot be read.
+
+    A path that names nothing on this disk and reads as a hub id is looked up on the hub.
+    """
     try:
+        if looks_like_hub_id(path):
+            on_hub = hub_adapter(path.as_posix())
+            return {} if on_hub is None else {path.name: on_hub}
         return _adapters_at(path)
     except (OSError, ValueError, RuntimeError):  # no permission, too long, a NUL, links in a circle
         return {}
@@ -63,6 +73,8 @@ def find_adapter(path: Path) -> tuple[str, Path]:
         CheckpointError: there is none, or there are several.
     """
     found = adapters_at(path)
+    if not found and looks_like_hub_id(path):
+        raise CheckpointError(why_not_on_hub(path.as_posix()))
     if not found:
         remedy = named_inside(path) or "give an adapter folder, or a run that has written one"
         raise CheckpointError(f"{path} holds no adapter ({CONFIG}); {remedy}")
@@ -82,10 +94,7 @@ def why_not(path: Path, typed: str | None = None) -> str:
     if path.is_file():
         return f"{typed} is a file, not a base or an adapter folder; give prompts with --file and examples with --data"
     if looks_like_hub_id(path):
-        return (
-            f"{typed}: no such folder; adapters are read from folders only, so download one from the hub first: "
-            f"hf download {typed} --local-dir FOLDER"
-        )
+        return why_not_on_hub(typed)
     if other := of_another_program(path):
         return other
     problem = f"contains no adapter ({CONFIG})" if path.exists() else "no such folder"
@@ -119,6 +128,40 @@ def of_another_program(path: Path) -> str:
 def looks_like_hub_id(path: Path) -> bool:
     """True if nothing is at the path and it reads as ``organisation/model``."""
     return _HUB_ID.fullmatch(path.as_posix()) is not None and not os.path.lexists(path)
+
+
+def hub_adapter(name: str) -> Path | None:
+    """The folder of a repository on the hub, from the local hub cache or downloaded into it; None if it holds no adapter or cannot be had.
+
+    HF_HOME, HF_HUB_OFFLINE and the login of the hub's client apply, as for bases.
+    """
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError
+    except ImportError:
+        return None
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=list(_HUB_FILES), ignore_patterns=["*/*"]))
+    except (HfHubHTTPError, OSError, ValueError):
+        return None
+    return folder if (folder / CONFIG).is_file() else None
+
+
+def why_not_on_hub(name: str) -> str:
+    """The reason why `hub_adapter` gives none, with the remedy."""
+    try:
+        from huggingface_hub import constants
+    except ImportError:
+        return f"{name}: no such folder; an adapter of the hub needs its client: pip install huggingface_hub"
+    if constants.HF_HUB_OFFLINE:
+        return (
+            f"{name}: no such folder, and no adapter of that name in the local hub cache; HF_HUB_OFFLINE is set, so unset it, or download "
+            f"the adapter where there is a network: hf download {name} --local-dir FOLDER"
+        )
+    return (
+        f"{name}: no such folder, and the hub gives out no adapter of that name; check the spelling and the network, log in with "
+        "hf auth login if the repository is private, or give a folder"
+    )
 
 
 def adapter_of_job(run: Path, job: str) -> Path | None:

@@ -2,6 +2,7 @@
 
 runs/a                a run: its adapter (runs/a/adapter, or one per job in runs/a/adapters)
 runs/a/best           an adapter folder
+someone/sql-lora      an adapter on the hub
 smollm2-135m          a base: an alias, a folder, a GGUF file or a hub id
 """
 

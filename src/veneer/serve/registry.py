@@ -99,10 +99,10 @@ class ModelRegistry:
 
     def _found(self) -> dict[str, Path]:
         """{name: folder} of the adapters in the folder that the server was started with, runs included."""
-        if self._folder is None:
+        if self._folder is None or not self._folder.is_dir():
             return {}
         found = adapters_at(self._folder)
-        for child in sorted(self._folder.iterdir()) if self._folder.is_dir() else ():
+        for child in sorted(self._folder.iterdir()):
             if child.is_dir():
                 found = {**adapters_at(child), **found}
         return found

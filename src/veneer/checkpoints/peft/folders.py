@@ -35,7 +35,7 @@ class PeftFolders:
     def find(self, path: Path) -> tuple[str, Path]:
         """(default name, folder) of the adapter that a path means; a path without one is left to `read` to explain.
 
-        Raises CheckpointError where the path holds several adapters, or folders that do, or is a hub id.
+        Raises CheckpointError where the path holds several adapters, or folders that do, or is a hub id without one.
         """
         if adapters_at(path):
             return find_adapter(path)

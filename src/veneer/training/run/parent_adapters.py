@@ -19,7 +19,7 @@ from pathlib import Path
 from veneer.adapters import Adapter, Bank, Method
 from veneer.adapters.adapter import stream_seed
 from veneer.adapters.targets import by_pattern
-from veneer.checkpoints.locate import CONFIG, WEIGHTS, find_adapter
+from veneer.checkpoints.locate import CONFIG, WEIGHTS, find_adapter, looks_like_hub_id
 from veneer.checkpoints.peft.folders import PeftFolders
 from veneer.config import LowRankOptions, TrainOptions, flag_name, given
 from veneer.errors import ConfigError, Problems
@@ -180,4 +180,5 @@ def _origin(path: Path) -> dict[str, str]:
         with (folder / name).open("rb") as file:
             while chunk := file.read(1 << 20):
                 digest.update(chunk)
-    return {"folder": str(folder), "sha256": digest.hexdigest()}
+    named = path if looks_like_hub_id(path) else folder  # a receipt does not name a folder of a private cache
+    return {"folder": str(named), "sha256": digest.hexdigest()}
