@@ -21,6 +21,8 @@ struct Weight {
     const float* code;
 };
 
+constexpr long AHEAD = 2048;  // bytes that are asked of memory before they are needed: they arrive while products are computed
+
 inline float absmax_of(const Weight& w, long block) {
     if (!w.outer) return ((const float*)w.absmax)[block];
     volatile float product = w.map[((const uint8_t*)w.absmax)[block]] * w.outer[block / 256];  // no fused sum: the reference rounds twice
@@ -70,6 +72,7 @@ template <class T> inline long fast(const uint8_t*, const T*, T*, long) { return
 // Those of numbers first .. last that are in block b.
 template <class T> void four_bits(const Weight& w, long b, long first, long last, T* out) {
     const uint8_t* packed = (const uint8_t*)w.data;
+    __builtin_prefetch(packed + std::max(first, b * w.block) / 2 + AHEAD, 0, 2);
     T values[LANES];
     store(values, kept(load(w.code) * absmax_of(w, b), w.rounding));
     long i = std::max(first, b * w.block);
@@ -100,8 +103,10 @@ template <class T> void eight_bits(const Weight& w, long row, T* out) {
     const int8_t* q = (const int8_t*)w.data + row * w.columns;
     const float absmax = ((const float*)w.absmax)[row];
     long i = 0;
-    for (; i + 2 * LANES <= w.columns; i += 2 * LANES)
+    for (; i + 2 * LANES <= w.columns; i += 2 * LANES) {
+        __builtin_prefetch(q + i + AHEAD, 0, 2);
         store_pair(out + i, numbers(q + i) * absmax * w.scale, numbers(q + i + LANES) * absmax * w.scale);
+    }
     for (; i < w.columns; i++) set(out + i, (float)q[i] * absmax * w.scale);
 }
 
