@@ -254,6 +254,13 @@ def test_doctor_runs_the_compiler(run: Run, monkeypatch: pytest.MonkeyPatch) -> 
     assert facts["C++ compiler"]["state"] == "note" and "set CXX" in facts["C++ compiler"]["remedy"]
 
 
+def test_a_run_that_is_not_there(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A path below ``runs/`` is a run, not a model of the hub."""
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run("generate", "runs/frist", "a")
+    assert code == 1 and "there is no run runs/frist; veneer runs lists the runs" in err
+
+
 def test_commands_load_through_their_own_file() -> None:
     """Each command's module has ``add_arguments`` and ``run``, and its parser can be built."""
     for name in cli.COMMANDS:

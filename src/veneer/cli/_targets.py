@@ -117,6 +117,8 @@ def load_targets(args: argparse.Namespace, *, purpose: str = "generate") -> Load
         if not found:
             if base not in (None, target):
                 raise not_an_adapter(target)
+            if target.startswith("runs/") and not Path(target).exists():
+                raise CheckpointError(f"there is no run {target}; veneer runs lists the runs that there are")
             bases.setdefault(target, "the command line")
         for name, folder in found.items():
             if name in folders:

@@ -170,7 +170,7 @@ def plot(rows: Sequence[ContestantRow], base_loss: float | None) -> str:
         ]
     for count in _counts(10**first, 10**last):
         parts.append(f'<text x="{x(count):.1f}" y="{bottom + 16}" text-anchor="middle">{_count(count)}</text>')
-    step = _step((high - low) / 4)
+    step = _step((high - low) / 6)
     digits = max(0, -math.floor(math.log10(step)))
     for number in range(math.ceil(low / step), math.floor(high / step) + 1):
         loss = number * step
