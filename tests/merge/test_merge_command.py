@@ -88,6 +88,22 @@ def test_rounding_away_is_refused(made: Path, capsys: pytest.CaptureFixture[str]
     assert (made / "out1" / "residual" / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.parametrize("scale", [1e-30, 0.0])
+def test_an_adapter_that_changes_nothing_is_told(
+    scale: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A merge and a composition say so in a sentence if its factors are too small for any weight; zeros are not composed."""
+    adapter = trained(saved(tmp_path / "base"), LoRA(r=2, lora_alpha=4), name="faint")
+    for parameter in adapter.parameters():
+        parameter.data *= scale
+    write_adapter(adapter, tmp_path / "faint", base_name=str(tmp_path / "base"))
+    assert main(["merge", str(tmp_path / "faint"), "--out", str(tmp_path / "out"), "--no-probe"]) == 0
+    says = "faint: the change " + ("has a norm of at most" if scale else "is zero at every site")
+    assert says in capsys.readouterr().err
+    code = main(["compose", str(tmp_path / "faint"), "--out", str(tmp_path / "both")])
+    assert code == (0 if scale else 1) and (says if scale else "zero") in "".join(capsys.readouterr())
+
+
 def test_mistakes_are_one_sentence(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A missing folder, a base in an adapter's place, another base, a taken place, an odd size."""
     other = saved(made / "other", seed=5)

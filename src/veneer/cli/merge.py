@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from veneer._terminal import status
+from veneer._terminal import note, status
 from veneer.cli._output import as_json, difference_from, percent, print_lines, table
 from veneer.cli._parents import checked_base, parse_mix, stops_of
 from veneer.cli._parser import FORMATS, add_device, add_force, add_json, add_quantize, add_sites, at_least
@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Merge the adapters, write the model and report its accuracy."""
     from veneer.checkpoints.model_folder import check_free
-    from veneer.deltas.parents import read_parents
+    from veneer.deltas.parents import notes_on_parents, read_parents
     from veneer.merge.folder import merge_to_folder
     from veneer.models.devices import resolve_device
     from veneer.models.quantized.scheme import scheme_for
@@ -83,6 +83,8 @@ def run(args: argparse.Namespace) -> int:
     shard_bytes, device = parse_size(args.shard_size), resolve_device(args.device)
     check_free(args.out)
     parents = read_parents(parse_mix(args.adapter), force=args.force)
+    for remark in notes_on_parents(parents):
+        note(remark)
     _, base = checked_base(parents, args.base, args.force, args.quantize)
     compare = None if args.no_probe else _logit_check(parents, base, device)
     report = status("merging")(merge_to_folder)(

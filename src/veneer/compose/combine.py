@@ -27,7 +27,7 @@ from veneer.deltas.delta import SiteDelta, Weights, geometry_of, needs_base, sit
 from veneer.deltas.parents import (
     Parent,
     check_one_base,
-    notes_on_bases,
+    notes_on_parents,
     origin_of,
     records_for,
     target_parameters_of,
@@ -161,7 +161,7 @@ def combine(
         _effective(chosen, settings, rank, energy),
         origin,
         sites,
-        notes + _notes(parents, chosen) + notes_on_bases(parents) + origin.get("notes", []),
+        notes + _notes(parents, chosen) + notes_on_parents(parents) + origin.get("notes", []),
         records_for(adapter, records, weights),
         template_of(parents),
     )

@@ -104,14 +104,16 @@ def records_for(adapter: Adapter, base: Mapping[str, Any], weights: Weights | No
     return {key: value for key, value in entries.items() if value}
 
 
-def notes_on_bases(parents: Sequence[Parent]) -> list[str]:
-    """A note if parents name different bases, and receipts do not show that these have the same weights."""
+def notes_on_parents(parents: Sequence[Parent]) -> list[str]:
+    """Notes on parents that change nothing, and one if they name different bases that no receipts show to be the same."""
     adapters = list({id(parent.adapter): parent.adapter for parent in parents}.values())
+    idle = [f"{adapter.name}: {adapter.meta['idle']}" for adapter in adapters if "idle" in adapter.meta]
     names = list(dict.fromkeys(name for adapter in adapters if (name := base_name([adapter])) is not None))
     if len(names) < 2 or all(base_records(adapter) for adapter in adapters):
-        return []
+        return idle
     return [
-        f"the parents name different bases ({', '.join(names[:3])}), and not all have a receipt that could tell whether these are one"
+        *idle,
+        f"the parents name different bases ({', '.join(names[:3])}), and not all have a receipt that could tell whether these are one",
     ]
 
 

@@ -211,13 +211,15 @@ def check_values(adapter: Adapter, found: Findings) -> None:
             found.note(f"{shown(site)}: {count:,} magnitudes are zero or negative, which training rarely yields")
     if zero and zero == len(factors):
         if any(sizes.values()):
-            found.note(
+            idle = (
                 f"the change has a norm of at most {max(sizes.values()):.1e} at every site, so nothing that can be measured changes: "
                 "factors that were scaled by mistake, or never trained?"
             )
-            return
-        moved = "directions are those of the base" if adapter.method.needs_base_weights else "change is zero"
-        found.note(f"the {moved} at every site: an adapter that was never trained?")
+        else:
+            moved = "directions are those of the base" if adapter.method.needs_base_weights else "change is zero"
+            idle = f"the {moved} at every site: an adapter that was never trained?"
+        found.note(idle)
+        adapter.meta["idle"] = idle
     elif zero:
         small = " or too small to be measured" if any(0 < size <= MIN_CHANGE for size in sizes.values()) else ""
         found.note(f"the change is zero{small} at {zero} of {len(factors)} sites")
