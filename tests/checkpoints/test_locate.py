@@ -182,6 +182,9 @@ def test_a_hub_id_means_the_adapter_in_the_local_cache(cached: Path, monkeypatch
     monkeypatch.chdir(cached.parent)
     make_folder(Path("org/sql"))
     assert adapters_at(path) == {"sql": path}
+    (cached.parents[2] / "models--org--sqk").symlink_to(cached.parents[1])
+    with pytest.raises(CheckpointError, match=r"^org/sqk holds no adapter"):  # a misspelt folder is not looked up
+        find_adapter(Path("org/sqk"))
 
 
 @pytest.mark.parametrize("name", ["config.json", "adapter_model.bin", "README.md"])

@@ -126,8 +126,8 @@ def of_another_program(path: Path) -> str:
 
 
 def looks_like_hub_id(path: Path) -> bool:
-    """True if nothing is at the path and it reads as ``organisation/model``."""
-    return _HUB_ID.fullmatch(path.as_posix()) is not None and not os.path.lexists(path)
+    """True if nothing is at the path and it reads as ``organisation/model``; a name in a folder that exists is a local one."""
+    return _HUB_ID.fullmatch(path.as_posix()) is not None and not os.path.lexists(path) and not path.parent.is_dir()
 
 
 def hub_adapter(name: str) -> Path | None:
