@@ -96,8 +96,8 @@ def trained(
         pytest.param(2, 2, "four jobs in fp64", False, False, STEPS, marks=pytest.mark.slow),
         pytest.param(2, 2, "other layers", False, False, STEPS, marks=pytest.mark.slow),
         pytest.param(2, 2, "dora with dropout", True, True, STEPS, marks=pytest.mark.slow),
-        pytest.param(4, 4, "four jobs", False, True, STEPS, marks=pytest.mark.slow),
-        pytest.param(4, 2, "four jobs", True, False, STEPS, marks=pytest.mark.slow),
+        pytest.param(4, 4, "four jobs in fp64", False, True, 6, marks=pytest.mark.slow),
+        pytest.param(4, 2, "four jobs in fp64", True, False, STEPS, marks=pytest.mark.slow),
     ],
 )
 def test_parts_of_sequences_train_as_whole_ones(
