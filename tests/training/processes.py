@@ -64,6 +64,8 @@ class Forks:
 
     def kill(self, rank: int, number: int = signal.SIGKILL) -> None:
         """Send a signal to one of them, if it still runs."""
+        if self.codes[rank] is not None:
+            return
         done, status = os.waitpid(self.children[rank], os.WNOHANG)
         if done:
             self.codes[rank] = os.waitstatus_to_exitcode(status)

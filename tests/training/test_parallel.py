@@ -271,8 +271,10 @@ def test_a_killed_process_ends_the_run_and_the_same_command_goes_on(
 
 def test_a_process_that_hangs_ends_the_run(wanted: dict[str, Any], base: Base) -> None:
     """A process that does not answer within the stated time ends the others with one sentence."""
-    forks = run_together(2, {**wanted, "answer_minutes": 0.03, "steps": 400, "save_every": 1}, base)
-    time.sleep(1.5)
+    forks = run_together(2, {**wanted, "answer_minutes": 0.05, "steps": 4000, "save_every": 1}, base)
+    began = time.monotonic()
+    while not list(wanted["out"].glob("checkpoints/step-*")) and time.monotonic() - began < 60:
+        time.sleep(0.05)
     forks.kill(1, signal.SIGSTOP)
     began = time.monotonic()
     while forks.codes[0] is None and time.monotonic() - began < 30:
@@ -280,7 +282,7 @@ def test_a_process_that_hangs_ends_the_run(wanted: dict[str, Any], base: Base) -
         time.sleep(0.05)
     forks.kill(1)
     assert forks.wait()[0] == 1 and time.monotonic() - began < 25
-    assert "another process has ended, or did not answer for 2 s; run the same command to resume" in forks.errors()[0]
+    assert "another process has ended, or did not answer for 3 s; run the same command to resume" in forks.errors()[0]
 
 
 def test_a_full_disk_of_the_first_process(wanted: dict[str, Any], base: Base, monkeypatch: pytest.MonkeyPatch) -> None:

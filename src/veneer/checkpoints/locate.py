@@ -105,7 +105,7 @@ def named_inside(path: Path) -> str:
     """The folders in a folder that hold adapters, as the remedy of a message; empty if there are none."""
     try:
         found = sorted(child for child in path.iterdir() if child.is_dir() and adapters_at(child))
-    except OSError:
+    except (OSError, ValueError):  # ValueError: no path has a zero byte
         return ""
     return f"it contains {', '.join(one.name for one in found[:8])}: give one, such as {found[0]}" if found else ""
 
