@@ -62,6 +62,7 @@ class Running:
             limits=limits,
             environment={"VENEER_API_KEY": KEY, "VENEER_ADMIN_KEY": ADMIN_KEY},
         )
+        self._clients: list[openai.OpenAI] = []
         self._thread = threading.Thread(target=self.server.run, daemon=True)
         self._thread.start()
         wait(lambda: self.server.started)
@@ -72,8 +73,10 @@ class Running:
         return self.server.url.removesuffix("/v1")
 
     def client(self, key: str = KEY, **options: Any) -> openai.OpenAI:
-        """A synchronous client of the openai package."""
-        return openai.OpenAI(base_url=self.server.url, api_key=key, **{"max_retries": 0, "timeout": 30, **options})
+        """A synchronous client of the openai package, closed with the server."""
+        options = {"max_retries": 0, "timeout": 30, **options}
+        self._clients.append(openai.OpenAI(base_url=self.server.url, api_key=key, **options))
+        return self._clients[-1]
 
     def async_client(self, **options: Any) -> openai.AsyncOpenAI:
         """An asynchronous client of the openai package."""
@@ -91,6 +94,8 @@ class Running:
 
     def close(self) -> None:
         """Stop the server."""
+        for client in self._clients:
+            client.close()
         self.server.stop()
         self._thread.join(timeout=60)
         assert not self._thread.is_alive()

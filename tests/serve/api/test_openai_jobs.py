@@ -112,7 +112,9 @@ def test_two_jobs_at_once_and_a_chat_with_each(client: openai.OpenAI, file: str)
         client.chat.completions.create(model="second", messages=[{"role": "user", "content": "1+2"}])
 
 
-def test_the_code_of_the_page_runs(server: Running, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_code_of_the_page_runs(
+    server: Running, client: openai.OpenAI, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The Python blocks of docs/serving.md run as printed; only address, base, file and size of the job differ."""
     page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
     code = "\n".join(re.findall(r"```python\n(.*?)```", page, re.S))
@@ -130,8 +132,9 @@ def test_the_code_of_the_page_runs(server: Running, place: Path, monkeypatch: py
     monkeypatch.setenv("VENEER_API_KEY", KEY)
     names: dict[str, Any] = {}
     exec(compile(code, "docs/serving.md", "exec"), names)
+    names["client"].close()
     assert names["answer"].model == "sql" and names["answer"].usage.completion_tokens > 0
-    assert ended(server.client(), names["job"].id).fine_tuned_model == "page"
+    assert ended(client, names["job"].id).fine_tuned_model == "page"
 
 
 def test_job_starts_from_a_model(client: openai.OpenAI, file: str) -> None:
