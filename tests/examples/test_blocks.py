@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 import torch
 from tests.project.source import ROOT
-from tests.tiny import tiny, tiny_tokenizer
-from tests.training.made import SIZES
 
 RUN = ("README.md", "docs/tutorials/first_adapter.md", "docs/tutorials/python.md")
 """Documents whose blocks run here, one after another in one namespace."""
@@ -26,16 +24,6 @@ SHORTER = {'"smollm2-135m"': "BASE", "max_steps=100": "max_steps=1, report_to=[]
 def blocks(page: str) -> list[str]:
     """The Python blocks of a document."""
     return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.S)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder with a tiny base whose tokenizer has a chat template."""
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("base")
-    tiny("llama", num_key_value_heads=1, **SIZES).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -8,22 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from tests.project.source import ROOT
-from tests.tiny import tiny, tiny_tokenizer
-from tests.training.made import SIZES
 
 EXAMPLES = ROOT / "examples"
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder with a tiny base."""
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("base")
-    tiny("llama", num_key_value_heads=1, **SIZES).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return str(folder)
 
 
 def entry(name: str) -> Callable[..., Any]:

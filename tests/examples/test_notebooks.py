@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 import torch
 from tests.project.source import ROOT
-from tests.tiny import tiny, tiny_tokenizer
-from tests.training.made import SIZES
 
 NOTEBOOKS = {path.stem: path for path in sorted((ROOT / "examples").glob("*.ipynb"))}
 
@@ -18,16 +16,6 @@ NOTEBOOKS = {path.stem: path for path in sorted((ROOT / "examples").glob("*.ipyn
 def cells(name: str) -> list[dict[str, Any]]:
     """The cells of a notebook."""
     return json.loads(NOTEBOOKS[name].read_text(encoding="utf-8"))["cells"]  # type: ignore[no-any-return]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder with a tiny base whose tokenizer has a chat template."""
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("base")
-    tiny("llama", num_key_value_heads=1, **SIZES).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture
