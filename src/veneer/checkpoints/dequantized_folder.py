@@ -28,8 +28,19 @@ _STACKS = 3
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
+class PlainView(ModelFolder):
+    """A model folder whose tensors are made when they are asked for, in the model's data type."""
+
+    def dtypes(self) -> set[str]:
+        return {_NAMES[_dtype(self.config)]}
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for key in self.files:
+            yield key, self.get(key)
+
+
 @dataclass
-class DequantizedFolder(ModelFolder):
+class DequantizedFolder(PlainView):
     """A model folder whose quantized weights are dequantized when they are asked for, in the model's data type."""
 
     scheme: Scheme | None = None
@@ -77,19 +88,12 @@ class DequantizedFolder(ModelFolder):
         weight = self.quantized(key)
         return super().shape(key) if weight is None else tuple(self.get(key).shape)
 
-    def dtypes(self) -> set[str]:
-        return {_NAMES[_dtype(self.config)]}
-
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        for key in self.files:
-            yield key, self.get(key)
-
     def bytes(self) -> int:
         return 4 * super().bytes()
 
 
 @dataclass
-class FP8Folder(ModelFolder):
+class FP8Folder(PlainView):
     """A model folder whose FP8 weights are dequantized when they are asked for, in the model's data type."""
 
     scheme: FP8 = field(default_factory=lambda: FP8(None))
@@ -112,13 +116,6 @@ class FP8Folder(ModelFolder):
         except ValueError as error:
             raise CheckpointError(f"{self.path}: {key}: {error}; get the file again") from error
 
-    def dtypes(self) -> set[str]:
-        return {_NAMES[_dtype(self.config)]}
-
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        for key in self.files:
-            yield key, self.get(key)
-
     def bytes(self) -> int:
         return 2 * super().bytes()
 
@@ -140,7 +137,7 @@ class QuantizedParameter:
     places: Mapping[str, Callable[[Tensor], Tensor]]
 
 
-class QuantizedReading(ModelFolder):
+class QuantizedReading(PlainView):
     """A folder of plain weights, some of which have the values that they have in a quantized format."""
 
     def __init__(self, plain: ModelFolder, scheme: Scheme, parameters: Mapping[str, QuantizedParameter]) -> None:
@@ -186,10 +183,6 @@ class QuantizedReading(ModelFolder):
 
     def dtypes(self) -> set[str]:
         return self.plain.dtypes()
-
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        for key in self.files:
-            yield key, self.get(key)
 
     def both(self, parameter: QuantizedParameter) -> tuple[Tensor, QuantizedWeight]:
         """(the plain weight [out, in], the quantized one)."""

@@ -69,7 +69,7 @@ inline long fast(const uint8_t* packed, const float* values, float* out, long co
 template <class T> inline long fast(const uint8_t*, const T*, T*, long) { return 0; }
 #endif
 
-// Those of numbers first .. last that are in block b.
+// The numbers first .. last of a weight that lie in block b.
 template <class T> void four_bits(const Weight& w, long b, long first, long last, T* out) {
     const uint8_t* packed = (const uint8_t*)w.data;
     __builtin_prefetch(packed + std::max(first, b * w.block) / 2 + AHEAD, 0, 2);
