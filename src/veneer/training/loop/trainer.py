@@ -27,6 +27,7 @@ from veneer.data.batch import make_batch
 from veneer.data.example import Example
 from veneer.errors import DataError, ProcessError, TrainingError, VeneerError
 from veneer.evaluate.losses import Losses, example_losses
+from veneer.kernels.waiting_threads import WaitingThreads
 from veneer.models.devices import device_of
 from veneer.training.device_memory import DeviceMemory, memory_of
 from veneer.training.loop.job import Job, JobState
@@ -134,6 +135,7 @@ class Trainer:
         self.tokens_per_pass = tokens_per_pass
         self.tokens_per_shared_pass = tokens_per_shared_pass
         self._heap = Heap()
+        self._threads = WaitingThreads()
         self._fitted = 0
         """Tokens of the largest pass so far."""
         self._vocabulary = _vocabulary_size(stepper)
@@ -147,11 +149,14 @@ class Trainer:
         self._handle_requests()
         for job in self.jobs:
             self._begin(job)
-        while any(job.running for job in self.jobs):
-            self.round()
-            self._handle_requests()
-            if not self.listener.round_over():
-                return
+        try:
+            while any(job.running for job in self.jobs):
+                self.round()
+                self._handle_requests()
+                if not self.listener.round_over():
+                    return
+        finally:
+            self._threads.end()
 
     def round(self) -> None:
         """Take one optimizer step of every running job."""
@@ -172,6 +177,7 @@ class Trainer:
         self._take_turns(turns, left)
         if not self.processes.alone:
             numbering.end()
+        self._threads.look()
 
     def _shares(self, pieces: Sequence[MicroBatch[Example]]) -> list[list[list[MicroBatch[Example]]]]:
         """The passes of each team of processes."""
