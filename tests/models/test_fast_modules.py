@@ -12,6 +12,8 @@ from tests.tiny import tiny
 from torch import nn
 
 from veneer.adapters import LoRA, attach
+from veneer.kernels.quantized.module import QuantizedLinear
+from veneer.kernels.quantized.state import quantize
 from veneer.models.fast_modules import fast_modules, fuse, unfuse
 
 IDS = torch.arange(24).reshape(4, 6) % 60 + 1
@@ -124,6 +126,17 @@ class WrongMLP(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = self.down_proj(self.act_fn(self.gate_proj(x)) + self.up_proj(x))
         return y
+
+
+@pytest.mark.parametrize("format", ["nf4", "int8"])
+def test_quantized_layers_keep_the_faster_forms(format: str) -> None:
+    """The checks compute in the data type of the layers, which is not that of the packed numbers."""
+    model = frozen("llama", torch.bfloat16)
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if type(layer) is nn.Linear and name != "lm_head":
+                setattr(parent, name, QuantizedLinear(quantize(layer.weight.detach(), format)))
+    assert fuse(model) == OFFERS["llama"]
 
 
 def test_lookalikes_are_left_alone() -> None:

@@ -24,6 +24,7 @@ import types
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -154,7 +155,7 @@ class _FastGated(_Fast):
 
     def inputs(self) -> tuple[Tensor, ...]:
         layer = self.module.gate_proj
-        return (_random(layer.weight, 1, 4, layer.in_features),)
+        return (_random(_computes_in(layer), 1, 4, layer.in_features),)
 
     def takes(self, x: Any, *args: Any, **kwargs: Any) -> bool:
         return isinstance(x, Tensor) and x.is_floating_point() and not args and not kwargs
@@ -197,7 +198,7 @@ class _FastRotary(_Fast):
 
     def agrees(self) -> bool:
         """Compares the one function that is exchanged; everything else is the module's own code."""
-        like = next(self.module.parameters())
+        like = _computes_in(self.module)
         q, k = _random(like, 2, 3, 5, 8), _random(like, 2, 1, 5, 8)
         cos, sin = _random(like, 2, 5, 8), _random(like, 2, 5, 8)
         original = type(self.module).forward.__globals__[_ROTARY]
@@ -261,6 +262,11 @@ def _eps(module: Any) -> float | None:
     return next(
         (float(e) for name in ("variance_epsilon", "eps") if (e := module.__dict__.get(name)) is not None), None
     )
+
+
+def _computes_in(module: nn.Module) -> Tensor:
+    """A tensor with the data type and device that the module computes in. The packed numbers of a quantized layer are whole numbers."""
+    return next(t for t in chain(module.parameters(), module.buffers()) if t.is_floating_point())
 
 
 def _random(like: Tensor, *shape: int) -> Tensor:
