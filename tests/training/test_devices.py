@@ -241,10 +241,9 @@ def magnitude_read_back(part: Any, dots_O: torch.Tensor | None = None) -> torch.
     return found
 
 
-def dropped_on_device(count: int, p: float, seed: int, device: Any = "cpu") -> torch.Tensor:
-    """Dropout drawn from a generator of the device."""
-    generator = torch.Generator(device="cuda:0").manual_seed(seed)
-    return torch.empty(count, device="cuda:0").bernoulli_(p, generator=generator).nonzero().squeeze(1)
+def places_of_the_device(count: int, drawn: dropout.Dropout, device: Any = "cpu") -> torch.Tensor:
+    """Dropout by other random numbers on a device than on the CPU."""
+    return dropout.places(count, drawn._replace(seed=drawn.seed + (torch.device(device).type != "cpu")), device)
 
 
 MIXED = "takes tensors on cpu and cuda:0"
@@ -265,7 +264,7 @@ FAULTS: dict[str, tuple[dict[str, Any], str, str]] = {
         "dora",
         "too many reads",
     ),
-    "dropout is drawn on the device": ({"veneer.kernels.lora.branch.dropped": dropped_on_device}, "dropout", "cuda"),
+    "a device drops other elements": ({"veneer.kernels.lora.branch.places": places_of_the_device}, "dropout", "assert"),
 }
 
 
@@ -288,4 +287,13 @@ def test_the_loss_takes_large_chunks_on_a_gpu() -> None:
     with PretendDevice():
         assert cross_entropy._chunk(8192, vocabulary, 2, torch.device("cuda:0")) == 2048
     cross_entropy.device_bytes.cache_clear()
-    assert dropout.dropped(100, 0.5, 3).device.type == "cpu"
+
+
+def test_a_mask_is_made_where_the_input_is() -> None:
+    """A GPU computes its own mask, the same as a CPU's, and waits for nothing."""
+    drawn = dropout.Dropout(0.3, 7)
+    indices = dropout.places(1000, drawn)
+    with PretendDevice() as device:
+        found = dropout.places(1000, drawn, "cuda:0")
+        assert device.of(found) == device.device and not device.moves and not device.reads
+    assert found.dtype == torch.bool and found.nonzero().squeeze(1).tolist() == indices.tolist()

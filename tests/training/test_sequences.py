@@ -18,7 +18,7 @@ from tests.training.test_sharding import divide, run_together
 from veneer.adapters import DoRA, LoRA
 from veneer.config import TrainOptions
 from veneer.errors import ConfigError
-from veneer.kernels.lora.dropout import dropped
+from veneer.kernels.lora.dropout import Dropout, places
 from veneer.models.divided.sequence_split import SequenceSplit
 from veneer.models.layout import Flat
 from veneer.training import train
@@ -202,6 +202,6 @@ def test_a_share_of_a_batch() -> None:
         assert split.segments(flat.offsets).tokens == 8
     assert ids == [5, 6, 7, 8, 9, 0, 0, 0] and positions[:5] == [0, 1, 2, 0, 1]
     for p in (0.1, 0.5):
-        whole = dropped(60, p, 7).tolist()
-        assert dropped(24, p, 7, (3, 6, 15)).tolist() == [i - 12 for i in whole if 12 <= i < 36]
-    assert dropped(0, 0.1, 7, (3, 0, 15)).tolist() == []
+        whole = places(60, Dropout(p, 7)).tolist()
+        assert places(24, Dropout(p, 7, (3, 6, 15))).tolist() == [i - 12 for i in whole if 12 <= i < 36]
+    assert places(0, Dropout(0.1, 7, (3, 0, 15))).tolist() == []

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from veneer.kernels.lora.dropout import Dropout, dropped
+from veneer.kernels.lora.dropout import Dropout, places
 from veneer.kernels.lora.magnitude_scale import apply_scale, column_dots
 from veneer.kernels.quantized.weight import QuantizedWeight
 
@@ -66,11 +66,8 @@ class Factors:
         return 1.0 if self.dropout is None else 1 - self.dropout.p
 
     def dropped(self, count: int, device: torch.device) -> Tensor | None:
-        """Ascending indices that dropout sets to zero in an input of ``count`` numbers, in int32 if they fit; None without dropout."""
-        if self.dropout is None:
-            return None
-        indices = dropped(count, *self.dropout)
-        return (indices.to(torch.int32) if count < 2**31 else indices).to(device)
+        """The `places` that dropout sets to zero in an input of ``count`` numbers; None without dropout."""
+        return None if self.dropout is None else places(count, self.dropout, device)
 
     def magnitude_scale(self) -> Tensor | None:
         """S [O] in the norm's dtype."""

@@ -121,7 +121,7 @@ class SingleBranch(AdapterPart, Branch):
             pieces = zip(self.parts, gone, self._columns(gb_nR), a_RK.split(self._ranks), strict=True)
             for (_, f), dropped, gb, a in pieces:
                 dx = gb @ a
-                part.add_(dx if dropped is None else zero_(dx, dropped.long()).div_(f.kept))
+                part.add_(dx if dropped is None else zero_(dx, dropped).div_(f.kept))
         put_(dx_NK, self.rows, part)
 
     def _a_gradients(self, gb_nR: Tensor, x_nK: Tensor, gone: Sequence[Tensor | None]) -> Sequence[Tensor]:
@@ -141,4 +141,4 @@ class SingleBranch(AdapterPart, Branch):
 
 def _without(x_nK: Tensor, gone: Tensor | None) -> Tensor:
     """x with zeros at the dropped indices."""
-    return x_nK if gone is None else zero_(x_nK.clone(memory_format=torch.contiguous_format), gone.long())
+    return x_nK if gone is None else zero_(x_nK.clone(memory_format=torch.contiguous_format), gone)
