@@ -7,7 +7,7 @@ import ast
 import random
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import given
@@ -232,6 +232,28 @@ def test_schema_describes_every_option() -> None:
     assert set(schema["properties"]) == set(TrainOptions.model_fields)
     assert all(entry.get("description") for entry in schema["properties"].values())
     assert schema["additionalProperties"] is False and "required" not in schema
+
+
+def test_docstrings_of_fields_are_descriptions() -> None:
+    """A class in a function has them too; inherited fields keep theirs, fields without one have none."""
+
+    class Outer(Options):
+        fixed: ClassVar[int] = 3
+        """A constant."""
+        needed: Count
+        """Must be given."""
+        plain: Count = 4
+
+    class Inner(Outer):
+        more: dict[str, Count] = {}
+        """Several
+        lines."""
+
+    texts = {name: field.description for name, field in Inner.model_fields.items()}
+    assert texts == {"needed": "Must be given.", "plain": None, "more": "Several\nlines."}
+    assert Inner(needed=2).fixed == 3 and Inner(needed=2).more == {}
+    with pytest.raises(ConfigError, match="needed"):
+        Inner()
 
 
 @pytest.mark.parametrize("name", TrainOptions.model_fields)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, ValidationError, model_validator
 
+from veneer._options.docstrings import field_docstrings
 from veneer._options.document import Keys, shorten
 from veneer._options.synonyms import near_miss, similar
 from veneer._options.text import WHOLE
@@ -60,7 +61,14 @@ Where = Callable[[Keys], str]
 
 
 class _OptionsType(ModelMetaclass):
-    """Turns a ``ValidationError`` of ``TrainOptions(...)`` into a ``ConfigError``, without changing how pydantic nests models."""
+    """Makes each field's docstring its description, and turns a ``ValidationError`` of ``TrainOptions(...)`` into a ``ConfigError``,
+    without changing how pydantic nests models."""
+
+    def __new__(mcs, name: str, bases: tuple[type, ...], namespace: dict[str, Any], **settings: Any) -> Any:
+        for field, text in field_docstrings(namespace["__module__"], namespace["__qualname__"]).items():
+            if not str(namespace["__annotations__"][field]).startswith("ClassVar"):
+                namespace[field] = Field(namespace.get(field, ...), description=text)
+        return super().__new__(mcs, name, bases, namespace, **settings)
 
     def __dir__(cls) -> list[str]:
         """Names without those of pydantic, for ``help`` and completion; the options are among them."""
@@ -85,7 +93,7 @@ class _OptionsType(ModelMetaclass):
 class Options(BaseModel, metaclass=_OptionsType):
     """A frozen set of options. Unknown names are errors; each field's docstring is its description everywhere."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
     @model_validator(mode="before")
     @classmethod
