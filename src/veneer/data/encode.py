@@ -17,11 +17,10 @@ import re
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any
 
-import orjson
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 from veneer.errors import DataError
 
@@ -82,19 +81,18 @@ class Encoder:
             )
         self.tokenizer = tokenizer
         self.backend = backend
-        spec = orjson.loads(backend.to_str())
-        added = spec["added_tokens"]
+        added = backend.get_added_tokens_decoder()
         declared = set(getattr(tokenizer, "chat_control_tokens", None) or ())
-        self.specials = frozenset(t["content"] for t in added if t["special"] and t["content"].strip())
-        unmarked = [t["content"] for t in added if not t["special"]]
+        self.specials = frozenset(t.content for t in added.values() if t.special and t.content.strip())
+        unmarked = [t.content for t in added.values() if not t.special]
         self.softs = frozenset(text for text in unmarked if text in declared or _soft(text, template))
         self.special_pattern = _any_of(self.specials)
         self.control_pattern = _any_of(self.specials | self.softs)
         self._alias = {text: _rename(text, k) for k, text in enumerate(sorted(self.specials | self.softs))}
         self.reserved = re.compile("[" + _RESERVED + "".join(a for a in self._alias.values() if len(a) == 1) + "]")
-        self._copy, self._original = _private_copy(spec, self._alias)
+        self._copy, self._original = _private_copy(backend, self._alias)
         self._cut = self._copy.token_to_id(_CUT)
-        self._text_of = {t["id"]: t["content"] for t in added if t["content"] in self._alias}
+        self._text_of = {number: t.content for number, t in added.items() if t.content in self._alias}
         self.control_ids = frozenset(self._text_of)
         # control tokens that the vocabulary itself holds, so that plain text could become one
         self._in_vocabulary = self.control_ids - {self._copy.token_to_id(t) for t in [*self._alias.values(), _CUT]}
@@ -102,7 +100,7 @@ class Encoder:
         self._normalizer = backend.normalizer
         self.faithful = self.decode(backend.encode(_PROBE, add_special_tokens=False).ids) == _PROBE
         self._spaces = self._adds_spaces()
-        greedy = [t["content"] for t in added if t["content"] in self._alias and (t["lstrip"] or t["rstrip"])]
+        greedy = [t.content for t in added.values() if t.content in self._alias and (t.lstrip or t.rstrip)]
         self._greedy = re.compile(rf"\s*({_any_of(greedy).pattern})\s*") if greedy else None
         self._check_copy()
 
@@ -253,15 +251,21 @@ def _rename(text: str, number: int) -> str:
     return _LEAD + chr(_PLANE + number) + _PAD * (len(text) - 2)
 
 
-def _private_copy(spec: dict[str, Any], alias: dict[str, str]) -> tuple[Tokenizer, dict[int, int]]:
+def _private_copy(backend: Tokenizer, alias: dict[str, str]) -> tuple[Tokenizer, dict[int, int]]:
     """Make the renamed tokenizer; also returns the original's id for each of its ids that differs."""
-    ids = {alias.get(t["content"], t["content"]): t["id"] for t in spec["added_tokens"]}
-    renamed = [{**t, "content": alias.get(t["content"], t["content"])} for t in spec["added_tokens"]]
-    cut = {"id": 0, "content": _CUT, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    # a post-processor adds tokens and trims offsets; truncation is done by the renderer
-    changed = {"truncation": None, "padding": None, "post_processor": None}
-    copy = Tokenizer.from_buffer(
-        orjson.dumps({**spec, **changed, "added_tokens": [*renamed, {**cut, "special": True}]})
-    )
-    mine = {copy.token_to_id(text): number for text, number in ids.items()}
+    # The model with its vocabulary is shared. A post-processor adds tokens and trims offsets; truncation is done by the renderer.
+    copy = Tokenizer(backend.model)
+    copy.normalizer, copy.pre_tokenizer, copy.decoder = backend.normalizer, backend.pre_tokenizer, backend.decoder
+    added = backend.get_added_tokens_decoder()
+    names = {number: alias.get(token.content, token.content) for number, token in added.items()}
+    for special, numbers in groupby(sorted(added), key=lambda number: added[number].special):
+        tokens = [_renamed_token(added[number], names[number]) for number in numbers]
+        (copy.add_special_tokens if special else copy.add_tokens)(tokens)
+    copy.add_special_tokens([AddedToken(_CUT, special=True, normalized=False)])
+    mine = {copy.token_to_id(name): number for number, name in names.items()}
     return copy, {a: b for a, b in mine.items() if a is not None and a != b}
+
+
+def _renamed_token(token: AddedToken, name: str) -> AddedToken:
+    flags = {key: getattr(token, key) for key in ("single_word", "lstrip", "rstrip", "normalized", "special")}
+    return AddedToken(name, **flags)
