@@ -14,6 +14,7 @@ LAYERS = {
     "errors": -4,
     "_files": -3,
     "_html": -3,
+    "_imports": -3,
     "_terminal": -3,
     "_options": -2,
     "config": -1,

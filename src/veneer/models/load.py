@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from veneer._imports import light_imports
 from veneer.errors import BaseModelError, Problems
 from veneer.models.cache import build_once
 from veneer.models.classifiers.heads import HEADS, belongs_to_head, class_with_head, draw_head, name_padding
@@ -95,7 +96,7 @@ def load_base(
     if torch_dtype is None:
         raise BaseModelError(f"the dtype {dtype!r} is not one of 'auto', 'float32' and 'bfloat16'")
     folder = folder_of(name, revision)
-    with _quiet():
+    with light_imports(), _quiet():
         model, notes = _load_model(folder, torch_dtype, quantize, task if task in HEADS else None)
         tokenizer = _load_tokenizer(folder)
     model.requires_grad_(False)
@@ -113,7 +114,7 @@ def load_tokenizer(name: str | Path, *, revision: str | None = None) -> Any:
         BaseModelError: not found, refused, or the base has no tokenizer.
     """
     folder = folder_of(name, revision)
-    with _quiet():
+    with light_imports(), _quiet():
         tokenizer = _load_tokenizer(folder)
     if tokenizer is None:
         raise BaseModelError(f"the base {str(name)!r} has no tokenizer in {folder}; add its tokenizer.json there")
