@@ -19,7 +19,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 from weakref import WeakKeyDictionary
@@ -54,6 +54,7 @@ _NARROW = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 Receipt = dict[str, Any]
 Record = dict[str, Any]
+Sketches = Callable[..., list[float]]  # (weight, name, dtype or None), as `sketch_of`
 _WEIGHTS: WeakKeyDictionary[nn.Module, tuple[object, Record]] = WeakKeyDictionary()
 
 
@@ -392,24 +393,43 @@ def _refuse_other_base(differs: dict[str, float], sites: int, base: BaseView, fo
 
 
 def base_distance(
-    known: Record, sketch: list[float], weight_OK: Tensor, name: str, format: str | None = None
+    known: Record,
+    sketch: list[float],
+    weight_OK: Tensor,
+    name: str,
+    format: str | None = None,
+    *,
+    sketches: Sketches | None = None,
 ) -> float | None:
     """Distance of a base weight from the recorded one, as a share of it; None if only the rounding of its dtype or format differs.
 
     known: the receipt's record of the weight. sketch: that of ``weight_OK`` as it is held here. format: the one in which it is held.
+    sketches: computes another one, as `sketch_of` does.
     """
     there, here = known.get("dtype"), format or dtype_name(weight_OK.dtype)
     apart, most = sketch_distance(known["sketch"], sketch), rounding_between(there, here)
     if there == here:  # the blocks of one format may differ
         most = max(most, _QUANTIZED.get(here, 0.0))
     if apart > _SUMS and there in _NARROW and here in ("float32", "float64"):
-        apart, most = sketch_distance(known["sketch"], sketch_of(weight_OK, name, _NARROW[there])), _SUMS
+        apart, most = sketch_distance(known["sketch"], (sketches or sketch_of)(weight_OK, name, _NARROW[there])), _SUMS
     return apart if apart > most else None
 
 
 def sketch_of(weight_OK: Tensor, name: str, dtype: torch.dtype | None = None) -> list[float]:
     """Eight numbers of a base weight, [out, in]: P (W v). dtype: as it would be in this dtype."""
     return eight(_times(weight_OK, signs(weight_OK.shape[1], name), dtype), name)
+
+
+def kept_sketches() -> Sketches:
+    """`sketch_of` for weights of one base, each computed once: several adapters are compared with them."""
+    kept: dict[tuple[str, torch.dtype | None], list[float]] = {}
+
+    def sketch(weight_OK: Tensor, name: str, dtype: torch.dtype | None = None) -> list[float]:
+        if (name, dtype) not in kept:
+            kept[name, dtype] = sketch_of(weight_OK, name, dtype)
+        return kept[name, dtype]
+
+    return sketch
 
 
 def sketch_distance(known: list[float], now: list[float]) -> float:

@@ -72,15 +72,17 @@ def checked_base(
         ComposeError: A parent does not fit the base or, without ``force`` of "base", was made on another one.
     """
     from veneer.checkpoints.base_files import base_folder, fit, skeleton
+    from veneer.checkpoints.receipt import kept_sketches
     from veneer.deltas.parents import check_base, trained_format
 
     name = base_of(parents, given)
     format = trained_format(parent.adapter for parent in parents) if quantize == "auto" else quantize
     base = skeleton(base_folder(name), None if format == "none" else format)
+    sketches = kept_sketches()
     for adapter in {id(parent.adapter): parent.adapter for parent in parents}.values():
         fit(adapter, base)
         if "base" not in force:
-            check_base(adapter, base.weight_2d, name)
+            check_base(adapter, base.weight_2d, name, sketches)
     return name, base
 
 

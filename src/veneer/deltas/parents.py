@@ -20,6 +20,7 @@ from veneer.checkpoints import read_adapter
 from veneer.checkpoints.base_files import Skeleton
 from veneer.checkpoints.findings import listed
 from veneer.checkpoints.receipt import (
+    Sketches,
     base_distance,
     base_records,
     probe,
@@ -158,8 +159,10 @@ def check_one_base(adapters: Sequence[Adapter]) -> None:
             )
 
 
-def check_base(adapter: Adapter, weights: Weights, where: str) -> None:
+def check_base(adapter: Adapter, weights: Weights, where: str, sketches: Sketches = sketch_of) -> None:
     """Compare an adapter's receipt with the base's weights; without a receipt there is nothing to compare.
+
+    sketches: computes the numbers that are compared; `kept_sketches` for several adapters on one base.
 
     Raises ComposeError that counts the sites which differ, or names those whose change (with DoRA) is not what its probe recorded.
     """
@@ -169,7 +172,7 @@ def check_base(adapter: Adapter, weights: Weights, where: str) -> None:
     probes = receipt_of(adapter).get("probes")
     for site, record in known.items():
         weight_OK, name = weights(site), recorded_name(receipt_of(adapter)["base"], site, renamed)
-        distant = base_distance(record, sketch_of(weight_OK, name), weight_OK, name)
+        distant = base_distance(record, sketches(weight_OK, name), weight_OK, name, sketches=sketches)
         if distant is not None:
             apart[site] = distant
         elif adapter.method.needs_base_weights and isinstance(probes, Mapping) and name in probes:

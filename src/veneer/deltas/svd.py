@@ -40,10 +40,14 @@ def nonzero(s: Tensor) -> Tensor:
 
 
 def inner_product(one: SiteDelta, other: SiteDelta, weight_OK: Tensor | None = None) -> float:
-    """<d, e> of two deltas as vectors, through the factors where both have factors only."""
+    """<d, e> of two deltas as vectors, through the factors where there are factors."""
     if one.factored and other.factored:
         (b1_OR, a1_RK), (b2_OR, a2_RK) = one.factors(), other.factors()
         return float(((b1_OR.T @ b2_OR) * (a1_RK @ a2_RK.T)).sum())
+    if one.factored or other.factored:
+        thin, full = (one, other) if one.factored else (other, one)
+        b_OR, a_RK = thin.factors()
+        return float((b_OR * (full.dense(weight_OK) @ a_RK.T)).sum())
     return float((one.dense(weight_OK) * other.dense(weight_OK)).sum())
 
 

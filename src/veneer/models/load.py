@@ -235,12 +235,13 @@ def _quantization(folder: Path, quantize: str | None) -> tuple[Reading | None, d
 
 def model_class(folder: Path) -> Any:
     """The class that config.json names, if it is transformers' own; else a causal language model, else a plain one."""
-    import transformers
+    with light_imports():
+        import transformers
 
-    for name in read_config(folder).get("architectures") or ():
-        named = getattr(transformers, str(name), None)
-        if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
-            return named
+        for name in read_config(folder).get("architectures") or ():
+            named = getattr(transformers, str(name), None)
+            if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
+                return named
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     causal = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
     masked = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)

@@ -11,14 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.core_model_loading import ConversionOps
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-from transformers.pytorch_utils import Conv1D
-from transformers.quantizers import auto
-from transformers.quantizers.base import HfQuantizer
-from transformers.quantizers.quantizers_utils import should_convert_module
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from veneer._imports import light_imports
 from veneer.kernels.experts import quantized_experts
 from veneer.kernels.quantized.four_bit import FourBit
 from veneer.kernels.quantized.fp8 import SCALE, dequantize_fp8
@@ -29,6 +23,15 @@ from veneer.kernels.quantized.state import COMPANIONS, FORMATS, quantize, weight
 from veneer.kernels.quantized.weight import QuantizedWeight
 from veneer.models.quantized.scheme import METHOD, Scheme
 from veneer.models.quantized.size import stack_names
+
+with light_imports():
+    from transformers.core_model_loading import ConversionOps
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+    from transformers.pytorch_utils import Conv1D
+    from transformers.quantizers import auto
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.quantizers.quantizers_utils import should_convert_module
+    from transformers.utils.quantization_config import QuantizationConfigMixin
 
 __all__ = ["Reading", "empty_layer", "quantized_names"]
 
