@@ -35,7 +35,14 @@ from veneer.training.process_memory import highest, resident
 from veneer.training.run.jobs import expand
 from veneer.training.run.setup import Setup, set_up
 
-CASES = [(quantize, method) for method in ("lora", "dora") for quantize in (None, "nf4")]
+METHODS = ("lora", "dora")
+CASES = [(quantize, method) for method in METHODS for quantize in (None, "nf4")]
+BASES: dict[str, dict[str, Any]] = {
+    "bf16": {},
+    "nf4": {"quantize": "nf4"},
+    "calibrated": {"quantize": "nf4", "calibrate": True},
+}
+"""Bases of ``quality``, with their options."""
 LLAMA_7B = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -60,10 +67,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=70)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument(
-        "--base", choices=("bf16", "nf4"), action="append", help="only this base (quality; may be given twice)"
+        "--base", choices=tuple(BASES), action="append", help="only this base (quality; may be repeated)"
     )
     parser.add_argument(
-        "--method", choices=("lora", "dora"), action="append", help="only this method (quality; may be given twice)"
+        "--method", choices=METHODS, action="append", help="only this method (quality; may be given twice)"
     )
     parser.add_argument("--cpu", action="store_true", help="compare processor time")
     args = parser.parse_args()
@@ -99,16 +106,12 @@ def _quality(files: tuple[Path, Path], folder: Path, args: argparse.Namespace) -
         "| base | method | loss of the base | held-out loss | s a step | peak GB |\n|---|---|---|---|---|---|",
         flush=True,
     )
-    for quantize, method in CASES:
-        if (quantize or "bf16") not in (args.base or ("bf16", "nf4")) or method not in (
-            args.method or ("lora", "dora")
-        ):
-            continue
-        out = folder / f"{quantize}-{method}"
-        more = {"steps": args.steps, "eval_every": args.steps, "out": str(out), "method": method, "quantize": quantize}
+    for method, base in ((method, base) for method in args.method or METHODS for base in args.base or BASES):
+        out = folder / f"{base}-{method}"
+        more = {"steps": args.steps, "eval_every": args.steps, "out": str(out), "method": method, **BASES[base]}
         found = _in_child(_options(files, **more))
         print(
-            f"| {quantize or 'bf16'} | {method} | {found['first']:.4f} | {found['loss']:.4f} | {found['step']:.2f} | {found['peak']:.2f} |",
+            f"| {base} | {method} | {found['first']:.4f} | {found['loss']:.4f} | {found['step']:.2f} | {found['peak']:.2f} |",
             flush=True,
         )
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tests.training.made import write_place
 
 from veneer.cli.main import main
@@ -105,6 +106,41 @@ def test_an_adapter_of_a_plain_layer_too_finds_its_quantized_base(run: Run) -> N
     assert code == 0 and "the base is in" not in err
     code, out, _ = run("merge", "head", "--out", "head-merged", "--no-probe")
     assert code == 0 and "in nf4, whose weights differ from the plain ones by" in out
+
+
+def test_a_calibrated_base_is_written_in_the_same_format(run: Run) -> None:
+    """Calibration rows change the values, and no names; config.json and the receipt of an adapter have their hash."""
+    code, out, _ = run("quantize", "base", "--to", "fp4", "--calibrate", "train.jsonl", "--out", "calibrated")
+    assert code == 0 and "chosen by the layers' outputs on" in out and "of 37 examples" in out
+    assert run("quantize", "base", "--to", "fp4", "--out", "rounded")[0] == 0
+    files = [load_file(f"{folder}/model.safetensors") for folder in ("calibrated", "rounded")]
+    packed = [name for name in files[0] if name.endswith("proj.weight")]
+    assert files[0].keys() == files[1].keys() and len(packed) == 7
+    assert all(files[0][name].shape == files[1][name].shape for name in packed)
+    assert not any(torch.equal(files[0][name], files[1][name]) for name in packed)
+    record = json.loads(Path("calibrated/config.json").read_text("utf-8"))["quantization_config"]["calibration"]
+    assert record["base"] == "base" and record["examples"] == 37 and len(record["sha256"]) == 64
+    assert run(*TRAIN, "--base", "calibrated", "--out", "on-calibrated")[0] == 0
+    assert json.loads(_receipt(Path("on-calibrated")))["calibration"] == record
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("base", "--calibrate", "few.jsonl"), "tokens; expected at least 128; give more or longer rows"),
+        (("base", "--calibrate", "empty.jsonl"), "empty.jsonl"),
+        (("base", "--calibrate-tokens", "500"), "--calibrate-tokens is about calibration examples"),
+        (("quantized", "--calibrate", "train.jsonl"), "are quantized already"),
+    ],
+)
+def test_calibration_that_cannot_be(run: Run, words: tuple[str, ...], said: str) -> None:
+    """Too few tokens, a file without rows, options without rows and a quantized base are refused, and nothing is written."""
+    Path("few.jsonl").write_text(Path("train.jsonl").read_text("utf-8").splitlines()[0], encoding="utf-8")
+    Path("empty.jsonl").write_text("", encoding="utf-8")
+    if not Path("quantized").exists():
+        assert run("quantize", "base", "--to", "int8", "--out", "quantized")[0] == 0
+    code, _, err = run("quantize", *words, "--to", "nf4", "--out", "refused")
+    assert code in (1, 2) and said in err and not Path("refused").exists()
 
 
 def test_what_fits_is_planned_from_the_config_alone(run: Run) -> None:

@@ -11,7 +11,8 @@ from tests.tiny import tiny, tiny_tokenizer
 from tests.training.made import QUIET, digest, options, write_rows
 
 from veneer.checkpoints import attach, read_adapter
-from veneer.checkpoints.receipt import receipt_of
+from veneer.checkpoints.receipt import receipt_of, recorded_base
+from veneer.errors import ConfigError
 from veneer.models.load import Base, load_base
 from veneer.training import train
 
@@ -40,6 +41,40 @@ def test_jobs_on_a_quantized_base_resume_to_the_same_bits(place: Path, tmp_path:
     assert digest(tmp_path / "parts") == digest(tmp_path / "whole")
     after = state(base)
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_run_calibrates_its_base_once(place: Path, tmp_path: Path) -> None:
+    """With ``calibrate`` the run's folder has the quantized base, on which the run resumes to the same bits; the adapter names it."""
+    shared: dict[str, Any] = {"jobs": JOBS, "quantize": "nf4", "calibrate": True}
+    train(options(place, tmp_path / "whole", **shared, steps=2), console=QUIET)
+    train(options(place, tmp_path / "parts", **shared, steps=1), console=QUIET)
+    weights = tmp_path / "parts" / "base" / "model.safetensors"
+    written = weights.stat().st_mtime_ns
+    result = train(options(place, tmp_path / "parts", **shared, steps=2), console=QUIET)
+    digests = [digest(tmp_path / name) for name in ("parts", "whole")]
+    files = [{name: value for name, value in one.items() if not name.endswith(".json")} for one in digests]
+    assert files[0] == files[1] and len(files[0]) >= 2 and weights.stat().st_mtime_ns == written
+    adapter = read_adapter(result.jobs["lora"].adapter)
+    assert recorded_base(adapter) == str(tmp_path / "parts" / "base")
+    assert receipt_of(adapter)["calibration"]["examples"] == 37
+    plain, own = in_nf4(place), load_base(tmp_path / "parts" / "base", dtype="float32")
+    name = "model.layers.0.mlp.up_proj"
+    assert not torch.equal(*(one.model.get_submodule(name).quantized.packed for one in (plain, own)))
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({}, "calibrate chooses the values of a quantized base"),
+        ({"quantize": "nf4", "processes": 2}, "calibrate runs in one process"),
+        ({"quantize": "nf4", "task": "classification"}, "a job trains a head"),
+    ],
+)
+def test_calibration_that_a_run_cannot_do(place: Path, tmp_path: Path, more: dict[str, Any], said: str) -> None:
+    """A plain base, several processes and heads are refused."""
+    with pytest.raises(ConfigError, match=said):
+        train(options(place, tmp_path / "run", calibrate=True, **more), console=QUIET)
+    assert not (tmp_path / "run" / "base").exists()
 
 
 def test_a_job_beside_another_ends_as_it_would_alone(place: Path, tmp_path: Path) -> None:

@@ -82,6 +82,9 @@ class BaseOptions(Options):
     """Device: cpu, cuda, cuda:N, mps, or auto, a GPU where there is one."""
     quantize: PerRun[Literal["nf4", "fp4", "int8"] | None] = None
     """Quantize the base's linear layers while it is read, to save memory; a base that is quantized already needs no option."""
+    calibrate: PerRun[Flag] = False
+    """With quantize: choose the quantized values by the layers' outputs on training examples (GPTQ), which loses less; takes minutes, and
+    writes the quantized base to the run's folder."""
     processes: PerRun[Count] = 1
     """Processes that train together on this machine: one GPU each, or an equal share of the cores. With torchrun, leave it out."""
     cluster: PerRun[str | None] = None
@@ -278,6 +281,7 @@ class TrainOptions(
                 "use orthogonal: penalty"
             )
         self._check_task()
+        self._check_calibrate()
         if self.init_lora_weights in ("pissa", "olora") and self.orthogonal_to:
             raise ValueError(
                 f"{self.init_lora_weights} holds the factors that training started from, and orthogonal_to would change them; leave it out"
@@ -289,6 +293,19 @@ class TrainOptions(
             if field is not None and getattr(self, key) != field.default:
                 raise ValueError(f"{key} is given both as one value and in sweep; give only one of them")
         return self
+
+    def _check_calibrate(self) -> None:
+        """Raise ValueError where a base cannot be calibrated in this run."""
+        if not self.calibrate:
+            return
+        if self.quantize is None:
+            raise ValueError(
+                "calibrate chooses the values of a quantized base; give quantize: nf4 too, or leave it out"
+            )
+        if self.processes > 1 or self.cluster is not None:
+            raise ValueError(
+                "calibrate runs in one process; write the base with veneer quantize BASE --calibrate ROWS, and train on that folder"
+            )
 
     def _check_task(self) -> None:
         """Raise ValueError for options that have no effect with the task."""

@@ -1,12 +1,13 @@
 """Writing a base with quantized weights, in the layout that transformers reads with bitsandbytes.
 
-The base is read, quantized and written tensor by tensor; the model is built without weights, to know which layers are linear.
+The base is read, quantized and written tensor by tensor; the model is built without weights, to know which layers are linear. With
+calibration texts, a model in memory is quantized block by block first, and its weights are written.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,83 @@ from torch import Tensor
 from veneer.checkpoints.base_files import Skeleton, check_float, quantized_parameters
 from veneer.checkpoints.dequantized_folder import QuantizedParameter, QuantizedReading
 from veneer.checkpoints.model_folder import SHARD_BYTES, ModelWriter, write_model
-from veneer.errors import CheckpointError
-from veneer.kernels.quantized.state import quantize, state_of
+from veneer.data.batch import make_batch
+from veneer.data.example import Example
+from veneer.data.hashing import data_hash
+from veneer.errors import BaseModelError, CheckpointError, DataError
+from veneer.kernels.quantized.bitsandbytes import quantized_layer, quantized_weight
+from veneer.kernels.quantized.state import quantize, state_of, with_dtype
 from veneer.kernels.quantized.weight import QuantizedWeight
+from veneer.models.flat import FlatRunner
+from veneer.models.load import Base
+from veneer.models.quantized.calibration import quantize_in_place
 from veneer.models.quantized.loading import quantized_names
-from veneer.models.quantized.scheme import Scheme
+from veneer.models.quantized.scheme import CALIBRATION, Scheme
+
+CALIBRATION_TOKENS = 8192
+"""Tokens of examples that layers are calibrated on."""
+_LEAST_TOKENS = 128
+_TOKENS_PER_PASS = 1024
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """A model whose linear layers were quantized with regard to their inputs, and the record of the examples."""
+
+    model: Any
+    record: dict[str, Any]
+
+    def weight(self, layer: str, dtype: torch.dtype) -> QuantizedWeight:
+        """The weight of a layer, with values of the data type of the files."""
+        made = quantized_weight(self.model.get_submodule(layer))
+        here = made.with_tensors(made.stored.cpu(), {name: scale.cpu() for name, scale in made.scales.items()})
+        return with_dtype(here, dtype)
+
+
+def draw(examples: Sequence[Example], tokens: int = CALIBRATION_TOKENS) -> list[Example]:
+    """Examples with about so many tokens, always the same; all of them if they have fewer."""
+    drawn: list[Example] = []
+    for index in torch.randperm(len(examples), generator=torch.Generator().manual_seed(0)).tolist():
+        if sum(map(len, drawn)) >= tokens:
+            break
+        drawn.append(examples[index])
+    return drawn
+
+
+def calibrate(
+    base: Base, examples: Sequence[Example], scheme: Scheme, progress: Callable[[int, int], None] | None = None
+) -> Calibrated:
+    """Quantize the linear layers of a base in memory with regard to their inputs on these examples.
+
+    Args:
+        base: with plain weights; its model is changed.
+        examples: a few thousand tokens of what the base will be used for.
+        scheme: the format.
+        progress: is called with the number of blocks that are done and the number of all.
+
+    Raises:
+        BaseModelError: the weights are quantized already, or the model has no list of blocks.
+        DataError: the examples have too few tokens.
+    """
+    if any(quantized_layer(module) for module in base.model.modules()):
+        raise BaseModelError(
+            f"the weights of {base.name} are quantized already, and calibration chooses the values of plain ones; use the model that they "
+            "were made from"
+        )
+    count = sum(map(len, examples))
+    if count < _LEAST_TOKENS:
+        raise DataError(
+            f"the calibration examples have {count} tokens; expected at least {_LEAST_TOKENS}; give more or longer rows"
+        )
+    passes: list[list[Example]] = [[]]
+    for example in examples:
+        if passes[-1] and sum(map(len, passes[-1])) + len(example) > _TOKENS_PER_PASS:
+            passes.append([])
+        passes[-1].append(example)
+    batches = [make_batch(part, "calibration") for part in passes]
+    quantize_in_place(FlatRunner(base.model), batches, scheme, progress)
+    record = {"base": base.name, "examples": len(examples), "tokens": count, "sha256": data_hash(examples)}
+    return Calibrated(base.model, record)
 
 
 @dataclass
@@ -43,6 +116,8 @@ class QuantizeReport:
     """Number of fused parameters of experts among ``layers``."""
     experts: int = 0
     """Bytes of stacked experts that were left as they are."""
+    calibration: dict[str, Any] | None = None
+    """The examples that the layers were calibrated on: their number, their tokens and their hash."""
 
     def worst(self, count: int = 5) -> list[tuple[str, float]]:
         """The layers with the largest error first."""
@@ -60,6 +135,7 @@ def quantize_to_folder(
     *,
     shard_bytes: int = SHARD_BYTES,
     experts: bool = False,
+    calibrated: Calibrated | None = None,
     check: Callable[[Path], None] | None = None,
 ) -> QuantizeReport:
     """Quantize the linear layers of a base, and write the model to ``out``.
@@ -70,6 +146,7 @@ def quantize_to_folder(
         scheme: the format.
         shard_bytes: the largest size of one file.
         experts: quantize stacked experts too, each fused parameter as one; other programs do not read the folder then.
+        calibrated: has the quantized weights of the linear layers.
         check: is called with the finished folder before it gets its name.
 
     Raises:
@@ -85,7 +162,12 @@ def quantize_to_folder(
     report = QuantizeReport(str(out), scheme.format, scheme.double)
     report.stacks = len(named)
     report.plain = sorted(set(quantized_names(base.model, scheme.skip, turned=False)) - set(keys.values()))
-    config = {**base.folder.config, "quantization_config": replace(scheme, stacks=named).as_config(compute_dtype(base))}
+    record = {} if calibrated is None else {CALIBRATION: calibrated.record}
+    report.calibration = record.get(CALIBRATION)
+    config = {
+        **base.folder.config,
+        "quantization_config": {**replace(scheme, stacks=named).as_config(compute_dtype(base)), **record},
+    }
     reading = QuantizedReading(base.folder, scheme, stacks)
     totals = [0.0, 0.0]
 
@@ -101,7 +183,8 @@ def quantize_to_folder(
             report.before += size
             if key in keys:
                 check_float(key, tensor)
-                put(key, keys[key], tensor, quantize(tensor, scheme.format, double=scheme.double))
+                made = None if calibrated is None else calibrated.weight(keys[key], tensor.dtype)
+                put(key, keys[key], tensor, made or quantize(tensor, scheme.format, double=scheme.double))
             elif key not in stacks or not experts:
                 report.experts += size if key in stacks else 0
                 writer.put(key, tensor)

@@ -257,6 +257,15 @@ class FlatRunner:
             ) from error
 
     @contextmanager
+    def inside(self, batch: PreparedBatch) -> Iterator[None]:
+        """A context in which blocks of the model may be called alone, with what the model gave them for this batch."""
+        if self.kind == "padded":
+            yield
+            return
+        with self._switch.flat(Segments.of(batch.offsets)):
+            yield
+
+    @contextmanager
     def prepending(self, prepended: Prepended | None) -> Iterator[None]:
         """In this context, batches begin their segments with virtual tokens, and with keys and values of their own.
 

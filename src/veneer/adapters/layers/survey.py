@@ -33,6 +33,7 @@ from veneer.adapters.layers.roles import mark_roles
 from veneer.adapters.layers.site import Site, Survey
 from veneer.kernels.quantized.bitsandbytes import keep_packing, quantized_layer
 from veneer.kernels.quantized.stack import QuantizedStack
+from veneer.kernels.quantized.torchao import torchao_problem, torchao_weight
 
 _CLASSIFIERS = ("ForSequenceClassification", "ForTokenClassification")
 HEAD_NAMES = ("lm_head", "embed_out", "score", "classifier", "qa_outputs", "output_layer")
@@ -265,7 +266,8 @@ def layer_kind_for(module: nn.Module) -> tuple[LayerKind | None, str]:
     """The layer kind of a module, or None with the reason why a layer with a weight cannot be adapted (empty: not a layer)."""
     if quantized_layer(module):
         keep_packing(module)
-        return _QUANTIZED, ""
+        reason = torchao_problem(torchao_weight(module))
+        return (None, reason) if reason else (_QUANTIZED, "")
     kind, reason = _by_class(module)
     if kind is None:
         return (None, reason) if reason else experts_kind_for(module)

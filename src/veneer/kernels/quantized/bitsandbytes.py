@@ -1,6 +1,6 @@
 """Layers of bitsandbytes inside a model: recognised by class name, so that the package need not be there, and read as quantized weights.
 
-`QuantizedLinear` answers here too, so callers ask one function for the weight of a quantized layer.
+`QuantizedLinear` and layers with torchao's weights answer here too, so callers ask one function for the weight of a quantized layer.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ from veneer.kernels.quantized.four_bit import FourBit
 from veneer.kernels.quantized.int8 import Int8
 from veneer.kernels.quantized.module import QuantizedLinear
 from veneer.kernels.quantized.state import FORMATS
+from veneer.kernels.quantized.torchao import TorchaoWeight, torchao_weight
 from veneer.kernels.quantized.weight import QuantizedWeight
 
 __all__ = ["keep_packing", "quantized_layer", "quantized_weight"]
 
 
 def quantized_layer(module: nn.Module) -> bool:
-    """True for a `QuantizedLinear`, and for a linear layer of bitsandbytes whose weight has been quantized."""
-    if isinstance(module, QuantizedLinear):
+    """True for a `QuantizedLinear`, and for a linear layer whose weight bitsandbytes or torchao has quantized."""
+    if isinstance(module, QuantizedLinear) or torchao_weight(module) is not None:
         return True
     weight: Any = module._parameters.get("weight")
     if _is_class(module, "Linear4bit"):
@@ -34,6 +35,8 @@ def quantized_weight(module: Any) -> QuantizedWeight:
     """The weight of such a layer; its tensors are shared with the layer."""
     if isinstance(module, QuantizedLinear):
         return module.quantized
+    if (tensor := torchao_weight(module)) is not None:
+        return TorchaoWeight(tensor)
     if _is_class(module, "Linear8bitLt"):
         scale = module.state.SCB if module.weight.SCB is None else module.weight.SCB
         return Int8(module.weight.data, scale)

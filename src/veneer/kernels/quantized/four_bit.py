@@ -24,7 +24,7 @@ from torch import Tensor
 from veneer.kernels.quantized.native import FOUR_BITS, WeightView, dequantize_rows, view_of
 from veneer.kernels.quantized.weight import QuantizedWeight
 
-__all__ = ["BLOCKS", "FP4", "NF4", "OUTER", "FourBit", "absmax_map", "code_of"]
+__all__ = ["BLOCKS", "FP4", "NF4", "OUTER", "FourBit", "absmax_map", "code_of", "nearest", "pack"]
 
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 """Sizes of a block that bitsandbytes knows."""
@@ -174,13 +174,22 @@ def _quantize(weight: Tensor, format: str, block: int) -> tuple[Tensor, Tensor]:
         most = rest.abs().max().clamp(min=_TINY)
         absmax = torch.cat([absmax, most.view(1)])
         scaled = torch.cat([scaled, (rest / most).clamp(-1, 1)])
-    if scaled.numel() % 2:
-        scaled = torch.cat([scaled, scaled.new_zeros(1)])
-    code = code_of(format, flat.device)
+    return pack(nearest(scaled, format), format), absmax
+
+
+def nearest(scaled: Tensor, format: str) -> Tensor:
+    """The four bits of the value nearest to each number of [-1, 1], as uint8; halves towards the lower."""
+    code = code_of(format, scaled.device)
     order = code.argsort()
     q = torch.bucketize(scaled, (code[order[:-1]] + code[order[1:]]) / 2, out_int32=True)
-    q = (q if format == "nf4" else order[q]).to(torch.uint8)
-    return (q[::2] << 4 | q[1::2]).unsqueeze(1), absmax
+    return (q if format == "nf4" else order[q]).to(torch.uint8)
+
+
+def pack(q: Tensor, format: str) -> Tensor:
+    """Four bits for each of n numbers, two to a byte, [ceil(n / 2), 1]; a zero is the last of an odd number."""
+    if q.numel() % 2:
+        q = torch.cat([q, nearest(torch.zeros(1, device=q.device), format)])
+    return (q[::2] << 4 | q[1::2]).unsqueeze(1)
 
 
 @torch.no_grad()

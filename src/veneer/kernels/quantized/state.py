@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from veneer.kernels.quantized.four_bit import BLOCKS, FP4, NF4, OUTER, FourBit, 
 from veneer.kernels.quantized.int8 import Int8
 from veneer.kernels.quantized.weight import QuantizedWeight
 
-__all__ = ["COMPANIONS", "FORMATS", "is_companion", "quantize", "shape_of", "state_of", "weight_of"]
+__all__ = ["COMPANIONS", "FORMATS", "is_companion", "quantize", "shape_of", "state_of", "weight_of", "with_dtype"]
 
 FORMATS: dict[str, type[FourBit] | type[Int8]] = {"nf4": NF4, "fp4": FP4, "int8": Int8}
 """The formats by name."""
@@ -40,6 +41,11 @@ def quantize(weight_OK: Tensor, format: str, *, double: bool = True, block: int 
     if issubclass(made, FourBit):
         return made.quantize(weight_OK, double=double, block=block)
     return made.quantize(weight_OK)
+
+
+def with_dtype(weight: QuantizedWeight, dtype: torch.dtype) -> QuantizedWeight:
+    """The same numbers as of a weight of this data type, to which values are rounded; int8 has fp32 values always."""
+    return replace(weight, dtype=dtype) if isinstance(weight, FourBit) else weight
 
 
 def is_companion(name: str) -> bool:

@@ -12,10 +12,12 @@ import torch
 from veneer.errors import BaseModelError
 from veneer.kernels.quantized.state import FORMATS
 
-__all__ = ["FP8", "METHOD", "Scheme", "read_scheme", "scheme_for"]
+__all__ = ["CALIBRATION", "FP8", "METHOD", "Scheme", "calibration_of", "read_scheme", "scheme_for"]
 
 METHOD = "veneer"
 """``quant_method`` of folders whose experts are quantized too. Other programs do not know it, and refuse the folder."""
+CALIBRATION = "calibration"
+"""Key in ``quantization_config`` of the record of calibration examples; other programs pass it over."""
 _UNKNOWN = (
     "Veneer reads weights that bitsandbytes quantized (nf4, fp4, int8), and quantizes plain ones itself with --quantize"
 )
@@ -113,6 +115,13 @@ def read_scheme(config: Mapping[str, Any], folder: Path) -> Scheme | FP8 | None:
     if format not in FORMATS:
         raise BaseModelError(f"{folder / 'config.json'}: bnb_4bit_quant_type is {format!r}; expected nf4 or fp4")
     return Scheme(format, double=bool(found.get("bnb_4bit_use_double_quant")), stored=True, skip=names)
+
+
+def calibration_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The record of the examples that a folder's weights were calibrated on, from its config.json; None if there is none."""
+    found = config.get("quantization_config")
+    record = found.get(CALIBRATION) if isinstance(found, Mapping) else None
+    return dict(record) if isinstance(record, Mapping) else None
 
 
 def _own(found: Mapping[str, Any], folder: Path) -> Scheme:

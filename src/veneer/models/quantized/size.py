@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from veneer.kernels.quantized.bitsandbytes import quantized_layer, quantized_weight
@@ -38,6 +40,6 @@ def parameter_count(model: nn.Module) -> int:
     count = sum(parameter.numel() for parameter in model.parameters())
     for module in model.modules():
         if quantized_layer(module):
-            weight = quantized_weight(module)
-            count += weight.shape.numel() - weight.stored.numel()
+            held: Any = module.weight
+            count += quantized_weight(module).shape.numel() - held.numel()
     return count

@@ -20,6 +20,7 @@ from veneer.kernels.forms import use_forms
 from veneer.models.divided.sharding import Shards
 from veneer.models.load import Base
 from veneer.training.activation_checkpointing import activation_checkpointing
+from veneer.training.calibrated_base import base_of_run
 from veneer.training.cluster.driver import train_on_cluster
 from veneer.training.device_memory import memory_of
 from veneer.training.loop.halving import Halving
@@ -142,7 +143,8 @@ def _start(
             if console.live:
                 stack.callback(console.clear)  # an error must not stand behind it
                 console.progress(f"loading {options.base}")
-            setup = stack.enter_context(set_up(own, jobs, base, console.line))
+            held = base_of_run(own, jobs, base, out, console, known=goes_on, alone=processes.alone)
+            setup = stack.enter_context(set_up(own, jobs, held, console.line))
             halving = Halving(setup.jobs) if options.halving else None
             longer = check_steps(out, stored, setup.jobs)
             return setup, RunFolder(out, single=len(jobs) == 1 and whole is None, whole=whole), halving, longer
@@ -205,7 +207,7 @@ def _run(
     checks = {
         job.name: SanityChecks(bank[job.name], setup.choices(job), job.steps) for job in jobs
     }  # of the initial tensors
-    saver = Saver(folder, bank, setup.receipt_of, base_name=options.base)
+    saver = Saver(folder, bank, setup.receipt_of, base_name=setup.base.name if options.calibrate else options.base)
     rounds = None if fresh else _restore(saver, jobs, resume_from, processes)
     gone_on = [] if rounds is None else [go_on(job, longer[job.name], folder.out) for job in jobs if job.name in longer]
     manifest = processes.together(lambda: manifest_of(setup, processes.size))

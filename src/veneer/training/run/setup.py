@@ -39,7 +39,9 @@ from veneer.models.classifiers.heads import HEADS
 from veneer.models.fast_modules import fast_modules
 from veneer.models.flat import FlatRunner
 from veneer.models.load import Base, load_base, own_ends
+from veneer.models.quantized.scheme import calibration_of
 from veneer.models.quantized.size import parameter_count
+from veneer.models.sources import read_config
 from veneer.training.acceleration import cpp_kernels
 from veneer.training.eva import explained
 from veneer.training.loop.job import Job
@@ -92,6 +94,12 @@ class Setup:
         """The base's device."""
         return next(self.base.model.parameters()).device
 
+    @property
+    def calibration(self) -> dict[str, Any] | None:
+        """The record of the examples that the base was calibrated on; None for any other base."""
+        path = self.base.path
+        return calibration_of(read_config(path)) if path is not None and (path / "config.json").is_file() else None
+
     def choices(self, job: Job) -> int | None:
         """The number of tokens or classes that a job's predictions choose from; None for numbers and preferences."""
         classes = self.data[job.name].classes
@@ -109,6 +117,7 @@ class Setup:
             "stop_tokens": data.stops,
             **({} if data.classes is None else {"task": job.options.task, "labels": list(data.classes.names)}),
             "seed": job.options.seed,
+            **({} if self.calibration is None else {"calibration": self.calibration}),
             **job.built_on,
             "steps": job.progress.step,
             **({"expert_tokens": tokens} if (tokens := trained_tokens(self.bank[job.name])) else {}),
