@@ -53,7 +53,7 @@ class TorchaoWeight(QuantizedWeight):
         part = rows or slice(None)
         try:
             found = (self.tensor if rows is None else self.tensor[part]).dequantize()
-        except NotImplementedError:
+        except RuntimeError:  # an operation that this class of torchao lacks
             found = self.tensor.dequantize()[part]
         dense: Tensor = found.to(dtype or self.dtype)
         return dense
@@ -61,7 +61,7 @@ class TorchaoWeight(QuantizedWeight):
     def chunks(self, dtype: torch.dtype | None = None) -> Iterator[Tensor]:
         try:
             self.tensor[:1]
-        except NotImplementedError:
+        except RuntimeError:  # an operation that this class of torchao lacks
             yield self.dequantize(dtype=dtype)
         else:
             yield from super().chunks(dtype)
