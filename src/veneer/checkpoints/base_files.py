@@ -8,7 +8,7 @@ Boundary: reads names and shapes; `ModelFolder` reads tensors.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,18 @@ from veneer.adapters.compatibility import fit_problems
 from veneer.adapters.layers.site import Site, Survey
 from veneer.adapters.layers.survey import survey
 from veneer.checkpoints.base_view import SkeletonView
-from veneer.checkpoints.dequantized_folder import DequantizedFolder, FP8Folder, QuantizedParameter, QuantizedReading
+from veneer.checkpoints.dequantized_folder import (
+    DequantizedFolder,
+    FolderWithHead,
+    FP8Folder,
+    QuantizedParameter,
+    QuantizedReading,
+)
 from veneer.checkpoints.findings import listed
 from veneer.checkpoints.model_folder import ModelFolder
 from veneer.checkpoints.peft.expert_layouts import fit_experts
 from veneer.errors import ComposeError, Problems
+from veneer.models.classifiers.heads import belongs_to_head, class_with_head, name_padding
 from veneer.models.fingerprint import quantized_fingerprint, tensor_fingerprint, weight_fingerprints
 from veneer.models.load import Base, folder_of, model_class
 from veneer.models.names import current_layers, plain_shapes, stored_names
@@ -45,6 +52,8 @@ class Skeleton:
     survey: Survey
     names: Mapping[str, str]
     """Parameter of the model -> its name in the files."""
+    task: str | None = None
+    """The task of the head that the model was given, if it was."""
 
     @property
     def sites(self) -> dict[str, Site]:
@@ -150,6 +159,48 @@ def skeleton(folder: Path, quantize: str | None = None) -> Skeleton:
         chosen = scheme_for(quantize)
         base.folder = QuantizedReading(files, chosen, quantized_parameters(base, chosen))
     return base
+
+
+def skeleton_with_head(folder: Path, task: str, classes: Sequence[str]) -> Skeleton:
+    """The skeleton of a model folder with a head for ``task``, as `load_base` would load it; its files have the names of the model.
+
+    Args:
+        folder: a folder of plain weights.
+        task: "classification", "regression" or "token-classification".
+        classes: the names of the classes, in the order of the outputs; none for regression.
+
+    Raises:
+        ComposeError: the weights are quantized.
+        BaseModelError: transformers has no such class for this architecture.
+    """
+    import transformers
+
+    files = ModelFolder(folder)
+    if read_scheme(files.config, folder) is not None:
+        raise ComposeError(
+            f"the weights in {folder} are quantized, and a head is merged into plain weights only; give the model that they were made "
+            "from with --base"
+        )
+    outputs = {"id2label": dict(enumerate(classes)), "label2id": {name: at for at, name in enumerate(classes)}}
+    settings: dict[str, Any] = outputs if classes else {"num_labels": 1, "problem_type": "regression"}
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, **settings)
+    with torch.device("meta"):
+        cls = class_with_head(folder, task)
+        model = getattr(cls, "from_config", getattr(cls, "_from_config", cls))(config)
+    name_padding(model)
+    names = stored_names(model, files.files)
+    shapes = plain_shapes(model)
+    absent = {name: shape for name, shape in shapes.items() if name not in names and belongs_to_head(model, name)}
+    renamed = {key: name for name, key in names.items() if name in shapes}
+    written = model.config.to_diff_dict()
+    added = {key: written[key] for key in (*settings, "pad_token_id", "id2label", "label2id") if key in written}
+    named = {**files.config, **added, "architectures": [type(model).__name__]}
+    prefix, known = f"{model.base_model_prefix}.", set(names.values())
+    prefixed = any(key.startswith(prefix) for key in files.files)
+    others = frozenset(key for key in files.files if prefixed and key not in known and not key.startswith(prefix))
+    view = FolderWithHead(folder, config=named, renamed=renamed, absent=absent, dropped=others)
+    found = {name: renamed.get(key, key) for name, key in names.items()}
+    return Skeleton(view, model, survey(model), {**found, **{name: name for name in absent}}, task)
 
 
 def quantized_parameters(base: Skeleton, scheme: Scheme) -> dict[str, QuantizedParameter]:

@@ -2,13 +2,14 @@
 
 Merging, composing and extracting read a base tensor by tensor; from these folders they get dequantized weights, one at a time, and no
 scales. A plain folder can be seen as the base that ``--quantize`` makes of it: an adapter that was trained with it was fitted to these
-weights.
+weights. It can also be seen as the folder of the same model with a head: transformers reads a body that was saved alone under names
+without a prefix; written beside a head they need it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,12 +21,14 @@ from veneer.errors import CheckpointError
 from veneer.kernels.quantized.fp8 import SCALE, dequantize_fp8
 from veneer.kernels.quantized.state import COMPANIONS, quantize, shape_of, weight_of
 from veneer.kernels.quantized.weight import QuantizedWeight
+from veneer.models.classifiers.heads import drawn_head
 from veneer.models.quantized.scheme import FP8, Scheme, read_scheme
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _STACKS = 3
 """Stacks of experts kept dequantized, since files that hold experts one by one are read expert by expert."""
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_BY_NAME = {name: dtype for dtype, name in _NAMES.items()}
 
 
 class PlainView(ModelFolder):
@@ -201,3 +204,39 @@ def _plain(config: dict[str, Any]) -> dict[str, Any]:
 def _dtype(config: dict[str, Any]) -> torch.dtype:
     named: Any = config.get("dtype") or config.get("torch_dtype")
     return _DTYPES.get(str(named), torch.float32)
+
+
+@dataclass
+class FolderWithHead(PlainView):
+    """A model folder with a head, which has the values that loading such a model draws.
+
+    Attributes:
+        renamed: tensor name in the files -> its name in the model.
+        absent: shapes of the parameters of the head that the files do not have.
+        dropped: tensors of the files that the model has no use for: another head.
+    """
+
+    renamed: dict[str, str] = field(default_factory=dict)
+    absent: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    dropped: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        given = dict(self.config)
+        super().__post_init__()
+        self.config = given
+        self._stored = {self.renamed.get(key, key): key for key in self.files if key not in self.dropped}
+        self._dtype = _BY_NAME.get(min(self.dtypes()), torch.float32)
+        self._head = drawn_head({name: shape for name, shape in self.absent.items() if len(shape) > 1})
+        last = next(reversed(self.files.values()))
+        self.files = {name: self.files[key] for name, key in self._stored.items()} | dict.fromkeys(self.absent, last)
+
+    def get(self, key: str) -> Tensor:
+        if key in self._stored:
+            return read_tensor(self.files[key], self._stored[key])
+        return self._head.get(key, torch.zeros(tuple(self.absent[key]))).to(self._dtype)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return tuple(self.get(key).shape)
+
+    def dtypes(self) -> set[str]:
+        return ModelFolder.dtypes(self)

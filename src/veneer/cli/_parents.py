@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from veneer._terminal import note, status
-from veneer.checkpoints.locate import adapters_at, choice_note, find_adapter, is_run
+from veneer.checkpoints.locate import adapters_at, choice_note, find_adapter, is_run, task_of_adapter
 from veneer.cli._targets import not_an_adapter
 from veneer.errors import ConfigError, VeneerError
 
@@ -55,7 +55,7 @@ def base_of(parents: Sequence[Parent], given: str | None) -> str:
 
 @status("reading the base")
 def checked_base(
-    parents: Sequence[Parent], given: str | None, force: Sequence[str], quantize: str = "auto"
+    parents: Sequence[Parent], given: str | None, force: Sequence[str], quantize: str = "auto", task: str = "sft"
 ) -> tuple[str, Skeleton]:
     """Open the files of the parents' base, and check that every parent fits it and was made on it.
 
@@ -64,6 +64,7 @@ def checked_base(
         given: the base that was asked for, if one was.
         force: checks to skip.
         quantize: the format in which plain weights are taken, "none", or "auto" for that of the parents' training.
+        task: the task of the parents' heads, for the base with such a head.
 
     Returns:
         The name of the base, and its files.
@@ -71,13 +72,17 @@ def checked_base(
     Raises:
         ComposeError: A parent does not fit the base or, without ``force`` of "base", was made on another one.
     """
-    from veneer.checkpoints.base_files import base_folder, fit, skeleton
+    from veneer.checkpoints.base_files import base_folder, fit, skeleton, skeleton_with_head
     from veneer.checkpoints.receipt import kept_sketches
-    from veneer.deltas.parents import check_base, trained_format
+    from veneer.deltas.parents import check_base, classes_of, trained_format
+    from veneer.models.classifiers.heads import HEADS
 
     name = base_of(parents, given)
     format = trained_format(parent.adapter for parent in parents) if quantize == "auto" else quantize
-    base = skeleton(base_folder(name), None if format == "none" else format)
+    if task in HEADS:
+        base = skeleton_with_head(base_folder(name), task, () if task == "regression" else classes_of(parents))
+    else:
+        base = skeleton(base_folder(name), None if format == "none" else format)
     sketches = kept_sketches()
     for adapter in {id(parent.adapter): parent.adapter for parent in parents}.values():
         fit(adapter, base)
@@ -108,6 +113,21 @@ def stops_of(parents: Sequence[Parent], folder: Path, template: str | None = Non
     except VeneerError:  # no tokenizer, or none that masks can be made with: the records remain
         return {text: token for record in recorded for text, token in record.items()}, own
     return {str(tokenizer.convert_ids_to_tokens(token)): token for token in ids}, own
+
+
+def task_of(entries: Sequence[Entry]) -> str:
+    """Return the task of all these adapters; sft for adapters without a head.
+
+    Raises:
+        ComposeError: They have different tasks.
+    """
+    from veneer.errors import ComposeError
+
+    tasks = {path: task_of_adapter(path) for path, _, _ in entries}
+    if len(set(tasks.values())) > 1:
+        found = ", ".join(f"{path} ({task})" for path, task in tasks.items())
+        raise ComposeError(f"adapters of different tasks cannot be merged together: {found}; merge those of one task")
+    return next(iter(tasks.values()))
 
 
 def needs_base_weights(parents: Sequence[Parent]) -> bool:

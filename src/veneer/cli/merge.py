@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from veneer._terminal import note, status
 from veneer.cli._output import as_json, difference_from, percent, print_lines, table
-from veneer.cli._parents import checked_base, parse_mix, stops_of
+from veneer.cli._parents import checked_base, parse_mix, stops_of, task_of
 from veneer.cli._parser import FORMATS, add_device, add_force, add_json, add_quantize, add_sites, at_least
 from veneer.errors import ConfigError
 
@@ -82,10 +82,11 @@ def run(args: argparse.Namespace) -> int:
 
     shard_bytes, device = parse_size(args.shard_size), resolve_device(args.device)
     check_free(args.out)
-    parents = read_parents(parse_mix(args.adapter), force=args.force)
+    entries = parse_mix(args.adapter)
+    parents = read_parents(entries, force=args.force)
     for remark in notes_on_parents(parents):
         note(remark)
-    _, base = checked_base(parents, args.base, args.force, args.quantize)
+    _, base = checked_base(parents, args.base, args.force, args.quantize, task_of(entries))
     compare = None if args.no_probe else _logit_check(parents, base, device)
     report = status("merging")(merge_to_folder)(
         [(parent.adapter, parent.weight) for parent in parents],
@@ -205,8 +206,11 @@ def _lines(report: MergeReport, count: int) -> list[str]:
         found = report.logits
         lines.append(
             f"logits: at most {found['merged']:.2g} from the adapted model (the adapters change them by up to "
-            f"{found['change']:.3g}); same top token at {percent(found['same_top'])} of {found['positions']} positions"
+            f"{found['change']:.3g}); same top {found['unit']} at {percent(found['same_top'])} of {found['positions']} positions"
         )
         if found["with_residual"] is not None:
             lines.append(f"logits with the residual adapter: at most {found['with_residual']:.2g}")
-    return [*lines, *report.notes, f"a base like any other: veneer chat {report.out}"]
+    end = (
+        f"transformers loads it as {report.head}" if report.head else f"a base like any other: veneer chat {report.out}"
+    )
+    return [*lines, *report.notes, end]

@@ -23,6 +23,7 @@ from veneer.checkpoints.receipt import (
     Sketches,
     base_distance,
     base_records,
+    labels_of,
     probe,
     probe_agrees,
     receipt_of,
@@ -56,6 +57,31 @@ class Parent:
             "method": self.adapter.method.name,
             **({"tensors": meta["digest"]} if "digest" in meta else {}),
         }
+
+
+def classes_of(parents: Sequence[Parent]) -> tuple[str, ...]:
+    """The names of the classes that the parents' heads predict; where no receipt has them, LABEL_0 and so on, as transformers names them.
+
+    Raises ComposeError where the parents predict different classes.
+    """
+    found = {parent.adapter.name: labels_of(parent.adapter) or _numbered(parent.adapter) for parent in parents}
+    if len(set(found.values())) > 1:
+        named = "; ".join(f"{name}: {', '.join(classes)}" for name, classes in found.items())
+        raise ComposeError(
+            f"heads for different classes cannot be merged together ({named}); merge adapters of the same classes"
+        )
+    return next(iter(found.values()))
+
+
+def _numbered(adapter: Adapter) -> tuple[str, ...]:
+    """A name for each output of the narrowest weight that the adapter replaces: the last layer of its head."""
+    widths = [
+        len(value)
+        for own in adapter.overrides.values()
+        for key, value in own.items()
+        if key == "weight" and value.dim() > 1
+    ]
+    return tuple(f"LABEL_{number}" for number in range(min(widths, default=2)))
 
 
 def origin_of(parents: Sequence[Parent]) -> dict[str, Any]:

@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from veneer.adapters.adapter import Adapter
 from veneer.adapters.attach import attach
 from veneer.checkpoints.base_files import Skeleton
-from veneer.checkpoints.dequantized_folder import QuantizedReading
+from veneer.checkpoints.dequantized_folder import FolderWithHead, QuantizedReading
 from veneer.checkpoints.model_folder import ModelFolder
 from veneer.deltas.parents import copy_as
 from veneer.errors import ComposeError
@@ -48,6 +49,7 @@ class LogitComparison:
     scale: float
     same_top: float
     positions: int
+    unit: str = "token"
     with_residual: float | None = None
 
 
@@ -78,7 +80,7 @@ def compare_logits(
     Raises:
         ComposeError: a merged model stored in fp32 computes something else than the adapted one.
     """
-    loaded = _load(base, device)
+    loaded, head = _load(base, device), None if isinstance(base, Path) else base.task
     config: Any = loaded.model.config
     if config.is_encoder_decoder or "input_ids" not in inspect.signature(loaded.model.forward).parameters:
         return None
@@ -94,10 +96,11 @@ def compare_logits(
     difference, scale = float((found - adapted).abs().max()), float(adapted.abs().max())
     comparison = LogitComparison(
         merged=difference,
-        change=float((adapted - plain).abs().max()),
+        change=float((adapted - plain).abs().max()) if plain.shape == adapted.shape else scale,
         scale=scale,
         same_top=float((found.argmax(-1) == adapted.argmax(-1)).float().mean()),
-        positions=int(ids.numel()),
+        positions=adapted[..., 0].numel(),
+        unit="token" if adapted.dim() == 3 and head is None else "class",
         with_residual=with_residual,
     )
     files = ModelFolder(merged)
@@ -114,7 +117,13 @@ def _load(base: Skeleton | Path, device: str | torch.device) -> Base:
     """The base in fp32, with the values that its quantized weights have."""
     if isinstance(base, Path):
         return load_base(base, dtype="float32", device=device)
-    loaded = load_base(base.folder.path, dtype="float32", device=device)
+    loaded = load_base(base.folder.path, dtype="float32", device=device, task=base.task)
+    if isinstance(base.folder, FolderWithHead):
+        for name in base.folder.absent:  # as wide as the adapters' heads
+            layer, _, key = name.rpartition(".")
+            setattr(
+                loaded.model.get_submodule(layer), key, Parameter(base.folder.get(name).to(device), requires_grad=False)
+            )
     if isinstance(base.folder, QuantizedReading):
         for held in {id(held): held for held in base.folder.parameters.values()}.values():
             loaded.model.get_parameter(held.name).data.copy_(base.folder.dense(held))

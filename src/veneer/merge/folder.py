@@ -82,6 +82,8 @@ class MergeReport:
     left: float | None = None
     kept_with_residual: float | None = None
     untied: list[list[str]] = field(default_factory=list)
+    head: str | None = None
+    """The class of the model, where adapters brought their head."""
     logits: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -141,6 +143,7 @@ def merge_to_folder(
     named = f"as stored, {stored}" if dtype is None else dtype_name(dtype)
     untied, format = [list(group) for group in plan.untied], None if scheme is None else scheme.format
     report = MergeReport(str(out), named, rounding, parents, format, untied=untied)
+    report.head = type(base.model).__name__ if base.task else None
     merger = _Merger(base, plan, dtype, scheme, rounding, seed, residual, report)
     if scheme is not None and not merger.layers:
         raise ComposeError(f"{base.folder.path} has no linear layer that can be quantized; leave --to out")

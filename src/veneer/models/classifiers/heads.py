@@ -6,7 +6,7 @@ fixed seed where the files have none; adapters bring their own (``adapters/overr
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +55,15 @@ def belongs_to_head(model: torch.nn.Module, key: str) -> bool:
 @torch.no_grad()
 def draw_head(model: torch.nn.Module, missing: Iterable[str]) -> None:
     """Draw the matrices that the files do not have, N(0, 0.02^2), in the same way in every process; vectors keep their initial values."""
+    parameters = {key: model.get_parameter(key) for key in missing}
+    for key, drawn in drawn_head({key: value.shape for key, value in parameters.items() if value.dim() > 1}).items():
+        parameters[key].copy_(drawn)
+
+
+def drawn_head(shapes: Mapping[str, Sequence[int]]) -> dict[str, torch.Tensor]:
+    """The values that `draw_head` gives to matrices of these names and shapes."""
     generator = torch.Generator().manual_seed(0)
-    for key in sorted(missing):
-        parameter = model.get_parameter(key)
-        if parameter.dim() > 1:
-            drawn = torch.empty(parameter.shape).normal_(0, _SPREAD, generator=generator)
-            parameter.copy_(drawn)
+    return {key: torch.empty(*shapes[key]).normal_(0, _SPREAD, generator=generator) for key in sorted(shapes)}
 
 
 def name_padding(model: Any) -> None:
