@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--limit", type=int, default=500, help="most held-out rows, and most test rows, evenly chosen")
     parser.add_argument("--methods", nargs="+", help="names of methods (default: all)")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     args = parser.parse_args()
     torch.set_num_threads(1)
     chosen = [one for one in METHODS if args.methods is None or one["name"] in args.methods]
@@ -59,7 +60,7 @@ def main() -> None:
         options = TrainOptions(
             task="classification",
             base=args.base,
-            dtype="float32",
+            dtype=args.dtype,
             threads=1,
             data=(files["train"],),
             valid=(files["valid"],),

@@ -15,13 +15,14 @@ import veneer  # isort: skip  (before torch, as in a command)
 import argparse
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from evidence.records import Records, machine, markdown
-from veneer import DoRA, LoRA
+from veneer import DoRA, Houlsby, LoRA, Pfeiffer
 from veneer.models.flat import FlatRunner
 from veneer.models.layout import Flat
 from veneer.models.load import load_base
@@ -32,7 +33,11 @@ METHODS: dict[str, Any] = {
     "lora r=8": LoRA(r=8),
     "lora r=64": LoRA(r=64),
     "dora r=8": DoRA(r=8),
+    "Houlsby, 64": Houlsby(),
+    "Pfeiffer, 64": Pfeiffer(),
 }
+FORMS = {label: ("adapter",) if method.no_delta else ("adapter", "merged") for label, method in METHODS.items()}
+"""A bottleneck cannot be merged."""
 
 
 def main() -> None:
@@ -41,31 +46,33 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of results.jsonl")
     parser.add_argument("--base", default="smollm2-135m")
     parser.add_argument("--turns", type=int, default=15)
+    parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=tuple(METHODS), metavar="METHOD")
     parser.add_argument("--table", action="store_true", help="print the table of the finished measurements")
     args = parser.parse_args()
     records = Records(args.out / "results.jsonl")
     if not args.table:
         torch.set_num_threads(1)
-        measure(args.base, args.turns, records)
+        measure(args.base, args.turns, records, args.methods)
     print(table(records))
 
 
-def measure(name: str, turns: int, records: Records) -> None:
+def measure(name: str, turns: int, records: Records, methods: Sequence[str]) -> None:
     """Every method at every shape, adapter and merged, each beside the base."""
     base = load_base(name, dtype="float32")
     bank = veneer.attach(base.model)
     runner = FlatRunner(base.model)
-    for label, method in METHODS.items():
-        keys = [f"{label} {rows}x{length} {form}" for rows, length in SHAPES for form in ("adapter", "merged")]
+    for label in methods:
+        method = METHODS[label]
+        keys = [f"{label} {rows}x{length} {form}" for rows, length in SHAPES for form in FORMS[label]]
         if all(key in records for key in keys):
             continue
         bank.add("a", method, seed=1)
         with torch.no_grad():  # a change of usual size
             for _, key, value in bank["a"].named_tensors():
-                if key == "lora_B":
+                if key in ("lora_B", "adapter_up"):
                     value.normal_(0, 0.02)
         bank["a"].requires_grad_(False)
-        merged = bank.merged_state_dict("a")
+        merged = bank.merged_state_dict("a") if "merged" in FORMS[label] else {}
         plain = {key: value.detach().clone() for key, value in base.model.state_dict().items()}
         for rows, length in SHAPES:
             batch = Flat.of([[100 + at for at in range(length)] for _ in range(rows)])
@@ -77,7 +84,7 @@ def measure(name: str, turns: int, records: Records) -> None:
 
                 beside = turn_ratios(routed, (None, "a"), turns)
                 records.add(f"{label} {rows}x{length} adapter", **beside, machine=machine())
-            if f"{label} {rows}x{length} merged" not in records:
+            if merged and f"{label} {rows}x{length} merged" not in records:
 
                 def at(weights: Any, batch: Flat = batch, keep: torch.Tensor = keep) -> float:
                     for key, parameter in base.model.state_dict().items():
@@ -126,7 +133,7 @@ def table(records: Records) -> str:
     header = ["method", "form", *(f"{rows} x {length} tokens" for rows, length in SHAPES)]
     rows = []
     for label in METHODS:
-        for form in ("adapter", "merged"):
+        for form in FORMS[label]:
             found = [records.known.get(f"{label} {rows}x{length} {form}") for rows, length in SHAPES]
             cells = ["-" if one is None else percent(one) for one in found]
             rows.append([label, form, *cells])
