@@ -8,6 +8,8 @@ PEERS ?= .venv-peers
 BENCH ?=
 DEVICE ?=
 DATA ?=
+E2E ?=
+FIRST = $(lastword $(subst =, ,$(firstword $(DATA))))
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell grep '^torch==' constraints.txt)
@@ -46,11 +48,16 @@ bench: $(VENV)/.installed-test $(PEERS)/.installed ## benchmark the training ste
 device-check: $(VENV)/.installed-test ## check a GPU in ten minutes: DEVICE="--tiny --device cpu" runs the same stages on a CPU
 	$(BIN)/python -m bench.device $(DEVICE)
 
-evidence: $(VENV)/.installed-test ## measure the papers' claims in small, into runs/evidence: DATA="sst2=DIR cola=DIR"
+evidence: $(VENV)/.installed-test ## measure the papers' claims in small, into runs/evidence: DATA="films=DIR cola=DIR" E2E=DIR
 	$(BIN)/python -m evidence.latency --out runs/evidence/latency
 	$(BIN)/python -m evidence.resources --out runs/evidence/resources
-	$(if $(DATA),$(BIN)/python -m evidence.classification --out runs/evidence/classification $(addprefix --data ,$(DATA)))
+	$(if $(DATA),$(BIN)/python -m evidence.classification --out runs/evidence/classification --seeds 5 $(addprefix --data ,$(DATA)))
 	$(if $(DATA),$(BIN)/python -m evidence.subspaces --out runs/evidence/subspaces --data $(firstword $(DATA)))
+	$(if $(DATA),$(BIN)/python -m evidence.first_steps --out runs/evidence/first-steps --data $(FIRST))
+	$(if $(DATA),set -e; for study in ranks layers dora data; do \
+		$(BIN)/python -m evidence.studies $$study --task classification --data $(FIRST) --out runs/evidence/$$study; done)
+	$(if $(DATA),$(BIN)/python -m evidence.magnitudes $(addprefix runs/evidence/,classification/*/seeds/adapters/* dora/seeds/adapters/*))
+	$(if $(E2E),$(BIN)/python -m evidence.studies generation --data $(E2E) --out runs/evidence/generation)
 
 docs: $(VENV)/.installed-docs ## build the documentation site in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q --strict
