@@ -152,11 +152,7 @@ def quantize_to_folder(
     Raises:
         CheckpointError: there is no linear layer whose weight is in the files under its own name.
     """
-    keys = quantizable(base, scheme)
-    if not keys:
-        raise CheckpointError(
-            f"{base.folder.path} has no linear layer that can be quantized; give a base that has some"
-        )
+    keys = check_quantizable(base, scheme)
     stacks = _stacks(base, scheme)
     named = {held.name: int(held.shape[0]) for held in stacks.values()} if experts else {}
     report = QuantizeReport(str(out), scheme.format, scheme.double)
@@ -205,6 +201,16 @@ def quantizable(base: Skeleton, scheme: Scheme) -> dict[str, str]:
     """{name in the files of a weight: its layer} of the linear layers that transformers reads quantized."""
     names = quantized_names(base.model, scheme.skip, turned=False)
     return {base.names[f"{name}.weight"]: name for name in names if f"{name}.weight" in base.names}
+
+
+def check_quantizable(base: Skeleton, scheme: Scheme) -> dict[str, str]:
+    """`quantizable`. Raises CheckpointError for a base without such a layer."""
+    keys = quantizable(base, scheme)
+    if not keys:
+        raise CheckpointError(
+            f"{base.folder.path} has no linear layer that can be quantized; give a base that has some"
+        )
+    return keys
 
 
 def put_quantized(writer: ModelWriter, key: str, weight: QuantizedWeight) -> None:

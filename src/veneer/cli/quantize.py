@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     """Quantize the base, write it and report the error."""
     from veneer.checkpoints.base_files import base_folder, skeleton
     from veneer.checkpoints.model_folder import check_free
-    from veneer.checkpoints.quantized_folder import quantize_to_folder
+    from veneer.checkpoints.quantized_folder import check_quantizable, quantize_to_folder
     from veneer.models.quantized.scheme import Scheme
 
     if args.calibrate is None:
@@ -66,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
     check_free(args.out)
     scheme = Scheme(args.to, double=args.to != "int8" and not args.single)
     base = skeleton(base_folder(args.base, args.revision))
+    check_quantizable(base, scheme)  # before minutes of calibration
     calibrated = None if args.calibrate is None else _calibrated(args, scheme)
     report = status("quantizing")(quantize_to_folder)(
         base, args.out, scheme, shard_bytes=shard_bytes, experts=args.experts, calibrated=calibrated

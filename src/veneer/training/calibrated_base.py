@@ -10,7 +10,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from veneer.checkpoints.base_files import skeleton
-from veneer.checkpoints.quantized_folder import CALIBRATION_TOKENS, calibrate, draw, quantize_to_folder
+from veneer.checkpoints.quantized_folder import (
+    CALIBRATION_TOKENS,
+    calibrate,
+    check_quantizable,
+    draw,
+    quantize_to_folder,
+)
 from veneer.config import TrainOptions
 from veneer.errors import ConfigError
 from veneer.models.classifiers.heads import HEADS
@@ -78,10 +84,12 @@ def _write(options: TrainOptions, jobs: Mapping[str, TrainOptions], folder: Path
     examples = [example for each in data.values() for example in draw(each.train, CALIBRATION_TOKENS // len(data))]
     scheme = scheme_for(str(options.quantize))
     assert base.path is not None
+    files = skeleton(base.path)
+    check_quantizable(files, scheme)
     calibrated = calibrate(
         base, examples, scheme, lambda done, count: console.progress(f"calibrated {done} of {count} blocks")
     )
-    report = quantize_to_folder(skeleton(base.path), folder, scheme, calibrated=calibrated)
+    report = quantize_to_folder(files, folder, scheme, calibrated=calibrated)
     console.line(
         f"quantized {options.base} to {scheme.format} by the outputs of its layers on {calibrated.record['tokens']:,} training tokens: "
         f"{report.after / 1e9:.2f} GB in {folder}"
