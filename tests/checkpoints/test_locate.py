@@ -14,7 +14,7 @@ from tests.tiny import tiny
 
 import veneer
 from veneer.checkpoints import read_adapter
-from veneer.checkpoints.locate import adapter_of_job, adapters_at, choice_note, find_adapter
+from veneer.checkpoints.locate import adapter_of_job, adapters_at, choice_note, find_adapter, trained_format
 from veneer.cli._parents import parse_mix
 from veneer.cli._targets import adapter_folders
 from veneer.errors import CheckpointError
@@ -231,3 +231,21 @@ def test_an_adapter_is_downloaded_without_pickles(cached: Path, monkeypatch: pyt
     for name in ("org/gone", "org/odd"):
         with pytest.raises(CheckpointError, match=r"gives out no adapter of that name; check the spelling"):
             find_adapter(Path(name))
+
+
+@pytest.mark.parametrize(
+    ("trained", "format"),
+    [
+        ([("nf4", "float32")], "nf4"),
+        ([("nf4",), ("nf4", "bfloat16")], "nf4"),
+        ([("nf4",), ("float32",)], None),
+        ([("nf4",), ("int8",)], None),
+        ([("nf4", "int8")], None),
+        ([()], None),
+    ],
+)
+def test_the_format_of_a_base_is_that_of_all_adapters(trained: list[tuple[str, ...]], format: str | None) -> None:
+    """Plain layers of a quantized base, as its head, do not count; adapters of different bases have no common format."""
+    receipts = [{"base": {str(i): {"dtype": dtype} for i, dtype in enumerate(each)}} for each in trained]
+    assert trained_format(receipts) == format
+    assert trained_format([{}, {"base": 3}, {"base": {"a": None}}]) is None

@@ -97,7 +97,7 @@ def test_a_run_is_used_by_its_folder(run: Run, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("words", "code", "says"),
     [
-        ("train", 2, "data names no file of examples; run veneer train ROWS.jsonl"),
+        ("train", 2, "data names no file of examples; give ROWS.jsonl"),
         ("train none.jsonl --base base --out x", 2, "there is no file none.jsonl"),
         ("train holds --base base --out x", 1, "holds: expected a file train.jsonl"),
         ("train broken.jsonl --base base --out x", 1, "broken.jsonl:2: not valid JSON"),
@@ -111,7 +111,7 @@ def test_a_run_is_used_by_its_folder(run: Run, monkeypatch: pytest.MonkeyPatch) 
         ("train train.jsonl --bas base --out x", 2, "unknown option --bas"),
         ("train train.jsonl --base nowhere/x --out x", 1, "'nowhere/x' is neither a folder here nor"),
         ("train train.jsonl --base base --out x --target-modules q_prj", 1, "did you mean q_proj"),
-        ("train train.jsonl --base base --out x --set foo=1", 2, "foo: unknown option"),
+        ("train train.jsonl --base base --out x --set foo=1", 2, "--set foo=1: unknown option"),
         (
             "train train.jsonl --base base --out x --max-length 3",
             1,
@@ -121,6 +121,7 @@ def test_a_run_is_used_by_its_folder(run: Run, monkeypatch: pytest.MonkeyPatch) 
         ("train train.jsonl --base base --out file", 1, "file cannot be written: it is a file"),
         ("train train.jsonl --base base --out file/x", 1, "file/x cannot be written: Not a directory"),
         ("generate run", 2, "no prompt given"),
+        ("generate org/name hi", 1, "(an adapter org/name was looked for, too)"),
         ("generate nowhere hi", 1, "'nowhere' is neither a folder here nor"),
         ("generate holds hi", 1, "holds contains neither a base (config.json) nor an adapter"),
         ("generate run --file none.txt", 1, "none.txt: no such file"),

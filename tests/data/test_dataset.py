@@ -49,7 +49,7 @@ def test_examples_come_in_the_file_s_order(tmp_path: Path) -> None:
     two = file_of(tmp_path, chat("g", "h"), name="two.jsonl")
     examples, report = load_examples([one, two], renderer_of())
     assert [example.source for example in examples] == ["one.jsonl:1", "one.jsonl:2", "two.jsonl:1"]
-    assert (report.rows, report.examples, report.bad_count) == (3, 3, 0)
+    assert (report.rows, report.examples, report.problems) == (3, 3, 0)
     assert report.tokens == examples.tokens == sum(examples.lengths) == sum(len(example) for example in examples)
     assert report.trained == sum(example.trained for example in examples)
     assert report.notices == [
@@ -82,7 +82,7 @@ def test_all_bad_rows_are_told_at_once(tmp_path: Path) -> None:
     assert "rows.jsonl:3: messages: nothing to learn: no message has the role assistant; the roles are user" in text
     assert "rows.jsonl:4: messages: expected a list of messages" in text and "the roles are system, user" in text
     examples, report = load_examples([file_of(tmp_path, *rows)], renderer_of(), skip_bad=True)
-    assert len(examples) == 1 and report.bad_count == 4
+    assert len(examples) == 1 and report.problems == 4
 
 
 def test_a_long_list_of_bad_rows_is_cut_and_counted(tmp_path: Path) -> None:

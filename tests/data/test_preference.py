@@ -164,7 +164,7 @@ def test_single_answers_have_a_label(tmp_path: Path) -> None:
     assert [one.desirable for one in found] == [True, False, False, True, False, True]
     assert len({one.ids for one in found}) == 1 and data_hash(found[:2]) != data_hash([found[0], found[0]])
     rows = [{"prompt": "sky?", "completion": "", "label": "good"}, {"prompt": "a", "completion": "b", "label": 0.5}]
-    with pytest.raises(DataError, match="3 problems in 3 rows") as caught:
+    with pytest.raises(DataError, match="3 problems in 2 rows") as caught:
         load_examples([file_of(tmp_path, *rows)], renderer, format="unpaired")
     assert "label: expected true or false, found" in str(caught.value)
     with pytest.raises(DataError, match="format unpaired needs the column label"):

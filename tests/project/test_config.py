@@ -116,10 +116,10 @@ def test_every_mistake_is_told_at_once(tmp_path: Path) -> None:
             f"  - {file}, line 5: method: expected 'lora', 'dora', 'full', 'bitfit', 'ia3', 'houlsby', 'pfeiffer', 'vera', 'prefix' or "
             "'prompt', found 'dorra'; did you mean dora?",
             f"  - {file}, line 6: betas.1: a value is missing here",
-            "  - --set lr=3: lr: unknown option; did you mean learning_rate?",
-            "  - --set rank_pattern.q=x: rank_pattern.q: expected a whole number, found 'x'",
-            "  - --clip: clip: expected a number, found 'much'",
-            "  - --lora-dropout: lora_dropout: expected less than 1, found 1",
+            "  - --set lr=3: unknown option; did you mean learning_rate?",
+            "  - --set rank_pattern.q=x: expected a whole number, found 'x'",
+            "  - --clip: expected a number, found 'much'",
+            "  - --lora-dropout: expected less than 1, found 1",
         ]
     )
 

@@ -229,9 +229,10 @@ def test_a_run_whose_ground_moved_is_refused(tmp_path: Path, what: str) -> None:
 
 
 def test_another_machine_is_told(place: Path, base: Base, tmp_path: Path) -> None:
-    """Versions, threads and hardware may change; that the last bits may differ from here on is said."""
+    """Versions, threads and hardware may change; that the last bits may differ from here on is said, unless the run is over."""
     out = tmp_path / "a"
-    train(options(place, out), base=base, console=QUIET)
+    with pytest.raises(KeyboardInterrupt):
+        train(options(place, out), base=base, console=stop_after(4))
     facts = json.loads((out / "run.json").read_text())
     (out / "run.json").write_text(json.dumps({**facts, "torch": "1.0", "threads": 64}))
     said = io.StringIO()
@@ -240,6 +241,10 @@ def test_another_machine_is_told(place: Path, base: Base, tmp_path: Path) -> Non
         f"changed since the run began: torch 1.0 -> {torch.__version__}, threads 64 -> 1; the last bits of its numbers may differ"
         in said.getvalue()
     )
+    (out / "run.json").write_text(json.dumps({**facts, "torch": "1.0"}))
+    again = io.StringIO()
+    train(options(place, out), base=base, console=Console(again))
+    assert "already finished" in again.getvalue() and "changed since" not in again.getvalue()
 
 
 def test_jobs_may_be_added(place: Path, base: Base, tmp_path: Path) -> None:

@@ -149,8 +149,16 @@ def describe(
         # The message of a check over several options starts with one of them.
         about = keys or tuple(word for word in texts[0].split()[:1] if word in values)
         place = where(about) if where else ""
+        if _names(place, name):
+            name = ""
         problems.add(": ".join(part for part in (place, name, _joined(texts)) if part))
     return problems
+
+
+def _names(place: str, key: str) -> bool:
+    """True for a flag, or a ``--set KEY=VALUE``, that says the key itself."""
+    given = place.removeprefix("--set ").partition("=")[0].lstrip("-")
+    return place.startswith("--") and given.replace("-", ".").replace("_", ".") == key.replace("_", ".")
 
 
 def _joined(texts: list[str]) -> str:

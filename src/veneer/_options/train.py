@@ -217,7 +217,7 @@ class RunOptions(Options):
     seed: Whole = 0
     """Random seed."""
     eval_every: Count | None = None
-    """Evaluate every N steps (default: about ten evaluations per run)."""
+    """Evaluate every N steps (default: about ten evaluations per run, at least 5 steps apart)."""
     samples: Whole = 0
     """Answers to generate and print at each evaluation, for the prompts of so many held-out examples (or else training examples)."""
     sample_prompts: Prompts = ()
@@ -268,7 +268,7 @@ class TrainOptions(
             raise ValueError("valid and valid_fraction are both given; give only one of them")
         if not self.data and not self.jobs:  # the data of each job is checked when the jobs are made
             raise ValueError(
-                "data names no file of examples; run veneer train ROWS.jsonl, or add a line data: ROWS.jsonl to the configuration"
+                "data names no file of examples; give ROWS.jsonl, or add a line data: ROWS.jsonl to the configuration"
             )
         held_out = bool(self.valid or self.valid_fraction)
         if self.early_stop_patience and not held_out:

@@ -20,13 +20,15 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from veneer.errors import CheckpointError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+QUANTIZED = ("nf4", "fp4", "int8")
+"""Formats of a quantized base."""
 _LARGEST_HEADER = 16 << 20
 _OTHER_PROGRAMS = {"adapters.safetensors": "mlx-lm", "lit_model.lora.safetensors": "LitGPT"}
 _ADAPTER_HUB = "pytorch_adapter.bin"
@@ -236,6 +238,17 @@ def receipt_at(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
     return receipt if isinstance(receipt, dict) else {}
+
+
+def trained_format(receipts: Iterable[Mapping[str, Any]]) -> str | None:
+    """The quantized format of the base on which all adapters were trained; None if it was plain, differs or is not known."""
+    found = set()
+    for receipt in receipts:
+        records = receipt.get("base")
+        of_base = records.values() if isinstance(records, Mapping) else ()
+        formats = {record.get("dtype") for record in of_base if isinstance(record, Mapping)}.intersection(QUANTIZED)
+        found.add(formats.pop() if len(formats) == 1 else None)  # other layers of such a base, as its head, are plain
+    return found.pop() if len(found) == 1 else None
 
 
 def adapter_name(folder: Path) -> str:

@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from veneer._terminal import note, status
-from veneer.checkpoints.locate import adapters_at, choice_note, find_adapter, is_run, task_of_adapter
+from veneer.checkpoints.locate import (
+    adapters_at,
+    choice_note,
+    find_adapter,
+    is_run,
+    task_of_adapter,
+    trained_format,
+)
 from veneer.cli._targets import not_an_adapter
 from veneer.errors import ConfigError, VeneerError
 
@@ -73,12 +80,12 @@ def checked_base(
         ComposeError: A parent does not fit the base or, without ``force`` of "base", was made on another one.
     """
     from veneer.checkpoints.base_files import base_folder, fit, skeleton, skeleton_with_head
-    from veneer.checkpoints.receipt import kept_sketches
-    from veneer.deltas.parents import check_base, classes_of, trained_format
+    from veneer.checkpoints.receipt import kept_sketches, receipt_of
+    from veneer.deltas.parents import check_base, classes_of
     from veneer.models.classifiers.heads import HEADS
 
     name = base_of(parents, given)
-    format = trained_format(parent.adapter for parent in parents) if quantize == "auto" else quantize
+    format = trained_format(receipt_of(parent.adapter) for parent in parents) if quantize == "auto" else quantize
     if task in HEADS:
         base = skeleton_with_head(base_folder(name), task, () if task == "regression" else classes_of(parents))
     else:

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import takewhile
 from typing import Any, NoReturn
 
+from veneer.checkpoints.locate import QUANTIZED
 from veneer.config import near_miss
 from veneer.errors import ConfigError
 
 DTYPES = ("auto", "float32", "bfloat16")
-FORMATS = ("nf4", "fp4", "int8")
 
 
 class Parser(argparse.ArgumentParser):
@@ -125,7 +125,7 @@ def add_quantize(parser: argparse.ArgumentParser) -> None:
     """Declare ``--quantize`` for the base in memory."""
     parser.add_argument(
         "--quantize",
-        choices=("auto", "none", *FORMATS),
+        choices=("auto", "none", *QUANTIZED),
         default="auto",
         help="quantize the base while it is read (default: auto, as the adapters' base was in training)",
     )

@@ -20,14 +20,16 @@ from veneer.checkpoints.locate import (
     choice_note,
     head_refusal,
     is_run,
+    looks_like_hub_id,
     named_inside,
     of_another_program,
     receipt_at,
     task_of_adapter,
+    trained_format,
     why_not,
 )
-from veneer.cli._parser import FORMATS, add_device, add_dtype, add_force, add_quantize
-from veneer.errors import CheckpointError, ConfigError
+from veneer.cli._parser import add_device, add_dtype, add_force, add_quantize
+from veneer.errors import BaseModelError, CheckpointError, ConfigError
 from veneer.models.embedded import EMBEDDED
 
 if TYPE_CHECKING:
@@ -131,26 +133,14 @@ def load_targets(args: argparse.Namespace, *, purpose: str = "generate") -> Load
     if len(bases) > 1:
         sources = "; ".join(f"{model} (from {source})" for model, source in bases.items())
         raise ConfigError(f"the targets name different bases: {sources}; choose one with --base")
-    with status(f"loading {next(iter(bases))}"):
-        return _load(next(iter(bases)), folders, args, purpose, device)
-
-
-def _format(quantize: str, folders: dict[str, Path]) -> str | None:
-    """Return the format in which the base is loaded: the one that was asked for, or that of the base on which all adapters were trained."""
-    if quantize != "auto":
-        return None if quantize == "none" else quantize
-    found = {format_named_in(folder) for folder in folders.values()}
-    return found.pop() if len(found) == 1 else None
-
-
-def format_named_in(folder: Path) -> str | None:
-    """Return the quantized format of the base on which an adapter was trained, by its receipt; None if it was plain or is not known."""
+    model = next(iter(bases))
     try:
-        formats = {record["dtype"] for record in receipt_at(folder).get("base", {}).values()}
-    except (AttributeError, KeyError, TypeError):
-        return None  # reading the adapter reports what is wrong
-    quantized = formats.intersection(FORMATS)
-    return quantized.pop() if len(quantized) == 1 else None  # other layers of such a base, as its head, are plain
+        with status(f"loading {model}"):
+            return _load(model, folders, args, purpose, device)
+    except BaseModelError as error:
+        if model in args.target and looks_like_hub_id(Path(model)):
+            raise BaseModelError(f"{error} (an adapter {model} was looked for, too)") from error
+        raise
 
 
 def _load(
@@ -170,7 +160,10 @@ def _load(
     for name, folder in folders.items() if purpose == "generate" else ():
         if reason := head_refusal(name, folder):
             raise ConfigError(reason)
-    loaded = load_base(model, dtype=requested, device=device, quantize=_format(args.quantize, folders), task=task)
+    quantize = None if args.quantize == "none" else args.quantize
+    if quantize == "auto":
+        quantize = trained_format(map(receipt_at, folders.values()))
+    loaded = load_base(model, dtype=requested, device=device, quantize=quantize, task=task)
     bank = attach(loaded.model)
     for name, folder in folders.items():
         for remark in bank.load(folder, name=name, force=tuple(args.force)).meta.get("notes", ()):

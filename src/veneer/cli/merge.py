@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from veneer._terminal import note, status
+from veneer.checkpoints.locate import QUANTIZED
 from veneer.cli._output import as_json, difference_from, percent, print_lines, table
 from veneer.cli._parents import checked_base, parse_mix, stops_of, task_of
-from veneer.cli._parser import FORMATS, add_device, add_force, add_json, add_quantize, add_sites, at_least
+from veneer.cli._parser import add_device, add_force, add_json, add_quantize, add_sites, at_least
 from veneer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_quantize(parser)
     parser.add_argument(
-        "--to", choices=FORMATS, help="quantize the merged linear layers to this format (default: plain weights)"
+        "--to", choices=QUANTIZED, help="quantize the merged linear layers to this format (default: plain weights)"
     )
     parser.add_argument(
         "--shard-size", default="2GB", metavar="SIZE", help="maximum size of a file, such as 500MB (default: 2GB)"

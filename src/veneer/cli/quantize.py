@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from veneer._terminal import status
+from veneer.checkpoints.locate import QUANTIZED
 from veneer.cli._output import as_json, percent, print_lines, table
-from veneer.cli._parser import FORMATS, add_device, add_json, add_sites, at_least
+from veneer.cli._parser import add_device, add_json, add_sites, at_least
 from veneer.cli._row_arguments import add_format_arguments, pairs_of
 from veneer.cli.merge import parse_size
 from veneer.errors import ConfigError
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("base", metavar="BASE", help="base model: a hub id, a folder, a GGUF file or smollm2-135m")
-    parser.add_argument("--to", required=True, choices=FORMATS, help="format of the linear layers' weights")
+    parser.add_argument("--to", required=True, choices=QUANTIZED, help="format of the linear layers' weights")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the quantized model")
     parser.add_argument(
         "--single", action="store_true", help="keep the scales of nf4 and fp4 in float32 (no double quantization)"

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from veneer._terminal import note, status
-from veneer.cli._parser import FORMATS, add_device, add_dtype, at_least, number
+from veneer.checkpoints.locate import QUANTIZED
+from veneer.cli._parser import add_device, add_dtype, at_least, number
 from veneer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--quantize",
-        choices=("none", *FORMATS),
+        choices=("none", *QUANTIZED),
         default="none",
         help="quantize the base while it is read (default: none)",
     )

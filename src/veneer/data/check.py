@@ -91,7 +91,7 @@ class CheckReport:
     @property
     def usable(self) -> bool:
         """True if every row can be trained."""
-        return self.load.bad_count == 0
+        return not self.load.problems
 
     def add(self, name: str, source: str) -> None:
         """Count a row under a finding."""
@@ -108,7 +108,7 @@ class CheckReport:
             "tokens": sum(self.lengths),
             "trained_tokens": load.trained,
             "bad_rows": {
-                "count": load.bad_count,
+                "count": load.bad_rows,
                 "first": [{"place": bad.source, "key": bad.key, "reason": bad.reason} for bad in load.bad],
             },
             "max_length": self.max_length,
@@ -148,7 +148,6 @@ def check_files(
         for path in paths:
             rows = RowReader(path, format=format, columns=columns, roles=roles)
             for result in renderer.render_many(rows):
-                report.load.rows += 1
                 parts = usable_parts(result, report.load)
                 if parts and result[0] is not None:
                     _add_lengths(report, parts, result[0])
@@ -277,12 +276,12 @@ def report_lines(report: CheckReport) -> list[str]:
     share = f" ({100 * load.trained / load.tokens:.0f} %)" if load.tokens else ""
     counts = (_count(load.rows, "row"), _count(load.examples, "example"), _count(load.tokens, "token"))
     lines = [*load.notices, "", f"{', '.join(counts)}, {load.trained:,} trained{share}"]
-    if load.bad_count:
-        lines += ["", f"Unusable: {_count(load.bad_count, 'problem')}", *(f"  {bad}" for bad in load.bad)]
-        if load.bad_count > len(load.bad):
-            lines.append(f"  and {load.bad_count - len(load.bad):,} more")
+    if load.problems:
+        lines += ["", f"Unusable: {_count(load.problems, 'problem')}", *(f"  {bad}" for bad in load.bad)]
+        if load.problems > len(load.bad):
+            lines.append(f"  and {load.problems - len(load.bad):,} more")
     lines += [*_finding_lines(report), *_histogram_lines(report), ""]
-    lines.append("All rows can be trained." if report.usable else f"{_count(load.bad_count, 'row')} cannot be trained.")
+    lines.append("All rows can be trained." if report.usable else f"{_count(load.bad_rows, 'row')} cannot be trained.")
     return lines
 
 

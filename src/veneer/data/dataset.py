@@ -134,10 +134,11 @@ class LoadReport:
     Attributes:
         notices: what was detected about each file, one line each.
         rows: rows read, including bad ones.
+        bad_rows: rows that cannot be trained.
         examples: number of examples; a row may give several (see ``notes``).
         tokens, trained: number of their tokens, and of those with a weight.
-        bad, bad_count: the first bad rows of each kind, and the number of all.
-        alike: number of bad rows by key and reason.
+        bad, problems: the first problems of each kind, and the number of all; a row may have several.
+        alike: number of problems by key and reason.
         dropped, cut, lost: rows dropped for their length, rows truncated, and the trained tokens lost by both.
         notes: number of rows by note (keys of ``rendered.NOTES``).
         stops: number of trained turns (or texts) by the token that ends them.
@@ -149,7 +150,9 @@ class LoadReport:
     tokens: int = 0
     trained: int = 0
     bad: list[BadRow] = field(default_factory=list)
-    bad_count: int = 0
+    problems: int = 0
+    bad_rows: int = 0
+    bad_source: str = ""
     dropped: int = 0
     cut: int = 0
     lost: int = 0
@@ -158,8 +161,10 @@ class LoadReport:
     alike: Counter[tuple[str, str]] = field(default_factory=Counter)
 
     def refuse(self, bad: BadRow) -> None:
-        """Count a bad row; keep it if it is one of the first of its kind."""
-        self.bad_count += 1
+        """Count a problem of a row; keep it if it is one of the first of its kind."""
+        self.problems += 1
+        if bad.source != self.bad_source:  # the problems of a row follow each other
+            self.bad_rows, self.bad_source = self.bad_rows + 1, bad.source
         known = (bad.key, bad.reason)
         if self.alike[known] or len(self.bad) < _SHOWN:
             self.alike[known] += 1
@@ -172,7 +177,7 @@ class LoadReport:
         Raises:
             DataError: names the first bad rows of each kind and counts the others.
         """
-        if not self.bad_count:
+        if not self.problems:
             return
         shown: Counter[tuple[str, str]] = Counter()
         lines = []
@@ -182,10 +187,10 @@ class LoadReport:
             more = self.alike[known] - _SHOWN_ALIKE if shown[known] == _SHOWN_ALIKE else 0
             lines.append(f"  - {bad}" + (f" (and {more} more rows like it)" if more > 0 else ""))
         counted = sum(self.alike.values())
-        if self.bad_count > counted:
-            lines.append(f"  and {self.bad_count - counted} more")
+        if self.problems > counted:
+            lines.append(f"  and {self.problems - counted} more")
         problems, rows = (
-            f"{n} {word}{'s' if n > 1 else ''}" for n, word in ((self.bad_count, "problem"), (self.rows, "row"))
+            f"{n} {word}{'s' if n > 1 else ''}" for n, word in ((self.problems, "problem"), (self.rows, "row"))
         )
         raise DataError(f"{problems} in {rows}:\n" + "\n".join(lines))
 
@@ -222,7 +227,6 @@ def load_examples(
     for path in files:
         rows = RowReader(path, format=format, columns=columns, roles=roles)
         for result in renderer.render_many(rows):
-            report.rows += 1
             parts = usable_parts(result, report)
             if parts and result[0] is not None:
                 if on_row is not None:
@@ -234,18 +238,20 @@ def load_examples(
     if not len(examples):
         raise DataError(
             f"{', '.join(str(path) for path in files)}: no example is left of {report.rows} rows "
-            f"({report.bad_count} bad, {report.dropped} dropped for their length)"
+            f"({report.bad_rows} bad, {report.dropped} dropped for their length)"
         )
     report.examples, report.tokens = len(examples), examples.tokens
     return examples, report
 
 
 def usable_parts(result: tuple[Row | None, Any], report: LoadReport) -> list[Rendered]:
-    """Return the parts of a rendered row, none if the row cannot be trained; bad rows are added to ``report``."""
+    """Count a rendered row, and return its parts; none if it cannot be trained, which is added to ``report``."""
     row, found = result
     if isinstance(found, BadRow):
+        report.rows += found.source != report.bad_source
         report.refuse(found)
         return []
+    report.rows += 1
     parts: list[Rendered] = found
     if row is not None and row.rejected is not None:
         empty = next((part.answer for part in parts if not (part.trained or part.lost)), None)

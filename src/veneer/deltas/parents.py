@@ -37,7 +37,6 @@ from veneer.checkpoints.receipt import (
 )
 from veneer.deltas.delta import Weights
 from veneer.errors import ComposeError
-from veneer.kernels.quantized.state import FORMATS
 
 
 @dataclass(frozen=True)
@@ -220,12 +219,6 @@ def records_of(base: Skeleton, sites: Iterable[str]) -> dict[str, dict[str, Any]
     """Records of base weights for a receipt, from the files alone: fingerprint, dtype and sketch by site."""
     hashes = base.fingerprints(sites)
     return {site: weight_record(base.weight_2d(site), site, sha, base.format(site)) for site, sha in hashes.items()}
-
-
-def trained_format(adapters: Iterable[Adapter]) -> str | None:
-    """The quantized format of the base that all adapters were trained on, by their receipts; None if it was plain or is not known."""
-    found = {record.get("dtype") for adapter in adapters for record in base_records(adapter).values()} & FORMATS.keys()
-    return found.pop() if len(found) == 1 else None  # other layers of such a base, as its head, are plain
 
 
 def target_parameters_of(parents: Iterable[Parent]) -> set[str]:

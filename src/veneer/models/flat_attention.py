@@ -59,7 +59,7 @@ class SegmentMask:
         name = getattr(function, "__name__", str(function))
         if _local.segments is None:
             raise BaseModelError(
-                f"A layer of a flat batch was run again outside its flat call, so its segments cannot be applied ({name}); for "
+                f"a layer of a flat batch was run again outside its flat call, so its segments cannot be applied ({name}); for "
                 f"activation checkpointing use model.gradient_checkpointing_enable(), which a FlatRunner knows"
             )
         raise NotFlat(f"its attention computes with the mask itself ({name}), as models with position biases do")

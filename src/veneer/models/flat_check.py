@@ -19,7 +19,7 @@ import torch
 from veneer.errors import BaseModelError
 from veneer.models.classifiers.pooling import PLACES, Place
 from veneer.models.devices import device_of
-from veneer.models.flat_attention import NotFlat, Switch
+from veneer.models.flat_attention import NotFlat, SegmentMask, Switch
 from veneer.models.layout import Flat, FlatLike
 
 _BOUND = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 6e-2, torch.float16: 2e-2}
@@ -99,12 +99,14 @@ def _try(
         except BaseModelError as error:
             return str(error.__cause__ if isinstance(error.__cause__, NotFlat) else error)
         except Exception as error:  # as above
+            if isinstance(getattr(error, "obj", None), SegmentMask):
+                return "its attention computes with the mask itself"
             return f"the {kind} {_FAILS} {type(error).__name__}: {error}"
         bound = _bound(runner.model)
         if worst <= bound and moved <= bound:
             return None
         if reason is None:
-            reason = f"{kind}, two segments differ from each alone by {worst:.1e}, and one moves by {moved:.1e} with the other"
+            reason = f"{kind}, one of two texts differs from its own call by {worst:.1e}, and moves by {moved:.1e} with the other text"
     return reason
 
 

@@ -196,7 +196,7 @@ def _load_model(
         problems = Problems()
         for problem in reading.problems:
             problems.add(problem)
-        problems.raise_if_any(BaseModelError, f"The quantized weights in {folder} cannot be used")
+        problems.raise_if_any(BaseModelError, f"the quantized weights in {folder} cannot be used")
         remarks += reading.finish(model)
     if task is not None:
         absent = {key for key in info.get("missing_keys", ()) if belongs_to_head(model, key)}
@@ -265,7 +265,7 @@ def _account(model: torch.nn.Module, info: dict[str, Any], folder: Path) -> tupl
         else:
             problems.add(f"{key} is in the files and has no place in the model")
     problems.raise_if_any(
-        BaseModelError, f"The weights in {folder} do not fit {type(model).__name__} as its config.json describes it"
+        BaseModelError, f"the weights in {folder} do not fit {type(model).__name__} as its config.json describes it"
     )
     if not passed_over:
         return ()

@@ -100,7 +100,7 @@ def _from_file(path: Path) -> Source:
 
 
 def _from_folder(folder: Path, hub_id: str | None = None) -> Source:
-    where = f"The hub's model {hub_id!r}" if hub_id else f"The folder {folder}"
+    where = f"the hub's model {hub_id!r}" if hub_id else f"the folder {folder}"
     ggufs = sorted(folder.glob("*.gguf"))
     has_config = (folder / "config.json").is_file()
     has_weights = any(folder.glob("*.safetensors"))
@@ -126,22 +126,25 @@ def _is_adapter(where: str, folder: Path) -> str:
         base = repr(found) if isinstance(found, str) and found else base
     except (OSError, ValueError, AttributeError):
         pass
-    return f"{where} holds an adapter and no base model; give {base} as the base, and this folder as the adapter."
+    return f"{where} holds an adapter and no base model; give {base} as the base, and this folder as the adapter"
 
 
 def _what_is_missing(where: str, folder: Path, has_config: bool, hub_id: str | None) -> str:
     pickles = sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern))
     if not has_config:
         inner = sorted(file.parent.name for file in folder.glob("*/config.json"))
-        hint = f"; did you mean the folder {inner[0]} in it?" if inner else "."
+        hint = f"; did you mean the folder {inner[0]} in it?" if inner else "; give the folder of a model"
         return f"{where} has no config.json, so it holds no model that can be loaded{hint}"
     if pickles:
         return (
             f"{where} holds its weights only as pickles ({', '.join(pickles[:3])}), which can run code while they are "
-            f"read and are never loaded; convert them to safetensors."
+            f"read and are never loaded; convert them to safetensors"
         )
     found = "only files of other formats (pickles, GGUF or none at all)" if hub_id else "none"
-    return f"{where} has a config.json and no weights: expected *.safetensors, found {found}."
+    return (
+        f"{where} has a config.json and no weights: expected *.safetensors, found {found}; get the weights, or see what would fit with "
+        f"veneer plan --base {hub_id or folder} --memory 24GB"
+    )
 
 
 def _refuse_remote_code(where: str, folder: Path) -> None:

@@ -30,11 +30,6 @@ class PrefixTuning(VirtualTokens):
     peft_type: ClassVar[str] = "PREFIX_TUNING"
     tags: ClassVar[tuple[str, ...]] = ("prefix-tuning",)
 
-    @property
-    def label(self) -> str:
-        """Name of the method as the field writes it."""
-        return "prefix tuning"
-
     def choose(self, survey: Survey, *, left_out: Collection[str] = ()) -> list[str]:
         """The input embedding. Raises TargetError for a base whose layers do not all have keys and values of one size."""
         (name,) = super().choose(survey)

@@ -22,11 +22,6 @@ class PromptTuning(VirtualTokens):
     peft_type: ClassVar[str] = "PROMPT_TUNING"
     tags: ClassVar[tuple[str, ...]] = ("prompt-tuning",)
 
-    @property
-    def label(self) -> str:
-        """Name of the method as the field writes it."""
-        return "prompt tuning"
-
     def tensor_shapes(self, geometry: Geometry, found: Shapes) -> dict[str, tuple[int, ...]]:
         """A row for each virtual token."""
         return {TENSOR: (found_tokens(found), geometry.out)}

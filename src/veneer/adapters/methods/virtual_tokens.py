@@ -33,6 +33,11 @@ class VirtualTokens(Method, VirtualTokenOptions):
     no_low_rank: ClassVar[str] = "it changes the sequence and has no low-rank factors"
 
     @property
+    def label(self) -> str:
+        """Name of the method as the field writes it."""
+        return f"{self.name} tuning"
+
+    @property
     def size(self) -> str:
         """The option that sets the number of trained values."""
         return f"num_virtual_tokens={self.num_virtual_tokens}"

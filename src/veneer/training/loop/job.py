@@ -27,6 +27,8 @@ from veneer.training.loop.step import JobLoss, PieceSum, read
 from veneer.training.tasks import task_of
 
 _SHOWN = 3
+_LEAST_EVAL_EVERY = 5
+"""Fewest steps between evaluations where the options do not say."""
 
 
 class JobState(StrEnum):
@@ -89,7 +91,7 @@ class Job:
         self.order = Order(len(examples), options.seed)
         self.steps = steps
         self.peak = peak
-        self.eval_every = options.eval_every or max(1, steps // 10)
+        self.eval_every = options.eval_every or max(_LEAST_EVAL_EVERY, steps // 10)
         self.progress = Progress()
         self.state = JobState.RUNNING
         self.reason = ""
