@@ -74,6 +74,11 @@ def test_continuous_integration_runs_make_test() -> None:
     assert os.access(script, os.X_OK) and "make test" in script.read_text(encoding="utf-8")
 
 
+def test_the_source_distribution_has_every_tracked_file() -> None:
+    """Tests read documents, examples and benchmarks, so no list of files leaves any of them out."""
+    assert "sdist" not in project()["tool"]["hatch"]["build"]["targets"]
+
+
 def test_the_licence_is_shipped() -> None:
     """The declared licence is the one in the LICENSE file."""
     assert project()["project"]["license"] == "Apache-2.0"

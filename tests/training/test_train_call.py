@@ -45,7 +45,7 @@ def test_data_sets_and_frames(base: Base, tmp_path: Path) -> None:
     for name, data in {"set": datasets.Dataset.from_list(ROWS), "frame": pandas.DataFrame(ROWS)}.items():
         result = veneer.train(data=data, valid=ROWS[:3], base=base, out=tmp_path / name, console=QUIET, **SHORT)
         (job,) = result.jobs.values()
-        assert len(job.losses) == 3 and result.best in (job.best, job.adapter)
+        assert [step for step, _ in job.losses] == [0, 2] and result.best in (job.best, job.adapter)
         assert repr(result).endswith(f"{name}: finished after 2 steps)")
         assert f"<td>{name}</td><td>finished</td><td>2</td>" in result._repr_html_()
         bank = veneer.attach(base.model)
@@ -65,7 +65,7 @@ def test_data_sets_and_frames(base: Base, tmp_path: Path) -> None:
         ({"data": {"train": ROWS}}, "found a mapping with train; give one of its values"),
         ({"data": 3}, "found int"),
         ({"data": [{"prompt": {1}, "completion": "x"}]}, r"data\[0\]: the row cannot be written as JSON"),
-        ({"data": [{"prompt": "x"}]}, "completion"),
+        ({"data": [{"prompt": "x"}]}, r"data\[0\]: .*completion"),
         ({"data": ROWS, "base": 3}, "base is the name of a base model, or a base of veneer.load_base; found int"),
         ({"config": 3}, "train takes options, a mapping of them or a YAML file, found int"),
         ({"config": "rows.jsonl"}, r"give examples as data='rows\.jsonl'"),

@@ -110,7 +110,7 @@ class DataOptions(Options):
     with prompt, completion and label (true or false); the others train a head, saved with the adapter, that predicts the label of a
     text, of a pair, or of each word."""
     data: Paths = ()
-    """Files of training examples."""
+    """Files of training examples, or data sets of the hub (org/name:SPLIT)."""
     valid: Paths = ()
     """Files of held-out examples for evaluation."""
     valid_fraction: Fraction = 0.0

@@ -14,6 +14,7 @@ from veneer.cli import train
 from veneer.cli._output import as_json, print_lines, table
 from veneer.cli._parser import add_json
 from veneer.config import TrainOptions, add_flags
+from veneer.data.rows.hub_sets import hub_set
 from veneer.errors import ConfigError
 
 
@@ -35,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     options, _ = train.resolve_source(args)
     if args.test is None:
         raise ConfigError("the rows of the final measurement are missing; give --test FILE, apart from --valid")
-    if not args.test.is_file():
+    if not args.test.is_file() and hub_set(args.test) is None:
         raise ConfigError(f"--test {args.test}: there is no such file")
     with status("loading"):
         import sys

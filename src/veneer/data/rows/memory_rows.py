@@ -1,18 +1,41 @@
 """Rows that are in memory (lists of mappings, data sets, data frames), written as a file, since a run reads its examples again to resume.
 
-The file is named after its content, so that other rows never replace those of a run.
+The file is named after its content, so that other rows never replace those of a run. Messages name its rows as Python does: data[16].
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from veneer._files import replace_text
+from veneer.data.rows.hub_sets import hub_set
 from veneer.errors import DataError
+
+FOLDER = "data"
+"""The folder of a run that rows are written into."""
+
+_WRITTEN = re.compile(r"(\w+)-[0-9a-f]{12}\.jsonl")
+
+
+def title_of(path: Path) -> str:
+    """The name of a file in messages: the argument whose rows `write_rows` wrote into it, a data set of the hub, or its own."""
+    return _argument_of(path) or str(hub_set(path) or path.name)
+
+
+def source_of(path: Path, number: int) -> str:
+    """The source of the ``number``-th line of a file, counted from 1: rows.jsonl:17, or data[16]."""
+    argument = _argument_of(path)
+    return f"{argument}[{number - 1}]" if argument else f"{path.name}:{number}"
+
+
+def _argument_of(path: Path) -> str | None:
+    found = _WRITTEN.fullmatch(path.name)
+    return found[1] if found and path.parent.name == FOLDER else None
 
 
 def rows_in(value: Any, what: str) -> list[Mapping[str, Any]] | None:
@@ -46,8 +69,8 @@ def rows_in(value: Any, what: str) -> list[Mapping[str, Any]] | None:
     return entries
 
 
-def write_rows(rows: Iterable[Mapping[str, Any]], folder: Path, what: str) -> Path:
-    """Write rows into ``folder`` as JSON lines; returns the file.
+def write_rows(rows: Iterable[Mapping[str, Any]], run: Path, what: str) -> Path:
+    """Write the rows of the argument ``what`` into a run's folder as JSON lines; returns the file.
 
     Raises:
         DataError: a row holds something that JSON cannot.
@@ -59,9 +82,9 @@ def write_rows(rows: Iterable[Mapping[str, Any]], folder: Path, what: str) -> Pa
         except (TypeError, ValueError) as error:
             raise DataError(f"{what}[{number}]: the row cannot be written as JSON: {error}") from None
     text = "".join(lines)
-    path = folder / f"{what}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.jsonl"
+    path = run / FOLDER / f"{what}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.jsonl"
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         replace_text(path, text)
     return path
 

@@ -24,7 +24,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from veneer.data.rows.hub_sets import hub_set
 from veneer.data.rows.json_rows import LINE_LIMIT, array_rows, parse_row
+from veneer.data.rows.memory_rows import source_of
 from veneer.data.rows.row import BadRow, Record
 from veneer.errors import DataError
 
@@ -52,7 +54,7 @@ class RecordReader:
 
     Attributes:
         path: the file.
-        container: "jsonl", "json", "csv", "tsv" or "parquet".
+        container: "jsonl", "json", "csv", "tsv", "parquet", or "hub" for a data set of the hub.
         zipped: True if the file is gzipped.
         notices: facts about the format that were detected while reading, for the user.
 
@@ -63,6 +65,10 @@ class RecordReader:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self.notices: list[str] = []
+        self.hub = hub_set(self.path)
+        if self.hub is not None:
+            self.container, self.zipped = "hub", False
+            return
         suffixes = [suffix.lower() for suffix in self.path.suffixes]
         self.zipped = suffixes[-1:] == [".gz"]
         extension = suffixes[-2:-1] if self.zipped else suffixes[-1:]
@@ -77,6 +83,10 @@ class RecordReader:
             raise DataError(f"{self.path}: the file is empty; expected at least one row")
 
     def __iter__(self) -> Iterator[Record | BadRow]:
+        if self.hub is not None:
+            for number, values in enumerate(self.hub.rows(), 1):
+                yield Record(f"{self.hub}:row {number}", _without_nulls(values))
+            return
         if self.container == "parquet":
             yield from _parquet_rows(self.path)
             return
@@ -106,7 +116,7 @@ class RecordReader:
         if start.startswith(_BOM):
             file.read(len(_BOM))
         if self.container == "jsonl":
-            yield from _json_lines(self.path.name, file)
+            yield from _json_lines(self.path, file)
         elif self.container == "json":
             yield from self._json(file)
         else:
@@ -115,7 +125,7 @@ class RecordReader:
     def _json(self, file: io.BufferedReader[Any]) -> Iterator[Record | BadRow]:
         if file.peek(1).lstrip().startswith(b"{"):
             self.notices.append("the file holds JSON lines, although its name ends in .json")
-            yield from _json_lines(self.path.name, file)
+            yield from _json_lines(self.path, file)
             return
         data = file.read(_ARRAY_LIMIT + 1)
         if len(data) > _ARRAY_LIMIT:
@@ -189,7 +199,7 @@ def splits(path: str | os.PathLike[str]) -> dict[str, Path]:
     """Find the files of a data set.
 
     Args:
-        path: a file, or a folder with files named train, valid (or validation, val, dev) and test.
+        path: a file, a folder with files named train, valid (or validation, val, dev) and test, or a data set of the hub with such splits.
 
     Returns:
         The files by split: "train", and where the folder has them "valid" and "test". A single file is "train".
@@ -198,6 +208,9 @@ def splits(path: str | os.PathLike[str]) -> dict[str, Path]:
         DataError: the path does not exist, or the folder has no train file or two files for one split.
     """
     folder = Path(path)
+    if hub := hub_set(folder):
+        known = {} if hub.split else {_SPLITS[name]: Path(f"{hub}:{name}") for name in hub.splits() if name in _SPLITS}
+        return known if "train" in known else {"train": folder}
     if not folder.is_dir():
         _regular_file(folder)
         return {"train": folder}
@@ -243,16 +256,16 @@ def _record(source: str, result: dict[str, Any] | str) -> Record | BadRow:
     return BadRow(source, "", result) if isinstance(result, str) else Record(source, result)
 
 
-def _json_lines(name: str, file: IO[bytes]) -> Iterator[Record | BadRow]:
+def _json_lines(path: Path, file: IO[bytes]) -> Iterator[Record | BadRow]:
     number = 0
     while line := file.readline(LINE_LIMIT + 1):
         number += 1
         if len(line) > LINE_LIMIT:
-            yield BadRow(f"{name}:{number}", "", f"the line is longer than {LINE_LIMIT >> 20} MiB")
+            yield BadRow(source_of(path, number), "", f"the line is longer than {LINE_LIMIT >> 20} MiB")
             while line and not line.endswith(b"\n"):
                 line = file.readline(LINE_LIMIT)
         elif not line.isspace():
-            yield _record(f"{name}:{number}", parse_row(line))
+            yield _record(source_of(path, number), parse_row(line))
 
 
 def _text_lines(first: bytes, file: IO[bytes], name: str) -> Iterator[str]:

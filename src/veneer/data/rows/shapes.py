@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from veneer.data.rows.columns import CONVERTERS, TAGS, ColumnValues
+from veneer.data.rows.memory_rows import title_of
 from veneer.data.rows.messages import RowErrors
 from veneer.data.rows.preference import preference, unpaired
 from veneer.data.rows.readers import RecordReader
@@ -151,7 +152,9 @@ class RowReader:
 
     def notices(self) -> list[str]:
         """Facts that were detected about the file, one line each."""
-        return [f"{self.path.name}: {text}" for text in [self.shape.describe(), *dict.fromkeys(self.records.notices)]]
+        return [
+            f"{title_of(self.path)}: {text}" for text in [self.shape.describe(), *dict.fromkeys(self.records.notices)]
+        ]
 
     def _convert(self, record: Record) -> list[Row | BadRow]:
         columns = self._renamed(record.values)

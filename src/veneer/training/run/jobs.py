@@ -22,6 +22,7 @@ from typing import Any
 from veneer.adapters.adapter import check_name
 from veneer.adapters.methods import METHODS, has_option
 from veneer.config import PER_RUN_OPTIONS, TrainOptions, current_names, given, near_miss, plain, resolve
+from veneer.data.rows.hub_sets import hub_set
 from veneer.data.rows.readers import near_file
 from veneer.errors import AdapterError, ConfigError, Problems, VeneerError
 from veneer.training.loop.job import Job, JobState
@@ -229,7 +230,7 @@ def _check_files(jobs: Mapping[str, TrainOptions], problems: Problems) -> None:
     for name, options in jobs.items():
         for key in ("data", "valid"):
             for path in getattr(options, key):
-                if not path.is_file() and not path.is_dir():
+                if not path.is_file() and not path.is_dir() and hub_set(path) is None:
                     missing.setdefault(path, f'job "{name}": {key}' if len(jobs) > 1 else key)
     for path, place in missing.items():
         problems.add(f"{place}: there is no file {path}{near_file(path)}")

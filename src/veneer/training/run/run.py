@@ -14,7 +14,7 @@ from typing import Any
 
 from veneer._files import replace_text
 from veneer.config import TrainOptions, given, plain, resolve, to_yaml
-from veneer.data.rows.memory_rows import rows_in, write_rows
+from veneer.data.rows.memory_rows import FOLDER, rows_in, write_rows
 from veneer.errors import CheckpointError, ConfigError, ProcessError, TrainingError
 from veneer.kernels.forms import use_forms
 from veneer.models.divided.sharding import Shards
@@ -323,7 +323,7 @@ def _settle_manifest(
         manifest, changes = compare(folder, manifest, known)
         for job in setup.jobs:  # its start is over, so the adapter may have changed or gone on since
             job.built_on |= {"init_from": manifest["init_from"][job.name]} if job.name in manifest["init_from"] else {}
-        if changes:
+        if changes and any(not job.over for job in setup.jobs):
             console.line(
                 f"changed since the run began: {', '.join(changes)}; the last bits of its numbers may differ from here on"
             )
@@ -461,7 +461,7 @@ def _rows_as_files(
 ) -> TrainOptions:
     """Write rows in memory into the run's folder; if no run begins, the context ends without them."""
     out = folder_of_run(options)
-    made = [path for path in (out / "data", out, *out.parents) if rows and not path.exists()]
+    made = [path for path in (out / FOLDER, out, *out.parents) if rows and not path.exists()]
     files: list[Path] = []
 
     def leave_nothing() -> None:
@@ -475,6 +475,6 @@ def _rows_as_files(
 
     stack.callback(leave_nothing)
     for key, found in rows.items():
-        files.append(write_rows(found, out / "data", key))
+        files.append(write_rows(found, out, key))
         options = options.model_copy(update={key: (files[-1],)})
     return options
