@@ -100,16 +100,25 @@ def _chosen(rng: random.Random, loaded: list[str], absent: list[str]) -> dict[st
 
 
 def make_adapters(base: str, folder: Path) -> None:
-    """Folders of random LoRA and DoRA adapters of different ranks and layers."""
+    """Folders of random adapters: LoRA and DoRA of different ranks and layers, and every tenth of another method."""
     from tests.serve.api.made import write_adapters
+    from torch import nn
 
     from veneer import DoRA, LoRA
+    from veneer.adapters import IA3, Full, Houlsby, Pfeiffer, VeRA
+    from veneer.models.load import load_base
 
-    targets: list[Any] = ["all-linear", ["q_proj", "v_proj"], ["down_proj"], ["o_proj", "up_proj"]]
+    body = load_base(base, dtype="float32").model.base_model
+    found = {name.split(".")[-1]: None for name, module in body.named_modules() if isinstance(module, nn.Linear)}
+    linears = [name for name in found if "gate" not in name.split("_")[-1:]]  # without routers of experts
+    targets: list[Any] = ["all-linear", linears[:2], linears[-1:], linears[2:4]] if linears else ["all-linear"]
+    others: list[Any] = [IA3(), Houlsby(bottleneck_size=4), VeRA(vera_rank=8), Pfeiffer(bottleneck_size=4)]
+    others += [Full(target_modules=linears[-1:] or "all-linear")]
     methods = {
-        f"adapter{i}": (DoRA if i % 2 else LoRA)(r=(2, 4, 8, 16)[i % 4], target_modules=targets[i % 3])
+        f"adapter{i}": (DoRA if i % 2 else LoRA)(r=(2, 4, 8, 16)[i % 4], target_modules=targets[i % 3 % len(targets)])
         for i in range(ADAPTERS)
     }
+    methods |= {f"adapter{10 * i + 7}": one for i, one in enumerate(others)}
     write_adapters(Path(base), folder, methods)
 
 

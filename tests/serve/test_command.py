@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 import re
@@ -9,48 +10,70 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
+from itertools import count as counter
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
+import torch
 
 from veneer.cli import main as cli
 from veneer.serve.store.database import Database
 from veneer.serve.store.jobs import JobStore
 
 KEY = "veneer-test-key"
+NUMBERS = counter()
+
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(
+    ["veneer.serve.server", "veneer.checkpoints", "veneer.models.load", "transformers.models.llama"]
+)
 
 
 class Process:
-    """A server in a process of its own."""
+    """A server in a process of its own. ``forked``: one that has imported its libraries already, for tests with many starts."""
 
-    def __init__(self, place: Path, *words: str, state: Path, **environment: str) -> None:
-        command = [sys.executable, "-m", "veneer", "serve", "--base", str(place / "base"), "--dtype", "float32"]
-        self.process = subprocess.Popen(
-            [*command, "--port", "0", "--state", str(state), *words],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={**os.environ, "VENEER_API_KEY": KEY, "OMP_NUM_THREADS": "1", **environment},
+    def __init__(self, place: Path, *words: str, state: Path, forked: bool = False, **environment: str) -> None:
+        words = (
+            "serve",
+            "--base",
+            str(place / "base"),
+            "--dtype",
+            "float32",
+            "--port",
+            "0",
+            "--state",
+            str(state),
+            *words,
         )
-        self.output = ""
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
+        environment = {"VENEER_API_KEY": KEY, "OMP_NUM_THREADS": "1", **environment}
+        self._output = state.parent / f"output-{next(NUMBERS)}"
+        self.process: Any
+        if forked:
+            self.process = FORKS.Process(target=_serve, args=(words, self._output, environment), daemon=True)
+            self.process.start()
+        else:
+            with self._output.open("wb") as output:
+                command = [sys.executable, "-m", "veneer", *words]
+                environment = {**os.environ, **environment}
+                self.process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
         until = time.monotonic() + 300
-        while "client.chat" not in self.output and time.monotonic() < until and self.process.poll() is None:
-            time.sleep(0.05)
+        while "client.chat" not in self.output and time.monotonic() < until and self._code() is None:
+            time.sleep(0.02)
         match = re.search(r"http://127\.0\.0\.1:\d+/v1", self.output)
         assert match, self.output
         self.url = match.group()
 
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.output += line
-        self.process.stdout.close()
+    @property
+    def output(self) -> str:
+        """What the server has written."""
+        return self._output.read_text(encoding="utf-8") if self._output.exists() else ""
+
+    def _code(self) -> int | None:
+        return self.process.poll() if isinstance(self.process, subprocess.Popen) else self.process.exitcode
 
     def client(self, **options: Any) -> openai.OpenAI:
         """A client of the server."""
@@ -58,10 +81,22 @@ class Process:
 
     def end(self, number: signal.Signals) -> int:
         """Send a signal; returns the exit code."""
-        self.process.send_signal(number)
-        code = self.process.wait(timeout=60)
-        self._reader.join(timeout=10)
+        os.kill(self.process.pid, number)
+        until = time.monotonic() + 120
+        while (code := self._code()) is None:
+            assert time.monotonic() < until
+            time.sleep(0.02)
         return code
+
+
+def _serve(words: tuple[str, ...], output: Path, environment: dict[str, str]) -> None:
+    """The body of a forked server."""
+    os.environ |= environment
+    with output.open("wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    torch.set_num_threads(1)
+    sys.exit(cli.main(words))
 
 
 def error_of(capsys: pytest.CaptureFixture[str], *words: str) -> str:
@@ -130,7 +165,7 @@ def test_killed_server_makes_each_job_once(
 ) -> None:
     """Servers are killed at any moment while clients retry: each job ends once, with events without a gap, and none is made twice."""
     state, draw = tmp_path / "state", random.Random(0)
-    server = Process(place, "--jobs", str(parallel), state=state)
+    server = Process(place, "--jobs", str(parallel), state=state, forked=True)
     client = server.client()
     with (place / "train.jsonl").open("rb") as content:
         file = client.files.create(file=content, purpose="fine-tune").id
@@ -150,7 +185,7 @@ def test_killed_server_makes_each_job_once(
     for _ in range(kills):
         time.sleep(draw.uniform(0.1, 2.0))
         assert server.end(signal.SIGKILL) == -signal.SIGKILL
-        server = Process(place, "--jobs", str(parallel), state=state)
+        server = Process(place, "--jobs", str(parallel), state=state, forked=True)
         client = server.client()
         # The client sends a request again whose answer was lost.
         number = draw.randrange(count)

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from bench.serve_trace import in_order, make_adapters, random_trace
 from tests.serve.engine.traces import engine, folders
+from tests.tiny import tiny, tiny_tokenizer
+from tests.training.made import SIZES
 
 from veneer.cli import main as cli
 from veneer.errors import ConfigError, ServeError
@@ -134,19 +136,44 @@ def test_replay_is_a_command(place: Path, tmp_path: Path, capsys: pytest.Capture
     assert "which is not in" in capsys.readouterr().err
 
 
+WHOLE_STEPS = {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+"""Sizes with heads of 32, which the kernel for whole decoding steps takes."""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(3))
-def test_long_traces(seed: int, place: Path, tmp_path: Path) -> None:
-    """Two thousand requests over fifty adapters, with eight slots and twelve adapters in memory."""
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize(
+    ("arch", "sizes", "requests", "seed"),
+    [
+        *(pytest.param("llama", SIZES, 2000, seed, id=f"llama-{seed}") for seed in range(3)),
+        *(pytest.param("llama", WHOLE_STEPS, 1000, seed, id=f"whole steps-{seed}") for seed in range(3)),
+        pytest.param("mistral", {**WHOLE_STEPS, "sliding_window": 24}, 500, 3, id="whole steps with windows"),
+        *(
+            pytest.param(arch, {}, 500, seed, id=f"{arch}-{seed}")
+            for arch in ("qwen3", "mistral", "gemma2", "gemma3", "qwen2_moe", "qwen3_moe", "gpt2")
+            for seed in range(2)
+        ),
+        pytest.param("falcon", {}, 200, 0, id="padded rows"),
+        pytest.param("mamba", {}, 200, 0, id="the model's own cache"),
+    ],
+)
+def test_long_traces(arch: str, sizes: dict[str, Any], requests: int, seed: int, tmp_path: Path) -> None:
+    """Long traces over fifty adapters of seven methods, with eight slots and twelve adapters in memory."""
     from veneer.checkpoints import attach
     from veneer.models.load import load_base
 
-    make_adapters(str(place / "base"), tmp_path)
-    base = load_base(str(place / "base"), dtype="float32")
+    tiny(arch, **sizes).save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    folder = tmp_path / "adapters"
+    make_adapters(str(tmp_path / "base"), folder)
+    base = load_base(str(tmp_path / "base"), dtype="float32")
     bank = attach(base.model)
     limits = EngineLimits(cache_tokens=2048, block=8, adapters=AdapterLimits(in_bank=8, in_memory=12))
-    names = sorted(child.name for child in tmp_path.iterdir())
-    report = Replay(base.model, base.tokenizer, bank, tmp_path, limits).run(trace(names, 2000, seed))
+    names = sorted(child.name for child in folder.iterdir())
+    replay = Replay(base.model, base.tokenizer, bank, folder, limits)
+    report = replay.run(trace(names, requests, seed))
+    print(report.counts, f"{report.metrics.adapter_evictions} evictions, {report.metrics.preemptions} preemptions")
     require(report)
-    assert len(names) == 50 and report.counts["equal"] > 1500 and report.metrics.adapter_evictions > 100
+    assert len(names) == 50 and report.counts["equal"] > 0.75 * requests
+    assert report.metrics.adapter_evictions > requests / 20
     bank.detach()

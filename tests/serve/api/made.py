@@ -33,6 +33,8 @@ def write_adapters(base: Path, folder: Path, methods: dict[str, Method]) -> None
             for _, key, parameter in bank.add(name, method, seed=seed).named_tensors():
                 if key == "lora_B":
                     parameter.normal_(0, 0.5, generator=generator)
+                elif not method.low_rank:
+                    parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
         bank.save(name, folder / name, base_name=str(base))
     bank.detach()
 

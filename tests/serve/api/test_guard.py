@@ -189,7 +189,7 @@ def test_slow_reader_is_cut(server: Running) -> None:
     connection.connect(("127.0.0.1", server.server.port))
     connection.sendall(asked + body.encode())
     wait(lambda: not server.idle(), 10)
-    wait(server.idle, 30)
+    wait(server.idle, 90)
     time.sleep(1.5)
     connection.settimeout(5)
     found = b""
