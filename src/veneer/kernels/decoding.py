@@ -102,7 +102,7 @@ class LowRankLayer:
 
 
 class _Factor(ctypes.Structure):
-    _fields_ = [("rank", _LONG), ("a", _POINTER), ("b", _POINTER), ("gain", _POINTER)]
+    _fields_ = [("rank", _LONG), ("a", _POINTER), ("b", _POINTER), ("stride", _LONG), ("gained", _LONG)]
 
 
 class LowRankTable:
@@ -123,8 +123,13 @@ class LowRankTable:
             out, rank = part.b.shape
             row.rank = rank
             row.a = self._keep(part.a.to(dtype))
-            row.b = self._keep(part.b.to(dtype).reshape(out // _LANES, _LANES, rank).transpose(1, 2))
-            row.gain = None if part.gain is None else self._keep(part.gain.float())
+            b = part.b.to(dtype).reshape(out // _LANES, _LANES, rank).transpose(1, 2).reshape(out // _LANES, -1)
+            blocks = b.contiguous().view(torch.uint8)
+            if part.gain is not None:  # beside its factors, so that both are read as one stretch
+                blocks = torch.cat(
+                    [part.gain.float().reshape(-1, _LANES).contiguous().view(torch.uint8), blocks], dim=1
+                )
+            row.b, row.stride, row.gained = self._keep(blocks), blocks.shape[1], part.gain is not None
 
     def _keep(self, tensor: Tensor) -> int:
         self._alive.append(tensor.contiguous())

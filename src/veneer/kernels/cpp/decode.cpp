@@ -24,12 +24,13 @@ constexpr long ROWS = 16;  // rows of a block
 constexpr float LOG2E = 1.4426950408889634f;
 enum { Q, K, V, O, GATE, UP, DOWN, LINEARS };
 
-// An adapter at one linear layer: A [rank, in], (w s S B)^T as [out / 16][rank][16], and S - 1 [out] or null.
+// An adapter at one linear layer: A [rank, in], and for each 16 outputs S - 1 in fp32, if it is not 0, and (s S B)^T [rank, 16] behind it.
 struct Factor {
     long rank;
     const void* a;
-    const void* b;
-    const float* gain;
+    const char* b;
+    long stride;  // bytes of 16 outputs
+    long gained;  // 1 with S - 1
 };
 
 struct Block {
@@ -294,14 +295,20 @@ template <class T> struct Worker {
     // u of all parts at the linears from `linear` on, of input x [rows, columns]; then a barrier.
     void low_rank(long layer, int linear, int count, const T* x, long columns) {
         if (!parts) return;
+        long ranks = 0;
+        for (long p = 0; p < parts; p++)
+            for (int i = 0; i < count; i++) ranks += factor(p, layer, linear + i).rank;
+        const long from = ranks * thread / threads, until = ranks * (thread + 1) / threads;  // a stretch, which is read as one
         long item = 0;
         for (long n = 0; n < s.rows; n++)
             for (long p = s.first[n]; p < s.first[n + 1]; p++)
                 for (int i = 0; i < count; i++) {
                     const Factor& f = factor(p, layer, linear + i);
                     float* u = all.u.get() + (p * 3 + i) * s.most;
-                    for (long r = 0; r < f.rank; r++)
-                        if (item++ % threads == thread) u[r] = dot((const T*)f.a + r * columns, x + n * columns, columns) * s.weights[p];
+                    const long last = std::min(f.rank, until - item);
+                    for (long r = std::max(0L, from - item); r < last; r++)
+                        u[r] = dot((const T*)f.a + r * columns, x + n * columns, columns) * s.weights[p];
+                    item += f.rank;
                 }
         barrier();
     }
@@ -313,15 +320,16 @@ template <class T> struct Worker {
         for (long p = s.first[n]; p < s.first[n + 1]; p++) {
             const Factor& f = factor(p, layer, linear);
             const float* u = all.u.get() + (p * 3 + slot) * s.most;
-            const T* b = (const T*)f.b + o * f.rank;
+            const char* at = f.b + o / 16 * f.stride;
+            const T* b = (const T*)(at + f.gained * sizeof(vf));
             vf sum[4] = {};  // one would wait for itself
             long r = 0;
             for (; r + 4 <= f.rank; r += 4)
                 for (int i = 0; i < 4; i++) sum[i] += load(b + (r + i) * 16) * u[r + i];
             for (; r < f.rank; r++) sum[0] += load(b + r * 16) * u[r];
             low += (sum[0] + sum[1]) + (sum[2] + sum[3]);
-            if (f.gain) {
-                gain += load(f.gain + o) * s.weights[p];
+            if (f.gained) {
+                gain += load((const float*)at) * s.weights[p];
                 gained = true;
             }
         }
@@ -341,17 +349,22 @@ template <class T> struct Worker {
         for (long at = first; at < last; at += 4) {
             const long count = std::min(4L, last - at);
             multiply(w, at, count, found.get());
-            for (long i = 0; i < count; i++) each_row(found.get() + i * row_blocks * ROWS * 16, (at + i) * 16, take);
+            for (long b = 0; b < row_blocks; b++) {
+                for (long i = 0; i < count; i++) turn(found.get() + (i * row_blocks + b) * ROWS * 16);
+                // Row by row, so that each reads a stretch of its adapter's factors.
+                for (long n = 0; n < std::min(ROWS, s.rows - b * ROWS); n++)
+                    for (long i = 0; i < count; i++)
+                        take(b * ROWS + n, (at + i) * 16, load(found.get() + (i * row_blocks + b) * ROWS * 16 + n * 16));
+            }
         }
     }
-    template <class F> void each_row(const float* sums_on, long o, F take) {
-        for (long b = 0; b * ROWS < s.rows; b++) {
-            vf v[16];
-            std::memcpy(v, sums_on + b * ROWS * 16, sizeof v);
-            transpose(v);
-            const long rows = std::min(ROWS, s.rows - b * ROWS);
-            for (long n = 0; n < rows; n++) take(b * ROWS + n, o, v[n]);
-        }
+
+    // Sums [16 outputs][16 rows] to [16 rows][16 outputs].
+    static void turn(float* sums_on) {
+        vf v[16];
+        std::memcpy(v, sums_on, sizeof v);
+        transpose(v);
+        std::memcpy(sums_on, v, sizeof v);
     }
 
     // This thread's share of `blocks` blocks, in fours.
@@ -475,25 +488,26 @@ template <class T> struct Worker {
             const long count = std::min(4L, last - at);
             multiply(b.weight[GATE], at, count, gates);
             multiply(b.weight[UP], at, count, ups);
-            for (long i = 0; i < count; i++)
-                for (long rb = 0; rb < row_blocks; rb++) both(layer, gates + i * size + rb * ROWS * 16, ups + i * size + rb * ROWS * 16, rb * ROWS, (at + i) * 16);
+            for (long rb = 0; rb < row_blocks; rb++) {
+                for (long i = 0; i < count; i++) {
+                    turn(gates + i * size + rb * ROWS * 16);
+                    turn(ups + i * size + rb * ROWS * 16);
+                }
+                for (long n = 0; n < std::min(ROWS, s.rows - rb * ROWS); n++)
+                    for (long i = 0; i < count; i++) {
+                        const long sums_at = i * size + (rb * ROWS + n) * 16;
+                        both(layer, load(gates + sums_at), load(ups + sums_at), rb * ROWS + n, (at + i) * 16);
+                    }
+            }
         }
         barrier();
     }
 
-    void both(long layer, const float* gates, const float* ups, long from, long o) {
-        vf g[16], u[16];
-        std::memcpy(g, gates, sizeof g);
-        std::memcpy(u, ups, sizeof u);
-        transpose(g);
-        transpose(u);
-        const long rows = std::min(ROWS, s.rows - from);
-        for (long i = 0; i < rows; i++) {
-            const vf gate = rounded<T>(finish(g[i], from + i, layer, GATE, 0, o));
-            const vf up = rounded<T>(finish(u[i], from + i, layer, UP, 1, o));
-            const vf act = gate / (1.0f + two_to(within(gate * -LOG2E, -126.0f, 126.0f)));
-            store(all.h.get() + (from + i) * m.inner + o, rounded<T>(act) * up);
-        }
+    void both(long layer, vf g, vf u, long n, long o) {
+        const vf gate = rounded<T>(finish(g, n, layer, GATE, 0, o));
+        const vf up = rounded<T>(finish(u, n, layer, UP, 1, o));
+        const vf act = gate / (1.0f + two_to(within(gate * -LOG2E, -126.0f, 126.0f)));
+        store(all.h.get() + n * m.inner + o, rounded<T>(act) * up);
     }
 
     void run() {
