@@ -132,6 +132,9 @@ def test_other_interfaces_need_a_key(
     words = ["--base", str(place / "base"), "--dtype", "float32", "--state", str(tmp_path / "state"), "--port", "0"]
     assert "can be reached from other machines; set a key" in error_of(capsys, *words, "--host", "0.0.0.0")
     assert "no such folder" in error_of(capsys, *words, "--adapters", str(tmp_path / "none"))
+    assert "choose one for --cluster" in error_of(capsys, *words, "--cluster", "auto")
+    assert "leave out --cluster" in error_of(capsys, *words, "--cluster", "auto", "--replay", "trace.jsonl")
+    assert "set a key" in error_of(capsys, *words[:-1], "8123", "--cluster", "auto", "--host", "0.0.0.0")
     monkeypatch.setenv("VENEER_API_KEY", "short")
     assert "VENEER_API_KEY: expected at least 8" in error_of(capsys, *words)
 

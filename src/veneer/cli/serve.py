@@ -19,9 +19,7 @@ from veneer.cli._parser import add_device, add_dtype, at_least, number
 from veneer.errors import ConfigError
 
 if TYPE_CHECKING:
-    from veneer.adapters import Bank
-    from veneer.models.load import Base
-    from veneer.serve.engine.engine import EngineLimits
+    from veneer.serve.loading import EngineOptions
     from veneer.serve.server import Server
 
 
@@ -58,6 +56,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="file with VENEER_API_KEY=... and VENEER_ADMIN_KEY=... (default: the environment, else generated keys)",
     )
     _add_limits(parser)
+    parser.add_argument(
+        "--cluster",
+        metavar="ADDRESS",
+        help="serve from replicas in a Ray cluster: HOST:PORT, or auto, the one that this machine belongs to",
+    )
+    parser.add_argument(
+        "--replicas", type=at_least(1), default=2, metavar="N", help="replicas in the cluster (default: 2)"
+    )
     parser.add_argument(
         "--replay",
         type=Path,
@@ -131,6 +137,8 @@ def run(args: argparse.Namespace) -> int:
         ) from None
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(message)s")
     logging.getLogger("veneer.serve.access").setLevel(logging.INFO if args.log_requests else logging.WARNING)
+    if args.cluster is not None:
+        return _replicas(args)
     if args.replay is not None:
         return _replay(args)
     with status(f"loading {args.base}"):
@@ -140,31 +148,21 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _loaded(args: argparse.Namespace) -> tuple[Base, Bank, EngineLimits]:
-    """The base with its bank, and the limits of an engine on it."""
-    from veneer.checkpoints import attach
-    from veneer.models.devices import resolve_device
-    from veneer.models.fast_modules import fuse
-    from veneer.models.load import load_base
-    from veneer.models.precision import fast_dtype
+def _options(args: argparse.Namespace) -> EngineOptions:
+    """The base and the limits of an engine on it."""
     from veneer.serve.engine.adapters import AdapterLimits
     from veneer.serve.engine.engine import EngineLimits
-    from veneer.training.acceleration import use_cpp_kernels
+    from veneer.serve.loading import EngineOptions
 
     if args.adapters is not None and not args.adapters.is_dir():
         raise ConfigError(f"--adapters {args.adapters}: no such folder")
-    device, dtype = resolve_device(args.device), args.dtype
-    if dtype == "auto":
-        dtype = str(fast_dtype(device, "generate")).removeprefix("torch.")
-    base = load_base(args.base, dtype=dtype, device=device, quantize=None if args.quantize == "none" else args.quantize)
-    bank = attach(base.model)
-    if device.type == "cpu":
-        use_cpp_kernels(note)
-    fuse(base.model)
-    return (
-        base,
-        bank,
-        EngineLimits(
+    return EngineOptions(
+        base=args.base,
+        dtype=args.dtype,
+        device=args.device,
+        quantize=None if args.quantize == "none" else args.quantize,
+        adapters=args.adapters,
+        limits=EngineLimits(
             cache_tokens=args.cache_tokens,
             waiting=args.max_waiting,
             background_share=args.training_share,
@@ -174,11 +172,10 @@ def _loaded(args: argparse.Namespace) -> tuple[Base, Bank, EngineLimits]:
 
 
 def _server(args: argparse.Namespace) -> Server:
-    from veneer.serve.engine.engine import Engine
-    from veneer.serve.runner_record import record_of
+    from veneer.serve.loading import load_engine
     from veneer.serve.server import ServeOptions, Server
 
-    base, bank, limits = _loaded(args)
+    base, bank, engine = load_engine(_options(args))
     options = ServeOptions(
         state=args.state,
         adapters=args.adapters,
@@ -189,22 +186,44 @@ def _server(args: argparse.Namespace) -> Server:
         parallel_jobs=args.jobs,
         drain_seconds=args.drain,
     )
-    return Server(base, bank, Engine(base.model, base.tokenizer, bank, limits, record=record_of(base)), options)
+    return Server(base, bank, engine, options)
 
 
 def _replay(args: argparse.Namespace) -> int:
     """Run a trace; a difference is an error."""
+    from veneer.serve.loading import load_served_base
     from veneer.serve.replay import Replay, require, summary
     from veneer.serve.trace import read_trace
 
     if args.adapters is None:
         raise ConfigError("--replay needs --adapters DIR, the folder that the trace's adapters are in")
-    steps = read_trace(args.replay)
+    steps, options = read_trace(args.replay), _options(args)
     with status(f"loading {args.base}"):
-        base, bank, limits = _loaded(args)
-    report = Replay(base.model, base.tokenizer, bank, args.adapters, limits).run(steps, note)
+        base, bank = load_served_base(options)
+    report = Replay(base.model, base.tokenizer, bank, args.adapters, options.limits).run(steps, note)
     print(summary(report), flush=True)
     require(report)
+    return 0
+
+
+def _replicas(args: argparse.Namespace) -> int:
+    """Serve from the machines of a Ray cluster."""
+    from veneer.serve.replicas.ray_application import RayOptions, serve_on_ray
+
+    if args.replay is not None:
+        raise ConfigError("--replay runs on one machine; leave out --cluster")
+    options = RayOptions(
+        cluster=args.cluster,
+        replicas=args.replicas,
+        engine=_options(args),
+        state=args.state,
+        host=args.host,
+        port=args.port,
+        allow_hosts=tuple(args.allow_host),
+        key_file=args.key_file,
+        drain_seconds=args.drain,
+    )
+    serve_on_ray(options, say=lambda line: print(line, flush=True))
     return 0
 
 

@@ -65,7 +65,7 @@ class ModelRegistry:
         self._folder = folder
         self._jobs_folder = jobs_folder
         self.base_id = _base_id(base_name)
-        self._base_names = {self.base_id, base_name, "base"}
+        self._base_names = base_names(base_name)
         self._created = int(time.time())
         self._lock = threading.RLock()
 
@@ -280,6 +280,11 @@ class ModelRegistry:
 def _engine_name(name: str, step: int) -> str:
     """The name of a checkpoint in the engine; no adapter may have such a name."""
     return f"{name}.step-{step}"
+
+
+def base_names(name: str) -> set[str]:
+    """The names under which requests may ask for a base."""
+    return {_base_id(name), name, "base"}
 
 
 def _base_id(name: str) -> str:

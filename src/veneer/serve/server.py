@@ -65,6 +65,47 @@ class ServeOptions:
     drain_seconds: float = 10.0
 
 
+def open_context(
+    stack: ExitStack, base: Base, bank: Bank, engine: GenerationEngine, options: ServeOptions, limits: ServeLimits
+) -> tuple[ApiContext, dict[str, str]]:
+    """The parts of a server on its state folder, and {adapter: problem} of those that cannot be served. ``stack`` closes the database."""
+    if base.tokenizer is None:
+        raise BaseModelError(
+            "the base has no tokenizer, so it cannot be served; add its tokenizer's files to the folder"
+        )
+    database = Database(options.state / "state.db")
+    stack.callback(database.close)
+    files, jobs = FileStore(database, options.state / "files"), JobStore(database)
+    registry = ModelRegistry(
+        database, jobs, engine, base_name=base.name, folder=options.adapters, jobs_folder=options.state / "jobs"
+    )
+    shared = SharedBase(base, bank, engine.exclusive)
+    queue = JobQueue(jobs, files, shared, options.state / "jobs", registry, parallel=options.parallel_jobs)
+    problems = registry.restore()
+    context = ApiContext(
+        base=base,
+        tokenizer=base.tokenizer,
+        engine=engine,
+        registry=registry,
+        prompts=PromptRenderer(base.tokenizer, limits),
+        token_names=TokenNames(base.tokenizer),
+        files=files,
+        jobs=jobs,
+        queue=queue,
+        limits=limits,
+        metrics=ServeMetrics(engine, lambda: Counter(jobs.statuses())),
+    )
+    return context, problems
+
+
+def require_key(host: str, key_file: Path | None, environment: Mapping[str, str] = os.environ) -> None:
+    """Raise ConfigError where other machines could reach a server whose key nobody chose."""
+    if host not in LOOPBACK and not environment.get("VENEER_API_KEY") and key_file is None:
+        raise ConfigError(
+            f"--host {host} can be reached from other machines; set a key in VENEER_API_KEY or a file (--key-file) first"
+        )
+
+
 class Server:
     """A server that is ready to run. Close it at the end."""
 
@@ -85,10 +126,6 @@ class Server:
             CheckpointError: the state is in use or cannot be written.
             BaseModelError: the base has no tokenizer.
         """
-        if base.tokenizer is None:
-            raise BaseModelError(
-                "the base has no tokenizer, so it cannot be served; add its tokenizer's files to the folder"
-            )
         self.options = options
         self.engine = engine
         limits = limits or ServeLimits()
@@ -96,30 +133,8 @@ class Server:
         with ExitStack() as stack:
             self.keys = self._open(stack, environment)
             self.listener = stack.enter_context(listen(options.host, options.port))
-            database = Database(options.state / "state.db")
-            stack.callback(database.close)
-            files, jobs = FileStore(database, options.state / "files"), JobStore(database)
-            self.registry = ModelRegistry(
-                database, jobs, engine, base_name=base.name, folder=options.adapters, jobs_folder=options.state / "jobs"
-            )
-            shared = SharedBase(base, bank, engine.exclusive)
-            self.queue = JobQueue(
-                jobs, files, shared, options.state / "jobs", self.registry, parallel=options.parallel_jobs
-            )
-            self.problems = self.registry.restore()
-            self.context = ApiContext(
-                base=base,
-                tokenizer=base.tokenizer,
-                engine=engine,
-                registry=self.registry,
-                prompts=PromptRenderer(base.tokenizer, limits),
-                token_names=TokenNames(base.tokenizer),
-                files=files,
-                jobs=jobs,
-                queue=self.queue,
-                limits=limits,
-                metrics=ServeMetrics(engine, lambda: Counter(jobs.statuses())),
-            )
+            self.context, self.problems = open_context(stack, base, bank, engine, options, limits)
+            self.registry, self.queue = self.context.registry, self.context.queue
             outside = options.host not in LOOPBACK
             app = create_app(self.context, self.keys, hosts=self.hosts, any_address=outside)
             self._http = HttpServer(app, limits, drain_seconds=options.drain_seconds, on_exit=self._drain)
@@ -128,11 +143,7 @@ class Server:
     def _open(self, stack: ExitStack, environment: Mapping[str, str]) -> Keys:
         """Lock the state and read the keys."""
         options = self.options
-        given = bool(environment.get("VENEER_API_KEY")) or options.key_file is not None
-        if options.host not in LOOPBACK and not given:
-            raise ConfigError(
-                f"--host {options.host} can be reached from other machines; set a key in VENEER_API_KEY or a file (--key-file) first"
-            )
+        require_key(options.host, options.key_file, environment)
         try:
             stack.enter_context(Lock(options.state))
         except CheckpointError as error:
