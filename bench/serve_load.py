@@ -24,6 +24,7 @@ import statistics
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -98,9 +99,11 @@ async def streams(running: Running, scale: float) -> dict[str, Any]:
         found = await asyncio.gather(*tasks, return_exceptions=True)
     complete = [one for one in found if not isinstance(one, BaseException) and one[2]]
     firsts = sorted(one[0] for one in complete)
+    failures = Counter(type(one).__name__ if isinstance(one, BaseException) else "not complete" for one in found)
+    failures["not complete"] -= len(complete)
     return {
         "clients": len(found),
-        "failed": len(found) - len(complete),
+        "failed": dict(+failures),
         "first_token_median_s": round(statistics.median(firsts), 3),
         "first_token_p99_s": round(firsts[int(0.99 * len(firsts))], 3),
         "memory_growth_mb": round(resident() - before, 1),

@@ -35,7 +35,7 @@ def test_every_requirement_is_pinned_within_its_bounds() -> None:
     extras = project()["project"]["optional-dependencies"]
     needs = [*project()["project"]["dependencies"], *(need for extra in extras.values() for need in extra)]
     for need in needs:
-        match = re.fullmatch(r"([A-Za-z0-9_.-]+)(?:>=([0-9.]+))?", need)
+        match = re.fullmatch(r"([A-Za-z0-9_.-]+)(?:\[[a-z,]+\])?(?:>=([0-9.]+))?", need)
         assert match, f"{need} is more than a lower bound"
         assert numbers(pins()[canonical(match[1])]) >= numbers(match[2] or "0")
 

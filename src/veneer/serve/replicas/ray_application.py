@@ -130,7 +130,8 @@ def _application(serve: Any, cluster: RayCluster, options: RayOptions, keys: Key
         raise ConfigError("cluster: no machine has a free CPU for a replica")
     gpus = max(slot.gpus for slot in slots) if options.engine.device != "cpu" else 0
     rows = -(-options.replicas // len(slots))  # replicas of a machine, or of a GPU
-    resources = {"num_cpus": max(1.0, min(slot.cpus for slot in slots) // rows), "num_gpus": gpus / rows if gpus else 0}
+    cpus = min(slot.cpus for slot in slots)
+    resources = {"num_cpus": cpus // rows or cpus / rows, "num_gpus": gpus / rows if gpus else 0}
     running = options.engine.limits.scheduler.running
     replica = serve.deployment(
         name=_REPLICA,
