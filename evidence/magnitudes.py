@@ -41,18 +41,25 @@ def main() -> None:
     found: dict[str, list[Changes]] = {}
     for folder in args.adapters:
         adapter = read_adapter(folder)
+        if not mergeable(adapter):
+            continue  # no change of a weight, such as a prefix
         base = skeleton_with_head(base_folder(args.base), task_of_adapter(folder), labels_of(adapter))
         if len(changes := changes_of(fit(adapter, base), base)) > 2:  # fewer have no correlation: a head alone
             found.setdefault(folder.name.partition("-seed")[0], []).append(changes)
     print(table(found))
 
 
-def changes_of(adapter: Adapter, base: Skeleton) -> Changes:
-    """The changes at every layer behind which there is no head; none for an adapter that changes no weight, such as a prefix."""
+def mergeable(adapter: Adapter) -> bool:
+    """True if the adapter is a change of weights."""
     try:
         check_mergeable(adapter)
     except VeneerError:
-        return []
+        return False
+    return True
+
+
+def changes_of(adapter: Adapter, base: Skeleton) -> Changes:
+    """The changes at every layer outside the head."""
     own = [name for name, values in adapter.overrides.items() if "weight" in values and name in base.sites]
     found = []
     for name in (*adapter.tensors, *own):
