@@ -10,7 +10,9 @@ one for LoRA.
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -27,7 +29,7 @@ from veneer.checkpoints.receipt import labels_of
 from veneer.errors import VeneerError
 from veneer.models.classifiers.heads import belongs_to_head
 
-Changes = list[tuple[float, float]]
+Changes = dict[str, tuple[float, float]]
 """(direction, magnitude) by site."""
 
 
@@ -61,7 +63,7 @@ def mergeable(adapter: Adapter) -> bool:
 def changes_of(adapter: Adapter, base: Skeleton) -> Changes:
     """The changes at every layer outside the head."""
     own = [name for name, values in adapter.overrides.items() if "weight" in values and name in base.sites]
-    found = []
+    found = {}
     for name in (*adapter.tensors, *own):
         if belongs_to_head(base.model, f"{name}.weight"):
             continue
@@ -71,7 +73,7 @@ def changes_of(adapter: Adapter, base: Skeleton) -> Changes:
             trained_OK = weight_OK + adapter.method.delta(tensors, adapter.scale(name), weight_OK)
         else:
             trained_OK = as_2d(adapter.overrides[name]["weight"].detach().float(), base.sites[name].kind)
-        found.append(change(weight_OK, trained_OK))
+        found[name] = change(weight_OK, trained_OK)
     return found
 
 
@@ -86,11 +88,24 @@ def table(found: dict[str, list[Changes]]) -> str:
     """One row per method, with the smallest and the largest correlation of its runs."""
     rows = []
     for label, runs in found.items():
-        direction, magnitude = (statistics.fmean(site[part] for run in runs for site in run) for part in (0, 1))
-        correlations = [pearson(*zip(*run, strict=True)) or 0.0 for run in runs]
-        spread = f"{statistics.fmean(correlations):+.2f} ({min(correlations):+.2f} to {max(correlations):+.2f})"
-        rows.append([label, str(len(runs)), f"{direction:.2e}", f"{magnitude:.2e}", spread])
-    return markdown(["method", "runs", "change of direction", "of magnitude", "correlation (least to most)"], rows)
+        direction, magnitude = (
+            statistics.fmean(pair[part] for run in runs for pair in run.values()) for part in (0, 1)
+        )
+        cells = [spread([correlation(run, kind) for run in runs]) for kind in ("", "query")]
+        rows.append([label, str(len(runs)), f"{direction:.2e}", f"{magnitude:.2e}", *cells])
+    header = ["method", "runs", "change of direction", "of magnitude", "correlation (least to most)", "of query layers"]
+    return markdown(header, rows)
+
+
+def correlation(run: Changes, kind: str) -> float:
+    """Pearson's correlation of direction and magnitude over the layers whose names end so."""
+    chosen = [pair for name, pair in run.items() if name.endswith(kind)]
+    return (pearson(*zip(*chosen, strict=True)) if len(chosen) > 2 else None) or math.nan
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean, least and most."""
+    return f"{statistics.fmean(values):+.2f} ({min(values):+.2f} to {max(values):+.2f})"
 
 
 if __name__ == "__main__":
