@@ -8,6 +8,7 @@ runs/a/events.jsonl           starts, ends, checkpoints, failures
 runs/a/control.json           requests to the running process (see control.py), deleted when they are applied
 runs/a/checkpoints/           the states from which a run resumes
 runs/a/adapter/, best/        the last and the best adapter (several jobs: adapters/<job>/, best/<job>/)
+runs/a/base/                  with calibrate: the quantized base (see calibrated_base.py)
 runs/a/parts/<number>/        on a cluster: config.yaml, run.json, events.jsonl and checkpoints/ of some of the jobs
 """
 
