@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from veneer.cli._output import print_lines
 from veneer.cli._parser import at_least
 from veneer.errors import CheckpointError, ConfigError
 
@@ -99,10 +100,12 @@ def _write_data(out: Path, examples: int, *, fresh: bool) -> dict[str, Path]:
     files = {name: out / "data" / f"{name}.jsonl" for name in ("train", "valid")}
     _write_rows(out, {files["train"]: train, files["valid"]: chosen})
     modules = {row["module"] for row in train}
-    print(
-        f"Training: {len(train):,} functions from {len(modules)} modules of the standard library of Python "
-        f"{sys.version_info.major}.{sys.version_info.minor}. "
-        f"Held out: {len(chosen)} functions from {len({row['module'] for row in valid})} other modules."
+    print_lines(
+        [
+            f"Training: {len(train):,} functions from {len(modules)} modules of the standard library of Python "
+            f"{sys.version_info.major}.{sys.version_info.minor}. "
+            f"Held out: {len(chosen)} functions from {len({row['module'] for row in valid})} other modules."
+        ]
     )
     return files
 

@@ -103,7 +103,7 @@ def _processor() -> Iterator[Check]:
     except ImportError as error:
         yield Check("torch import", f"failed: {error}", "missing", "reinstall torch")
         return
-    yield Check("cores", f"{cores} available, torch uses {torch.get_num_threads()} threads")
+    yield Check("cores", f"{cores} available; threads of torch: {torch.get_num_threads()}")
     dtype = str(fast_dtype()).removeprefix("torch.")
     yield Check("base weights", f"{dtype} on the CPU" + (" (no fast bfloat16)" if dtype == "float32" else ""))
     yield from _devices()

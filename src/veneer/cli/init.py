@@ -70,7 +70,7 @@ def _ask(question: Question) -> str:
             return answer
         print(f"  please answer {' or '.join(question.choices) or 'with a name'}")
     if not question.default:
-        raise ConfigError(f"the option --{question.option} is needed where no questions can be asked; {question.text}")
+        raise ConfigError(f"give --{question.option}, since no questions can be asked here ({question.text})")
     return question.default
 
 

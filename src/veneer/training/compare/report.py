@@ -40,10 +40,11 @@ LEGEND = {
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _EDGE = 720, 400, 70, 46, 24
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#1a1a1a;background:#fff}
-table{border-collapse:collapse;margin:1rem 0;font-size:13px}
+table{border-collapse:collapse;margin:1rem 0;font-size:13px;display:block;overflow-x:auto}
 td,th{padding:.2rem .6rem;text-align:right;border-bottom:1px solid #ddd}
 td:first-child,th:first-child{text-align:left}
-td:nth-child(-n+3){white-space:nowrap}
+td{white-space:nowrap}
+svg text{paint-order:stroke;stroke:#fff;stroke-width:3px}
 svg{max-width:100%;height:auto}
 dt{font-weight:600} dd{margin:0 0 .3rem 1.5rem;color:#555}
 """
