@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from tests.training.made import SIZES, write_place, write_rows
 from veneer.cli.main import main
 from veneer.config import TrainOptions
 from veneer.training.compare import study
-from veneer.training.compare.report import _counts, _labels, _step, html, notes
+from veneer.training.compare.report import _counts, _labels, _step, html, notes, plot
 from veneer.training.compare.study import Comparison, ContestantRow, Score
 
 FLAGS = [
@@ -146,6 +147,15 @@ def test_notes_name_results_that_need_care() -> None:
     assert [line for line in lines if "cannot be told apart" in line] == ["a and b cannot be told apart with 2 seeds"]
     assert [line.split(":")[0] for line in lines if "edge of the search" in line] == ["b"]
     assert html(base).count("<circle") == 3
+
+
+def test_a_head_alone_stands_left_of_all_others() -> None:
+    """It has no parameters of its own, which a logarithmic axis has no place for."""
+    alone = replace(row("head only", 2.0, 0.1, 1e-3), parameters=0)
+    others = [row("small", 1.0, 0.1, 1e-3), replace(row("large", 1.0, 0.1, 1e-3), parameters=10**6)]
+    drawn = plot([alone, *others], None)
+    assert sum(f">{label}<" in drawn for label in ("head only", "small", "large")) == 3
+    assert [one in plot([alone], None) for one in ("head only", "NaN", "nan")] == [True, False, False]
 
 
 def test_axes_have_round_numbers() -> None:

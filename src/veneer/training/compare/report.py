@@ -146,7 +146,9 @@ def plot(rows: Sequence[ContestantRow], base_loss: float | None) -> str:
     high = max([score.mean if score.high is None else score.high for score in points.values()] + edges)
     margin = 0.08 * (high - low) or 0.1
     low, high = low - margin, high + margin
-    first, last = (math.log10(count(row.parameters for row in rows)) for count in (min, max))
+    least = min((row.parameters for row in rows if row.parameters), default=1)
+    counts = {row.label: row.parameters or least / 3 for row in rows}  # a head alone stands left of all others
+    first, last = (math.log10(count(counts.values())) for count in (min, max))
     first, last = first - 0.2, last + 0.2
 
     def x(parameters: float) -> float:
@@ -176,10 +178,12 @@ def plot(rows: Sequence[ContestantRow], base_loss: float | None) -> str:
     for number in range(math.ceil(low / step), math.floor(high / step) + 1):
         loss = number * step
         parts.append(f'<text x="{_LEFT - 6}" y="{y(loss) + 4:.1f}" text-anchor="end">{loss:.{digits}f}</text>')
-    labels = _labels([(row.label, x(row.parameters), y(points[row.label].mean)) for row in rows], (_LEFT + right) / 2)
+    labels = _labels(
+        [(row.label, x(counts[row.label]), y(points[row.label].mean)) for row in rows], (_LEFT + right) / 2
+    )
     for row in rows:
         score = points[row.label]
-        at, middle = x(row.parameters), y(score.mean)
+        at, middle = x(counts[row.label]), y(score.mean)
         if score.low is not None and score.high is not None:
             parts.append(f'<path d="M{at:.1f} {y(score.low):.1f}V{y(score.high):.1f}" stroke="#0072B2"/>')
         parts.append(f'<circle cx="{at:.1f}" cy="{middle:.1f}" r="4" fill="#0072B2"/>')
