@@ -59,7 +59,7 @@ def test_questions_are_asked_again(type_answers: Callable[..., None], capsys: py
     ("words", "expected"),
     [
         (["--data", "absent.jsonl"], "absent.jsonl"),
-        ([], "--data is needed"),
+        ([], "give --data"),
     ],
 )
 def test_nothing_is_written_where_an_answer_is_wrong(

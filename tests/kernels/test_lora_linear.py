@@ -57,7 +57,7 @@ class Case:
 
     def add(self, rows: Any, weight: Any, ranks: list[int | None], *, dora: bool = False, p: float = 0.0) -> None:
         factors = [
-            None if r is None else self.factors(h, r, dora, Dropout(p, 7 * len(self.shares) + h) if p else None)
+            None if r is None else self.factors(h, r, dora, Dropout(p, 7 * len(self.shares) + h + 4) if p else None)
             for h, r in enumerate(ranks)
         ]
         self.shares.append(SingleBranch(rows, weight, factors))

@@ -70,6 +70,14 @@ def test_looks_are_at_least_a_second_apart(monkeypatch: pytest.MonkeyPatch) -> N
     assert not waiting.short
 
 
+def test_other_copies_of_the_library_do_not_matter() -> None:
+    """The library of torch is found where another package has loaded its own copy."""
+    pytest.importorskip("sklearn.metrics")
+    library = waiting_threads._openmp()
+    assert library is not None and Path(torch.__file__).parent.parent in Path(library._name).parents
+    assert "sklearn" not in library._name and "scikit" not in library._name
+
+
 def test_the_choice_of_the_user_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     """A policy in the environment is not overridden."""
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")

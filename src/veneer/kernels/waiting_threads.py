@@ -17,6 +17,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import torch
+
 __all__ = ["WaitingThreads"]
 
 _BUSY, _FREE = 0.3, 0.1
@@ -92,11 +94,16 @@ def _openmp() -> ctypes.CDLL | None:
     if "OMP_WAIT_POLICY" in os.environ:
         return None
     try:
-        mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libgomp" in line}
-        found = [ctypes.CDLL(path) for path in mapped]
+        lines = Path("/proc/self/maps").read_text().splitlines()
     except OSError:
         return None
-    return found[0] if len(found) == 1 and hasattr(found[0], "GOMP_parallel") else None
+    found = sorted({line.split()[-1] for line in lines if Path(line.split()[-1]).name.startswith("libgomp")})
+    # Other packages bring copies of their own.
+    own = [
+        path for path in found if Path(torch.__file__).parent.parent in Path(path).parents and "torch" in path
+    ] or found
+    library = ctypes.CDLL(own[0]) if len(own) == 1 else None
+    return library if hasattr(library, "GOMP_parallel") else None
 
 
 def _seconds_in_line() -> float | None:
