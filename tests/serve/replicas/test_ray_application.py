@@ -17,8 +17,6 @@ from tests.training.ray_nodes import inside, possible
 
 from veneer import DoRA, LoRA
 
-_APART = ["unshare", "--map-root-user", "--pid", "--fork", "--kill-child", "--mount-proc"]
-"""Other clusters of the machine stop theirs by looking through all processes."""
 _SERVES = importlib.util.find_spec("grpc") is not None  # a part of ray[serve]
 
 
@@ -42,7 +40,7 @@ def test_replicas_in_a_cluster(tmp_path: Path) -> None:
     (tmp_path / "expected.json").write_text(json.dumps(expected), encoding="utf-8")
     paths = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
     done = subprocess.run(
-        [*_APART, *inside([sys.executable, "-m", "tests.serve.replicas.beside_ray", str(tmp_path)], nodes=1)],
+        inside([sys.executable, "-m", "tests.serve.replicas.beside_ray", str(tmp_path)], nodes=1),
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
         capture_output=True,
