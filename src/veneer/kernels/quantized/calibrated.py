@@ -2,9 +2,10 @@
 
     min over Q  ||X (Q - W)^T||^2       X [N, K]: inputs of the layer, of which the second moments X^T X [K, K] are known
 
-Columns are rounded one after the other. The error of column k, divided by U_kk, times row k of U is taken from the columns behind it, where
-U is the upper Cholesky factor of (X^T X + damping)^-1 (Frantar et al. 2022, arXiv 2210.17323, algorithm 1). The scales and the values are
-those of the format, so whatever reads the format reads the result; only the choice of the values differs.
+Columns are rounded one after the other, those of the largest inputs first. The error of column k, divided by U_kk, times row k of U is
+taken from the columns behind it, where U is the upper Cholesky factor of (X^T X + damping)^-1 (Frantar et al. 2022, arXiv 2210.17323,
+algorithm 1). The scales and the values are those of the format, so whatever reads the format reads the result; only the choice of the
+values differs.
 
 Shapes: O out, K in.
 """
@@ -48,10 +49,12 @@ def quantize_calibrated(
     plain = quantize(weight_OK, format, double=double, block=block)
     if not bool(moments_KK.diagonal().any()):
         return plain
-    upper_KK = _upper(moments_KK)
+    order = moments_KK.diagonal().argsort(descending=True, stable=True)
+    back = order.argsort()
+    upper_KK = _upper(moments_KK[order][:, order])
+    w_OK = weight_OK.float()[:, order]
     if isinstance(plain, Int8):
-        q_OK = _round(weight_OK.float(), upper_KK, (plain.absmax / 127)[:, None], _to_integers)
-        return replace(plain, values=q_OK)
+        return replace(plain, values=_round(w_OK, upper_KK, (plain.absmax / 127)[:, None], _to_integers)[:, back])
     assert isinstance(plain, FourBit)
     scales = plain.block_scales().repeat_interleave(block)[: weight_OK.numel()].view(weight_OK.shape)
     code = code_of(format, weight_OK.device)
@@ -60,8 +63,8 @@ def quantize_calibrated(
         q = nearest(scaled, format)
         return q, code[q.long()]
 
-    q_OK = _round(weight_OK.float(), upper_KK, scales, to_values)
-    return replace(plain, packed=pack(q_OK.view(-1), format))
+    q_OK = _round(w_OK, upper_KK, scales[:, order], to_values)[:, back]
+    return replace(plain, packed=pack(q_OK.reshape(-1), format))
 
 
 def _to_integers(scaled: Tensor) -> tuple[Tensor, Tensor]:
