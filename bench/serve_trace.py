@@ -11,6 +11,7 @@ import argparse
 import json
 import random
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -100,15 +101,18 @@ def _chosen(rng: random.Random, loaded: list[str], absent: list[str]) -> dict[st
 
 
 def make_adapters(base: str, folder: Path) -> None:
-    """Folders of random adapters: LoRA and DoRA of different ranks and layers, and every tenth of another method."""
+    """Folders of random adapters: LoRA and DoRA of different ranks and layers, and every tenth of another method that acts on the base."""
     from tests.serve.api.made import write_adapters
     from torch import nn
 
     from veneer import DoRA, LoRA
     from veneer.adapters import IA3, Full, Houlsby, Pfeiffer, VeRA
+    from veneer.checkpoints import attach
+    from veneer.errors import TargetError
     from veneer.models.load import load_base
 
-    body = load_base(base, dtype="float32").model.base_model
+    model = load_base(base, dtype="float32").model
+    body = model.base_model
     found = {name.split(".")[-1]: None for name, module in body.named_modules() if isinstance(module, nn.Linear)}
     linears = [name for name in found if "gate" not in name.split("_")[-1:]]  # without routers of experts
     targets: list[Any] = ["all-linear", linears[:2], linears[-1:], linears[2:4]] if linears else ["all-linear"]
@@ -118,7 +122,12 @@ def make_adapters(base: str, folder: Path) -> None:
         f"adapter{i}": (DoRA if i % 2 else LoRA)(r=(2, 4, 8, 16)[i % 4], target_modules=targets[i % 3 % len(targets)])
         for i in range(ADAPTERS)
     }
-    methods |= {f"adapter{10 * i + 7}": one for i, one in enumerate(others)}
+    bank = attach(model)
+    for i, one in enumerate(others):
+        with suppress(TargetError):  # this base has no layer for it
+            bank.add("tried", one)
+            bank.remove("tried")
+            methods[f"adapter{10 * i + 7}"] = one
     write_adapters(Path(base), folder, methods)
 
 
