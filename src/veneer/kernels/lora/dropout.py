@@ -5,7 +5,7 @@
 Element i is dropped if its random number of 16 bits is below 65536 p. Four numbers are the parts of one word: SplitMix64's function
 (Steele, Lea and Flood, 2014) of the seed and i // 4. So any part of a mask is computed alone, no global random state is read, and every
 device drops the same elements. ``mask`` is the reference, and runs where the input is. ``cpp/dropout.cpp`` lists the dropped elements of
-a CPU's inputs in a sixth of its time.
+a CPU's inputs in a tenth of its time.
 
 p is rounded to a multiple of 1 / 65536.
 """
