@@ -91,7 +91,8 @@ def test_jobs_are_evaluated_four_times(place: Path, tmp_path: Path) -> None:
 def test_heads_are_scored_and_counted_apart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With a task that has a head the table has its scores, the head's parameters in a column of their own, and no loss of the base."""
+    """With a task that has a head the table has its scores, the head's parameters in a column of their own, and no loss of the base. Rates
+    that are too low are followed by higher ones."""
     tiny("bert", **SIZES).save_pretrained(tmp_path / "base")
     tiny_tokenizer().save_pretrained(tmp_path / "base")
     for name, count in (("train", 16), ("valid", 8), ("test", 10)):
@@ -99,16 +100,19 @@ def test_heads_are_scored_and_counted_apart(
         # The test rows lack nothing but the order of the classes: they begin with the other one.
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, reversed(rows) if name == "test" else rows)))
     monkeypatch.chdir(tmp_path)
-    words = [word for word in FLAGS if word not in ("--seed", "0,1", "1e-9,1e-2", "lora,full")]
+    words = [word for word in FLAGS if word not in ("--seed", "0,1", "--learning-rate", "1e-9,1e-2", "lora,full")]
     words[words.index("--method") + 1 : words.index("--method") + 1] = ["full,prefix"]
-    words[words.index("--learning-rate") + 1 : words.index("--learning-rate") + 1] = ["1e-2"]
+    monkeypatch.setattr(study, "FACTORS", (0.01, 0.03))
     assert main([*words, "--task", "classification", "--steps", "10"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["base_loss"] is None and {row["label"] for row in found["rows"]} == {"prefix", "full"}
     for row in found["rows"]:
         assert row["head_parameters"] == 16 * 16 + 16 + 2 * 16 + 2
         assert set(row["scores_best"]) == set(row["scores_last"]) == {"accuracy", "f1", "matthews"}
-        assert row["forgetting"] is None and row["learning_rate"] == 1e-2
+        rates = [rate for rate, _ in row["rates"]]
+        assert row["forgetting"] is None and len(rates) > 2
+        assert rates == pytest.approx([rates[0] * 3**number for number in range(len(rates))])
+        assert row["learning_rate"] != rates[0] and (row["learning_rate"] != rates[-1] or len(rates) == 5)
     assert max(row["scores_best"]["accuracy"]["mean"] for row in found["rows"]) > 0.8
     assert "accuracy (best)" in (tmp_path / "cmp" / "compare.html").read_text(encoding="utf-8")
 

@@ -1,6 +1,7 @@
 """Train contestants with searched learning rates over several seeds, and measure each on test rows that the search never reads.
 
-    search    every contestant at every learning rate, with the first seed; the lowest held-out loss selects the rate
+    search    every contestant at every learning rate, with the first seed; the lowest held-out loss selects the rate. While the best
+              rate is the highest or the lowest one tried, the next rate in that direction is tried (not if the rates were given)
     seeds     every contestant at its rate, with the other seeds
     measure   loss on the test rows at the best and the last step, forgetting, time and memory of a pass, latency, size on disk
 
@@ -51,6 +52,8 @@ from veneer.training.run.setup import context_of, default_rate, files_of, load_d
 RESULT = "compare.json"
 FACTORS = (0.3, 1.0, 3.0)
 """Learning rates that are tried by default, relative to the method's default."""
+_WIDEN, _WIDENINGS = 3.0, 3
+"""A best rate at the edge of the default ones is multiplied or divided by the first, at most so many times."""
 _REPEATS = 5
 _EVALUATIONS = 4
 """Evaluations of a job on the held-out rows, if ``eval_every`` does not say otherwise: each takes as long as the rows' part of an epoch."""
@@ -147,12 +150,19 @@ def compare(options: TrainOptions, test: Path, *, seeds: Sequence[int], console:
     base = load_base(options.base, dtype=options.dtype, revision=options.revision, task=options.task)
     rates = options.sweep.get("learning_rate") or ([options.learning_rate] if options.learning_rate else None)
     console.line(f"search: {len(contestants)} contestants at {len(rates or FACTORS)} learning rates")
-    found = train(
+    searched = train(
         _run_options(options, out / "search", _search_jobs(contestants, rates, seeds[0], base)),
         base=base,
         console=console,
-    )
-    chosen = {one.label: _best_rate(one, found.jobs) for one in contestants}
+    ).jobs
+    for number in range(0 if rates else _WIDENINGS):
+        further = _further_jobs(contestants, searched, seeds[0])
+        if not further:
+            break
+        console.line(f"search: {len(further)} contestants are best at the edge of their rates; trying the next one")
+        more = train(_run_options(options, out / f"search-{number + 2}", further), base=base, console=console)
+        searched = {**searched, **more.jobs}
+    chosen = {one.label: _best_rate(one, searched) for one in contestants}
     results = {(one.label, seeds[0]): chosen[one.label] for one in contestants}
     if len(seeds) > 1:
         jobs = [
@@ -171,7 +181,7 @@ def compare(options: TrainOptions, test: Path, *, seeds: Sequence[int], console:
             (one.label, seed): more.jobs[f"{_slug(one)}-seed{seed}"] for one in contestants for seed in seeds[1:]
         }
     console.line(f"measuring on {test}")
-    comparison = _measure(options, base, test, contestants, found.jobs, results, seeds, out)
+    comparison = _measure(options, base, test, contestants, searched, results, seeds, out)
     comparison.rows.sort(key=lambda row: row.best.mean)
     replace_text(out / RESULT, json.dumps(as_dict(comparison), indent=2) + "\n")
     return comparison
@@ -262,6 +272,18 @@ def _search_jobs(
                 {**one.options, "name": f"{_slug(one)}-rate{number + 1}", "learning_rate": float(rate), "seed": seed}
             )
     return jobs
+
+
+def _further_jobs(contestants: Sequence[Contestant], jobs: Mapping[str, JobResult], seed: int) -> list[dict[str, Any]]:
+    """One job for each contestant whose best rate is the highest or the lowest one tried: at the next rate in that direction."""
+    further = []
+    for one in contestants:
+        best, tried = _best_rate(one, jobs).learning_rate, [job.learning_rate for job in _tried(one, jobs)]
+        if best in (min(tried), max(tried)):
+            rate = best * _WIDEN if best == max(tried) else best / _WIDEN
+            name = f"{_slug(one)}-rate{len(tried) + 1}"
+            further.append({**one.options, "name": name, "learning_rate": rate, "seed": seed})
+    return further
 
 
 def _best_rate(one: Contestant, jobs: Mapping[str, JobResult]) -> JobResult:
