@@ -214,6 +214,9 @@ def test_a_row_of_zeros_stays_finite(name: str) -> None:
             found.square().sum().backward()
         assert torch.equal(found, expected)
         assert all(p.grad is not None and p.grad.isfinite().all() for p in bank["a"].parameters())
+        adapter, weight_2d = bank["a"], bank.survey.sites["layer"].weight_2d
+        parts = adapter.method.delta_parts(adapter.tensors["layer"], 1.0, weight_2d)
+        assert all(part.isfinite().all() for part in parts[:3] if part is not None)
         nudge(bank["a"])
         with bank.use("a"):
             assert model(case.input()).isfinite().all()

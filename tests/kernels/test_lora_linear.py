@@ -27,7 +27,7 @@ MASTER = {torch.float64: torch.float64, torch.float32: torch.float32, torch.bflo
 
 
 class Case:
-    """Random layers on one input and random adapters on some of its cells."""
+    """Random layers on one input and random adapters on some of its tokens."""
 
     def __init__(self, dtype: torch.dtype, lead: tuple[int, ...], k: int, outs: list[int], bias: bool) -> None:
         self.draw = torch.Generator().manual_seed(1)
@@ -66,14 +66,14 @@ class Case:
         masters = [m for share in self.shares for m in share.masters if m is not None]
         return [self.x, *masters]
 
-    def fused(self) -> tuple[Tensor, ...]:
+    def fast(self) -> tuple[Tensor, ...]:
         return adapted_linear(self.x, self.layers, self.shares)
 
-    def bundled(
-        self, cells: list[Tensor], factors: list[list[Factors | None]], weights: list[Any]
+    def grouped(
+        self, tokens: list[Tensor], factors: list[list[Factors | None]], weights: list[Any]
     ) -> tuple[Tensor, ...]:
         """All adapters as one branch."""
-        grid = TokenGrid(cells, weights)
+        grid = TokenGrid(tokens, weights)
         return adapted_linear(
             self.x, self.layers, [GroupedBranch(grid, factors, pad_factors(factors, self.layers, grid))]
         )
@@ -89,9 +89,9 @@ class Case:
         return adapted(y.reshape(-1, y.shape[-1]), x_NK, bias, terms).view(y.shape)
 
 
-def term(share: SingleBranch, f: Factors, cells: int) -> AdapterTerm:
-    rows = torch.arange(cells)[share.rows] if isinstance(share.rows, slice) else share.rows
-    gain = None if f.magnitude is None or f.norm is None else f.magnitude.to(f.norm.dtype) / f.norm
+def term(share: SingleBranch, f: Factors, tokens: int) -> AdapterTerm:
+    chosen = torch.arange(tokens)[share.tokens] if isinstance(share.tokens, slice) else share.tokens
+    scale = None if f.magnitude is None or f.norm is None else f.magnitude.to(f.norm.dtype) / f.norm
 
     def low(x: Tensor) -> Tensor:
         return F.linear(F.linear(x, f.a.to(x.dtype)), f.b.to(x.dtype)) * f.scale
@@ -99,7 +99,7 @@ def term(share: SingleBranch, f: Factors, cells: int) -> AdapterTerm:
     dropout = f.dropout
     dropping = None if dropout is None else (lambda x: drop(x, *dropout))
     weight = share.weight.to(torch.float64) if isinstance(share.weight, Tensor) else share.weight
-    return AdapterTerm(rows, weight, low, dropping, gain)
+    return AdapterTerm(chosen, weight, low, dropping, scale)
 
 
 def relative(a: Tensor, b: Tensor) -> float:
@@ -109,7 +109,7 @@ def relative(a: Tensor, b: Tensor) -> float:
 
 def check(case: Case, ours: tuple[Tensor, ...] | None = None) -> None:
     """Outputs and every gradient within the tolerance of the compute dtype; gradients in the dtype of their leaf."""
-    ours, theirs = case.fused() if ours is None else ours, case.plain()
+    ours, theirs = case.fast() if ours is None else ours, case.plain()
     slopes = [case.random(*y.shape, dtype=case.dtype) for y in theirs]
     leaves = case.leaves()
     found = torch.autograd.grad(ours, leaves, slopes)
@@ -129,7 +129,7 @@ DTYPES = pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("lead", [(5,), (1, 70), (2, 3, 4)], ids=str)
 def test_one_adapter_on_everything(dtype: torch.dtype, dora: bool, bias: bool, lead: tuple[int, ...]) -> None:
-    """One adapter on all cells, for few cells (S on the outputs) and many (S on W's rows), any leading sizes, ranks 1 to 7."""
+    """One adapter on all tokens, for few tokens (S on the outputs) and many (S on W's rows), any leading sizes, ranks 1 to 7."""
     case = Case(dtype, lead, 32, [24, 9, 40], bias)
     case.add(None, 1.0, [7, 1, 4], dora=dora)
     check(case)
@@ -138,7 +138,7 @@ def test_one_adapter_on_everything(dtype: torch.dtype, dora: bool, bias: bool, l
 @DTYPES
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 def test_adapters_on_their_own_cells(dtype: torch.dtype, dora: bool) -> None:
-    """Adapters on slices and on scattered cells, ranks and layers differing, base cells between them."""
+    """Adapters on slices and on scattered tokens, ranks and layers differing, base tokens between them."""
     case = Case(dtype, (1, 50), 32, [24, 9], True)
     case.add(slice(3, 20), 1.0, [4, 2], dora=dora)
     case.add(torch.tensor([49, 21, 30, 0]), 1.0, [None, 5])
@@ -148,7 +148,7 @@ def test_adapters_on_their_own_cells(dtype: torch.dtype, dora: bool) -> None:
 
 @DTYPES
 def test_weighted_adapters_on_the_same_cells(dtype: torch.dtype) -> None:
-    """LoRA adapters may share cells, with one weight or one a cell."""
+    """LoRA adapters may share tokens, with one weight or one a token."""
     case = Case(dtype, (30,), 16, [24], False)
     case.add(None, 0.7, [4])
     case.add(slice(5, 12), torch.linspace(-1, 2, 7), [3])
@@ -180,9 +180,9 @@ def test_a_magnitude_of_zero_has_its_gradient() -> None:
 
 
 def test_a_gain_of_one_changes_no_bit() -> None:
-    """S = 1 and B = 0: the output is the base's to the bit, whichever way the gain is applied."""
-    for cells in (8, 64):
-        case = Case(torch.float32, (cells,), 16, [24], False)
+    """S = 1 and B = 0: the output is the base's to the bit, whichever way the scale is applied."""
+    for tokens in (8, 64):
+        case = Case(torch.float32, (tokens,), 16, [24], False)
         weight = case.layers[0][0]
         squared = squared_row_norms(weight)
         zero = torch.zeros(24, 4)
@@ -200,7 +200,7 @@ def test_other_cells_keep_their_bits() -> None:
         case.add(slice(10, 20), 1.0, [3, 3])
         with torch.no_grad():
             case.shares[1].parts[0][1].a.mul_(poison)
-        ys = case.fused()
+        ys = case.fast()
         sum(y.square().sum() for y in ys).backward()
         outcomes.append([*(y.detach() for y in ys), case.x.grad, case.shares[0].parts[0][1].b.grad])
     healthy, ill = outcomes
@@ -217,7 +217,7 @@ def test_frozen_adapters_still_pass_gradients_to_the_input() -> None:
         leaf.requires_grad_(False)
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
-        y = case.fused()[0]
+        y = case.fast()[0]
     g = case.random(*y.shape)
     ours = torch.autograd.grad(y, case.x, g)[0]
     assert relative(ours, torch.autograd.grad(case.plain()[0], case.x, g)[0]) < 1e-12
@@ -240,7 +240,7 @@ def test_no_input_gradient_is_computed_where_none_is_asked_for() -> None:
     case = Case(torch.float32, (20,), 16, [24], False)
     case.add(None, 1.0, [4])
     case.x = case.x.detach()
-    y = case.fused()[0]
+    y = case.fast()[0]
     with Products():
         y.sum().backward()
     assert (20, 16) not in shapes and len(shapes) == 3  # G, dA, dB
@@ -250,7 +250,7 @@ def test_an_unused_output_costs_nothing_and_breaks_nothing() -> None:
     """Where a model uses some of the layers' outputs only, the others' masters get zeros or nothing."""
     case = Case(torch.float64, (20,), 16, [24, 9], False)
     case.add(None, 1.0, [4, 3])
-    case.fused()[0].sum().backward()
+    case.fast()[0].sum().backward()
     ours = [leaf.grad for leaf in case.leaves()]
     for leaf in case.leaves():
         leaf.grad = None
@@ -266,7 +266,7 @@ def test_nothing_as_wide_as_the_output_is_kept(dora: bool) -> None:
     case.add(None, 1.0, [2, 2], dora=dora)
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
-        ys = case.fused()
+        ys = case.fast()
     wide = [t for t in kept if t.shape[0] == 64 and t.shape[1] >= 16]
     own = {case.x.data_ptr(), *(y.data_ptr() for y in ys)}
     assert {t.data_ptr() for t in wide} <= own and len(wide) == (3 if dora else 1)
@@ -276,14 +276,14 @@ def test_a_model_may_go_on_in_place() -> None:
     """Changing a LoRA layer's output in place is right; a DoRA layer's own output is needed, and autograd refuses to go wrong."""
     case = Case(torch.float64, (20,), 16, [24, 9], False)
     case.add(None, 1.0, [4, 3])
-    y = case.fused()[0]
+    y = case.fast()[0]
     y.mul_(2)
     y.sum().backward()
     expected = torch.autograd.grad(2 * case.plain()[0].sum(), case.x)[0]
     assert case.x.grad is not None and relative(case.x.grad, expected) < 1e-12
     case = Case(torch.float64, (20,), 16, [24], False)
     case.add(None, 1.0, [4], dora=True)
-    y = case.fused()[0]
+    y = case.fast()[0]
     y.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
@@ -293,10 +293,10 @@ def test_without_gradients_nothing_is_kept() -> None:
     """Under no_grad and in inference mode the values are the same, and outputs require no gradient."""
     case = Case(torch.float32, (20,), 16, [24], False)
     case.add(None, 1.0, [4], dora=True)
-    y = case.fused()[0]
+    y = case.fast()[0]
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
-            again = case.fused()[0]
+            again = case.fast()[0]
         assert not again.requires_grad and torch.equal(again, y)
 
 
@@ -304,7 +304,7 @@ def test_no_cells() -> None:
     """An empty batch gives empty outputs and zero gradients."""
     case = Case(torch.float32, (0,), 16, [24], False)
     case.add(None, 1.0, [4])
-    y = case.fused()[0]
+    y = case.fast()[0]
     y.sum().backward()
     assert y.shape == (0, 24)
 
@@ -320,29 +320,29 @@ GRIDS = {
 @DTYPES
 @pytest.mark.parametrize("name", GRIDS)
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
-def test_bundles(dtype: torch.dtype, name: str, bias: bool) -> None:
-    """Several adapters in one branch: unequal ranks, methods, weights and numbers of cells, some without some layers, base cells too."""
+def test_groups(dtype: torch.dtype, name: str, bias: bool) -> None:
+    """Several adapters in one branch: unequal ranks, methods, weights and numbers of tokens, some without some layers, base tokens too."""
     case = Case(dtype, (30,), 16, [24, 9, 12], bias)
-    cells = [torch.tensor(own) for own in GRIDS[name]]
-    weights: list[Any] = [1.0, 0.5, torch.linspace(0.5, 2, len(cells[2])).double(), 1.0, 1.0][: len(cells)]
-    for j, (own, weight) in enumerate(zip(cells, weights, strict=True)):
+    tokens = [torch.tensor(own) for own in GRIDS[name]]
+    weights: list[Any] = [1.0, 0.5, torch.linspace(0.5, 2, len(tokens[2])).double(), 1.0, 1.0][: len(tokens)]
+    for j, (own, weight) in enumerate(zip(tokens, weights, strict=True)):
         ranks: list[int | None] = [3 + j, None if j == 1 else 2, None]
         case.add(own, weight, ranks, dora=weight is weights[0] or j == 3)
     factors = [[dict(share.parts).get(h) for h in range(3)] for share in case.shares]
-    check(case, case.bundled(cells, factors, weights))
+    check(case, case.grouped(tokens, factors, weights))
 
 
-def test_a_bundle_keeps_a_nan_with_its_adapter() -> None:
-    """A NaN in one adapter's factors reaches neither another adapter's cells nor its gradients, nor the base's cells."""
+def test_a_group_keeps_a_nan_with_its_adapter() -> None:
+    """A NaN in one adapter's factors reaches neither another adapter's tokens nor its gradients, nor the base's tokens."""
     outcomes = []
     for poison in (1.0, float("nan")):
         case = Case(torch.float32, (12,), 16, [24], False)
-        cells = [torch.tensor([0, 1, 2]), torch.tensor([3]), torch.tensor([8, 5])]
-        for own in cells:
+        tokens = [torch.tensor([0, 1, 2]), torch.tensor([3]), torch.tensor([8, 5])]
+        for own in tokens:
             case.add(own, 1.0, [4], dora=True)
         with torch.no_grad():
             case.shares[1].parts[0][1].a.mul_(poison)
-        y = case.bundled(cells, [[share.parts[0][1]] for share in case.shares], [1.0, 1.0, 1.0])[0]
+        y = case.grouped(tokens, [[share.parts[0][1]] for share in case.shares], [1.0, 1.0, 1.0])[0]
         y.square().sum().backward()
         outcomes.append([y.detach(), case.x.grad, *(case.shares[j].parts[0][1].a.grad for j in (0, 2))])
     others = torch.arange(12) != 3
@@ -351,15 +351,15 @@ def test_a_bundle_keeps_a_nan_with_its_adapter() -> None:
     assert torch.isnan(outcomes[1][0][3]).all()  # type: ignore[index]
 
 
-def test_a_bundle_with_a_magnitude_of_zero_has_its_gradient() -> None:
+def test_a_group_with_a_magnitude_of_zero_has_its_gradient() -> None:
     """Where one adapter's m is zero its gradient is exact there too."""
     case = Case(torch.float64, (8,), 16, [24], False)
-    cells = [torch.tensor([0, 1]), torch.tensor([4, 5, 6])]
-    for own in cells:
+    tokens = [torch.tensor([0, 1]), torch.tensor([4, 5, 6])]
+    for own in tokens:
         case.add(own, 1.0, [4], dora=True)
     factors = [share.parts[0][1] for share in case.shares]
     assert factors[1].magnitude is not None
     with torch.no_grad():
         factors[1].magnitude[5] = 0
-    case.shares = [SingleBranch(own, 1.0, [f]) for own, f in zip(cells, factors, strict=True)]
-    check(case, case.bundled(cells, [[f] for f in factors], [1.0, 1.0]))
+    case.shares = [SingleBranch(own, 1.0, [f]) for own, f in zip(tokens, factors, strict=True)]
+    check(case, case.grouped(tokens, [[f] for f in factors], [1.0, 1.0]))

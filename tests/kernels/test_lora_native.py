@@ -27,7 +27,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 class NativeCase(Case):
     """All adapters of the case as one branch."""
 
-    def fused(self) -> tuple[torch.Tensor, ...]:
+    def fast(self) -> tuple[torch.Tensor, ...]:
         return adapted_linear(self.x, self.layers, [self.branch()])
 
     def branch(self, *, lasting: bool = False) -> NativeBranch:
@@ -36,7 +36,7 @@ class NativeCase(Case):
             parts = dict(share.parts)
             factors = [parts.get(h) for h in range(len(self.layers))]
             assert fits(self.layers, factors)
-            spans.append(AdapterSpan(share.rows, share.weight, factors))
+            spans.append(AdapterSpan(share.tokens, share.weight, factors))
         return NativeBranch(self.layers, spans, lasting=lasting)
 
 
@@ -63,7 +63,7 @@ def test_weights_that_are_stored_the_other_way_round(dtype: torch.dtype, dora: b
     case.layers = [(weight.T.contiguous().T, bias) for weight, bias in case.layers]
     case.add(None, 1.0, [7, 16], dora=dora)
     check(case)
-    check(case, Case.fused(case))
+    check(case, Case.fast(case))
 
 
 @pytest.mark.usefixtures("native_kernels")
@@ -109,7 +109,7 @@ def test_no_tokens() -> None:
     """An empty batch gives empty outputs and zero gradients."""
     case = NativeCase(torch.float32, (0,), 32, [32], False)
     case.add(None, 1.0, [4])
-    y = case.fused()[0]
+    y = case.fast()[0]
     y.sum().backward()
     assert y.shape == (0, 32)
     assert all(leaf.grad is not None and not leaf.grad.any() for leaf in case.leaves()[1:])
@@ -126,7 +126,7 @@ def test_a_nan_stays_with_its_adapter(dtype: torch.dtype) -> None:
         case.add(slice(61, 130), 1.0, [3, 3])
         with torch.no_grad():
             case.shares[1].parts[0][1].a.mul_(poison)
-        ys = case.fused()
+        ys = case.fast()
         sum(y.float().square().sum() for y in ys).backward()  # type: ignore[union-attr]
         healthy = [m.grad for m in case.shares[0].masters if m is not None]
         outcomes.append((torch.cat([*ys, case.x.grad], 1).detach(), healthy))  # type: ignore[list-item]
@@ -149,7 +149,7 @@ def test_bits_depend_neither_on_threads_nor_on_neighbours(dtype: torch.dtype) ->
             case.add(slice(0, 600), 1.0, [8])
             if others:
                 case.add(slice(600, 700), 1.0, [16])
-            y = case.fused()[0]
+            y = case.fast()[0]
             y.float().square().sum().backward()
             assert case.x.grad is not None
             grads = [m.grad for m in case.shares[0].masters if m is not None and m.grad is not None]
@@ -186,7 +186,7 @@ def test_a_backward_ends_as_its_forward_began() -> None:
     case.add(None, 1.0, [4])
     grads = []
     for put_away in (False, True):
-        y = case.fused()[0]
+        y = case.fast()[0]
         if put_away:
             native.use(None)
         grads.append(torch.autograd.grad(y.sum(), case.leaves()))

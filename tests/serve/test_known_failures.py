@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from veneer import DoRA, LoRA
 from veneer.adapters.runtime.grouping import by_rank
-from veneer.adapters.runtime.mapping import Assignment
+from veneer.adapters.runtime.plan import Assignment
 from veneer.checkpoints import PeftFolders, attach
 from veneer.data.chat.named_templates import NAMED_TEMPLATES
 from veneer.errors import AdapterError

@@ -207,7 +207,7 @@ class Bank:
     def _install(self, adapter: Adapter) -> Adapter:
         self._patches.check()
         self._adapters[adapter.name] = adapter
-        self.runtime.tracker.mapping.clear()
+        self.runtime.tracker.plans.clear()
         for site in adapter.sites(self.survey):
             self._patches.install(site, adapter)
         for name, chosen in adapter.parts.items():
@@ -245,7 +245,7 @@ class Bank:
         for site in sites:
             self._patches.uninstall(site, name)
         tracker.monitor.forget(name)
-        tracker.mapping.clear()
+        tracker.plans.clear()
         tracker.inputs.prune()
         self.runtime.frozen.forget(name)
         del self._adapters[name]
@@ -360,7 +360,7 @@ class Bank:
             raise RouteError("the bank cannot be detached while a route is active; leave its context first")
         self._patches.check()
         self._patches.remove_all()
-        self.runtime.tracker.mapping.clear()
+        self.runtime.tracker.plans.clear()
         self._detached = True
 
     # Inside

@@ -5,7 +5,10 @@ A receipt is JSON in the metadata of ``adapter_model.safetensors``, where other 
     tensors   SHA-256 over all names, dtypes, shapes and bytes: a flipped bit is detected
     base      for each adapted base weight: SHA-256 of the stored tensor with name, shape and dtype, and a sketch of it
     probes    for each site: the adapter's change applied to a fixed vector; later changes of the settings are detected
-    seed, version, and the hashes of template, tokenizer and data that the caller knows
+    options, method     what adapter_config.json has no name for
+    own                 the overrides: layer, tensor, and the names that share it
+    experts, parts, kinds   names of experts, parts of fused layers, and layers that are not linear
+    seed, version, base_name, and the hashes of template, tokenizer and data that the caller knows
 
 A sketch is eight numbers, P (W v): v a fixed vector of signs, P eight sums with fixed signs over all outputs. It changes in proportion
 to the weight. If the hashes differ, it separates the same weights in another precision (differences near the rounding) from quantised
@@ -35,6 +38,7 @@ from veneer.checkpoints.base_view import BaseView, named
 from veneer.checkpoints.findings import Findings, listed, shown
 from veneer.checkpoints.tensors import dtype_name
 from veneer.errors import BaseModelError
+from veneer.kernels.versions import mark_of
 from veneer.models.fingerprint import tensor_fingerprint, weight_fingerprints
 from veneer.models.load import Base
 
@@ -43,7 +47,22 @@ FORMAT = 1
 NUMBERS = 8
 ROUNDED = "beyond rounding its weights are the same"
 """The end of a note about a base that differs in dtype only."""
-MADE_ANEW = frozenset({"format", "version", "seed", "tensors", "options", "own", "kinds", "base", "probes", "logits"})
+MADE_ANEW = {
+    "format",
+    "version",
+    "seed",
+    "tensors",
+    "options",
+    "method",
+    "own",
+    "experts",
+    "parts",
+    "kinds",
+    "base",
+    "base_name",
+    "probes",
+    "logits",
+}
 """Entries that are computed on every save; the caller gives the others."""
 _ROWS = 1024
 _TOLERANCE = 1e-3
@@ -61,11 +80,11 @@ _WEIGHTS: WeakKeyDictionary[nn.Module, tuple[object, Record]] = WeakKeyDictionar
 def make_receipt(adapter: Adapter, base: BaseView, digest: str, extra: Mapping[str, Any] | None = None) -> Receipt:
     """The receipt of an adapter whose file's tensors have ``digest``. An unknown base leaves out the entries that need it."""
     receipt: Receipt = {
+        **(extra or {}),
         "format": FORMAT,
         "version": __version__,
         "seed": adapter.seed,
         "tensors": digest,
-        **(extra or {}),
     }
     receipt["options"] = _options_beyond_peft(adapter)
     if not adapter.method.flags:
@@ -229,7 +248,7 @@ def _identity(site: Site) -> object:
     if site.lender is not None:
         return (site.name,)
     weight: Any = site.module.weight
-    return (site.name, weight.data_ptr(), weight._version, weight.dtype, tuple(weight.shape))
+    return (site.name, mark_of(weight), tuple(weight.shape))
 
 
 def _fingerprints(model: nn.Module | None, sites: Mapping[str, Site]) -> dict[str, str]:

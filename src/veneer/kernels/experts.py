@@ -1,4 +1,4 @@
-"""The forward of stacked experts: pairs of a token and an expert in order of the experts, their products, and the sum for each token.
+"""Products of stacked experts, without adapters: pairs of a token and an expert, sorted by expert, and the sum for each token.
 
 It takes modules in the layouts of transformers' ``use_experts_implementation``, whose attributes (``is_transposed``, ``has_bias``,
 ``has_gate``) are read from the module. Weights are frozen, and may be quantized (``quantized/stack.py``).
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from veneer.kernels.lora.by_segment import stacked_linear, takes_grouped_mm
+from veneer.kernels.lora.by_group import stacked_linear, takes_grouped_mm
 from veneer.kernels.quantized.stack import QuantizedStack
 
 __all__ = ["Pairs", "quantized_experts", "routed_experts"]
@@ -36,12 +36,12 @@ class Pairs:
     total: int
 
 
-Change = Callable[[str, Tensor, Tensor, Pairs], Tensor]
+StackChange = Callable[[str, Tensor, Tensor, Pairs], Tensor]
 """(fused parameter, its input [S, in], its output [S, out], pairs) -> the output with the adapters' changes."""
 
 
 def routed_experts(
-    module: Any, x: Tensor, index_Tk: Tensor, weight_Tk: Tensor, *, grouped: bool, change: Change | None = None
+    module: Any, x: Tensor, index_Tk: Tensor, weight_Tk: Tensor, *, grouped: bool, change: StackChange | None = None
 ) -> Tensor:
     """The output of a module of stacked experts, with ``change`` applied to the output of each fused parameter.
 
@@ -79,7 +79,7 @@ def quantized_experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, t
     return routed_experts(module, hidden_states, top_k_index, top_k_weights, grouped=False)
 
 
-def _experts(module: Any, x_SH: Tensor, pairs: Pairs, grouped: bool, change: Change | None) -> Tensor:
+def _experts(module: Any, x_SH: Tensor, pairs: Pairs, grouped: bool, change: StackChange | None) -> Tensor:
     """[S, H]: each pair's token through its expert."""
     first = "gate_up_proj" if module.has_gate else "up_proj"
     y = _product(module, first, x_SH, pairs, grouped)

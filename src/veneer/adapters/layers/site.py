@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from veneer.adapters.layers.kinds import Geometry, LayerKind
+from veneer.kernels.versions import version_of
 
 
 @dataclass(eq=False)
@@ -30,7 +31,7 @@ class Site:
     reason: str = ""
     """The reason why adapters must not act here (found by the dry run); empty where they may."""
     layout: str = ""
-    """Order of rows in the layer's input: rows, tokens, blocks, constant (``runtime/mapping.py``); "" if unknown."""
+    """Order of rows in the layer's input: rows, tokens, blocks, constant (``runtime/plan.py``); "" if unknown."""
     group: tuple[str, ...] = ()
     """Linear sites that read the same input one after the other (q, k, v), this one included."""
     overwritten: bool = True
@@ -141,8 +142,7 @@ class Site:
             return self._squared[1]
         weight = self.weight
         storage = weight.untyped_storage()
-        version = 0 if weight.is_inference() else weight._version
-        key = (storage._cdata, weight.storage_offset(), version, self.dtype, weight.device)
+        key = (storage._cdata, weight.storage_offset(), version_of(weight), self.dtype, weight.device)
         known = self._squared
         if known is None or known[0] != key:
             # Made outside of inference mode, or no later training step could use it. The weak reference keeps the storage's

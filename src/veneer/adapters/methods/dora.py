@@ -82,7 +82,7 @@ class DoRA(LowRankMethod):
 
     def norm(self, tensors: Mapping[str, Tensor], weight_2d: Tensor, squared: Tensor, scale: float) -> Tensor | None:
         """||W + s B A||_row, [out]: a constant in backward unless ``exact_norm_gradient``."""
-        with torch.set_grad_enabled(self.exact_norm_gradient and torch.is_grad_enabled()), _wide(weight_2d):
+        with torch.set_grad_enabled(self.exact_norm_gradient and torch.is_grad_enabled()), _without_autocast(weight_2d):
             return dora_norm(weight_2d, squared, *factors_of(tensors), scale)
 
     @staticmethod
@@ -90,7 +90,7 @@ class DoRA(LowRankMethod):
         weight_2d: Tensor, squared: Tensor, adapters: Sequence[tuple[Mapping[str, Tensor], float]]
     ) -> list[Tensor]:
         """||W + s B A||_row of several adapters at one site, (tensors, s) each, as constants."""
-        with torch.no_grad(), _wide(weight_2d):
+        with torch.no_grad(), _without_autocast(weight_2d):
             return dora_norms(weight_2d, squared, [(*factors_of(tensors), scale) for tensors, scale in adapters])
 
     def magnitude(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
@@ -145,12 +145,13 @@ class DoRA(LowRankMethod):
 
 
 def _row_norms(weight_2d: Tensor, b: Tensor, a: Tensor) -> Tensor:
-    """||W + B A||_row in fp64, a block of rows at a time."""
+    """||W + B A||_row in fp64, a block of rows at a time. It is never zero: a row of zeros keeps its magnitude scale 0 / norm finite."""
     step = max(1, _ELEMENTS_AT_ONCE // weight_2d.shape[1])
     blocks = zip(weight_2d.split(step), b.split(step), strict=True)
-    return torch.cat([torch.addmm(weight.double(), rows, a).norm(dim=1) for weight, rows in blocks])
+    norms = torch.cat([torch.addmm(weight.double(), rows, a).norm(dim=1) for weight, rows in blocks])
+    return norms.clamp_min(torch.finfo(norms.dtype).tiny)
 
 
-def _wide(weight_2d: Tensor) -> AbstractContextManager[object]:
+def _without_autocast(weight_2d: Tensor) -> AbstractContextManager[object]:
     """Autocast would round the products to bf16, and a small change of a large row must show in its norm."""
     return nullcontext() if weight_2d.is_meta else torch.autocast(weight_2d.device.type, enabled=False)

@@ -1,11 +1,11 @@
-"""The forward of stacked experts while adapters act on them.
+"""Adapters on stacked experts: the pairs that each adapter has, and its change.
 
 The layer kind (``layers/experts.py``) computes the stack; here each adapter's change is added to the output of its projections:
 
-    y_s = C_s * (x_s W_e^T) + sum_j w_sj s_j B_je A_je x_s S_je + b_e        for the pair s of a token and the expert e
+    y_s = C_s * (x_s W_e^T) + sum_j w_sj S_je s_j B_je A_je x_s + b_e        for the pair s of a token and the expert e
 
 the formula of ``kernels/lora/reference.py`` with the weight, the factors and the magnitude scale of the pair's expert. Pairs of one
-adapter and one expert are a segment, and all segments of a projection are computed in one call (``kernels/lora/by_segment.py``).
+adapter and one expert are a group, and all groups of a projection are computed in one call (``kernels/lora/by_group.py``).
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ from veneer.adapters.layers.site import Site
 from veneer.adapters.runtime.forward import AdaptedForward
 from veneer.adapters.runtime.forward_pass import ForwardPass
 from veneer.adapters.runtime.layer import AdaptedLayer, AdapterAtSite, adapter_at
-from veneer.adapters.runtime.mapping import Assignment
+from veneer.adapters.runtime.plan import Assignment
 from veneer.adapters.runtime.runtime import Runtime
 from veneer.kernels.experts import Pairs
-from veneer.kernels.lora.by_segment import low_rank_by_segment
+from veneer.kernels.lora.by_group import low_rank_by_group
 from veneer.kernels.lora.dropout import Dropout, drop
+from veneer.kernels.lora.reference import magnitude_change
 
 
 @dataclass(frozen=True, eq=False)
-class Segment:
+class PairGroup:
     """Pairs of one expert that use one adapter.
 
     rows: their rows [n] among all pairs. weight: the adapter's weight in its mix, a float or a tensor [n].
@@ -46,9 +47,9 @@ class Segment:
 
 @dataclass(frozen=True, eq=False)
 class ExpertTerm:
-    """A segment at one projection: the adapter there, its dropout and its magnitude scale S [out], None for 1."""
+    """A group at one projection: the adapter there, its dropout and its magnitude scale S [out], None for 1."""
 
-    segment: Segment
+    group: PairGroup
     layer: AdaptedLayer
     at: AdapterAtSite
     dropout: Dropout | None
@@ -99,19 +100,19 @@ class AdaptedExperts(AdaptedForward):
         acting = [one for one in assignments if one.adapter in self.adapters]
         if not acting:
             return self.base_call(*args, **kwargs)
-        segments: list[Segment] = []
+        groups: list[PairGroup] = []
 
         def change(parts: Sequence[Part], x_SK: Tensor, y_SO: Tensor, pairs: Pairs) -> Tensor:
-            if not segments:
-                segments.extend(self._segments(current, acting, pairs))
-            return self._changed(current, segments, parts, x_SK, y_SO)
+            if not groups:
+                groups.extend(self._groups(current, acting, pairs))
+            return self._changed(current, groups, parts, x_SK, y_SO)
 
         out: Tensor = kind.forward(site.module, change, x, *routing)
         return out
 
-    def _segments(self, current: ForwardPass, assignments: Sequence[Assignment], pairs: Pairs) -> list[Segment]:
-        """The segments of a call, and the count of each adapter's tokens by expert."""
-        found: list[Segment] = []
+    def _groups(self, current: ForwardPass, assignments: Sequence[Assignment], pairs: Pairs) -> list[PairGroup]:
+        """The groups of a call, and the count of each adapter's tokens by expert."""
+        found: list[PairGroup] = []
         experts = len(pairs.sizes)
         counts = torch.is_grad_enabled() and current.lasting
         for one in assignments:
@@ -134,7 +135,9 @@ class AdaptedExperts(AdaptedForward):
                 if size:
                     part = slice(start, start + size)
                     found.append(
-                        Segment(one.adapter, expert, rows[part], weight[part] if isinstance(weight, Tensor) else weight)
+                        PairGroup(
+                            one.adapter, expert, rows[part], weight[part] if isinstance(weight, Tensor) else weight
+                        )
                     )
                     start += size
         return found
@@ -145,13 +148,13 @@ class AdaptedExperts(AdaptedForward):
         adapter.expert_tokens[self.site.name] = adapter.expert_tokens[self.site.name] + sizes_E.cpu()
 
     def _changed(
-        self, current: ForwardPass, segments: Sequence[Segment], parts: Sequence[Part], x_SK: Tensor, y_SO: Tensor
+        self, current: ForwardPass, groups: Sequence[PairGroup], parts: Sequence[Part], x_SK: Tensor, y_SO: Tensor
     ) -> Tensor:
         """The output of a fused parameter with the adapters' changes."""
         outputs, changed = [], False
         for part in parts:
             y_So = y_SO[:, part.columns]
-            terms = [term for segment in segments if (term := self._term(current, segment, part)) is not None]
+            terms = [term for group in groups if (term := self._term(current, group, part)) is not None]
             changed |= bool(terms)
             outputs.append(_with_terms(terms, x_SK, y_So) if terms else y_So)
         if not changed:
@@ -161,35 +164,35 @@ class AdaptedExperts(AdaptedForward):
         interleaved = parts[0].columns.step is not None
         return torch.stack(outputs, 2).flatten(1) if interleaved else torch.cat(outputs, 1)
 
-    def _term(self, current: ForwardPass, segment: Segment, part: Part) -> ExpertTerm | None:
-        layer = self.members.get((segment.expert, part.name))
-        at = None if layer is None else layer.adapters.get(segment.adapter)
+    def _term(self, current: ForwardPass, group: PairGroup, part: Part) -> ExpertTerm | None:
+        layer = self.members.get((group.expert, part.name))
+        at = None if layer is None else layer.adapters.get(group.adapter)
         if layer is None or at is None or at.tensors is None:
             return None
         norm = layer.norm(current, at)
         scale = None if norm is None else at.adapter.method.magnitude_scale(at.tensors, norm)
-        return ExpertTerm(segment, layer, at, layer.dropout(current, at.adapter), scale)
+        return ExpertTerm(group, layer, at, layer.dropout(current, at.adapter), scale)
 
 
 def _with_terms(terms: Sequence[ExpertTerm], x_SK: Tensor, y_So: Tensor) -> Tensor:
-    """A projection's output with the changes of all its segments."""
-    rows = torch.cat([term.segment.rows for term in terms])
-    sizes = [len(term.segment.rows) for term in terms]
+    """A projection's output with the changes of all its groups."""
+    rows = torch.cat([term.group.rows for term in terms])
+    sizes = [len(term.group.rows) for term in terms]
     x_nK = x_SK.index_select(0, rows)
     if any(term.dropout is not None for term in terms):
         pieces = zip(x_nK.split(sizes), terms, strict=True)
         x_nK = torch.cat([x if term.dropout is None else drop(x, *term.dropout) for x, term in pieces])
     factors = [(term.at.tensors[term.at.a], term.at.tensors[term.at.b]) for term in terms if term.at.tensors]
-    change_no = low_rank_by_segment(x_nK, sizes, factors, [term.at.scale for term in terms])
+    change_no = low_rank_by_group(x_nK, sizes, factors, [term.at.scale for term in terms])
     if any(term.scale is not None for term in terms):
         change_no = _scaled(terms, sizes, x_nK, y_So.index_select(0, rows), change_no)
-    if any(not isinstance(term.segment.weight, float) or term.segment.weight != 1.0 for term in terms):
+    if any(not isinstance(term.group.weight, float) or term.group.weight != 1.0 for term in terms):
         change_no = change_no * torch.cat([_weights(term, change_no) for term in terms]).unsqueeze(1)
     return y_So.index_add(0, rows, change_no.to(y_So.dtype))
 
 
 def _scaled(terms: Sequence[ExpertTerm], sizes: Sequence[int], x_nK: Tensor, y_no: Tensor, change_no: Tensor) -> Tensor:
-    """The changes with their magnitude scales: S change + (S - 1) (y - b), for the segments that have one."""
+    """The changes with their magnitude scales: S change + (S - 1) (y - b), for the groups that have one."""
     pieces = []
     columns = zip(terms, x_nK.split(sizes), y_no.split(sizes), change_no.split(sizes), strict=True)
     for term, x, y, change in columns:
@@ -201,16 +204,15 @@ def _scaled(terms: Sequence[ExpertTerm], sizes: Sequence[int], x_nK: Tensor, y_n
             product = F.linear(x, term.layer.site.weight_2d.to(x.dtype))
         else:
             product = y if module.bias is None else y - module.bias.detach()
-        # S - 1 is small: subtract in the scale's own precision, round once.
-        pieces.append(change * term.scale.to(change.dtype) + (term.scale - 1).to(product.dtype) * product)
+        pieces.append(change * term.scale.to(change.dtype) + magnitude_change(product, term.scale))
     return torch.cat(pieces)
 
 
 def _weights(term: ExpertTerm, like: Tensor) -> Tensor:
-    weight = term.segment.weight
+    weight = term.group.weight
     if isinstance(weight, Tensor):
         return weight.to(like.dtype)
-    return like.new_full((len(term.segment.rows),), weight)
+    return like.new_full((len(term.group.rows),), weight)
 
 
 def _key(site: Site) -> tuple[int, str]:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from veneer.adapters.runtime.forward_pass import ForwardPass, SharedOutputs
 from veneer.adapters.runtime.grouping import groups_of
 from veneer.adapters.runtime.layer import AdaptedLayer
-from veneer.adapters.runtime.mapping import Assignment
+from veneer.adapters.runtime.plan import Assignment
 from veneer.kernels.lora.linear import (
     AdapterSpan,
     Branch,
@@ -44,6 +44,7 @@ from veneer.kernels.lora.linear import (
 )
 from veneer.kernels.quantized.module import QuantizedLinear
 from veneer.kernels.quantized.weight import QuantizedWeight
+from veneer.kernels.versions import mark_of, version_of
 
 _PLAIN = (Tensor, nn.Parameter)
 _FEW = {torch.float32: 64}
@@ -173,16 +174,15 @@ def _run(
 
 def _input_key(x: Tensor, current: ForwardPass) -> tuple[int, ...]:
     """Key of a shared output. Ids stay unique while the input and the pass are kept alive."""
-    return id(x), -1 if x.is_inference() else x._version, id(current), torch.is_grad_enabled()
+    return id(x), version_of(x), id(current), torch.is_grad_enabled()
 
 
 def _marks(weights: Sequence[StoredLayer]) -> tuple[object, ...]:
     """Keys that change when a weight or a bias does."""
-    return tuple((_mark(w), None if b is None else b.data_ptr()) for w, b in weights)
-
-
-def _mark(w: Tensor | QuantizedWeight) -> tuple[object, ...]:
-    return w.mark if isinstance(w, QuantizedWeight) else (w.dtype, w.data_ptr(), -1 if w.is_inference() else w._version)
+    return tuple(
+        (w.mark if isinstance(w, QuantizedWeight) else mark_of(w), None if b is None else mark_of(b))
+        for w, b in weights
+    )
 
 
 def _weights(layer: AdaptedLayer) -> StoredLayer:

@@ -1,7 +1,7 @@
 """Forward passes: one call of the model under a route.
 
 A `ForwardPass` holds what must be remembered of a call until its backward is over: the context that it runs under, the numbers of its
-dropout masks, its DoRA norms, and the autograd nodes that it made. What calls of the same shapes share is in the plan (``mapping.py``).
+dropout masks, its DoRA norms, and the autograd nodes that it made. What calls of the same shapes share is in the plan (``plan.py``).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from veneer.adapters.runtime.mapping import RoutePlan, Shapes
+from veneer.adapters.runtime.plan import RoutePlan, Shapes
 from veneer.adapters.runtime.route import Route
 
 

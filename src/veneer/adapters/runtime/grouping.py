@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 
 from veneer.adapters.runtime.layer import AdaptedLayer
-from veneer.adapters.runtime.mapping import Assignment, RoutePlan
+from veneer.adapters.runtime.plan import Assignment, RoutePlan
 from veneer.kernels.forms import FEW_TOKENS, forms
 from veneer.kernels.lora.linear import TokenGrid
 

@@ -25,7 +25,7 @@ from veneer.adapters.layers.site import Site
 from veneer.adapters.overrides import BIAS, LORA_BIAS, ROWS, WEIGHT, computed_with
 from veneer.adapters.runtime.forward_pass import ForwardPass
 from veneer.adapters.runtime.layer import AdaptedLayer
-from veneer.adapters.runtime.mapping import Assignment
+from veneer.adapters.runtime.plan import Assignment
 from veneer.errors import RouteError
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from veneer.adapters.layers.kinds import LayerKind
 from veneer.adapters.runtime.forward_pass import ForwardPass
 from veneer.adapters.runtime.layer import AdaptedLayer, AdapterAtSite
-from veneer.adapters.runtime.mapping import Assignment
+from veneer.adapters.runtime.plan import Assignment
 from veneer.kernels.lora.dropout import drop
 from veneer.kernels.lora.reference import AdapterTerm, adapted
 

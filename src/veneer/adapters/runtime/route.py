@@ -9,7 +9,7 @@ A route is an argument of the batch, never a mode of the model. A user writes
     Route.tokens(mixes, index)                token by token, in flat or padded batches
 
 becomes a few distinct mixes and one tensor that says which of them each row or token takes. When the model is called, the route is
-tied to that call's shape (``mapping.py``).
+tied to that call's shape (``plan.py``).
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ The caches on the forward path, from the longest-lived to the shortest:
     Site.squared_norms   ||W||^2 per row; key: the base weight's storage, version, dtype and device; until the weight changes
     FrozenFactors        a frozen adapter's factors, cast and scaled (``frozen.py``); key: site, adapters, their versions, base weights;
                          one entry per adapter and two per set of adapters at each site
-    RoutePlan            assignments, groups and reused calls with their kernel layouts (``mapping.py``); key: route and input shapes,
+    RoutePlan            assignments, groups and reused calls with their kernel layouts (``plan.py``); key: route and input shapes,
                          for reused calls adapter versions and base weights too; last four routes, until an adapter joins or leaves
     ForwardPass          constant norms and adapter versions (``forward_pass.py``); key: adapter, site; one call of the model
     SharedOutputs        outputs of layers computed along with the first of their group (``forward_pass.py``); key: thread, pass, input;

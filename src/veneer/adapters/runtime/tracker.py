@@ -30,7 +30,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from veneer.adapters.adapter import Adapter
 from veneer.adapters.call_check import CallMonitor
 from veneer.adapters.runtime.forward_pass import ForwardPass, RouteContext, SharedOutputs, input_shapes, tensors_in
-from veneer.adapters.runtime.mapping import AdapterMapping
+from veneer.adapters.runtime.plan import PlanCache
 from veneer.adapters.runtime.route import Route
 from veneer.errors import RouteError
 
@@ -126,7 +126,7 @@ class RouteTracker:
         self.inputs = InputRegistry()
         self.state = ThreadState()
         self.recent: deque[ForwardPass] = deque(maxlen=_RECENT)
-        self.mapping = AdapterMapping(adapters)
+        self.plans = PlanCache(adapters)
         self.context: RouteContext | None = None
         self._lock = threading.Lock()
 
@@ -260,7 +260,7 @@ class RouteTracker:
                 self.monitor.find_rows(args, kwargs)
             finally:
                 state.muted = False
-        plan = self.mapping.plan(route, shapes, None if context is None else context.keep)
+        plan = self.plans.plan(route, shapes, None if context is None else context.keep)
         begun = ForwardPass(context, plan, path)
         if context is not None and state.visited is not None:
             with self._lock:

@@ -690,8 +690,8 @@ template <class T> void squared_norms(const T* w, long O, long K, const float* s
 
 }  // namespace
 
-// kind: 0 for fp32, 1 for bf16, of the weight [O, K]; squared: ||W_o||^2 [O].
-extern "C" void veneer_squared_row_norms(int kind, const void* w, long O, long K, const float* squared, const Norm* adapters, long count,
+// ||W_o + s (B A)_o||^2 of each adapter, into its `square` [O]. kind: 0 for fp32, 1 for bf16, of the weight [O, K]; squared: ||W_o||^2 [O].
+extern "C" void veneer_dora_squared_norms(int kind, const void* w, long O, long K, const float* squared, const Norm* adapters, long count,
                                          int threads) {
     kind ? squared_norms((const bf16*)w, O, K, squared, adapters, count, threads) : squared_norms((const float*)w, O, K, squared, adapters, count, threads);
 }

@@ -19,7 +19,8 @@ from veneer.kernels.lora.dropout import Dropout, places
 from veneer.kernels.lora.magnitude_scale import apply_scale, column_dots
 from veneer.kernels.quantized.weight import QuantizedWeight
 
-Rows = Tensor | slice | None
+Tokens = Tensor | slice | None
+"""An adapter's tokens: LongTensor [n], a slice, or None for all."""
 Layer = tuple[Tensor, Tensor | None]
 """A frozen weight [O, K] and bias [O] or None. A weight that is stored as [K, O] is a view with its dimensions exchanged."""
 StoredLayer = tuple[Tensor | QuantizedWeight, Tensor | None]
@@ -93,12 +94,12 @@ class Factors:
 class AdapterPart:
     """One adapter in a call.
 
-    rows: its tokens, None for all, a slice, or LongTensor [n]. weight: w, a float or a tensor [n]. factors: one for each layer, None where
-    it does not act (not all of them). parts: the others, with their layers. scales: S by layer.
+    weight: w, a float or a tensor [n]. factors: one for each layer, None where it does not act (not all of them). parts: the others, with
+    their layers. scales: S by layer.
     """
 
-    def __init__(self, rows: Rows, weight: float | Tensor, factors: Sequence[Factors | None]) -> None:
-        self.rows = rows
+    def __init__(self, tokens: Tokens, weight: float | Tensor, factors: Sequence[Factors | None]) -> None:
+        self.tokens = tokens
         self.weight = weight
         self.factors = factors
         self.parts = [(h, f) for h, f in enumerate(factors) if f is not None]
@@ -109,12 +110,12 @@ class AdapterPart:
         """S (t - b) + b on the adapter's tokens, in place."""
         if (s := self.scales.get(h)) is None:
             return
-        part = take(t_NO, self.rows)
+        part = take(t_NO, self.tokens)
         if bias_O is None:
             apply_scale(part, s, out=part)
         else:
             part.addcmul_(part - bias_O, (s - 1).to(part.dtype))
-        put_(t_NO, self.rows, part)
+        put_(t_NO, self.tokens, part)
 
 
 class Branch:
@@ -166,17 +167,17 @@ class Backward:
     dx_NK: Tensor | None
 
 
-def take(t_N: Tensor, rows: Rows) -> Tensor:
+def take(t_N: Tensor, tokens: Tokens) -> Tensor:
     """An adapter's tokens: a view where that is possible."""
-    if rows is None:
+    if tokens is None:
         return t_N
-    return t_N[rows] if isinstance(rows, slice) else t_N.index_select(0, rows)
+    return t_N[tokens] if isinstance(tokens, slice) else t_N.index_select(0, tokens)
 
 
-def put_(t_N: Tensor, rows: Rows, part: Tensor) -> None:
+def put_(t_N: Tensor, tokens: Tokens, part: Tensor) -> None:
     """Write back what `take` gave, if it was no view."""
-    if isinstance(rows, Tensor):
-        t_N.index_copy_(0, rows, part)
+    if isinstance(tokens, Tensor):
+        t_N.index_copy_(0, tokens, part)
 
 
 class Reduction(NamedTuple):

@@ -44,11 +44,13 @@ def dora_norm(weight_OK: Tensor, squared_O: Tensor, a_RK: Tensor, b_OR: Tensor, 
     return norm_O
 
 
-Adapter = tuple[Tensor, Tensor, float]
-"""A [R, K], B [O, R], s."""
+ScaledFactors = tuple[Tensor, Tensor, float]
+"""A [R, K], B [O, R], s of one adapter."""
 
 
-class NormRow(ctypes.Structure):
+class NormArguments(ctypes.Structure):
+    """One adapter of a call in C++: its factors, and where its squared norms go."""
+
     _fields_ = [
         ("a", ctypes.c_void_p),
         ("b", ctypes.c_void_p),
@@ -59,19 +61,20 @@ class NormRow(ctypes.Structure):
 
 
 _HIGHEST = 64
+"""The highest rank that the C++ kernel takes."""
 
 
-def dora_norms(weight_OK: Tensor, squared_O: Tensor, adapters: Sequence[Adapter]) -> list[Tensor]:
+def dora_norms(weight_OK: Tensor, squared_O: Tensor, adapters: Sequence[ScaledFactors]) -> list[Tensor]:
     """`dora_norm` of each adapter, without gradients. In C++ products with A are taken in fp32, and W is read once for all."""
     made = library()
     if made is None or not all(_fits(weight_OK, squared_O, a, b) for a, b, _ in adapters):
         with torch.no_grad():
             return [dora_norm(weight_OK, squared_O, *adapter) for adapter in adapters]
     found = [torch.empty_like(squared_O) for _ in adapters]
-    each = (NormRow * len(adapters))()
+    each = (NormArguments * len(adapters))()
     for one, (a, b, scale), square in zip(each, adapters, found, strict=True):
         one.a, one.b, one.square, one.rank, one.scale = a.data_ptr(), b.data_ptr(), square.data_ptr(), len(a), scale
-    made.veneer_squared_row_norms(
+    made.veneer_dora_squared_norms(
         KINDS[weight_OK.dtype],
         ctypes.c_void_p(weight_OK.data_ptr()),
         *map(ctypes.c_long, weight_OK.shape),

@@ -46,9 +46,9 @@ class TokenGrid:
         padded = min(sizes) < self.shape[1]
         self.real: Tensor | None = None
         """Flat grid positions that are no padding [M], or None if all are."""
-        self.rows = joined.to(device)
+        self.tokens = joined.to(device)
         """The token at each of these positions, [M]."""
-        self.index = self.rows
+        self.index = self.tokens
         """The token at every position, [J * n]."""
         if padded:
             index = torch.cat([torch.cat((one, one[:1].expand(self.shape[1] - len(one)))) for one in tokens])
@@ -80,7 +80,7 @@ class TokenGrid:
         """Write back what `take` gave, if it was no view."""
         if self.span is None:
             part = part_JnX.view(-1, t_NX.shape[1])
-            t_NX.index_copy_(0, self.rows, part if self.real is None else part.index_select(0, self.real))
+            t_NX.index_copy_(0, self.tokens, part if self.real is None else part.index_select(0, self.real))
 
     def weighted(self, t_JnX: Tensor) -> Tensor:
         """Times w; padding becomes zero."""

@@ -123,10 +123,10 @@ class AdaptedLinear(torch.autograd.Function):
         ctx: Any, call: _LinearCall, dense: Sequence[Layer], x: Tensor, *masters: Tensor | None
     ) -> tuple[Tensor, ...]:
         outputs, kept = _forward(call, dense, x)
-        has_magnitude = [y if call.trains and call.has_magnitude[h] else None for h, y in enumerate(outputs)]
+        kept_outputs = [y if call.trains and call.has_magnitude[h] else None for h, y in enumerate(outputs)]
         ctx.call, ctx.shape = call, x.shape
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x if call.trains else None, *has_magnitude, *kept, *masters)
+        ctx.save_for_backward(x if call.trains else None, *kept_outputs, *kept, *masters)
         return tuple(outputs)
 
     @staticmethod

@@ -145,8 +145,8 @@ class AdapterSpan(AdapterPart):
 
     def range(self, tokens: int) -> tuple[int, int]:
         """(first token, number of tokens) in a call with so many."""
-        assert not isinstance(self.rows, Tensor)
-        first, last, _ = (self.rows or slice(None)).indices(tokens)
+        assert not isinstance(self.tokens, Tensor)
+        first, last, _ = (self.tokens or slice(None)).indices(tokens)
         return first, max(0, last - first)
 
 
@@ -252,7 +252,7 @@ class NativeBranch(Branch):
 
     def full_magnitude_scale(self, h: int) -> Tensor | None:
         first = self._spans[0]
-        return first.scales.get(h) if len(self._spans) == 1 and first.rows is None else None
+        return first.scales.get(h) if len(self._spans) == 1 and first.tokens is None else None
 
     def apply_magnitude_(self, h: int, t_NO: Tensor, bias_O: Tensor | None) -> None:
         for span in self._spans:
@@ -304,7 +304,7 @@ class NativeBranch(Branch):
         for position, h, f, span, dots_O, seen in dots:
             g, y = g_NO[h], back.y_NO[h]
             assert x is not None and g is not None and y is not None
-            g_nO, y_nO, x_nK = (take(t, span.rows) for t in (g, y, x))
+            g_nO, y_nO, x_nK = (take(t, span.tokens) for t in (g, y, x))
             reduction = Reduction(back.layers[h], f, span.scales[h], g_nO, y_nO, x_nK, seen)
             found[position] = magnitude_gradient(reduction, dots_O)
         return found

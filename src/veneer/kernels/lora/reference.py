@@ -23,7 +23,7 @@ from torch import Tensor
 class AdapterTerm:
     """One adapter's part at one site.
 
-    rows:   tokens that it acts on, LongTensor [n], or None for all
+    tokens: those that it acts on, LongTensor [n], or None for all
     weight: w_tj, a float or a tensor [n] in the compute dtype
     low:    x_n -> s B A x_n, [n, O, ...]; None for a change that is not of low rank
     drop:   dropout on the low-rank branch's input, or None
@@ -33,7 +33,7 @@ class AdapterTerm:
     change: (x_n, base_n) -> the change, in place of ``low``, for methods that are not of low rank
     """
 
-    rows: Tensor | None
+    tokens: Tensor | None
     weight: float | Tensor
     low: Callable[[Tensor], Tensor] | None = None
     drop: Callable[[Tensor], Tensor] | None = None
@@ -50,31 +50,33 @@ def adapted(y: Tensor, x: Tensor, bias: Tensor | None, terms: Sequence[AdapterTe
     """
     out = y
     for term in terms:
-        x_n = x if term.rows is None else x.index_select(0, term.rows)
+        x_n = x if term.tokens is None else x.index_select(0, term.tokens)
         if term.drop is not None:
             x_n = term.drop(x_n)
         if term.low is not None:
             change = term.low(x_n)
         elif term.change is not None:
-            change = term.change(x_n, y if term.rows is None else y.index_select(0, term.rows))
+            change = term.change(x_n, y if term.tokens is None else y.index_select(0, term.tokens))
         if term.scale is not None:
-            change = change * term.scale.to(change.dtype) + _magnitude_change(y, x_n, bias, term)
+            change = change * term.scale.to(change.dtype) + magnitude_change(
+                _base_product(y, x_n, bias, term), term.scale
+            )
         if isinstance(term.weight, Tensor):
             change = change * term.weight.reshape(-1, *[1] * (change.dim() - 1))
         elif term.weight != 1.0:
             change = change * term.weight
         change = change.to(out.dtype)
-        out = out + change if term.rows is None else out.index_add(0, term.rows, change)
+        out = out + change if term.tokens is None else out.index_add(0, term.tokens, change)
     return out
 
 
-def _magnitude_change(y: Tensor, x_n: Tensor, bias: Tensor | None, term: AdapterTerm) -> Tensor:
-    """(S - 1) (base - b): the magnitude's change to the base product. The bias stays outside of it."""
-    assert term.scale is not None
+def magnitude_change(product: Tensor, scale: Tensor) -> Tensor:
+    """(S - 1) times a base product, which has no bias. S - 1 is small: it is taken in the scale's own precision and rounded once."""
+    return (scale - 1).to(product.dtype) * product
+
+
+def _base_product(y: Tensor, x_n: Tensor, bias: Tensor | None, term: AdapterTerm) -> Tensor:
     if term.base is not None:
-        product = term.base(x_n)
-    else:
-        product = y if term.rows is None else y.index_select(0, term.rows)
-        product = product if bias is None else product - bias
-    # S - 1 is small: subtract in the scale's own precision, round once.
-    return (term.scale - 1).to(product.dtype) * product
+        return term.base(x_n)
+    product = y if term.tokens is None else y.index_select(0, term.tokens)
+    return product if bias is None else product - bias

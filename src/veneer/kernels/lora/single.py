@@ -22,7 +22,7 @@ from veneer.kernels.lora.branch import (
     Factors,
     Gradients,
     Reduction,
-    Rows,
+    Tokens,
     magnitude_gradient,
     put_,
     take,
@@ -35,30 +35,30 @@ __all__ = ["SingleBranch"]
 class SingleBranch(AdapterPart, Branch):
     """One adapter's part."""
 
-    def __init__(self, rows: Rows, weight: float | Tensor, factors: Sequence[Factors | None]) -> None:
-        super().__init__(rows, weight, factors)
+    def __init__(self, tokens: Tokens, weight: float | Tensor, factors: Sequence[Factors | None]) -> None:
+        super().__init__(tokens, weight, factors)
         self.masters: list[Tensor | None] = [master for _, f in self.parts for master in f.masters]
         self.scaled = self.scales
         self._ranks = [f.a.shape[0] for _, f in self.parts]
 
     def full_magnitude_scale(self, h: int) -> Tensor | None:
-        return self.scales.get(h) if self.rows is None else None
+        return self.scales.get(h) if self.tokens is None else None
 
     def run_(self, x_NK: Tensor, y_NO: Sequence[Tensor]) -> list[Tensor | None]:
         """Keeps A of all layers, x A^T (times w), and per layer s S B and the dropped indices."""
-        x_nK = take(x_NK, self.rows)
+        x_nK = take(x_NK, self.tokens)
         a_RK, b_OR = self._fold(x_nK.dtype)
         xa_nR, gone = self._down(x_nK, a_RK)
         for (h, _), b, xa in zip(self.parts, b_OR, self._columns(xa_nR), strict=True):
-            part = take(y_NO[h], self.rows)
-            put_(y_NO[h], self.rows, part.addmm_(xa, b.T))
+            part = take(y_NO[h], self.tokens)
+            put_(y_NO[h], self.tokens, part.addmm_(xa, b.T))
         return [a_RK, xa_nR, *b_OR, *gone]
 
     def gradients_(self, back: Backward, kept: Sequence[Tensor | None]) -> Gradients:
         a_RK, xa_nR, b_OR = kept[0], kept[1], kept[2 : 2 + len(self.parts)]
         gone = kept[2 + len(self.parts) :]
         assert a_RK is not None and xa_nR is not None
-        g_nO = [None if (g := back.g_NO[h]) is None else take(g, self.rows) for h, _ in self.parts]
+        g_nO = [None if (g := back.g_NO[h]) is None else take(g, self.tokens) for h, _ in self.parts]
         grads = []
         for g, b in zip(g_nO, b_OR, strict=True):
             assert b is not None
@@ -68,7 +68,7 @@ class SingleBranch(AdapterPart, Branch):
             self._add_to_(back.dx_NK, gb_nR, a_RK, gone)
         if back.x_NK is None:
             return [None] * len(self.masters)
-        x_nK = take(back.x_NK, self.rows)
+        x_nK = take(back.x_NK, self.tokens)
         das = self._a_gradients(gb_nR, x_nK, gone)
         xas = self._columns(xa_nR)
         found: Gradients = []
@@ -79,7 +79,7 @@ class SingleBranch(AdapterPart, Branch):
                 if h in self.scales:
                     y_NO = back.y_NO[h]
                     assert y_NO is not None
-                    y_nO = take(y_NO, self.rows)
+                    y_nO = take(y_NO, self.tokens)
                     dm = magnitude_gradient(Reduction(back.layers[h], f, self.scales[h], g, y_nO, x_nK, xa))
             found += [da.to(f.a.dtype), db, dm]
         return found
@@ -114,7 +114,7 @@ class SingleBranch(AdapterPart, Branch):
         return self._weighted(torch.cat(columns, dim=1)), kept
 
     def _add_to_(self, dx_NK: Tensor, gb_nR: Tensor, a_RK: Tensor, gone: Sequence[Tensor | None]) -> None:
-        part = take(dx_NK, self.rows)
+        part = take(dx_NK, self.tokens)
         if not self.drops:
             part.addmm_(gb_nR, a_RK)
         else:
@@ -122,7 +122,7 @@ class SingleBranch(AdapterPart, Branch):
             for (_, f), dropped, gb, a in pieces:
                 dx = gb @ a
                 part.add_(dx if dropped is None else zero_(dx, dropped).div_(f.kept))
-        put_(dx_NK, self.rows, part)
+        put_(dx_NK, self.tokens, part)
 
     def _a_gradients(self, gb_nR: Tensor, x_nK: Tensor, gone: Sequence[Tensor | None]) -> Sequence[Tensor]:
         """dA of each layer, [R, K]."""

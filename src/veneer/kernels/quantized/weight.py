@@ -17,6 +17,7 @@ from torch import Tensor
 
 from veneer.kernels.lora.dora_norm import squared_row_norms
 from veneer.kernels.quantized.native import WeightView
+from veneer.kernels.versions import mark_of
 
 ELEMENTS_AT_ONCE = 1 << 18
 """Numbers that are dequantized at once where only a reduction of them is needed."""
@@ -90,8 +91,7 @@ class QuantizedWeight:
     @property
     def mark(self) -> tuple[object, ...]:
         """A key that changes when the packed numbers do."""
-        stored = self.stored
-        return (self.format, stored.data_ptr(), -1 if stored.is_inference() else stored._version, stored.device)
+        return (self.format, *mark_of(self.stored))
 
     @property
     def bytes(self) -> int:

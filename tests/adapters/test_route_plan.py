@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from veneer.adapters import Adapter, Bank, DoRA, LoRA, Route, attach, bank_of
 from veneer.adapters.runtime import grouping
-from veneer.adapters.runtime.mapping import AdapterMapping, Assignment
+from veneer.adapters.runtime.plan import Assignment, PlanCache
 
 NAMES = [f"a{i}" for i in range(8)]
 ROWS: list[Any] = ["a0", "a3", None, "a5", "a1", "a0", "a7", "a2"]
@@ -51,7 +51,7 @@ def plain(model: Any, bank: Bank, route: Any, batch: Tensor) -> Tensor:
 
 def remembered(bank: Bank) -> int:
     """How many layers of how many routes are remembered."""
-    return sum(len(plan.calls) for plan in bank.runtime.tracker.mapping._plans.values())
+    return sum(len(plan.calls) for plan in bank.runtime.tracker.plans._plans.values())
 
 
 def test_the_second_call_is_the_first_to_the_bit() -> None:
@@ -157,7 +157,7 @@ def test_a_copy_remembers_for_itself() -> None:
 
 def test_only_the_last_few_are_kept() -> None:
     """A thousand routes leave a handful behind; detaching leaves none."""
-    mapping = AdapterMapping({f"a{i}": Adapter(f"a{i}", LoRA(), {}, {}) for i in range(1000)})
+    mapping = PlanCache({f"a{i}": Adapter(f"a{i}", LoRA(), {}, {}) for i in range(1000)})
     kept = [mapping.plan(Route.parse([f"a{i}", None]), ((2, 1),), None) for i in range(1000)]
     assert len(mapping._plans) == 4
     assert mapping.plan(Route.parse(["a999", None]), ((2, 1),), None) is kept[-1]
@@ -175,7 +175,7 @@ def test_groups_hold_what_padding_allows(tokens: int, monkeypatch: pytest.Monkey
     found = []
     for waste in (0, 500, 10**9):
         monkeypatch.setattr(grouping, "_PADDING", waste)
-        bank.runtime.tracker.mapping.clear()
+        bank.runtime.tracker.plans.clear()
         found.append(run(model, bank, ROWS, ids(tokens=tokens)))
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], rtol=1e-10, atol=1e-11)
@@ -190,7 +190,7 @@ def test_groups_hold_what_padding_allows(tokens: int, monkeypatch: pytest.Monkey
 
 
 def test_nan_stays_with_its_adapter_in_a_group_with_others() -> None:
-    """LoRA and DoRA of several ranks in one bundle: what is broken in one, with and without a gain, reaches its own rows only."""
+    """LoRA and DoRA of several ranks in one group: what is broken in one, with and without a magnitude, reaches its own rows only."""
     for broken in ("a0", "a3"):
         model, bank = world()
         healthy = run(model, bank, ROWS, ids())

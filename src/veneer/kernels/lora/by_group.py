@@ -1,9 +1,9 @@
-"""Low-rank products of consecutive segments of rows, each with its own factors, and frozen products of stacked weights.
+"""Low-rank products of consecutive groups of rows, each with its own factors, and frozen products of stacked weights.
 
-A mixture of experts sorts its (token, expert) pairs by expert; pairs of one expert that use one adapter are a segment. All segments of
+A mixture of experts sorts its (token, expert) pairs by expert; pairs of one expert that use one adapter are a group. All groups of
 a call are one node of the autograd graph, because a node for each would cost more than its products.
 
-Shapes: n rows, K in, O out, G segments, R rank, E experts.
+Shapes: n rows, K in, O out, G groups, R rank, E experts.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ _ALIGNED = 16
 """Bytes to which ``grouped_mm`` wants strides aligned."""
 
 
-def low_rank_by_segment(
+def low_rank_by_group(
     x_nK: Tensor, sizes: Sequence[int], factors: Sequence[tuple[Tensor, Tensor]], scales: Sequence[float]
 ) -> Tensor:
-    """s B (A x) of each row with the factors of its segment.
+    """s B (A x) of each row with the factors of its group.
 
     Args:
-        x_nK: the rows, segment by segment.
-        sizes: number of rows of each segment; their sum is n.
-        factors: (A [R, K], B [O, R]) of each segment, cast to the dtype of ``x_nK`` where they are used.
-        scales: s of each segment.
+        x_nK: the rows, group by group.
+        sizes: number of rows of each group; their sum is n.
+        factors: (A [R, K], B [O, R]) of each group, cast to the dtype of ``x_nK`` where they are used.
+        scales: s of each group.
 
     Returns:
         [n, O] in the dtype of ``x_nK``.
     """
     flat = [tensor for pair in factors for tensor in pair]
-    out: Tensor = _LowRankBySegment.apply(x_nK, tuple(sizes), tuple(scales), *flat)  # type: ignore[no-untyped-call]
+    out: Tensor = _LowRankByGroup.apply(x_nK, tuple(sizes), tuple(scales), *flat)  # type: ignore[no-untyped-call]
     return out
 
 
-class _LowRankBySegment(torch.autograd.Function):
+class _LowRankByGroup(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_nK: Tensor, sizes: tuple[int, ...], scales: tuple[float, ...], *flat: Tensor) -> Tensor:
         dtype = x_nK.dtype

@@ -160,7 +160,7 @@ class RoutePlan:
         return {math.prod(sizes) for sizes in found} | {sizes[0] for sizes in found}
 
 
-class AdapterMapping:
+class PlanCache:
     """The plans of the last few routes of one bank."""
 
     def __init__(self, adapters: Mapping[str, Adapter]) -> None:
@@ -187,4 +187,4 @@ class AdapterMapping:
             self._plans.clear()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (AdapterMapping, (self._adapters,))
+        return (PlanCache, (self._adapters,))
