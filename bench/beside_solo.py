@@ -29,7 +29,7 @@ from veneer.data.example import Example
 from veneer.evaluate.general import general_text
 from veneer.models.flat import FlatRunner
 from veneer.models.load import load_base
-from veneer.training.acceleration import use_cpp_kernels
+from veneer.training.cpp_kernels import use_cpp_kernels
 from veneer.training.loop.job import Job
 from veneer.training.loop.step import Stepper
 from veneer.training.loop.trainer import Listener, Trainer, cut

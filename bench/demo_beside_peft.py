@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model
 
-from veneer.data.batch import Order
 from veneer.data.chat.render import Renderer
 from veneer.data.dataset import load_examples
 from veneer.data.example import Example
+from veneer.data.order import Order
 from veneer.models.load import load_base
 from veneer.training.process_memory import highest
 

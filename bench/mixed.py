@@ -39,7 +39,7 @@ from veneer.data.example import Example
 from veneer.models.fast_modules import fuse
 from veneer.models.flat import FlatRunner
 from veneer.models.load import load_base
-from veneer.training.acceleration import use_cpp_kernels
+from veneer.training.cpp_kernels import use_cpp_kernels
 from veneer.training.loop.job import Job
 from veneer.training.loop.step import Stepper
 from veneer.training.loop.trainer import Listener, Trainer

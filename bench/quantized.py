@@ -196,7 +196,7 @@ def train_large(folder: str, method: str, steps: int) -> None:
     from veneer.models.fast_modules import fuse
     from veneer.models.flat import FlatRunner
     from veneer.models.load import load_base
-    from veneer.training.acceleration import use_cpp_kernels
+    from veneer.training.cpp_kernels import use_cpp_kernels
     from veneer.training.loop.step import Stepper
     from veneer.training.planning.fitting import memory_of, shape_of
 

@@ -37,7 +37,7 @@ from veneer.models.fast_modules import fuse
 from veneer.models.load import load_base
 from veneer.serve.engine.engine import Engine
 from veneer.serve.engine.request import GenerationRequest, Mix, SamplingParams, TextDelta
-from veneer.training.acceleration import use_cpp_kernels
+from veneer.training.cpp_kernels import use_cpp_kernels
 
 ROWS = 16
 PROMPT = "The capital of France is a city that"

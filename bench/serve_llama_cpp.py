@@ -30,7 +30,7 @@ from veneer.cli.main import main as command
 from veneer.models.load import load_base
 from veneer.serve.engine.engine import Engine
 from veneer.serve.engine.request import GenerationRequest, Mix, SamplingParams, TextDelta
-from veneer.training.acceleration import use_cpp_kernels
+from veneer.training.cpp_kernels import use_cpp_kernels
 
 PROMPT = "The capital of France is a city that"
 FORMATS = {"bf16": (None, ["--dtype", "bf16"]), "8 bits": ("int8", ["--quantize", "q8_0"])}

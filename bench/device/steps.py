@@ -21,8 +21,9 @@ from bench.device.supervise import Row, Setting, check, figure
 from veneer.adapters import DoRA, LoRA
 from veneer.checkpoints import attach
 from veneer.config import TrainOptions
-from veneer.data.batch import Order, make_batch
+from veneer.data.batch import make_batch
 from veneer.data.example import Example
+from veneer.data.order import Order
 from veneer.models.fast_modules import fuse, unfuse
 from veneer.models.flat import FlatRunner
 from veneer.training.loop.job import Job

@@ -16,7 +16,7 @@ from veneer.kernels.cross_entropy import linear_cross_entropy
 from veneer.models.fast_modules import fuse
 from veneer.models.flat import FlatRunner
 from veneer.models.load import load_base
-from veneer.training.acceleration import use_cpp_kernels
+from veneer.training.cpp_kernels import use_cpp_kernels
 from veneer.training.loop.trainer import cut
 
 LEARNING_RATE = 2e-6

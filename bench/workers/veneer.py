@@ -13,13 +13,13 @@ from bench.workers.turn import Turn
 from veneer.adapters import METHODS
 from veneer.checkpoints import attach
 from veneer.config import TrainOptions
-from veneer.data.batch import Order
 from veneer.data.example import Example
+from veneer.data.order import Order
 from veneer.models.fast_modules import fuse
 from veneer.models.flat import FlatRunner
 from veneer.models.load import load_base
-from veneer.training.acceleration import use_cpp_kernels
 from veneer.training.activation_checkpointing import activation_checkpointing
+from veneer.training.cpp_kernels import use_cpp_kernels
 from veneer.training.loop.job import Job
 from veneer.training.loop.step import Stepper
 from veneer.training.loop.trainer import Listener, Trainer

@@ -79,7 +79,7 @@ def options_page() -> str:
         for name in inspect.get_annotations(group):
             field = TrainOptions.model_fields.get(name)
             if field is not None:
-                title = (group.__doc__ or group.__name__).splitlines()[0].rstrip(".")
+                title = getattr(group, "title", group.__name__)
                 default = _shown(field.get_default(call_default_factory=True))
                 groups.setdefault(title, []).append((f"`{name}`", f"`{default}`", field.description or ""))
     for title, rows in groups.items():

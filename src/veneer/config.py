@@ -26,7 +26,6 @@ from veneer._options.base import (
     Whole,
     current_names,
 )
-from veneer._options.document import Document, load_yaml
 from veneer._options.flags import add_flags, given_flags, given_sets
 from veneer._options.low_rank import Alpha, LowRankOptions, Rank
 from veneer._options.method import MethodOptions
@@ -35,6 +34,7 @@ from veneer._options.resolve import Difference, Provenance, differences, flag_na
 from veneer._options.synonyms import command_hint, near_miss, similar
 from veneer._options.train import PER_RUN_OPTIONS, DataOptions, TrainOptions, default_learning_rate
 from veneer._options.virtual_tokens import VirtualTokenOptions
+from veneer._options.yaml_file import Document, load_yaml
 
 __all__ = [
     "PER_RUN_OPTIONS",

@@ -9,7 +9,7 @@ import torch
 
 from veneer.kernels import cpp_library
 from veneer.kernels.lora.dropout import Dropout, drop, mask, places, zero_
-from veneer.training.acceleration import use_cpp_kernels
+from veneer.training.cpp_kernels import use_cpp_kernels
 
 KNOWN = [6, 9, 39, 48, 111, 153, 154, 164]
 

@@ -39,7 +39,9 @@ from veneer.errors import ConfigError
 
 
 class Inner(Options):
-    """A part of its own."""
+    """Options inside other ones."""
+
+    title: ClassVar[str] = "A part of its own"
 
     every: Count = 10
     """How often."""
@@ -212,7 +214,7 @@ NAMES = st.text(st.characters(blacklist_categories=["Cs"]), max_size=20)
 @given(st.dictionaries(NAMES, NAMES, max_size=3), st.lists(NAMES, max_size=3), st.floats(1e-300, 1e300))
 def test_saved_options_read_back_the_same(columns: dict[str, str], words: list[str], rate: float) -> None:
     """``to_yaml`` and the reader are inverse, whatever letters and numbers the values have."""
-    from veneer._options.document import parse_yaml
+    from veneer._options.yaml_file import parse_yaml
 
     options = TrainOptions(data=("no", "1e-4"), columns=columns, target_modules=tuple(words), learning_rate=rate)
     values, _ = parse_yaml(to_yaml(options), "saved")

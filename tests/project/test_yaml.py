@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from veneer._options.document import parse_yaml
 from veneer._options.scalars import resolve_scalar
+from veneer._options.yaml_file import parse_yaml
 from veneer.config import load_yaml
 from veneer.errors import ConfigError
 

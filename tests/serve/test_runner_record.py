@@ -14,7 +14,7 @@ from veneer.models.load import Base, load_base
 from veneer.serve.engine.decoding import DecodingRunner
 from veneer.serve.engine.request import SamplingParams
 from veneer.serve.generation import text_generator
-from veneer.training.acceleration import use_cpp_kernels
+from veneer.training.cpp_kernels import use_cpp_kernels
 
 
 @pytest.fixture

@@ -287,12 +287,12 @@ def test_a_process_that_hangs_ends_the_run(wanted: dict[str, Any], base: Base) -
 
 def test_a_full_disk_of_the_first_process(wanted: dict[str, Any], base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     """Checkpoints that cannot be written are told, and the run goes on in all processes to its end."""
-    from veneer.training.run import checkpointing
+    from veneer.training.run import saver
 
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpointing, "commit", full)
+    monkeypatch.setattr(saver, "commit", full)
     forks = run_together(2, wanted, base, console=True)
     assert forks.wait() == [0, 0], forks.errors()
     assert any("checkpoint at round 3 failed" in line for line in forks.results()[0])

@@ -20,9 +20,9 @@ from torch import nn
 from veneer.adapters import LoRA
 from veneer.checkpoints import attach, read_adapter
 from veneer.checkpoints.run_state import Lock
-from veneer.data.batch import Order
 from veneer.data.chat.render import Renderer
 from veneer.data.dataset import load_examples
+from veneer.data.order import Order
 from veneer.errors import CheckpointError, ConfigError, DataError, TargetError, TrainingError, VeneerError
 from veneer.models.load import Base, load_base
 from veneer.training import train

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, ValidationError, model_validator
 
 from veneer._options.docstrings import field_docstrings
-from veneer._options.document import Keys, shorten
 from veneer._options.synonyms import near_miss, similar
 from veneer._options.text import WHOLE
+from veneer._options.yaml_file import Keys, shorten
 from veneer.errors import ConfigError, Problems
 
 if TYPE_CHECKING:

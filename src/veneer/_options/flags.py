@@ -2,7 +2,7 @@
 
 A boolean option ``x`` becomes ``--x`` and ``--no-x``. Lists are separated by commas, or the flag is repeated. Mappings are written as
 ``a=b,c=d``. ``--set a.b=c`` sets any option. The help text is the field's docstring with its default. Each class that declares options
-has a group of flags, titled with the first line of the class's docstring.
+has a group of flags under its ``title``.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def add_flags(parser: argparse.ArgumentParser, model_cls: type[BaseModel], skip:
     for key, field, owner in _leaves(model_cls):
         if key in skip:
             continue
-        title = (owner.__doc__ or owner.__name__).strip().splitlines()[0].rstrip(".")
+        title = getattr(owner, "title", owner.__name__)
         group = groups.setdefault(title, groups.get(title) or parser.add_argument_group(title))
         _add(group, key, field)
     parser.add_argument(

@@ -5,7 +5,7 @@ The names are those that PEFT writes into ``adapter_config.json``.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -17,7 +17,9 @@ Alpha = Annotated[float, Field(strict=True, allow_inf_nan=False, gt=0, le=1e6)]
 
 
 class LowRankOptions(MethodOptions):
-    """Adapter."""
+    """Options of the low-rank methods."""
+
+    title: ClassVar[str] = "Adapter"
 
     r: Rank = 16
     """Rank. Experts of a mixture get r divided by the number of experts per token, at least 1."""

@@ -5,13 +5,15 @@ The names are those that PEFT writes into ``adapter_config.json``.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from veneer._options.base import Flag, Options, Texts, Whole
 
 
 class MethodOptions(Options):
-    """Adapter."""
+    """Options of all adapter methods."""
+
+    title: ClassVar[str] = "Adapter"
 
     target_modules: Literal["all-linear", "all", "auto"] | Texts = "all-linear"
     """Modules to adapt: all linear layers of the blocks (without the head), all layers, auto (those of the method's paper), or

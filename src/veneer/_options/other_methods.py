@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -13,14 +13,18 @@ Size = Annotated[int, Field(strict=True, ge=1, le=16384)]
 
 
 class IA3Options(MethodOptions):
-    """IA3."""
+    """Options of IA3."""
+
+    title: ClassVar[str] = "IA3"
 
     feedforward_modules: Literal["auto"] | Texts = "auto"
     """IA3: modules whose inputs are scaled in place of their outputs; auto takes the last layer of each feed-forward."""
 
 
 class BottleneckOptions(MethodOptions):
-    """Bottleneck adapters."""
+    """Options of the bottleneck adapters."""
+
+    title: ClassVar[str] = "Bottleneck adapters"
 
     bottleneck_size: Size = 64
     """Bottleneck adapters: width between the down and the up projection."""
@@ -29,7 +33,9 @@ class BottleneckOptions(MethodOptions):
 
 
 class VeRAOptions(MethodOptions):
-    """VeRA."""
+    """Options of VeRA."""
+
+    title: ClassVar[str] = "VeRA"
 
     vera_rank: Size = 256
     """VeRA: rank of the shared random projections."""

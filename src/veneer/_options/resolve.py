@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from veneer._options.base import Options, current_name, current_names, describe
-from veneer._options.document import Document, Keys, load_yaml
 from veneer._options.text import locate, read
+from veneer._options.yaml_file import Document, Keys, load_yaml
 from veneer.errors import ConfigError, Problems
 
 OptionsT = TypeVar("OptionsT", bound=Options)

@@ -14,8 +14,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
-from veneer._options.document import Keys, parse_yaml
 from veneer._options.scalars import resolve_scalar
+from veneer._options.yaml_file import Keys, parse_yaml
 
 WHOLE = "text that is not split at commas"
 """Marks the items of a list whose texts may have commas."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -70,7 +70,9 @@ Device = Annotated[str, AfterValidator(_device)]
 
 
 class BaseOptions(Options):
-    """Base model."""
+    """The base model, and how it is held and computed with."""
+
+    title: ClassVar[str] = "Base model"
 
     base: PerRun[str] = "smollm2-135m"
     """Base model: a Hugging Face Hub id, a folder, a GGUF file, or smollm2-135m, which is included."""
@@ -103,7 +105,9 @@ class BaseOptions(Options):
 
 
 class DataOptions(Options):
-    """Data."""
+    """The examples of a job, and how they are rendered."""
+
+    title: ClassVar[str] = "Data"
 
     task: Literal["sft", "dpo", "orpo", "kto", "classification", "regression", "token-classification"] = "sft"
     """Task: sft trains on the answers of the rows; dpo and orpo train on preferences, rows with prompt, chosen and rejected; kto on rows
@@ -137,7 +141,9 @@ class DataOptions(Options):
 
 
 class AdapterOptions(VirtualTokenOptions, LowRankOptions, IA3Options, BottleneckOptions, VeRAOptions):
-    """Adapter."""
+    """The method of a job's adapter, with the options of all methods."""
+
+    title: ClassVar[str] = "Adapter"
 
     method: Literal["lora", "dora", "full", "bitfit", "ia3", "houlsby", "pfeiffer", "vera", "prefix", "prompt"] = "lora"
     """Adapter method: lora, dora, full (copies of the layers), bitfit (biases), ia3, houlsby, pfeiffer, vera, or virtual tokens
@@ -145,7 +151,9 @@ class AdapterOptions(VirtualTokenOptions, LowRankOptions, IA3Options, Bottleneck
 
 
 class ContinualOptions(Options):
-    """Continual learning."""
+    """What earlier adapters and tasks the training respects."""
+
+    title: ClassVar[str] = "Continual learning"
 
     init_from: Path | None = None
     """Adapter (a folder or a run) whose weights the new adapter starts from, with the method, rank and modules that it has."""
@@ -160,7 +168,9 @@ class ContinualOptions(Options):
 
 
 class PreferenceOptions(Options):
-    """Preference data."""
+    """Options of the tasks that read preferences."""
+
+    title: ClassVar[str] = "Preference data"
 
     beta: Positive = 0.1
     """DPO and KTO: strength of the tie to the model without the adapter; ORPO: weight of the odds ratio in the loss."""
@@ -175,7 +185,9 @@ class PreferenceOptions(Options):
 
 
 class StepOptions(Options):
-    """Optimization."""
+    """The steps of a job: their number, size and learning rate."""
+
+    title: ClassVar[str] = "Optimization"
 
     steps: Count | None = None
     """Number of optimizer steps."""
@@ -208,7 +220,9 @@ class StepOptions(Options):
 
 
 class RunOptions(Options):
-    """Run."""
+    """The run around the steps: evaluation, checkpoints, devices, limits."""
+
+    title: ClassVar[str] = "Run"
 
     out: PerRun[Path | None] = None
     """Output folder (default: runs/NAME)."""
@@ -241,7 +255,9 @@ class RunOptions(Options):
 class TrainOptions(
     RunOptions, StepOptions, PreferenceOptions, ContinualOptions, AdapterOptions, DataOptions, BaseOptions
 ):
-    """Several jobs in one run."""
+    """All options of ``veneer train``; see `veneer.train`."""
+
+    title: ClassVar[str] = "Several jobs in one run"
 
     jobs: PerRun[tuple[dict[str, Any], ...]] = ()
     """Adapters to train together on one base: for each a name and the options that differ."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
@@ -10,7 +10,9 @@ from veneer._options.method import MethodOptions
 
 
 class VirtualTokenOptions(MethodOptions):
-    """Adapter."""
+    """Options of the methods that add virtual tokens."""
+
+    title: ClassVar[str] = "Adapter"
 
     num_virtual_tokens: Annotated[int, Field(strict=True, ge=1, le=4096)] = 20
     """Number of virtual tokens before the sequence (prompt, prefix)."""

@@ -4,7 +4,7 @@
     2  write MANIFEST.json with size and SHA-256 of every file, synced
     3  sync the folder, rename it to its name, sync its parent
     4  read everything back and compare with the manifest
-    5  only now point LATEST at it (written aside, renamed, synced)
+    5  only now point LATEST at it (written aside, renamed, synced); ``veneer runs`` notices changes by it
     6  only now delete older ones, keeping two at least
 
 The process may die at any moment: the newest folder that agrees with its manifest is a complete checkpoint, and unfinished folders are

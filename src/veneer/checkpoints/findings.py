@@ -1,6 +1,6 @@
-"""Problems and notes found while a folder is read. A problem may be overridden by name.
+"""Problems and notes found while a folder is read.
 
-A refusal may carry the name of an override. Given in ``force``, the refusal becomes a note, so that what was overridden stays on
+A refusal may carry the name of its check. If ``force`` names the check, the refusal becomes a note, so that what was overridden stays on
 record. All refusals of a file are raised as one error.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 from veneer.errors import CheckpointError, Problems
 
-OVERRIDES: dict[str, str] = {
+CHECKS: dict[str, str] = {
     "base": "load although the base's weights are not those that the adapter was trained on",
     "receipt": "load although the receipt does not agree with the tensors or the settings",
     "config": "load although the settings disagree with the tensors, or hold what is not known",
@@ -27,19 +27,19 @@ class Findings:
         self.force = frozenset([force] if isinstance(force, str) else force)
         self.problems = Problems()
         self.notes: list[str] = []
-        unknown = sorted(map(str, self.force - set(OVERRIDES)))
+        unknown = sorted(map(str, self.force - set(CHECKS)))
         if unknown:
-            known = "; ".join(f'"{name}": {text}' for name, text in OVERRIDES.items())
+            known = "; ".join(f'"{name}": {text}' for name, text in CHECKS.items())
             raise CheckpointError(f"force names what is not known: {', '.join(unknown)}; it can name {known}")
 
-    def refuse(self, text: str, override: str | None = None) -> None:
-        """Note a reason not to load; with ``override`` in force it is a note instead."""
-        if override is None:
+    def refuse(self, text: str, check: str | None = None) -> None:
+        """Note a reason not to load; a ``check`` that ``force`` names makes it a note instead."""
+        if check is None:
             self.problems.add(text)
-        elif override in self.force:
-            self.note(f'overridden by force="{override}": {text}')
+        elif check in self.force:
+            self.note(f'overridden by force="{check}": {text}')
         else:
-            self.problems.add(f'{text} (force="{override}", or --force {override}, overrides this)')
+            self.problems.add(f'{text} (force="{check}", or --force {check}, overrides this)')
 
     def note(self, text: str) -> None:
         """Something to know that is no reason to refuse; said once."""

@@ -138,7 +138,7 @@ def add_force(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="CHECK",
-        help="skip a check: base, receipt, config, scale or embeddings; repeat for several",
+        help="let an adapter pass a check that refuses it, with a note: base, receipt, config, scale or embeddings; repeat for several",
     )
 
 

@@ -151,7 +151,7 @@ def _load(
     from veneer.models.fast_modules import fuse
     from veneer.models.load import load_base
     from veneer.models.precision import fast_dtype
-    from veneer.training.acceleration import use_cpp_kernels
+    from veneer.training.cpp_kernels import use_cpp_kernels
 
     requested: Any = args.dtype
     if args.dtype == "auto" and purpose == "generate":

@@ -14,7 +14,7 @@ from veneer.models.load import Base, load_base
 from veneer.models.precision import fast_dtype
 from veneer.serve.engine.engine import Engine, EngineLimits
 from veneer.serve.runner_record import record_of
-from veneer.training.acceleration import use_cpp_kernels
+from veneer.training.cpp_kernels import use_cpp_kernels
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from veneer.serve.engine.decoding import DecodingRunner
 from veneer.serve.engine.engine import Engine, EngineLimits
 from veneer.serve.engine.request import Finished, GenerationRequest
 from veneer.serve.engine.runner import PagedRunner
-from veneer.training.acceleration import use_cpp_kernels
+from veneer.training.cpp_kernels import use_cpp_kernels
 
 SHAPE = {
     "hidden_size": 64,

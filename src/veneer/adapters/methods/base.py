@@ -10,7 +10,7 @@ weights answers `delta` too, and is merged; one whose change has low rank is a `
 Otherwise `no_delta` says why there is no such change. No other file asks which method an adapter has: a question that is missing here
 becomes a property or function of this class.
 
-The option fields are declared in ``veneer.config``, so ``LoRA(r=8)`` and a training run's ``--r 8`` are the same option.
+The option fields are declared in ``veneer/_options/``, so ``LoRA(r=8)`` and a training run's ``--r 8`` are the same option.
 """
 
 from __future__ import annotations

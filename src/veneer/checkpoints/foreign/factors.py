@@ -125,7 +125,7 @@ def adapter_of(
         where: the folder, for messages.
         dropout: the value in the settings, ignored if not valid.
         last_blocks: the number of blocks, counted from the last, that the settings say are adapted; 0 for all, None where they do not say.
-        force: checks to override, keys of `findings.OVERRIDES`.
+        force: checks to override, keys of `findings.CHECKS`.
 
     Raises:
         CheckpointError: it names every site which the base lacks, which has another shape or which is missing from the file, and says

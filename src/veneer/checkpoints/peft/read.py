@@ -47,7 +47,7 @@ def read_adapter_folder(
         path: the folder.
         name: the adapter's name.
         base: the base that it must fit; a plain `BaseView` for none.
-        force: checks to override, keys of `findings.OVERRIDES`.
+        force: checks to override, keys of `findings.CHECKS`.
         convert: turn PiSSA and OLoRA folders into their change to the base.
 
     Returns:

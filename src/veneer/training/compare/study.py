@@ -40,7 +40,7 @@ from veneer.models.classifiers.heads import HEADS
 from veneer.models.fast_modules import fast_modules
 from veneer.models.flat import FlatRunner
 from veneer.models.load import Base, load_base
-from veneer.training.acceleration import cpp_kernels
+from veneer.training.cpp_kernels import cpp_kernels
 from veneer.training.loop.step import Stepper
 from veneer.training.process_memory import give_back, peak_of, resident
 from veneer.training.run.console import Console

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from veneer.adapters import Bank
 from veneer.config import TrainOptions
-from veneer.data.batch import Order
 from veneer.data.example import Example
+from veneer.data.order import Order
 from veneer.errors import TrainingError
 from veneer.evaluate.losses import Losses
 from veneer.training.loop.orthogonal import Orthogonality

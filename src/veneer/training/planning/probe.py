@@ -23,8 +23,8 @@ from veneer.models.flat import FlatRunner
 from veneer.models.load import load_base
 from veneer.models.quantized.scheme import Scheme, read_scheme
 from veneer.models.sources import read_config
-from veneer.training.acceleration import use_cpp_kernels
 from veneer.training.activation_checkpointing import activation_checkpointing, layers_of
+from veneer.training.cpp_kernels import use_cpp_kernels
 from veneer.training.loop.step import Stepper
 from veneer.training.planning.fitting import PRECISIONS
 

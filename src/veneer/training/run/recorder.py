@@ -16,11 +16,11 @@ from veneer.training.device_memory import DeviceMemory, ProcessMemory
 from veneer.training.loop.halving import Halving
 from veneer.training.loop.job import Job, JobState
 from veneer.training.loop.trainer import Listener, Request
-from veneer.training.run.checkpointing import Saver
 from veneer.training.run.console import Console, duration
 from veneer.training.run.control import Control, stop_signals
 from veneer.training.run.run_folder import RunFolder, append_line, now
 from veneer.training.run.sanity_checks import SanityChecks
+from veneer.training.run.saver import Saver
 from veneer.training.run.trackers import ExperimentTracker
 from veneer.training.samples import Sampler, wants_samples
 from veneer.training.shared_base import Watcher

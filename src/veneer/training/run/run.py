@@ -35,7 +35,6 @@ from veneer.training.parallel.shared_listener import SharedListener
 from veneer.training.planning.packing import Packing
 from veneer.training.planning.plan import TrainingPlan
 from veneer.training.run import trackers
-from veneer.training.run.checkpointing import Saver
 from veneer.training.run.console import Console
 from veneer.training.run.decisions import decide, stored_forms
 from veneer.training.run.jobs import check_steps, expand, go_on, match_stored_run, with_former_defaults
@@ -45,6 +44,7 @@ from veneer.training.run.recorder import Recorder
 from veneer.training.run.result import RunResult, result_of
 from veneer.training.run.run_folder import CONFIG, MANIFEST, PARTS, RunFolder, locked
 from veneer.training.run.sanity_checks import SanityChecks
+from veneer.training.run.saver import Saver
 from veneer.training.run.setup import Setup, describe, set_up
 from veneer.training.samples import Sampler, wants_samples
 from veneer.training.shared_base import SharedBase, Watcher

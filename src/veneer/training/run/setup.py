@@ -42,7 +42,7 @@ from veneer.models.load import Base, load_base, own_ends
 from veneer.models.quantized.scheme import calibration_of
 from veneer.models.quantized.size import parameter_count
 from veneer.models.sources import read_config
-from veneer.training.acceleration import cpp_kernels
+from veneer.training.cpp_kernels import cpp_kernels
 from veneer.training.eva import explained
 from veneer.training.loop.job import Job
 from veneer.training.loop.step import Stepper

@@ -12,7 +12,7 @@ from tests.training.test_run import stop_after
 
 from veneer.kernels import cpp_library as native
 from veneer.models.load import Base
-from veneer.training import acceleration as faster
+from veneer.training import cpp_kernels as faster
 from veneer.training import train
 from veneer.training.run.console import Console
 
