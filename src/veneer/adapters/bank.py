@@ -206,13 +206,13 @@ class Bank:
 
     def _install(self, adapter: Adapter) -> Adapter:
         self._patches.check()
+        for name, chosen in adapter.parts.items():
+            adapter.hold_outputs(name, outside(self.sites[name], chosen))
+        self._place(adapter)  # before anything is changed: memory may be full
         self._adapters[adapter.name] = adapter
         self.runtime.tracker.plans.clear()
         for site in adapter.sites(self.survey):
             self._patches.install(site, adapter)
-        for name, chosen in adapter.parts.items():
-            adapter.hold_outputs(name, outside(self.sites[name], chosen))
-        self._place(adapter)
         return adapter
 
     def _place(self, adapter: Adapter) -> None:

@@ -13,7 +13,6 @@ from typing import Any
 from veneer.adapters import Bank
 from veneer.errors import BaseModelError
 from veneer.models.load import Base
-from veneer.serve.engine.decoding import CheckRecord
 from veneer.serve.engine.engine import Engine
 from veneer.serve.engine.request import (
     Finished,
@@ -23,7 +22,7 @@ from veneer.serve.engine.request import (
     SamplingParams,
     TextDelta,
 )
-from veneer.serve.runner_record import record_of
+from veneer.serve.runner_record import RunnerRecord, record_of
 
 Message = dict[str, Any]
 _TOGETHER = 16
@@ -43,7 +42,7 @@ class TextGenerator:
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, bank: Bank | None = None, *, record: CheckRecord | None = None
+        self, model: Any, tokenizer: Any, bank: Bank | None = None, *, record: RunnerRecord | None = None
     ) -> None:
         if not hasattr(model, "config"):
             raise BaseModelError(f"{type(model).__name__} does not generate text; use a causal language model")

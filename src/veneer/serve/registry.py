@@ -21,7 +21,8 @@ from typing import Any
 
 from veneer.checkpoints.locate import adapters_at
 from veneer.errors import ServeError, VeneerError
-from veneer.serve.engine.request import GenerationEngine, Mix
+from veneer.serve.engine.engine import Engine
+from veneer.serve.engine.request import Mix
 from veneer.serve.store.database import Database
 from veneer.serve.store.jobs import JobStore
 
@@ -52,7 +53,7 @@ class ModelRegistry:
         self,
         database: Database,
         jobs: JobStore,
-        engine: GenerationEngine,
+        engine: Engine,
         *,
         base_name: str,
         folder: Path | None,

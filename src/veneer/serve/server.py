@@ -27,7 +27,7 @@ from veneer.serve.api.context import ApiContext
 from veneer.serve.api.metrics import ServeMetrics
 from veneer.serve.api.prompts import PromptRenderer
 from veneer.serve.api.token_names import TokenNames
-from veneer.serve.engine.request import GenerationEngine
+from veneer.serve.engine.engine import Engine
 from veneer.serve.http import HttpServer, listen
 from veneer.serve.jobs.queue import JobQueue
 from veneer.serve.keys import Keys, read_keys
@@ -66,7 +66,7 @@ class ServeOptions:
 
 
 def open_context(
-    stack: ExitStack, base: Base, bank: Bank, engine: GenerationEngine, options: ServeOptions, limits: ServeLimits
+    stack: ExitStack, base: Base, bank: Bank, engine: Engine, options: ServeOptions, limits: ServeLimits
 ) -> tuple[ApiContext, dict[str, str]]:
     """The parts of a server on its state folder, and {adapter: problem} of those that cannot be served. ``stack`` closes the database."""
     if base.tokenizer is None:
@@ -113,7 +113,7 @@ class Server:
         self,
         base: Base,
         bank: Bank,
-        engine: GenerationEngine,
+        engine: Engine,
         options: ServeOptions,
         *,
         limits: ServeLimits | None = None,

@@ -12,8 +12,7 @@ from tests.serve.engine.traces import answer, engine, folders, request, tokens
 from tests.tiny import tiny
 
 from veneer.kernels import cpp_library
-from veneer.serve.engine.decoder_parts import decoder_weights
-from veneer.serve.engine.decoding import DecodingRunner
+from veneer.serve.engine.decoding import DecodingRunner, decoder_weights
 from veneer.serve.engine.engine import Engine, EngineLimits
 from veneer.serve.engine.request import Finished, GenerationRequest
 from veneer.serve.engine.runner import PagedRunner

@@ -12,7 +12,8 @@ from veneer.serve.api.metrics import ServeMetrics
 from veneer.serve.api.parameters import AdapterWeight
 from veneer.serve.api.prompts import PromptRenderer
 from veneer.serve.api.token_names import TokenNames
-from veneer.serve.engine.request import GenerationEngine, Mix
+from veneer.serve.engine.engine import Engine
+from veneer.serve.engine.request import Mix
 from veneer.serve.jobs.queue import JobQueue
 from veneer.serve.limits import ServeLimits
 from veneer.serve.registry import ModelRegistry, UnknownModelError
@@ -29,7 +30,7 @@ class ApiContext:
 
     base: Base
     tokenizer: Any
-    engine: GenerationEngine
+    engine: Engine
     registry: ModelRegistry
     prompts: PromptRenderer
     token_names: TokenNames

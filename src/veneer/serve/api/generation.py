@@ -12,7 +12,8 @@ from starlette.requests import Request
 
 from veneer.errors import ServeError, VeneerError
 from veneer.serve.api.errors import ClientGoneError
-from veneer.serve.engine.request import Event, Finished, GenerationEngine, GenerationRequest, Usage
+from veneer.serve.engine.engine import Engine
+from veneer.serve.engine.request import Event, Finished, GenerationRequest, Usage
 
 T = TypeVar("T")
 
@@ -52,7 +53,7 @@ class UsageSum:
 class Generation:
     """The requests of one answer. Whoever submits them calls `cancel` at the end, which ends those that still run."""
 
-    def __init__(self, engine: GenerationEngine, requests: Sequence[GenerationRequest], *, seconds: float) -> None:
+    def __init__(self, engine: Engine, requests: Sequence[GenerationRequest], *, seconds: float) -> None:
         """``seconds``: longest time until the last event."""
         tag = secrets.token_hex(8)
         self.requests = [replace(request, id=f"{tag}-{i}") for i, request in enumerate(requests)]
@@ -64,7 +65,7 @@ class Generation:
         self._submitted = 0
 
     def submit(self) -> None:
-        """Submit the requests. Raises what `GenerationEngine.submit` raises; then none of them runs."""
+        """Submit the requests. Raises what `Engine.submit` raises; then none of them runs."""
         try:
             for number, request in enumerate(self.requests):
                 self._engine.submit(request, self._receiver(number))

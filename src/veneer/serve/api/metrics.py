@@ -12,7 +12,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from veneer.serve.engine.request import Finished, GenerationEngine
+from veneer.serve.engine.engine import Engine
+from veneer.serve.engine.request import Finished
 
 MOST_LABELS = 100
 _SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
@@ -21,7 +22,7 @@ _SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 class ServeMetrics:
     """The metrics of one server."""
 
-    def __init__(self, engine: GenerationEngine, jobs: Callable[[], Mapping[str, int]]) -> None:
+    def __init__(self, engine: Engine, jobs: Callable[[], Mapping[str, int]]) -> None:
         """``jobs`` counts the jobs by status."""
         self._registry = CollectorRegistry()
         self._registry.register(_EngineCollector(engine, jobs))
@@ -55,7 +56,7 @@ class ServeMetrics:
 class _EngineCollector(Collector):
     """Reads the engine's counts when the metrics are asked for."""
 
-    def __init__(self, engine: GenerationEngine, jobs: Callable[[], Mapping[str, int]]) -> None:
+    def __init__(self, engine: Engine, jobs: Callable[[], Mapping[str, int]]) -> None:
         self._engine = engine
         self._jobs = jobs
 

@@ -196,11 +196,13 @@ class AdapterStore:
 
     # From the engine's thread
 
-    def ready(self, versions: Items[AdapterVersion]) -> bool:
-        """Bring the adapters of a sequence that is to run into the bank and count it; False if one of them is still being read.
+    def enter_batch(self, versions: Items[AdapterVersion]) -> bool:
+        """Bring the adapters of a sequence that is to run into the bank, where they stay until `leave_batch`; False if one of them is
+        still being read.
 
         Raises:
             VeneerError: one could not be read again.
+            Exception: one could not be put into the bank, for example because memory is full.
         """
         with self._lock:
             for one in versions:
@@ -213,12 +215,16 @@ class AdapterStore:
             if any(one.adapter is None for one in versions):
                 return False
             for one in versions:
-                one.running += 1
-            for one in versions:
-                self._into_bank(one)
+                one.running += 1  # first, so that none of them leaves the bank for another
+            try:
+                for one in versions:
+                    self._into_bank(one)
+            except BaseException:
+                self.leave_batch(versions)
+                raise
         return True
 
-    def rest(self, versions: Items[AdapterVersion]) -> None:
+    def leave_batch(self, versions: Items[AdapterVersion]) -> None:
         """A sequence has left the batch."""
         with self._lock:
             for one in versions:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,6 +25,7 @@ from veneer.serve.engine.scheduler import Chunk
 from veneer.serve.engine.sequence import Sequence
 from veneer.serve.engine.text import StopStrings, TokenText
 
+_log = logging.getLogger(__name__)
 _ROWS = 32
 """Rows of logits that are turned into log-probabilities at once."""
 
@@ -36,6 +38,12 @@ class Ending:
     stopped_by: str | int | None = None
     logprob: TokenLogprob | None = None
     error: VeneerError | None = None
+
+    @classmethod
+    def by(cls, error: Exception) -> Ending:
+        """The ending by an error."""
+        known = error if isinstance(error, VeneerError) else ServeError(f"{type(error).__name__}: {error}")
+        return cls("error", error=known)
 
 
 def start_text(tokenizer: Any, request: GenerationRequest) -> tuple[TokenText, StopStrings]:
@@ -88,18 +96,16 @@ def _ends_at(sequence: Sequence, token: int) -> Ending | None:
     return None
 
 
-def finished(
-    sequence: Sequence,
-    reason: FinishReason,
-    *,
-    stopped_by: str | int | None = None,
-    error: VeneerError | None = None,
-    logprob: TokenLogprob | None = None,
-) -> Finished:
-    """The last event of a sequence."""
+def emit_end(sequence: Sequence, ending: Ending) -> None:
+    """Emit the last event of a sequence, whose receiver may be gone."""
     usage = Usage(sequence.prompt_length, sequence.generated, sequence.cached)
     timing = Timing(sequence.arrived, sequence.started, sequence.first_token, time.monotonic())
-    return Finished(reason, usage, timing, stopped_by, error, sequence.embedding, logprob)
+    try:
+        sequence.emit(
+            Finished(ending.reason, usage, timing, ending.stopped_by, ending.error, sequence.embedding, ending.logprob)
+        )
+    except Exception:
+        _log.exception("request %s: its end could not be handed over", sequence.id)
 
 
 def prompt_scores(chunk: Chunk, logits_NV: Tensor) -> None:

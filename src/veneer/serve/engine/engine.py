@@ -6,14 +6,16 @@
     engine.start()                                                    # or in a thread of its own, for many callers
     stream = engine.submit(request)
 
-A step plans (``scheduler.py``), computes (``runner.py``), chooses tokens (``sampler.py``) and hands out events. What fails with one
-sequence ends that sequence: if a step fails, its sequences are computed one by one, and those that fail alone end with the error.
+A step plans (``scheduler.py``), computes (``runner.py``), chooses tokens (``sampler.py``) and hands out events. An error of one sequence
+ends that sequence: if a step fails, its sequences are computed one by one, and those that fail alone end with the error. Any other error
+in the engine's thread ends all requests, and the engine refuses new ones.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import threading
 import time
 from collections import Counter, deque
@@ -22,20 +24,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from veneer.adapters import Bank
 from veneer.data.chat.render import Renderer
 from veneer.data.chat.stops import stop_ids
-from veneer.errors import BaseModelError, ConfigError, EngineBusyError, ServeError, VeneerError
-from veneer.models.flat import Flat, FlatRunner
+from veneer.errors import BaseModelError, ConfigError, EngineBusyError, ServeError
+from veneer.models.flat import FlatRunner
 from veneer.models.load import own_ends
 from veneer.serve.engine.adapters import AdapterLimits, AdapterStore, AdapterVersion
-from veneer.serve.engine.answer import finished, next_token, prompt_scores, start_text
+from veneer.serve.engine.answer import Ending, emit_end, next_token, prompt_scores, start_text
 from veneer.serve.engine.blocks import BlockPool, root_digest
 from veneer.serve.engine.cache import PagedCache
-from veneer.serve.engine.decoding import CheckRecord, fastest_runner
+from veneer.serve.engine.decoding import fastest_runner
 from veneer.serve.engine.grammar import GrammarCompiler
 from veneer.serve.engine.request import (
     AdapterStatus,
@@ -45,12 +46,15 @@ from veneer.serve.engine.request import (
     FinishReason,
     GenerationRequest,
     RequestStream,
-    TokenLogprob,
 )
-from veneer.serve.engine.runner import scores_prompt
-from veneer.serve.engine.sampler import choose
+from veneer.serve.engine.runner import Embedder, scores_prompt
+from veneer.serve.engine.sampler import Chosen, choose
 from veneer.serve.engine.scheduler import Chunk, Scheduler, SchedulerLimits
 from veneer.serve.engine.sequence import Sequence
+from veneer.serve.engine.turns import ModelTurns
+from veneer.serve.runner_record import RunnerRecord
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,9 @@ class EngineLimits:
 
 
 class Engine:
-    """Answers requests with one model under the adapters of its bank. See `GenerationEngine` for the methods that callers use.
+    """Answers requests with one model under the adapters of its bank.
+
+    All public methods may be called from any thread; none waits for a running step unless it says so.
 
     Args:
         model: a causal language model.
@@ -96,7 +102,7 @@ class Engine:
         bank: Bank | None = None,
         limits: EngineLimits | None = None,
         *,
-        record: CheckRecord | None = None,
+        record: RunnerRecord | None = None,
     ) -> None:
         if tokenizer is None:
             raise BaseModelError(
@@ -120,24 +126,24 @@ class Engine:
             self._context = min(self._context, rope)
         prepare = getattr(self.runner, "prepare", None)
         self._store = AdapterStore(bank, limits.adapters, self._wake, prepare)
+        self._embedder = Embedder(model, bank)
         self._scheduler = Scheduler(
             self._pool,
             limits.scheduler,
             self._acquire,
-            lambda sequence: self._store.rest(sequence.adapters),
+            lambda sequence: self._store.leave_batch(sequence.adapters),
             paged=self.runner.paged,
         )
         self._grammars = GrammarCompiler(tokenizer, self._vocabulary, self._stops(()))
         self._inbox: deque[Sequence] = deque()
         self._sequences: dict[str, Sequence] = {}
-        self._failed: list[tuple[Sequence, VeneerError]] = []
+        self._failed: list[tuple[Sequence, Ending]] = []
         self._changed = threading.Condition()
-        self._model_lock = threading.Lock()
-        self._background = threading.Semaphore(1)
-        self._background_until = 0.0
-        self._outside = 0
+        self._turns = ModelTurns(limits.background_share)
         self._thread: threading.Thread | None = None
         self._stopping = self._closed = False
+        self.failure = ""
+        """The error that ended the engine's thread; empty if none did."""
         self._numbers = itertools.count()
         self._steps = 0
         self._busy = 0.0
@@ -159,15 +165,21 @@ class Engine:
     # Requests
 
     def submit(self, request: GenerationRequest, on_event: Callable[[Event], None] | None = None) -> RequestStream:
-        """Queue a request; see `GenerationEngine.submit`."""
+        """Queue a request.
+
+        Args:
+            request: the text to generate.
+            on_event: called on the engine's thread with each event in place of the returned stream's queue; it must return at once
+                (``loop.call_soon_threadsafe(queue.put_nowait, event)`` for asyncio).
+
+        Raises:
+            ConfigError: a parameter that cannot be honoured, or a prompt that does not fit; the message begins with its name.
+            AdapterError: the mix names an adapter that is not loaded.
+            EngineBusyError: the queue is full.
+            ServeError: the engine is stopping, or has failed.
+        """
         sampling = request.sampling
-        for name, problem in sampling.problems(self._vocabulary).items():
-            raise ConfigError(f"{name}: {problem}")
-        self._check_prompt(request)
-        names = [name for name, _ in request.mix]
-        for name in names:
-            if names.count(name) > 1:
-                raise ConfigError(f"mix: {name} is named twice; give each adapter one weight")
+        request.check(self._vocabulary, self._context)
         request = self._store.without_zeros(request)
         grammar = None if sampling.grammar is None else self._grammars.compile(sampling.grammar)
         stream = RequestStream(request, self.cancel)
@@ -203,18 +215,9 @@ class Engine:
         mix = sorted((one.version, weight) for one, (_, weight) in zip(versions, request.mix, strict=True))
         return root_digest(mix, request.salt, next(self._numbers) if any(one.trained for one in versions) else None)
 
-    def _check_prompt(self, request: GenerationRequest) -> None:
-        size, sampling = len(request.prompt), request.sampling
-        if not size:
-            raise ConfigError("prompt: expected at least one token, found none")
-        if not all(0 <= token < self._vocabulary for token in request.prompt):
-            raise ConfigError(f"prompt: expected tokens from 0 to {self._vocabulary - 1}")
-        if size + (sampling.max_tokens != 0) > self._context:
-            raise ConfigError(
-                f"prompt: it has {size} tokens, and prompt and answer may have {self._context} together; shorten it"
-            )
-
     def _admit(self, sequence: Sequence) -> None:
+        if self.failure:
+            raise ServeError(self.failure)
         if self._stopping:
             raise ServeError("the engine is stopping, so it takes no more requests; send it to another server")
         if sequence.id in self._sequences:
@@ -251,11 +254,17 @@ class Engine:
     # Adapters
 
     def load_adapter(self, name: str, path: Path, *, pinned: bool = False) -> AdapterStatus:
-        """Read and verify an adapter in this thread, and route new requests of this name to it."""
+        """Read and verify an adapter from a folder, in the caller's thread, and route new requests of this name to it.
+
+        An adapter of the same name is replaced: its running requests end with the old one.
+
+        Raises:
+            CheckpointError, AdapterError: the folder is damaged, or does not fit the base.
+        """
         return self._store.load(name, path, pinned=pinned)
 
     def unload_adapter(self, name: str) -> None:
-        """Refuse new requests of this name; running ones end with it."""
+        """Refuse new requests of this name; running ones end with it. Raises AdapterError if no adapter has it."""
         self._store.unload(name)
 
     def adapters(self) -> list[AdapterStatus]:
@@ -264,21 +273,21 @@ class Engine:
 
     def _acquire(self, sequence: Sequence) -> bool:
         try:
-            return self._store.ready(sequence.adapters)
-        except VeneerError as error:
-            self._failed.append((sequence, error))
+            return self._store.enter_batch(sequence.adapters)
+        except Exception as error:
+            self._failed.append((sequence, Ending.by(error)))
             return False
 
     # Steps
 
     def step(self) -> bool:
         """Compute one step. Returns False if there was nothing to compute."""
-        with self._model_lock:
+        with self._turns.step():
             begun = time.monotonic()
             self._take()
             chunks = self._scheduler.plan()
-            for sequence, error in self._failed:
-                self._end(sequence, "error", error=error)
+            for sequence, ending in self._failed:
+                self._end(sequence, ending)
             self._failed.clear()
             self._compute([chunk for chunk in chunks if not chunk.sequence.cancelled])
             self._store.sweep()
@@ -297,46 +306,33 @@ class Engine:
             if not sequence.cancelled:
                 self._begin(sequence)
         for sequence in cancelled:
-            self._end(sequence, "cancelled")
+            self._end(sequence, Ending("cancelled"))
 
     def _begin(self, sequence: Sequence) -> None:
-        try:
+        with self._ended_by_errors(sequence):
             if sequence.request.embed:
                 sequence.embedding = self._embed(sequence)
             if sequence.most == sequence.prompt_length and sequence.sampling.prompt_logprobs is None:
-                self._end(sequence, "length")
-                return
-        except VeneerError as error:
-            self._end(sequence, "error", error=error)
-            return
-        self._scheduler.add(sequence)
+                self._end(sequence, Ending("length"))
+            else:
+                self._scheduler.add(sequence)
 
-    @torch.no_grad()
-    def _embed(self, sequence: Sequence) -> tuple[float, ...] | None:
-        """The mean of the prompt's final states, scaled to length 1."""
-        while not self._store.ready(sequence.adapters):
+    def _embed(self, sequence: Sequence) -> tuple[float, ...]:
+        while not self._store.enter_batch(sequence.adapters):
             time.sleep(0.005)
         try:
-            flat = Flat.of([list(sequence.request.prompt)])
-            with (
-                contextlib.nullcontext()
-                if self.bank is None
-                else self.bank.use(dict(sequence.mix) or None, training=False)
-            ):
-                states = self._embedder.hidden(flat).float().mean(0)
+            return self._embedder(sequence)
         finally:
-            self._store.rest(sequence.adapters)
-        return tuple((states / states.norm().clamp_min(1e-12)).tolist())
-
-    @property
-    def _embedder(self) -> FlatRunner:
-        if not hasattr(self, "_flat"):
-            self._flat = FlatRunner(self.model)
-        return self._flat
+            self._store.leave_batch(sequence.adapters)
 
     def _compute(self, chunks: list[Chunk]) -> None:
         """Compute chunks and hand out what they give; those that fail by themselves end."""
         if not chunks:
+            return
+        if len(chunks) > 1 and not self.runner.paged:
+            # The model's own caches go on with each chunk, so none can be computed again because another failed.
+            for chunk in chunks:
+                self._compute([chunk])
             return
         try:
             logits, counts = self.runner.run(chunks)
@@ -344,9 +340,8 @@ class Engine:
             if len(chunks) > 1:
                 for chunk in chunks:
                     self._compute([chunk])
-                return
-            cause = error if isinstance(error, VeneerError) else ServeError(f"{type(error).__name__}: {error}")
-            self._end(chunks[0].sequence, "error", error=cause)
+            else:
+                self._end(chunks[0].sequence, Ending.by(error))
             return
         self._advance(chunks, logits, counts)
 
@@ -361,60 +356,64 @@ class Engine:
                 self._cached_tokens += sequence.cached
             prompt = min(chunk.start + chunk.count, sequence.prompt_length) - chunk.start
             self._prompt_tokens[sequence.tenant] += max(0, prompt)
-            if scores_prompt(chunk):
-                prompt_scores(chunk, logits_KV[end - count : end])
-            self._scheduler.computed(chunk)
-            if chunk.last and sequence.most == sequence.prompt_length:
-                self._end(sequence, "length")
-            elif chunk.last:
-                ready.append(sequence)
-                rows.append(end - 1)
-        if not ready:
-            return
-        for sequence, chosen in zip(ready, choose(ready, rows, logits_KV), strict=True):
+            with self._ended_by_errors(sequence):
+                if scores_prompt(chunk):
+                    prompt_scores(chunk, logits_KV[end - count : end])
+                self._scheduler.computed(chunk)
+                if chunk.last and sequence.most == sequence.prompt_length:
+                    self._end(sequence, Ending("length"))
+                elif chunk.last:
+                    ready.append(sequence)
+                    rows.append(end - 1)
+        for sequence, chosen in self._chosen(ready, rows, logits_KV):
             self._generated_tokens[sequence.tenant] += 1
-            ended = next_token(sequence, chosen)
-            if ended is not None:
-                self._end(sequence, ended.reason, stopped_by=ended.stopped_by, error=ended.error, logprob=ended.logprob)
+            with self._ended_by_errors(sequence):
+                if (ending := next_token(sequence, chosen)) is not None:
+                    self._end(sequence, ending)
 
-    def _end(
-        self,
-        sequence: Sequence,
-        reason: FinishReason,
-        *,
-        stopped_by: str | int | None = None,
-        error: VeneerError | None = None,
-        logprob: TokenLogprob | None = None,
-    ) -> None:
+    def _chosen(self, sequences: list[Sequence], rows: list[int], logits_KV: Tensor) -> list[tuple[Sequence, Chosen]]:
+        """Sequences with their next tokens; those whose choice fails end."""
+        if not sequences:
+            return []
+        try:
+            return list(zip(sequences, choose(sequences, rows, logits_KV), strict=True))
+        except Exception as error:
+            if len(sequences) == 1:
+                self._end(sequences[0], Ending.by(error))
+                return []
+        each = zip(sequences, rows, strict=True)
+        return [found for one, row in each for found in self._chosen([one], [row], logits_KV)]
+
+    @contextlib.contextmanager
+    def _ended_by_errors(self, sequence: Sequence) -> Iterator[None]:
+        """End a sequence with the error that is raised in this context."""
+        try:
+            yield
+        except Exception as error:
+            self._end(sequence, Ending.by(error))
+
+    def _end(self, sequence: Sequence, ending: Ending) -> None:
         with self._changed:
             if self._sequences.pop(sequence.id, None) is None:
                 return
-            self._finished[reason] += 1
+            self._finished[ending.reason] += 1
         self._scheduler.remove(sequence)
         self._store.release(sequence.adapters)
-        sequence.emit(finished(sequence, reason, stopped_by=stopped_by, error=error, logprob=logprob))
+        emit_end(sequence, ending)
 
     # Beside other work
 
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Hold the model between two steps, for work beside serving; waits for its turn."""
-        with self._background:
-            while self._sequences and time.monotonic() < self._background_until:
-                time.sleep(min(0.005, max(0.0, self._background_until - time.monotonic())))
-            self._outside += 1
-            try:
-                with self._model_lock:
-                    self._outside -= 1
-                    begun = time.monotonic()
-                    try:
-                        yield
-                    finally:
-                        ended = time.monotonic()
-                        share = min(max(self.limits.background_share, 1e-3), 1.0)
-                        self._background_until = ended + (ended - begun) * (1 - share) / share
-            finally:
-                self._wake()
+        """Hold the model between two steps, for work beside serving (a training step). Waits for its turn.
+
+        While requests run, the time inside is bounded by the engine's ``background_share``.
+        """
+        try:
+            with self._turns.other_work(lambda: bool(self._sequences)):
+                yield
+        finally:
+            self._wake()
 
     def start(self) -> None:
         """Run steps in a thread until `stop`."""
@@ -438,16 +437,35 @@ class Engine:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        self.step()
+        if not self.failure:
+            self.step()
 
     def _loop(self) -> None:
-        while not self._closed:
-            if self._outside:
-                time.sleep(0.0002)  # a lock does not go to the thread that waits for it unless this one lets it
-            if not self.step():
-                with self._changed:
-                    if not self._inbox and not self._closed and not any(s.cancelled for s in self._sequences.values()):
-                        self._changed.wait(0.05 if self._sequences else None)
+        try:
+            while not self._closed:
+                self._turns.give_way()
+                if not self.step():
+                    self._wait()
+        except Exception as error:
+            _log.exception("the engine failed")
+            self._fail(error)
+
+    def _wait(self) -> None:
+        """Wait until there is something to compute."""
+        with self._changed:
+            if not self._inbox and not self._closed and not any(one.cancelled for one in self._sequences.values()):
+                self._changed.wait(0.05 if self._sequences else None)
+
+    def _fail(self, error: Exception) -> None:
+        """End all requests and refuse new ones: the state of the engine may be damaged."""
+        with self._changed:
+            self.failure = f"the engine failed ({type(error).__name__}: {error}); restart the server"
+            left = list(self._sequences.values())
+            self._sequences.clear()
+            self._inbox.clear()
+            self._finished["error"] += len(left)
+        for sequence in left:
+            emit_end(sequence, Ending.by(ServeError(self.failure)))
 
     def _wake(self) -> None:
         with self._changed:

@@ -1,4 +1,4 @@
-"""A request for text, the events that answer it, and the engine's face to its callers.
+"""A request for text, the events that answer it, and the status of an engine.
 
     stream = engine.submit(GenerationRequest("r1", prompt=ids, mix=(("sql", 1.0),), sampling=SamplingParams(max_tokens=64)))
     for event in stream:
@@ -15,12 +15,11 @@ from __future__ import annotations
 import math
 import queue
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
-from veneer.errors import VeneerError
+from veneer.errors import ConfigError, VeneerError
 
 FinishReason = Literal["stop", "length", "error", "cancelled"]
 Mix = tuple[tuple[str, float], ...]
@@ -135,6 +134,22 @@ class GenerationRequest:
     salt: str = ""
     embed: bool = False
     skip_special_tokens: bool = True
+
+    def check(self, vocabulary: int, context: int) -> None:
+        """Raise ConfigError, which begins with a parameter's name, unless a model with so many tokens and so long a context can answer."""
+        for name, problem in self.sampling.problems(vocabulary).items():
+            raise ConfigError(f"{name}: {problem}")
+        size = len(self.prompt)
+        if not size:
+            raise ConfigError("prompt: expected at least one token, found none")
+        if not all(0 <= token < vocabulary for token in self.prompt):
+            raise ConfigError(f"prompt: expected tokens from 0 to {vocabulary - 1}")
+        if size + (self.sampling.max_tokens != 0) > context:
+            raise ConfigError(f"prompt: it has {size} tokens, and the context length is {context} tokens; shorten it")
+        names = [name for name, _ in self.mix]
+        for name in names:
+            if names.count(name) > 1:
+                raise ConfigError(f"mix: {name} is named twice; give each adapter one weight")
 
 
 @dataclass(frozen=True)
@@ -292,66 +307,3 @@ class EngineMetrics:
     adapter_loads: int
     adapter_evictions: int
     busy_seconds: float
-
-
-class GenerationEngine(Protocol):
-    """An engine as its callers see it. All methods may be called from any thread; none waits for a running step unless it says so."""
-
-    @property
-    def context_length(self) -> int:
-        """Most tokens that prompt and answer may have together."""
-
-    @property
-    def vocabulary(self) -> int:
-        """Number of tokens of the model."""
-
-    def submit(self, request: GenerationRequest, on_event: Callable[[Event], None] | None = None) -> RequestStream:
-        """Queue a request.
-
-        Args:
-            request: what to generate.
-            on_event: called on the engine's thread with each event in place of the returned stream's queue; it must return at once
-                (``loop.call_soon_threadsafe(queue.put_nowait, event)`` for asyncio).
-
-        Raises:
-            ConfigError: a parameter that cannot be honoured, or a prompt that does not fit; the message begins with its name.
-            AdapterError: the mix names an adapter that is not loaded.
-            EngineBusyError: the queue is full.
-        """
-
-    def cancel(self, request_id: str) -> bool:
-        """End a request at the next step. Returns False if there is none of this id."""
-
-    def load_adapter(self, name: str, path: Path, *, pinned: bool = False) -> AdapterStatus:
-        """Read and verify an adapter from a folder, and route new requests of this name to it.
-
-        Reading happens in the caller's thread. An adapter of the same name is replaced: its running requests end with the old one.
-
-        Raises:
-            CheckpointError, AdapterError: the folder is damaged, or does not fit the base.
-        """
-
-    def unload_adapter(self, name: str) -> None:
-        """Refuse new requests of this name; running ones end with it.
-
-        Raises:
-            AdapterError: no adapter has this name.
-        """
-
-    def adapters(self) -> list[AdapterStatus]:
-        """The adapters that requests may name."""
-
-    def metrics(self) -> EngineMetrics:
-        """Counts and present state."""
-
-    def exclusive(self) -> AbstractContextManager[None]:
-        """Hold the model between two steps, for work beside serving (a training step). Waits for its turn.
-
-        While requests run, the time inside is bounded by the engine's ``background_share``.
-        """
-
-    def start(self) -> None:
-        """Run steps in a thread until `stop`."""
-
-    def stop(self, *, drain: float = 0.0) -> None:
-        """Refuse new requests, let running ones end for ``drain`` seconds, cancel the rest, and end the thread."""

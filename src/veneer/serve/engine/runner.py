@@ -146,6 +146,25 @@ class NoCacheRunner(ModelCacheRunner):
     _keeps = False
 
 
+class Embedder:
+    """Computes embeddings of prompts: the mean of the final states, scaled to length 1."""
+
+    def __init__(self, model: Any, bank: Bank | None) -> None:
+        self._model = model
+        self._bank = bank
+        self._flat: FlatRunner | None = None
+
+    @torch.no_grad()
+    def __call__(self, sequence: Sequence) -> tuple[float, ...]:
+        """The embedding of a sequence's prompt."""
+        if self._flat is None:
+            self._flat = FlatRunner(self._model)
+        flat = Flat.of([list(sequence.request.prompt)])
+        with nullcontext() if self._bank is None else self._bank.use(dict(sequence.mix) or None, training=False):
+            states = self._flat.hidden(flat).float().mean(0)
+        return tuple((states / states.norm().clamp_min(1e-12)).tolist())
+
+
 class Reference:
     """The logits of one text that the model computed whole, which runners are compared with.
 

@@ -226,6 +226,10 @@ def _replica_class(serve: Any) -> Any:
             name = serve.get_replica_context().replica_id.unique_id
             return name, await self._replica.whole_answer(scope, body)
 
+        def check_health(self) -> None:
+            """Called by Ray Serve, which replaces a replica where this raises."""
+            self._replica.check_health()
+
         @serve.multiplexed(max_num_models_per_replica=_ADAPTERS)  # type: ignore[untyped-decorator]
         async def prefer(self, name: str) -> str:
             """Tell the router that this replica answers for an adapter; the engine loads it."""

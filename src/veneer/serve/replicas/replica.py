@@ -50,6 +50,11 @@ class Replica:
         self._engine.stop()
         self._stack.close()
 
+    def check_health(self) -> None:
+        """Raise ServeError if the engine has failed."""
+        if self._engine.failure:
+            raise ServeError(self._engine.failure)
+
     async def answer(self, scope: Scope, body: bytes) -> AsyncIterator[Message]:
         """The messages of the answer to one request; leaving the iteration gives the request up."""
         messages: asyncio.Queue[Message | None] = asyncio.Queue(_AHEAD)

@@ -31,10 +31,12 @@ def health_routes(context: ApiContext) -> APIRouter:
 
     @router.get("/health")
     async def health() -> Response:
+        _check_engine(context)
         return PlainTextResponse("ok\n")
 
     @router.get("/ready")
     async def ready() -> Response:
+        _check_engine(context)
         if context.draining:
             headers = {"retry-after": str(RETRY_AFTER)}
             raise ApiError(503, "the server is about to stop", code="draining", headers=headers)
@@ -52,6 +54,13 @@ def health_routes(context: ApiContext) -> APIRouter:
     for path, what in ABSENT.items():
         router.add_api_route(path, _absent(what), methods=_METHODS, include_in_schema=False)
     return router
+
+
+def _check_engine(context: ApiContext) -> None:
+    if context.engine.failure:  # its text may tell more than those without a key shall know
+        raise ApiError(
+            503, "the engine has failed, as the server's log tells; restart the server", code="engine_failed"
+        )
 
 
 def _absent(what: str) -> Any:
