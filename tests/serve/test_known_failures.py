@@ -30,8 +30,8 @@ from veneer.data.chat.named_templates import NAMED_TEMPLATES
 from veneer.errors import AdapterError
 from veneer.serve.api.metrics import MOST_LABELS, ServeMetrics
 from veneer.serve.api.parameters import ChatMessage
-from veneer.serve.api.prompts import PromptRenderer, template_in
-from veneer.serve.engine.adapters import AdapterLimits, AdapterStore
+from veneer.serve.api.prompts import PromptRenderer
+from veneer.serve.engine.adapters import AdapterLimits, AdapterStore, template_in
 from veneer.serve.engine.engine import Engine, EngineLimits
 from veneer.serve.engine.request import Finished, GenerationRequest, Mix, SamplingParams
 from veneer.serve.engine.scheduler import SchedulerLimits

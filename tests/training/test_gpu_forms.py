@@ -22,6 +22,7 @@ from veneer.kernels.attention import varlen as varlen_file
 from veneer.kernels.forms import Forms, forms, use_forms
 from veneer.kernels.lora.grouped import GroupedBranch
 from veneer.training import train
+from veneer.training.loop.step import Stepper
 from veneer.training.loop.trainer import Trainer
 from veneer.training.planning import gpu_forms
 from veneer.training.planning.gpu_forms import BaseSizes, ManyAdapters, choose_forms, chunk_for, pays
@@ -147,10 +148,12 @@ def test_the_chunk_of_the_loss(pretend: PretendDevice) -> None:
 
 
 def test_a_run_keeps_its_choice(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The forms are stored with the run, used in its rounds, and taken again when it resumes, whatever would be chosen now."""
+    """The forms are stored with the run, used in its passes alone, and taken again when it resumes, whatever would be chosen now."""
     used: list[Forms] = []
-    take = Trainer.round
-    monkeypatch.setattr(Trainer, "round", lambda self: (used.append(forms()), take(self))[1])
+    between: list[Forms] = []
+    loss, take = Stepper._loss, Trainer.round
+    monkeypatch.setattr(Stepper, "_loss", lambda self, *args: (used.append(forms()), loss(self, *args))[1])
+    monkeypatch.setattr(Trainer, "round", lambda self: (between.append(forms()), take(self))[1])
     first, second = Forms(grouped_tokens=128), Forms(grouped_tokens=256)
     monkeypatch.setattr(decisions, "choose_forms", lambda *args, **kwargs: first)
     given = options(place, tmp_path / "run", steps=4, save_every=2)
@@ -158,4 +161,4 @@ def test_a_run_keeps_its_choice(place: Path, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(decisions, "choose_forms", lambda *args, **kwargs: second)
     train(**given, console=QUIET)
     assert json.loads((tmp_path / "run" / "run.json").read_text())["forms"]["grouped_tokens"] == 128
-    assert used == [first] * 4 and forms() == Forms()
+    assert len(used) >= 4 and {*used} == {first} and between == [Forms()] * 4

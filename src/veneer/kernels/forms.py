@@ -41,7 +41,8 @@ def forms() -> Forms:
 
 @contextmanager
 def use_forms(chosen: Forms) -> Iterator[None]:
-    """Use these forms inside the context."""
+    """Use these forms inside the context, in all threads: backward passes run in threads of their own. So whoever shares a base with others
+    does this only while holding it (``training/loop/step.py``)."""
     _used.append(chosen)
     try:
         yield

@@ -14,7 +14,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,7 @@ class ModelRegistry:
             if not row["loaded"]:
                 continue
             try:
-                self._load(row["name"], Path(row["folder"]))
+                self._engine.load_adapter(row["name"], Path(row["folder"]))
             except (VeneerError, OSError) as error:
                 self._set_loaded(row["name"], False)
                 problems[row["name"]] = str(error)
@@ -92,7 +92,7 @@ class ModelRegistry:
             for step in self._jobs.steps_of(job["id"]):
                 folder = self._jobs_folder / job["id"] / "models" / f"step-{step}"
                 try:
-                    self._load(_engine_name(job["name"], step), folder)
+                    self._engine.load_adapter(_engine_name(job["name"], step), folder)
                 except (VeneerError, OSError) as error:
                     self._jobs.forget_checkpoint(job["id"], step)
                     problems[f"{job['name']}:step-{step}"] = str(error)
@@ -205,7 +205,7 @@ class ModelRegistry:
             if not in_folder and row is None:
                 raise UnknownModelError(f"no adapter {name!r} is registered or in the server's folder of adapters")
             folder = found[name] if in_folder or row is None else Path(row["folder"])
-            self._load(name, folder)  # first, so that a name is listed only if it answers
+            self._engine.load_adapter(name, folder)  # first, so that a name is listed only if it answers
             if in_folder:
                 self._register(name, folder, "folder", None)
             self._set_loaded(name, True)
@@ -242,25 +242,38 @@ class ModelRegistry:
                 self._engine.unload_adapter(name)
             shutil.rmtree(row["folder"], ignore_errors=True)
 
-    # Models of jobs (Publisher)
+    # Models of jobs
 
-    def publish(self, name: str, folder: Path, job_id: str) -> None:
-        """Serve the adapter of a job that has finished training."""
+    def publish(self, name: str, folder: Path, job_id: str, succeed: Callable[[], bool]) -> None:
+        """Serve the adapter of a job that has finished training. Called again with the same values after a restart.
+
+        Args:
+            name: the model's name.
+            folder: the adapter's folder.
+            job_id: the job.
+            succeed: records that the job has succeeded, in one transaction with the registration; False if it has ended otherwise,
+                and the adapter is not served.
+        """
         with self._lock:
-            self._load(name, folder)
-            self._register(name, folder, "job", job_id)
+            self._engine.load_adapter(name, folder)
+            served = False
+            try:
+                with self._database.transaction():
+                    served = succeed()
+                    if served:
+                        self._register(name, folder, "job", job_id)
+            finally:
+                if not served:
+                    self._engine.unload_adapter(name)
 
     def publish_checkpoint(self, name: str, step: int, folder: Path) -> None:
         """Serve a checkpoint of a job."""
-        self._load(_engine_name(name, step), folder)
+        self._engine.load_adapter(_engine_name(name, step), folder)
 
     def withdraw_checkpoint(self, name: str, step: int) -> None:
         """Refuse new requests for a checkpoint."""
         if any(status.name == _engine_name(name, step) for status in self._engine.adapters()):
             self._engine.unload_adapter(_engine_name(name, step))
-
-    def _load(self, name: str, folder: Path) -> None:
-        self._engine.load_adapter(name, folder)
 
     def _register(self, name: str, folder: Path, source: str, job: str | None) -> None:
         """Insert a registration, or update its folder. A new one is loaded."""

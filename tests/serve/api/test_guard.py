@@ -18,7 +18,7 @@ from veneer.serve.api.app import create_routes
 from veneer.serve.api.guard import OPEN_ROUTES
 from veneer.serve.limits import ServeLimits
 
-QUICK = ServeLimits(header_seconds=0.5, body_seconds=0.5, write_seconds=1.0, body_bytes=100_000)
+QUICK = ServeLimits(header_seconds=0.5, body_seconds=0.5, write_seconds=1.0, max_body_bytes=100_000)
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +95,18 @@ def test_administration_needs_the_admin_key(server: Running) -> None:
         for name in ("../state", "/etc", "none", "base"):
             assert admin.post("/v1/load_lora_adapter", json={"lora_name": name}).status_code == 404
         assert user.delete("/v1/models/tone").json()["error"]["code"] == "not_deletable"
+
+
+def test_health_tells_of_an_engine_that_failed(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server whose engine has failed is not healthy, without the error's text for those who have no key."""
+    with server.http(None) as http:
+        monkeypatch.setattr(server.engine, "failure", "the engine failed (a secret); restart the server")
+        for path in ("/health", "/ready"):
+            answer = http.get(path)
+            assert answer.status_code == 503 and answer.json()["error"]["code"] == "engine_failed"
+            assert "secret" not in answer.text
+        monkeypatch.undo()
+        assert http.get("/health").text == "ok\n"
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ BATCH: Any = {"type": "supervised", "supervised": {"hyperparameters": {"batch_si
 @pytest.fixture(scope="module")
 def server(place: Path, adapters: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """A server that keeps few bytes."""
-    limits = ServeLimits(file_bytes=100_000, files_bytes=300_000, jobs=8)
+    limits = ServeLimits(max_file_bytes=100_000, max_files_bytes=300_000, max_jobs=8)
     running = Running(place / "base", tmp_path_factory.mktemp("state"), adapters, limits=limits)
     yield running
     running.close()

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import json
 import struct
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -38,6 +39,13 @@ def test_each_model_answers_in_its_own_words(client: openai.OpenAI) -> None:
     answers = {model: chat(client, model) for model in ("base", "sql", "style", "tone")}
     assert len(set(answers.values())) == 4
     assert answers == {model: chat(client, model) for model in answers}
+
+
+def test_model_of_a_job_that_was_cancelled_is_not_served(server: Running, adapters: Path) -> None:
+    """A model whose job has not succeeded when it is published is neither listed nor in the engine."""
+    server.server.registry.publish("late", adapters / "sql", "a-job", lambda: False)
+    assert "late" not in [card.id for card in server.server.registry.cards()]
+    assert "late" not in [one.name for one in server.engine.adapters()]
 
 
 def test_mix_is_a_model_of_one_request(client: openai.OpenAI) -> None:

@@ -209,9 +209,12 @@ def test_an_embedding_is_the_mean_state() -> None:
     assert torch.allclose(torch.tensor(events[0].embedding), state / state.norm(), atol=1e-5)
 
 
-def test_a_grammar_holds() -> None:
-    """An answer under a JSON schema is JSON of that schema, whatever the model would say; a bad schema is an error before anything runs."""
+def test_a_grammar_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer under a JSON schema is JSON of that schema, whatever the model would say, twice from one compilation; a bad schema is an
+    error before anything runs."""
     made = engine()
+    real, compiled = made._grammars._compile, []
+    monkeypatch.setattr(made._grammars, "_compile", lambda grammar: compiled.append(grammar) or real(grammar))
     schema = {
         "type": "object",
         "properties": {
@@ -225,6 +228,8 @@ def test_a_grammar_holds() -> None:
         max_tokens=60, temperature=1.0, seed=5, grammar=Grammar("json_schema", json.dumps(schema))
     )
     events = list(made.run(GenerationRequest("j", PROMPT, (), sampling)))
+    assert tokens(list(made.run(GenerationRequest("again", PROMPT, (), sampling)))) == tokens(events)
+    assert len(compiled) == 1
     found = json.loads("".join(event.text for event in events if isinstance(event, TextDelta)))
     assert events[-1].reason == "stop" and set(found) == {"name", "n"} and 0 <= found["n"] <= 99
     with pytest.raises(ConfigError, match="grammar: "):

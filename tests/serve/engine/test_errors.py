@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from tests.serve.engine.traces import answer, engine, folders, tokens
 
-from veneer.errors import ServeError
+from veneer.checkpoints.peft.read import TEMPLATE
+from veneer.errors import DataError, ServeError
 from veneer.serve.engine import answer as answer_module
 from veneer.serve.engine import engine as engine_module
 from veneer.serve.engine.engine import Engine
@@ -89,6 +90,20 @@ def test_an_adapter_that_does_not_fit_into_memory_is_tried_again(
     assert last.reason == "error" and "injected" in str(last.error)
     assert "a" not in made.bank and not made.bank.runtime.layers and made.adapters()[0].running == 0
     assert answer(made, greedy("r", (("a", 1.0),))) == expected
+
+
+def test_an_adapter_with_a_damaged_chat_template_is_refused(tmp_path: Path) -> None:
+    """An adapter whose template cannot be read is not loaded, so that it never answers under the base's template."""
+    made = engine()
+    (path,) = folders(tmp_path, 1)
+    (path / TEMPLATE).write_bytes(b"\xff")
+    with pytest.raises(DataError, match=TEMPLATE):
+        made.load_adapter("a", path)
+    (path / TEMPLATE).write_bytes(b"{{ 1 }}")
+    assert made.load_adapter("a", path).template == "{{ 1 }}"
+    (path / TEMPLATE).write_bytes(b"{{ 2 }}")
+    made.load_adapter("a", path)
+    assert [one.template for one in made.adapters()] == ["{{ 2 }}"]
 
 
 def test_a_step_that_fails_does_not_give_tokens_to_a_models_cache_twice(monkeypatch: pytest.MonkeyPatch) -> None:

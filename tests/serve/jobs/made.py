@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,20 +37,23 @@ def wait(condition: Callable[[], object], seconds: float = 60) -> None:
 
 
 class Published:
-    """A publisher that remembers."""
+    """A registry of models that remembers."""
 
     def __init__(self) -> None:
         self.models: dict[str, Path] = {}
         self.checkpoints: dict[tuple[str, int], Path] = {}
+        self.before_publishing: Callable[[str], object] = lambda job_id: None
 
     def folder_of(self, model: str) -> Path | None:
         """The base, or a published model."""
         return None if model == "base" else self.models[model]
 
-    def publish(self, name: str, folder: Path, job_id: str) -> None:
-        """Remember the model."""
+    def publish(self, name: str, folder: Path, job_id: str, succeed: Callable[[], bool]) -> None:
+        """Remember the model of a job that has succeeded."""
         assert (folder / "adapter_config.json").is_file()
-        self.models[name] = folder
+        self.before_publishing(job_id)
+        if succeed():
+            self.models[name] = folder
 
     def publish_checkpoint(self, name: str, step: int, folder: Path) -> None:
         """Remember the checkpoint."""
@@ -89,13 +91,11 @@ class Jobs:
     def upload(self, path: Path) -> str:
         """Store a file; returns its id."""
 
-        async def pieces() -> AsyncIterator[bytes]:
-            yield path.read_bytes()
-
-        received = self.files.receive(
-            pieces(), filename=path.name, purpose="fine-tune", limit=1 << 20, total_limit=1 << 30, expires_after=None
-        )
-        return str(asyncio.run(received)["id"])
+        with path.open("rb") as content:
+            received = self.files.receive(
+                content, filename=path.name, purpose="fine-tune", limit=1 << 20, total_limit=1 << 30, expires_after=None
+            )
+        return str(received["id"])
 
     def create(self, training_file: str, suffix: str | None = None, *, seed: int = 0, **request: Any) -> str:
         """Create a job; returns its id."""

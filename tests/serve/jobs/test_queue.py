@@ -112,6 +112,15 @@ def test_cancelled_job_stays_cancelled(place: Path, jobs: Jobs) -> None:
     assert jobs.store[job]["status"] == "cancelled" and not jobs.published.models
 
 
+def test_job_cancelled_before_its_model_is_published(place: Path, jobs: Jobs) -> None:
+    """A job that is cancelled after its last step is not published, and nothing tells of a model."""
+    jobs.published.before_publishing = lambda job_id: jobs.store.move(job_id, "cancelled", "cancelled")
+    job = jobs.wait(jobs.create(jobs.upload(place / "train.jsonl")))
+    wait(lambda: not jobs.queue.running)
+    assert job["status"] == "cancelled" and job["result_file"] is None and not jobs.published.models
+    assert jobs.messages(job["id"])[-1] == "cancelled"
+
+
 def test_restarted_server_goes_on(place: Path, tmp_path: Path, base: Base) -> None:
     """A job that was running when the server stopped goes on at the next start, and its events are recorded once."""
     first = Jobs(tmp_path / "state", base)

@@ -197,6 +197,26 @@ def test_a_client_that_goes_away(replicas: InProcess) -> None:
     assert engine.metrics().free_blocks == engine.metrics().blocks
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/load_lora_adapter"])
+def test_a_client_that_goes_away_while_it_asks(replicas: InProcess, path: str) -> None:
+    """A request whose body breaks off goes to no replica and has no answer."""
+    asked: list[Message] = [
+        {"type": "http.disconnect"},
+        {"type": "http.request", "body": b'{"model":', "more_body": True},
+    ]
+    replicas.asked.clear()
+    before = [one._engine.metrics().finished for one in replicas.replicas]
+
+    async def receive() -> Message:
+        return asked.pop()
+
+    async def send(message: Message) -> None:
+        raise AssertionError(message)
+
+    asyncio.run(Gateway(replicas, ())({**SCOPE, "path": path}, receive, send))
+    assert not replicas.asked and before == [one._engine.metrics().finished for one in replicas.replicas]
+
+
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b'{"model": 3}', b'{"adapters": [{}]}', b'{"adapters": 3}'])
 def test_a_body_without_an_adapter(body: bytes) -> None:
     """Bodies that are wrong have no adapter; the replica answers them."""

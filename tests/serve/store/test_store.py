@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
+import io
 import sqlite3
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -114,16 +114,27 @@ def test_pages(tmp_path: Path) -> None:
     database.close()
 
 
-def test_files_are_whole_and_expire(tmp_path: Path) -> None:
+class Late:
+    """A check that passes the first time."""
+
+    def __init__(self, real: Callable[..., None]) -> None:
+        self.real = real
+        self.calls = 0
+
+    def __call__(self, *args: int) -> None:
+        self.calls += 1
+        if self.calls > 1:
+            self.real(*args)
+
+
+def test_files_are_whole_and_expire(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An upload that is too large or breaks off leaves nothing; one whose time is over is deleted unless a job reads it."""
     database, jobs = store(tmp_path)
     files = FileStore(database, tmp_path / "files")
 
-    async def pieces(count: int, *, fail: bool = False) -> AsyncIterator[bytes]:
-        for _ in range(count):
-            yield b"x" * 10
-        if fail:
-            raise ConnectionError
+    class Broken(io.BytesIO):
+        def read(self, size: int | None = -1, /) -> bytes:
+            raise OSError
 
     def receive(count: int, **options: Any) -> Any:
         given: Any = {
@@ -133,11 +144,12 @@ def test_files_are_whole_and_expire(tmp_path: Path) -> None:
             "total_limit": 45,
             "expires_after": None,
         }
-        return asyncio.run(files.receive(pieces(count, fail=options.pop("fail", False)), **{**given, **options}))
+        content = Broken if options.pop("fail", False) else io.BytesIO
+        return files.receive(content(b"x" * 10 * count), **{**given, **options})
 
     with pytest.raises(TooLargeError):
         receive(3)
-    with pytest.raises(ConnectionError):
+    with pytest.raises(OSError):
         receive(1, fail=True)
     assert list((tmp_path / "files").iterdir()) == []
     kept = receive(2, expires_after=-1)
@@ -152,6 +164,10 @@ def test_files_are_whole_and_expire(tmp_path: Path) -> None:
     receive(2), receive(2)
     with pytest.raises(TooLargeError, match="at most 45 bytes of files"):
         receive(1)
+    monkeypatch.setattr(files, "_check_room", late := Late(files._check_room))
+    with pytest.raises(TooLargeError):  # of two uploads at once, the second is refused when the first is there
+        receive(1)
+    assert late.calls == 2
     (tmp_path / "files" / "left.tmp-00000000").write_bytes(b"x")
     FileStore(database, tmp_path / "files")
     assert len(list((tmp_path / "files").iterdir())) == 2

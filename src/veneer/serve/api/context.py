@@ -55,8 +55,8 @@ class ApiContext:
                 f"adapters: the model is {model!r} already; give the base {self.registry.base_id!r} as the model of a mix",
                 "adapters",
             )
-        if len(adapters) > self.limits.adapters:
-            raise invalid(f"adapters: expected at most {self.limits.adapters}, found {len(adapters)}", "adapters")
+        if len(adapters) > self.limits.max_adapters:
+            raise invalid(f"adapters: expected at most {self.limits.max_adapters}, found {len(adapters)}", "adapters")
         weights: dict[str, float] = {}
         for i, entry in enumerate(adapters):
             if entry.name in weights:

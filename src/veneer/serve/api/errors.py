@@ -1,6 +1,6 @@
 """Errors as clients see them: ``{"error": {message, type, param, code}}`` with a status.
 
-Whatever a route raises becomes one of these. A cause that is no ``VeneerError`` is a defect; the client learns the request's id only.
+Whatever a route raises becomes one of these. A cause that is not a ``VeneerError`` is a defect; the client learns the request's id only.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from veneer.errors import AdapterError, ConfigError, DataError, EngineBusyError, ServeError, VeneerError
 from veneer.serve.jobs.options import RequestError
@@ -91,10 +92,7 @@ def as_api_error(error: BaseException, request_id: str = "") -> ApiError:
         return ApiError(429, str(error), code="engine_busy", headers={"retry-after": str(RETRY_AFTER)})
     if isinstance(error, ServeError):
         return ApiError(503, str(error), code="unavailable", headers={"retry-after": str(RETRY_AFTER)})
-    if isinstance(error, ConfigError):
-        named = re.match(r"([a-z_]+)\b", str(error))
-        return invalid(str(error), named.group(1) if named else None)
-    if isinstance(error, (DataError, AdapterError)):
+    if isinstance(error, (ConfigError, DataError, AdapterError)):
         return invalid(str(error), None)
     if isinstance(error, VeneerError):
         return ApiError(500, str(error), code="server_error")
@@ -122,7 +120,7 @@ def install(app: FastAPI) -> None:
         if error.status_code == 404:
             text, code = f"there is no route {request.method} {request.url.path}", "not_found"
         elif error.status_code == 405:
-            text, code = f"{request.url.path} does not take {request.method}", "method_not_allowed"
+            text, code = f"{request.url.path} does not accept {request.method}", "method_not_allowed"
         else:
             text, code = str(error.detail), "invalid_request"
         return ApiError(error.status_code, text, code=code, headers=error.headers).response()
@@ -134,7 +132,8 @@ def install(app: FastAPI) -> None:
     async def gone(request: Request, error: Exception) -> Response:
         return Response(status_code=499)
 
-    app.add_exception_handler(ClientGoneError, gone)
+    for left in (ClientGoneError, ClientDisconnect):
+        app.add_exception_handler(left, gone)
     for kind in (ApiError, VeneerError, OSError, sqlite3.Error):
         app.add_exception_handler(kind, answer)
     app.add_exception_handler(HTTPException, http_error)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 
 import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from veneer.serve.api.errors import BrokenAnswerError, as_api_error
-from veneer.serve.api.generation import disconnected
+from veneer.serve.api.connection import while_connected
+from veneer.serve.api.errors import BrokenAnswerError, ClientGoneError, as_api_error
 
 DONE = b"data: [DONE]\n\n"
 PING = b": ping\n\n"
@@ -49,16 +49,10 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events."""
-        sending = asyncio.ensure_future(self._send(scope, send))
-        gone = asyncio.ensure_future(disconnected(self._request))
         try:
-            await asyncio.wait({sending, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if sending.done():
-                sending.result()
+            with suppress(ClientGoneError):
+                await while_connected(self._request.receive, self._send(scope, send))
         finally:
-            for task in (sending, gone):
-                task.cancel()
-            await asyncio.gather(sending, gone, return_exceptions=True)
             self._finish()
 
     async def _send(self, scope: Scope, send: Send) -> None:

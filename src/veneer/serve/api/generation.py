@@ -1,21 +1,19 @@
-"""Requests to the engine from the event loop: their events in one queue, ended when the client goes away."""
+"""Requests to the engine from the event loop, with their events in one queue."""
 
 from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
-from starlette.requests import Request
+from starlette.concurrency import run_in_threadpool
 
-from veneer.errors import ServeError, VeneerError
-from veneer.serve.api.errors import ClientGoneError
+from veneer.errors import ConfigError, ServeError, VeneerError
+from veneer.serve.api.errors import invalid
 from veneer.serve.engine.engine import Engine
 from veneer.serve.engine.request import Event, Finished, GenerationRequest, Usage
-
-T = TypeVar("T")
 
 
 class RequestTimeoutError(ServeError):
@@ -53,8 +51,17 @@ class UsageSum:
 class Generation:
     """The requests of one answer. Whoever submits them calls `cancel` at the end, which ends those that still run."""
 
-    def __init__(self, engine: Engine, requests: Sequence[GenerationRequest], *, seconds: float) -> None:
-        """``seconds``: longest time until the last event."""
+    def __init__(
+        self, engine: Engine, requests: Sequence[GenerationRequest], *, seconds: float, params: Mapping[str, str]
+    ) -> None:
+        """Create the requests.
+
+        Args:
+            engine: the engine.
+            requests: the requests; they get ids of their own.
+            seconds: maximum time until the last event.
+            params: the client's names of what the engine calls prompt, grammar and mix.
+        """
         tag = secrets.token_hex(8)
         self.requests = [replace(request, id=f"{tag}-{i}") for i, request in enumerate(requests)]
         self.finished: dict[int, Finished] = {}
@@ -62,20 +69,39 @@ class Generation:
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._until = self._loop.time() + seconds
+        self._params = params
         self._submitted = 0
+        self._cancelled = False
 
-    def submit(self) -> None:
-        """Submit the requests. Raises what `Engine.submit` raises; then none of them runs."""
+    async def submit(self) -> None:
+        """Submit the requests, in a thread: to compile a grammar takes time, and adapters may be locked.
+
+        Raises:
+            ApiError: the engine cannot honour a parameter; names it.
+            VeneerError: whatever else `Engine.submit` raises. None of the requests runs then.
+        """
         try:
-            for number, request in enumerate(self.requests):
-                self._engine.submit(request, self._receiver(number))
-                self._submitted += 1
+            await run_in_threadpool(self._submit)
+        except ConfigError as error:
+            self.cancel()
+            name, _, problem = str(error).partition(": ")
+            param = self._params.get(name)
+            raise invalid(str(error) if param is None else f"{param}: {problem}", param) from None
         except BaseException:
             self.cancel()
             raise
 
+    def _submit(self) -> None:
+        for number, request in enumerate(self.requests):
+            self._engine.submit(request, self._receiver(number))
+            self._submitted = number + 1
+            if self._cancelled:  # by a client that went away in the meantime
+                self.cancel()
+                return
+
     def cancel(self) -> None:
         """End the requests that still run."""
+        self._cancelled = True
         for number, request in enumerate(self.requests[: self._submitted]):
             if number not in self.finished:
                 self._engine.cancel(request.id)
@@ -121,24 +147,3 @@ def failure(event: Finished) -> VeneerError | None:
     if event.reason == "cancelled":
         return ServeError("the request was cancelled, since the server stops")
     return None
-
-
-async def while_connected(request: Request, work: Awaitable[T]) -> T:
-    """The result of ``work``, which is cancelled as soon as the client goes away. Raises ClientGoneError then."""
-    task: asyncio.Future[T] = asyncio.ensure_future(work)
-    gone: asyncio.Future[Any] = asyncio.ensure_future(disconnected(request))
-    try:
-        await asyncio.wait([task, gone], return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientGoneError
-        return task.result()
-    finally:
-        for one in (task, gone):
-            one.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
-
-
-async def disconnected(request: Request) -> None:
-    """Return when the client has gone away."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

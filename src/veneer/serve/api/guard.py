@@ -137,7 +137,7 @@ class Guard:
     def _most(self, scope: Scope) -> int:
         """Most bytes of the body of a request; an upload has some for the form around the file."""
         uploads = scope["path"] in UPLOADS and scope["method"] == "POST"
-        return self._limits.file_bytes + (1 << 16) if uploads else self._limits.body_bytes
+        return self._limits.max_file_bytes + (1 << 16) if uploads else self._limits.max_body_bytes
 
     def _limited(self, scope: Scope, receive: Receive) -> Receive:
         """Receive at most so many bytes, and wait for each part only so long."""

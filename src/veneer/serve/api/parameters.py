@@ -180,7 +180,7 @@ Prompts = (
 class CompletionRequest(SamplingParameters):
     """POST /v1/completions."""
 
-    prompt: Annotated[Prompts, Field()]
+    prompt: Prompts
     best_of: Integer | None = None
     echo: Boolean | None = None
     logprobs: Integer | None = None
@@ -191,7 +191,7 @@ class EmbeddingRequest(RequestParameters):
 
     model: Text
     adapters: list[AdapterWeight] | None = None
-    input: Annotated[Prompts, Field()]
+    input: Prompts
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Integer | None = None
     user: Text | None = None

@@ -10,15 +10,12 @@ import json
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from veneer.checkpoints.peft.read import TEMPLATE
 from veneer.data.chat.coverage import Coverage
 from veneer.data.chat.render import Renderer, frame
 from veneer.data.chat.rendered import RenderOptions
-from veneer.data.chat.template import Conversation, Template, TemplateError, read_template, template_source
-from veneer.errors import DataError
+from veneer.data.chat.template import Conversation, Template, TemplateError, template_source
 from veneer.serve.api.errors import invalid
 from veneer.serve.api.parameters import ChatMessage, Tool
 from veneer.serve.api.time_limit import within
@@ -130,9 +127,9 @@ class PromptRenderer:
                 raise invalid(
                     f"{param}: the chat template of this model leaves it out", param, "unsupported_by_template"
                 )
-        if len(text.text) > self._limits.rendered_characters:
+        if len(text.text) > self._limits.max_rendered_characters:
             raise invalid(
-                f"messages: more than {self._limits.rendered_characters:,} characters with the template", "messages"
+                f"messages: more than {self._limits.max_rendered_characters:,} characters with the template", "messages"
             )
         return RenderedPrompt(tuple(renderer.encoder.encode([text])[0].ids), text.text)
 
@@ -145,15 +142,6 @@ class PromptRenderer:
                     self._by_template.pop(next(iter(self._by_template)))
                 self._by_template[template] = Renderer(self.tokenizer, RenderOptions(chat_template=template))
             return self._by_template[template]
-
-
-def template_in(folder: Path) -> str | None:
-    """The chat template that an adapter was trained with, if it is another than the base's."""
-    file = folder / TEMPLATE
-    try:
-        return read_template(file) if file.is_file() else None
-    except DataError:
-        return None
 
 
 def plain_message(message: ChatMessage, number: int, template: str) -> dict[str, Any]:

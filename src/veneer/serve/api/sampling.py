@@ -13,7 +13,14 @@ from veneer.serve.engine.request import Grammar, SamplingParams
 from veneer.serve.limits import ServeLimits
 
 _PASSED = (
-    *("seed", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "ignore_eos"),
+    "seed",
+    "top_p",
+    "top_k",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "ignore_eos",
 )
 TEMPERATURE = 1.0
 """The temperature of requests that give none, as OpenAI's."""
@@ -45,7 +52,7 @@ def sampling_params(
         stop_token_ids=tuple(parameters.stop_token_ids or ()),
         stop=_stops(parameters.stop, limits),
         logit_bias=_biases(parameters.logit_bias or {}, limits),
-        logprobs=_bounded(logprobs_name, logprobs, limits.top_logprobs),
+        logprobs=_bounded(logprobs_name, logprobs, limits.max_top_logprobs),
         prompt_logprobs=prompt_logprobs,
         grammar=grammar,
     )
@@ -59,10 +66,13 @@ def sampling_params(
 def choices(parameters: SamplingParameters, prompts: int, limits: ServeLimits) -> int:
     """The number of choices for each prompt."""
     count = 1 if parameters.n is None else parameters.n
-    if count < 1 or count * prompts > limits.choices * (1 if prompts == 1 else limits.prompts):
-        raise invalid(f"n: expected a number from 1 to {limits.choices}, found {count}", "n")
-    if count > limits.choices:
-        raise invalid(f"n: expected a number from 1 to {limits.choices}, found {count}", "n")
+    if not 1 <= count <= limits.max_choices:
+        raise invalid(f"n: expected a number from 1 to {limits.max_choices}, found {count}", "n")
+    if count * prompts > limits.max_prompts:
+        raise invalid(
+            f"n: expected at most {limits.max_prompts} answers of one request, found {prompts} prompts with {count} each",
+            "n",
+        )
     return count
 
 
@@ -92,16 +102,16 @@ def _bounded(name: str, value: int | None, most: int) -> int | None:
 
 def _stops(stop: str | list[str] | None, limits: ServeLimits) -> tuple[str, ...]:
     found = (stop,) if isinstance(stop, str) else tuple(stop or ())
-    if len(found) > limits.stops:
-        raise invalid(f"stop: expected at most {limits.stops} strings, found {len(found)}", "stop")
-    if any(len(text) > limits.stop_characters for text in found):
-        raise invalid(f"stop: expected strings of at most {limits.stop_characters} characters", "stop")
+    if len(found) > limits.max_stops:
+        raise invalid(f"stop: expected at most {limits.max_stops} strings, found {len(found)}", "stop")
+    if any(len(text) > limits.max_stop_characters for text in found):
+        raise invalid(f"stop: expected strings of at most {limits.max_stop_characters} characters", "stop")
     return found
 
 
 def _biases(given: Mapping[str, Any], limits: ServeLimits) -> dict[int, float]:
-    if len(given) > limits.biases:
-        raise invalid(f"logit_bias: expected at most {limits.biases} tokens, found {len(given)}", "logit_bias")
+    if len(given) > limits.max_biases:
+        raise invalid(f"logit_bias: expected at most {limits.max_biases} tokens, found {len(given)}", "logit_bias")
     found = {}
     for token, bias in given.items():
         if not (token.isascii() and token.isdecimal() and len(token) < 10):

@@ -23,7 +23,9 @@ from veneer.adapters import Bank
 from veneer.adapters.adapter import Adapter, check_name
 from veneer.checkpoints import PeftFolders
 from veneer.checkpoints.locate import head_refusal
+from veneer.checkpoints.peft.read import TEMPLATE
 from veneer.checkpoints.receipt import stop_tokens
+from veneer.data.chat.template import read_template
 from veneer.errors import AdapterError, VeneerError
 from veneer.serve.engine.request import AdapterStatus, GenerationRequest, Mix
 
@@ -36,6 +38,7 @@ class AdapterVersion:
         name: as requests name it. bank_name: as the bank does.
         version: hash of the content.
         stops: the tokens with which it learnt to end its answers, {text: id}.
+        template: the chat template that it was trained with; None if it is the base's.
         trained: its tensors may change, so its keys and values are not reused. prepared: what `AdapterStore.prepare` made of it.
         held: sequences that have not ended; running: those of them that are in the batch.
         current: False once the name stands for another content, or for none.
@@ -51,6 +54,7 @@ class AdapterVersion:
     rank: int
     method: str
     stops: dict[str, int] = field(default_factory=dict)
+    template: str | None = None
     trained: bool = False
     prepared: Any = None
     pinned: bool = False
@@ -100,20 +104,20 @@ class AdapterStore:
     def load(self, name: str, path: Path, *, pinned: bool) -> AdapterStatus:
         """Read and check a folder in this thread, and let the name stand for it."""
         check_name(name)
-        adapter = self._read(name, path)
+        adapter, folder = self._read(name, path)
         one = self._version(name, path, adapter)
-        one.pinned = pinned
+        one.pinned, one.template = pinned, template_in(folder)
         with self._lock:
             old = self._current.get(name)
             if old is not None and old.version == one.version:
-                old.path, old.pinned, old.failure = path, pinned, None
+                old.path, old.pinned, old.failure, old.template = path, pinned, None, one.template
                 return _status(old)
             if old is not None:
                 old.current = False
             before = [each for each in self._versions if each.bank_name == one.bank_name]
             if before:  # it comes back while sequences still run with it
-                one = before[0]
-                one.current, one.path, one.pinned, one.failure = True, path, pinned, None
+                template, one = one.template, before[0]
+                one.current, one.path, one.pinned, one.failure, one.template = True, path, pinned, None, template
             else:
                 self._versions.append(one)
             self._current[name] = one
@@ -182,7 +186,8 @@ class AdapterStore:
             prepared=None if self.prepare is None else self.prepare(adapter),
         )
 
-    def _read(self, name: str, path: Path) -> Adapter:
+    def _read(self, name: str, path: Path) -> tuple[Adapter, Path]:
+        """The adapter that a path means, and its folder."""
         if self.bank is None:
             raise AdapterError("this engine has no bank, so it takes no adapters; attach one to its base")
         folders = PeftFolders()
@@ -192,7 +197,7 @@ class AdapterStore:
         adapter = folders.read(folder, name, self.bank)
         self.bank.check_fit(adapter)
         _check_servable(adapter)
-        return adapter.requires_grad_(False)
+        return adapter.requires_grad_(False), folder
 
     # From the engine's thread
 
@@ -273,7 +278,7 @@ class AdapterStore:
         prepared: Any = None
         try:
             assert one.path is not None
-            adapter = self._read(one.name, one.path)
+            adapter, _ = self._read(one.name, one.path)
             prepared = None if self.prepare is None else self.prepare(adapter)
             if content_hash(adapter) != one.version:
                 failure = AdapterError(
@@ -303,6 +308,16 @@ def content_hash(adapter: Adapter) -> str:
     return digest.hexdigest()
 
 
+def template_in(folder: Path) -> str | None:
+    """The chat template in an adapter's folder; None where it was trained with the base's.
+
+    Raises:
+        DataError: the template cannot be read.
+    """
+    file = folder / TEMPLATE
+    return read_template(file) if file.is_file() else None
+
+
 def _check_servable(adapter: Adapter) -> None:
     """Raise AdapterError for an adapter that changes the sequence: the engine's cache holds the tokens of requests alone."""
     if adapter.method.before:
@@ -325,4 +340,5 @@ def _status(one: AdapterVersion) -> AdapterStatus:
         one.pinned,
         one.running,
         one.held - one.running,
+        one.template,
     )

@@ -112,10 +112,3 @@ class BlockPool:
                     self._empty.append(block)
                 else:
                     self._idle[block] = None
-
-    def clear(self) -> None:
-        """Forget the content of blocks without users."""
-        while self._idle:
-            block, _ = self._idle.popitem()
-            self._forget(block)
-            self._empty.append(block)

@@ -473,11 +473,10 @@ class Engine:
 
     def metrics(self) -> EngineMetrics:
         """Counts and present state."""
+        places = Counter(one.place for one in self._store.status())  # not inside: the adapters may be locked
         with self._changed:
             running = len(self._scheduler.running)
             waiting = Counter(sequence.tenant for sequence in self._sequences.values() if sequence.started is None)
-            every = self._store.status()
-            places = Counter(one.place for one in every)
             return EngineMetrics(
                 running=running,
                 waiting=max(0, len(self._sequences) - running),

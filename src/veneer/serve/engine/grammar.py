@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -11,24 +13,41 @@ from torch import Tensor
 from veneer.errors import ConfigError
 from veneer.serve.engine.request import Grammar
 
+_KEPT = 32
+"""Compiled grammars that are kept."""
 _BITS = 2 ** torch.arange(8, dtype=torch.uint8)
 
 
 class GrammarCompiler:
-    """Compiles grammars for one tokenizer. llguidance is imported with the first."""
+    """Compiles grammars for one tokenizer. llguidance is imported with the first. Its methods may be called from any thread."""
 
     def __init__(self, tokenizer: Any, vocabulary: int, ends: frozenset[int]) -> None:
         self._tokenizer = tokenizer
         self._vocabulary = vocabulary
         self._ends = sorted(ends)
         self._own: Any = None
+        self._compiled: OrderedDict[Grammar, Any] = OrderedDict()
+        """Matchers at the beginning of a text, the last used one last."""
+        self._lock = threading.Lock()
 
     def compile(self, grammar: Grammar) -> TokenMatcher:
-        """A matcher at the beginning of a text.
+        """A matcher at the beginning of a text. Choices and later requests with the same grammar do not compile it again.
 
         Raises:
             ConfigError: llguidance is not installed, the grammar is not valid, or it uses what llguidance does not support.
         """
+        with self._lock:
+            matcher = self._compiled.get(grammar)
+        if matcher is None:
+            matcher = self._compile(grammar)
+        with self._lock:
+            self._compiled[grammar] = matcher
+            self._compiled.move_to_end(grammar)
+            if len(self._compiled) > _KEPT:
+                self._compiled.popitem(last=False)
+        return TokenMatcher(matcher.deep_copy(), self._vocabulary)
+
+    def _compile(self, grammar: Grammar) -> Any:
         try:
             from llguidance import LLMatcher
         except ImportError:
@@ -39,7 +58,7 @@ class GrammarCompiler:
             raise ConfigError(f"grammar: {error}") from None
         if matcher.is_error():
             raise ConfigError(f"grammar: {matcher.get_error().strip().splitlines()[0]}")
-        return TokenMatcher(matcher, self._vocabulary)
+        return matcher
 
     def _rules(self, matcher: Any, grammar: Grammar) -> str:
         if grammar.kind == "regex":

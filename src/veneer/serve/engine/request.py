@@ -271,6 +271,7 @@ class AdapterStatus:
         place: where its tensors are: "disk", "memory" or "bank" (beside the base's layers, where it can run).
         running, waiting: number of its requests.
         bytes: size of its tensors.
+        template: the chat template that it was trained with; None if it is the base's.
     """
 
     name: str
@@ -283,6 +284,7 @@ class AdapterStatus:
     pinned: bool
     running: int
     waiting: int
+    template: str | None = None
 
 
 @dataclass(frozen=True)

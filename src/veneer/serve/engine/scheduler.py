@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -112,12 +112,6 @@ class Scheduler:
             if not queue:
                 del self.waiting[sequence.tenant]
 
-    def sequences(self) -> Iterable[Sequence]:
-        """All that have not ended."""
-        yield from self.running
-        for queue in self.waiting.values():
-            yield from queue
-
     def plan(self) -> list[Chunk]:
         """The next step. Empty if nothing can run now."""
         chunks: list[Chunk] = []
@@ -187,9 +181,8 @@ class Scheduler:
                 tried.add(tenant)
                 passed.append(sequence)
                 if found == "no blocks" and not admitted and self._starved(tenant):
-                    sequence.passed += (
-                        len(self.running) < self.limits.running
-                    )  # counted below where all places are taken
+                    # Where all places are taken, this is counted below.
+                    sequence.passed += len(self.running) < self.limits.running
                     self._make_place(sequence, tenant, chunks)
                 if sequence.passed >= self.limits.patience:
                     break

@@ -86,9 +86,7 @@ def job_options(
         )
     _checked(lambda: AdapterOptions(**adapter), "adapter")
     common: dict[str, Any] = {"base": base.name, "data": (data,), "out": out, "name": name, "seed": seed}
-    if training.get("activation_checkpointing", "auto") == "auto":
-        common["activation_checkpointing"] = False  # the plan of one job changes nothing at the base that others use
-        training.pop("activation_checkpointing", None)
+    common["activation_checkpointing"] = False  # the plan of one job changes nothing at the base that others use
     if valid is not None:
         common["valid"] = (valid,)
     if start is not None:

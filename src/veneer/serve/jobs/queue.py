@@ -16,8 +16,8 @@ from typing import Any
 from veneer.config import TrainOptions
 from veneer.errors import BaseModelError, DataError, MemoryPlanError, TrainingError, VeneerError
 from veneer.serve.jobs.options import RequestError, as_option_names, job_options
-from veneer.serve.jobs.publisher import Publisher
 from veneer.serve.jobs.watcher import JobWatcher, result_table
+from veneer.serve.registry import ModelRegistry
 from veneer.serve.store.files import FileStore
 from veneer.serve.store.jobs import JobStore
 from veneer.training import train
@@ -36,7 +36,7 @@ class JobQueue:
         files: FileStore,
         shared: SharedBase,
         folder: Path,
-        publisher: Publisher,
+        registry: ModelRegistry,
         *,
         parallel: int,
     ) -> None:
@@ -44,7 +44,7 @@ class JobQueue:
         self.files = files
         self.shared = shared
         self.folder = folder
-        self.publisher = publisher
+        self.registry = registry
         self.parallel = parallel
         self._running: dict[str, threading.Thread] = {}
         self._lock = threading.Lock()
@@ -134,21 +134,25 @@ class JobQueue:
     def _train(self, job_id: str) -> None:
         job = self.store[job_id]
         options = self.options_of(job)
-        watcher = JobWatcher(self.store, job_id, self.out_of(job_id), self.publisher, lambda: self.stops(job_id))
+        watcher = JobWatcher(self.store, job_id, self.out_of(job_id), self.registry, lambda: self.stops(job_id))
         result = train(options, base=self.shared, watcher=watcher, console=Console(quiet=True))
         (done,) = result.jobs.values()
-        if done.state == "finished" and self.store[job_id]["status"] == "running":
+        if done.state == "finished":
             self._publish(job_id, done.name, done.adapter)
 
     def _publish(self, job_id: str, name: str, folder: Path) -> None:
         """Make the model of a finished job available, store its results and end it. A killed server does all of it again."""
-        self.publisher.publish(name, folder, job_id)
-        self.store.add_event(job_id, "model", f"New fine-tuned model created: {name}")
         metrics = (self.out_of(job_id) / "metrics" / f"{name}.jsonl").read_text(encoding="utf-8")
         table = result_table(metrics.splitlines())
-        with self.store.together():
+
+        def succeed() -> bool:
+            if self.store[job_id]["status"] != "running":  # cancelled or paused in the meantime
+                return False
+            self.store.add_event(job_id, "model", f"New fine-tuned model created: {name}")
             row = self.files.add(table, filename="step_metrics.csv", purpose="fine-tune-results")
-            self.store.move(job_id, "succeeded", "The job has successfully completed", result_file=row["id"])
+            return self.store.move(job_id, "succeeded", "The job has successfully completed", result_file=row["id"])
+
+        self.registry.publish(name, folder, job_id, succeed)
 
     def _fail(self, job_id: str, code: str, message: str, param: str | None) -> None:
         """Record that a job has failed. On a full disk this waits for room, or for the server's end, after which the job goes on."""
@@ -183,7 +187,7 @@ class JobQueue:
             base=self.shared.base,
             data=data,
             valid=valid,
-            start=self.publisher.folder_of(json.loads(job["request"])["model"]),
+            start=self.registry.folder_of(json.loads(job["request"])["model"]),
             out=self.out_of(job["id"]),
             seed=job["seed"],
         )

@@ -11,15 +11,15 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from veneer.serve.jobs.publisher import Publisher
+from veneer.serve.registry import ModelRegistry
 from veneer.serve.store.jobs import JobStore
 from veneer.training.loop.job import Job
 from veneer.training.shared_base import Watcher
 
 KEPT = 3
-"""Checkpoints of a job that can be asked as models; older ones are removed."""
+"""Checkpoints of a job that can be requested as models; older ones are removed."""
 SAVES = 10
-"""Checkpoints of a job that gives no ``save_every``, about."""
+"""About the number of checkpoints of a job that gives no ``save_every``."""
 _COLUMNS = {
     "step": "step",
     "train_loss": "loss",
@@ -34,13 +34,13 @@ class JobWatcher(Watcher):
     """Follows the run of one job."""
 
     def __init__(
-        self, store: JobStore, job_id: str, folder: Path, publisher: Publisher, stopping: Callable[[], bool]
+        self, store: JobStore, job_id: str, folder: Path, registry: ModelRegistry, stopping: Callable[[], bool]
     ) -> None:
         """``folder`` is the folder of the run; ``stopping`` tells whether the job is to stop."""
         self._store = store
         self._id = job_id
         self._models = folder / "models"
-        self._publisher = publisher
+        self._registry = registry
         self._stopping = stopping
         self._metrics: dict[str, float] = {}
         self._every = 1
@@ -69,7 +69,7 @@ class JobWatcher(Watcher):
         else:
             return
         first, since = self._began
-        with self._store.together():
+        with self._store.transaction():
             self._store.add_event(
                 self._id, key, f"Step {step}/{self._steps}: {text}", kind="metrics", data={**self._metrics}
             )
@@ -91,12 +91,12 @@ class JobWatcher(Watcher):
             return
         folder = self._models / f"step-{step}"
         save(folder)
-        self._publisher.publish_checkpoint(job.name, step, folder)
-        with self._store.together():
+        self._registry.publish_checkpoint(job.name, step, folder)
+        with self._store.transaction():
             self._store.add_checkpoint(self._id, step, self._metrics)
             self._store.add_event(self._id, f"checkpoint-{step}", f"Checkpoint created at step {step}")
         for old in self._store.steps_of(self._id)[KEPT:]:
-            self._publisher.withdraw_checkpoint(job.name, old)
+            self._registry.withdraw_checkpoint(job.name, old)
             self._store.forget_checkpoint(self._id, old)
             shutil.rmtree(self._models / f"step-{old}", ignore_errors=True)
 

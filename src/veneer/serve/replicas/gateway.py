@@ -8,8 +8,8 @@ This file does not import Ray.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Collection, Mapping
+from contextlib import suppress
 from typing import Any, Protocol
 
 import orjson
@@ -20,26 +20,20 @@ from prometheus_client.registry import Collector
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from veneer.serve.api.errors import RETRY_AFTER, ApiError, BrokenAnswerError
+from veneer.serve.api.connection import while_connected
+from veneer.serve.api.errors import RETRY_AFTER, ApiError, BrokenAnswerError, ClientGoneError
 from veneer.serve.api.event_stream import data
 
 _ATTEMPTS = 3
 _TRAINING = ("/v1/files", "/v1/fine_tuning")
 _LOAD, _UNLOAD, _METRICS = "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/metrics"
-_PARTS = {
-    "type",
-    "asgi",
-    "http_version",
-    "method",
-    "scheme",
-    "path",
-    "raw_path",
-    "query_string",
-    "headers",
-    "client",
-    "server",
-}
-_PARTS |= {"role", "caller", "request_id"}
+_PARTS = frozenset(
+    (
+        *("type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string", "headers"),
+        *("client", "server", "role", "caller", "request_id"),
+    )
+)
+"""Parts of a request's scope that a replica gets."""
 
 
 class ReplicaLostError(Exception):
@@ -78,20 +72,14 @@ class Gateway:
             text = "replicas unload nothing; take the adapter out of the folder and start the application again"
             raise ApiError(501, text, code="not_implemented")
         body = await _read(receive)
+        if body is None:
+            return
         forwarded = {name: value for name, value in scope.items() if name in _PARTS}
         if path in (_LOAD, _METRICS):
             await (await self._from_each(forwarded, body))(scope, receive, send)
             return
-        passing = asyncio.ensure_future(self._pass_on(forwarded, body, send))
-        gone = asyncio.ensure_future(_disconnected(receive))
-        try:
-            await asyncio.wait({passing, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if passing.done():
-                passing.result()
-        finally:
-            for task in (passing, gone):
-                task.cancel()
-            await asyncio.gather(passing, gone, return_exceptions=True)
+        with suppress(ClientGoneError):
+            await while_connected(receive, self._pass_on(forwarded, body, send))
 
     async def _pass_on(self, scope: Scope, body: bytes, send: Send) -> None:
         adapter = adapter_of(body) if scope["method"] == "POST" else ""
@@ -168,20 +156,16 @@ def _types(message: Message) -> list[tuple[bytes, bytes]]:
     return [(name, value.split(b";")[0]) for name, value in message["headers"] if name == b"content-type"]
 
 
-async def _read(receive: Receive) -> bytes:
+async def _read(receive: Receive) -> bytes | None:
+    """The body of a request; None if the client goes away before it has sent all of it."""
     pieces = []
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
-            return b""
+            return None
         pieces.append(message.get("body", b""))
         if not message.get("more_body", False):
             return b"".join(pieces)
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 async def _lifespan(receive: Receive, send: Send) -> None:

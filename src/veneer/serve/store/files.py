@@ -7,14 +7,14 @@ import os
 import re
 import secrets
 import time
-from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from veneer._files import aside, sync
 from veneer.serve.store.database import Database
 
 _SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+_PIECE = 1 << 20
 _SHOWN = re.compile(r"[^A-Za-z0-9._ -]+")
 
 
@@ -40,9 +40,9 @@ class FileStore:
         suffix = Path(row["filename"]).suffix.lower()
         return self.folder / f"{row['id']}{suffix if suffix in _SUFFIXES else ''}"
 
-    async def receive(
+    def receive(
         self,
-        pieces: AsyncIterator[bytes],
+        content: BinaryIO,
         *,
         filename: str,
         purpose: str,
@@ -50,14 +50,14 @@ class FileStore:
         total_limit: int,
         expires_after: int | None,
     ) -> dict[str, Any]:
-        """Store an upload.
+        """Store an upload. This takes time in proportion to its size; call it off the event loop.
 
         Args:
-            pieces: the content.
+            content: a file with the content, from its beginning.
             filename: the client's name for it, which names no file here.
             purpose: the client's purpose.
-            limit: most bytes of the file.
-            total_limit: most bytes of all files.
+            limit: maximum size of the file in bytes.
+            total_limit: maximum size of all files together in bytes.
             expires_after: seconds until the file is deleted; None keeps it.
 
         Raises:
@@ -65,25 +65,25 @@ class FileStore:
             OSError: the disk is full. Nothing was stored.
         """
         row = _new_row(filename, purpose, expires_after)
-        used = self._database.row("SELECT COALESCE(SUM(bytes), 0) AS used FROM files")
-        left = total_limit - (used or {"used": 0})["used"]
-        digest, size, final = hashlib.sha256(), 0, self.path(row)
-        beside = aside(final)
+        size = content.seek(0, os.SEEK_END)
+        content.seek(0)
+        if size > limit:
+            raise TooLargeError(f"expected at most {limit:,} bytes, found {size:,}")
+        self._check_room(size, total_limit)
+        digest, beside = hashlib.sha256(), aside(self.path(row))
         try:
             with beside.open("xb") as file:
-                async for piece in pieces:
-                    size += len(piece)
-                    if size > limit:
-                        raise TooLargeError(f"expected at most {limit:,} bytes")
-                    if size > left:
-                        raise TooLargeError(f"the server keeps at most {total_limit:,} bytes of files; delete some")
+                while piece := content.read(_PIECE):
                     digest.update(piece)
                     file.write(piece)
-                file.flush()
-                os.fsync(file.fileno())
-            return self._keep({**row, "bytes": size, "sha256": digest.hexdigest()}, beside)
+            return self._keep({**row, "bytes": size, "sha256": digest.hexdigest()}, beside, total_limit)
         finally:
             beside.unlink(missing_ok=True)
+
+    def _check_room(self, size: int, total_limit: int) -> None:
+        (used,) = self._database.rows("SELECT COALESCE(SUM(bytes), 0) AS bytes FROM files")
+        if used["bytes"] + size > total_limit:
+            raise TooLargeError(f"the server keeps at most {total_limit:,} bytes of files; delete some")
 
     def add(self, content: bytes, *, filename: str, purpose: str) -> dict[str, Any]:
         """Store a file that the server made."""
@@ -95,15 +95,24 @@ class FileStore:
         finally:
             beside.unlink(missing_ok=True)
 
-    def _keep(self, row: dict[str, Any], beside: Path) -> dict[str, Any]:
-        """Put a finished file in its place, and then into the table."""
+    def _keep(self, row: dict[str, Any], beside: Path, total_limit: int | None = None) -> dict[str, Any]:
+        """Put a finished file in its place and into the table."""
         sync(beside)
-        beside.replace(self.path(row))
-        sync(self.folder)
+        final = self.path(row)
         keys = ("id", "filename", "purpose", "bytes", "sha256", "created_at", "expires_at")
-        self._database.run(
-            f"INSERT INTO files ({', '.join(keys)}) VALUES ({', '.join('?' * len(keys))})", *(row[key] for key in keys)
-        )
+        try:
+            with self._database.transaction():
+                if total_limit is not None:
+                    self._check_room(row["bytes"], total_limit)  # again: other uploads may have ended in the meantime
+                beside.replace(final)
+                sync(self.folder)
+                self._database.run(
+                    f"INSERT INTO files ({', '.join(keys)}) VALUES ({', '.join('?' * len(keys))})",
+                    *(row[key] for key in keys),
+                )
+        except BaseException:
+            final.unlink(missing_ok=True)
+            raise
         return row
 
     def get(self, file_id: str) -> dict[str, Any] | None:

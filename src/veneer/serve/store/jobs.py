@@ -60,8 +60,8 @@ class JobStore:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def together(self) -> AbstractContextManager[None]:
-        """A context whose changes are committed together."""
+    def transaction(self) -> AbstractContextManager[None]:
+        """See `Database.transaction`."""
         return self._database.transaction()
 
     def repeated(self, creation: Creation) -> tuple[dict[str, Any] | None, bool]:

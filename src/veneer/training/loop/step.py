@@ -13,8 +13,8 @@ those of all its passes at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +26,7 @@ from veneer.adapters.sequence import lengthen, running
 from veneer.data.batch import Batch
 from veneer.kernels.attention.prepended import Prepended
 from veneer.kernels.cross_entropy import linear_cross_entropy, linear_token_losses
+from veneer.kernels.forms import Forms, use_forms
 from veneer.kernels.token_losses import token_losses
 from veneer.models.divided.embedding_output import EmbeddingOutput
 from veneer.models.divided.sharding import Shards
@@ -147,11 +148,19 @@ class Stepper:
         self.runner = runner
         self.bank = bank
         self.routes = dict(routes or {})
-        self.turn = turn
+        self.forms = Forms()
+        """The forms of operations in the passes of this run."""
+        self._turn = turn
         self.shards: Shards | None = None
         """The base's weights, where several processes hold parts of them."""
         self.bottom: EmbeddingOutput | None = None
         """The lower end of every backward pass, where processes need each other in it."""
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Hold the model for one pass, with the forms of this run; others that use the base have theirs in their own turns."""
+        with self._turn(), use_forms(self.forms):
+            yield
 
     def forward_backward(self, batch: Batch, *, between: Callable[[], object] | None = None) -> dict[str, JobLoss]:
         """Add each job's undivided gradient to its adapter's tensors.
@@ -282,9 +291,8 @@ class Stepper:
         fused = self.runner.head() is not None and not self._head_is_adapted(route)
         if fused and not any(job in self.tasks for job in batch.jobs):
             hidden_KD = self.runner.hidden(flat)[index_K]
-            if not len(
-                hidden_KD
-            ):  # all supervised tokens are in other processes, which need the gradients of what they attend to here
+            # All supervised tokens may be in other processes, which need the gradients of what they attend to here.
+            if not len(hidden_KD):
                 return hidden_KD.sum(), TaskLosses(hidden_KD.new_zeros(0), batch.weights[keep], owners_K)
             weight_VD, bias_V = self._head_after_forward()
             total, losses_K = linear_cross_entropy(hidden_KD, weight_VD, bias_V, targets_K, weights_K, all_count=True)

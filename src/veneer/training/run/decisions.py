@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from veneer.config import TrainOptions
-from veneer.kernels.forms import Forms, use_forms
+from veneer.kernels.forms import Forms
 from veneer.models.load import Base
 from veneer.training.planning.gpu_forms import choose_forms
 from veneer.training.planning.packing import choose_packing
@@ -21,15 +21,15 @@ from veneer.training.run.setup import Setup, set_up
 
 def decide(setup: Setup, say: Callable[[str], None]) -> dict[str, Any]:
     """The decisions as the manifest stores them. Raises MemoryPlanError if the run does not fit in memory."""
-    chosen, options = _forms(setup), setup.options
+    options = setup.options
+    chosen = setup.stepper.forms = _forms(setup)
     divided = options.shard == "full" or options.sequence_parallel > 1
     if options.plan and divided:
         say(
             "no plan: it would be that of a process with the whole base and whole texts; give activation_checkpointing if memory is short"
         )
-    with use_forms(chosen):
-        packing = choose_packing(options, setup.stepper, setup.jobs)
-        plan = _plan(setup, packing.tokens, say) if options.plan and not divided else None
+    packing = choose_packing(options, setup.stepper, setup.jobs)
+    plan = _plan(setup, packing.tokens, say) if options.plan and not divided else None
     planned = {} if plan is None else {"plan": plan.as_dict(), "recompute": plan.recompute}
     forms = {} if chosen == Forms() else {"forms": asdict(chosen)}
     return {**packing.as_dict(), **planned, **forms}
@@ -73,7 +73,8 @@ def plan(config: TrainOptions | Mapping[str, Any], *, base: Base | None = None) 
         VeneerError: whatever `train` raises before its first step.
     """
     options = config if isinstance(config, TrainOptions) else TrainOptions(**config)
-    with set_up(options, expand(options), base, lambda line: None) as setup, use_forms(_forms(setup)):
+    with set_up(options, expand(options), base, lambda line: None) as setup:
+        setup.stepper.forms = _forms(setup)
         tokens = choose_packing(options, setup.stepper, setup.jobs).tokens
         planner = Planner(
             options, setup.stepper, setup.jobs, base=setup.base, tokens_per_shared_pass=tokens, thorough=True

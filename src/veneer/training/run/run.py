@@ -16,7 +16,6 @@ from veneer._files import replace_text
 from veneer.config import TrainOptions, given, plain, resolve, to_yaml
 from veneer.data.rows.memory_rows import FOLDER, rows_in, write_rows
 from veneer.errors import CheckpointError, ConfigError, ProcessError, TrainingError
-from veneer.kernels.forms import use_forms
 from veneer.models.divided.sharding import Shards
 from veneer.models.load import Base
 from veneer.training.activation_checkpointing import activation_checkpointing
@@ -238,7 +237,7 @@ def _run(
     if unfinished:  # also if all jobs are paused: a request may resume them
         listener = recorder if processes.alone else SharedListener(processes, jobs, bank, {}, recorder, lent(shards))
         trainer = _trainer(setup, listener, manifest, processes)
-        with _tracked(options, recorder), use_forms(stored_forms(manifest)):
+        with _tracked(options, recorder):
             _train(trainer, recorder, listener, recompute=_recompute(options, manifest))
     result = processes.together(lambda: _result_or_stop(recorder, lent(shards)))
     if result is None:
@@ -256,6 +255,7 @@ def _result_or_stop(recorder: Recorder, lent: Callable[[], AbstractContextManage
 
 
 def _trainer(setup: Setup, listener: Listener, manifest: Manifest, processes: Processes) -> Trainer:
+    setup.stepper.forms = stored_forms(manifest)
     return Trainer(
         setup.stepper,
         setup.jobs,
@@ -285,7 +285,6 @@ def _follow(
         recompute = _recompute(setup.options, manifest)
         with (
             listener.handle_signals(),
-            use_forms(stored_forms(manifest)),
             activation_checkpointing(setup.base.model, recompute),
         ):
             trainer.run()

@@ -6,19 +6,19 @@ import secrets
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
 
+from veneer.serve.api.connection import while_connected
 from veneer.serve.api.context import ApiContext
 from veneer.serve.api.errors import invalid
 from veneer.serve.api.event_stream import DONE, PING, PING_SECONDS, EventStream, data
-from veneer.serve.api.generation import Generation, failure, while_connected
+from veneer.serve.api.generation import Generation, failure
 from veneer.serve.api.parameters import ChatRequest
-from veneer.serve.api.prompts import RenderedPrompt, template_in
+from veneer.serve.api.prompts import RenderedPrompt
 from veneer.serve.api.sampling import choices, each_choice, grammar_of, sampling_params
 from veneer.serve.api.tools import MessageParser, MessagePieces, description_of, forced_call
 from veneer.serve.engine.request import Event, Finished, GenerationRequest, Mix, TextDelta
@@ -26,13 +26,14 @@ from veneer.serve.engine.request import Event, Finished, GenerationRequest, Mix,
 
 @dataclass(frozen=True)
 class ChatPlan:
-    """A checked request: its prompt, the engine's requests, and how its answers are split."""
+    """A checked request: its prompt, the engine's requests, the parameter that their grammar is from, and how its answers are split."""
 
     id: str
     created: int
     model: str
     prompt: RenderedPrompt
     requests: list[GenerationRequest]
+    grammar_param: str
     description: dict[str, Any] | None
     tools: list[dict[str, Any]]
 
@@ -83,9 +84,14 @@ def chat_routes(context: ApiContext) -> APIRouter:
     @router.post("/v1/chat/completions")
     async def chat_completions(request: Request, parameters: ChatRequest) -> Response:
         plan = await run_in_threadpool(plan_chat, context, parameters)
-        generation = Generation(context.engine, plan.requests, seconds=context.limits.request_seconds)
+        generation = Generation(
+            context.engine,
+            plan.requests,
+            seconds=context.limits.request_seconds,
+            params={"prompt": "messages", "grammar": plan.grammar_param, "mix": "adapters"},
+        )
         if parameters.stream:
-            generation.submit()  # refused requests are answered with their status, before the stream begins
+            await generation.submit()  # refused requests are answered with their status, before the stream begins
             usage = parameters.stream_options is not None and parameters.stream_options.include_usage
             role = {"role": "assistant", "content": ""}
             first = [
@@ -98,7 +104,7 @@ def chat_routes(context: ApiContext) -> APIRouter:
                 _stream(context, plan, generation, usage=usage),
                 finish=generation.cancel,
             )
-        return await while_connected(request, _complete(context, plan, generation))
+        return await while_connected(request.receive, _complete(context, plan, generation))
 
     return router
 
@@ -136,6 +142,7 @@ def plan_chat(context: ApiContext, parameters: ChatRequest) -> ChatPlan:
         model=parameters.model,
         prompt=prompt,
         requests=[GenerationRequest("", prompt.ids, mix, one) for one in each_choice(params, count)],
+        grammar_param="response_format" if call is None else "tools",
         description=description,
         tools=[tool.model_dump(exclude_none=True) for tool in tools],
     )
@@ -147,11 +154,7 @@ def adapter_template(context: ApiContext, mix: Mix) -> str | None:
     Raises:
         ApiError: they were trained with different ones.
     """
-    found = {
-        template_in(Path(status.path))
-        for status in context.engine.adapters()
-        if status.name in dict(mix) and status.path
-    }
+    found = {status.template for status in context.engine.adapters() if status.name in dict(mix)}
     if len(found) > 1:
         raise invalid(
             "adapters: they were trained with different chat templates; use /v1/completions for this mix", "adapters"
@@ -162,10 +165,10 @@ def adapter_template(context: ApiContext, mix: Mix) -> str | None:
 def _check_combinations(context: ApiContext, parameters: ChatRequest) -> None:
     """Raise ApiError for parameters that do not go together or are beyond the limits."""
     limits = context.limits
-    if len(parameters.messages) > limits.messages:
-        raise invalid(f"messages: expected at most {limits.messages}, found {len(parameters.messages)}", "messages")
-    if len(parameters.tools or ()) > limits.tools:
-        raise invalid(f"tools: expected at most {limits.tools}, found {len(parameters.tools or ())}", "tools")
+    if len(parameters.messages) > limits.max_messages:
+        raise invalid(f"messages: expected at most {limits.max_messages}, found {len(parameters.messages)}", "messages")
+    if len(parameters.tools or ()) > limits.max_tools:
+        raise invalid(f"tools: expected at most {limits.max_tools}, found {len(parameters.tools or ())}", "tools")
     if parameters.tool_choice not in (None, "none") and not parameters.tools:
         raise invalid("tool_choice: there are no tools", "tool_choice")
     if parameters.top_logprobs is not None and not parameters.logprobs:
@@ -180,7 +183,7 @@ def _check_combinations(context: ApiContext, parameters: ChatRequest) -> None:
 
 async def _complete(context: ApiContext, plan: ChatPlan, generation: Generation) -> Response:
     try:
-        generation.submit()
+        await generation.submit()
         found = [ChatChoice(plan.parser()) for _ in plan.requests]
         async for numbered in generation.events():
             if numbered is not None:

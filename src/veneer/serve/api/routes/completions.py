@@ -12,10 +12,11 @@ from fastapi import APIRouter, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
 
+from veneer.serve.api.connection import while_connected
 from veneer.serve.api.context import ApiContext
 from veneer.serve.api.errors import invalid
 from veneer.serve.api.event_stream import DONE, PING, PING_SECONDS, EventStream, data
-from veneer.serve.api.generation import Generation, failure, while_connected
+from veneer.serve.api.generation import Generation, failure
 from veneer.serve.api.parameters import CompletionRequest
 from veneer.serve.api.sampling import choices, each_choice, sampling_params
 from veneer.serve.api.token_names import finite
@@ -83,12 +84,17 @@ def completion_routes(context: ApiContext) -> APIRouter:
     @router.post("/v1/completions")
     async def completions(request: Request, parameters: CompletionRequest) -> Response:
         plan = await run_in_threadpool(_plan, context, parameters)
-        generation = Generation(context.engine, plan.requests, seconds=context.limits.request_seconds)
+        generation = Generation(
+            context.engine,
+            plan.requests,
+            seconds=context.limits.request_seconds,
+            params={"prompt": "prompt", "mix": "adapters"},
+        )
         if parameters.stream:
-            generation.submit()  # refused requests are answered with their status, before the stream begins
+            await generation.submit()  # refused requests are answered with their status, before the stream begins
             usage = parameters.stream_options is not None and parameters.stream_options.include_usage
             return EventStream(request, PING, _stream(context, plan, generation, usage=usage), finish=generation.cancel)
-        return await while_connected(request, _complete(context, plan, generation))
+        return await while_connected(request.receive, _complete(context, plan, generation))
 
     return router
 
@@ -135,10 +141,10 @@ def prompt_ids(context: ApiContext, given: str | Sequence[Any], param: str) -> l
     single = isinstance(given, str) or (len(given) > 0 and isinstance(given[0], int))
     prompts: list[Any] = [given] if single else list(given)
     limits, vocabulary = context.limits, context.engine.vocabulary
-    if not 1 <= len(prompts) <= limits.prompts:
-        raise invalid(f"{param}: expected 1 to {limits.prompts} prompts, found {len(prompts)}", param)
-    if sum(map(len, prompts)) > limits.prompt_characters:
-        raise invalid(f"{param}: expected at most {limits.prompt_characters:,} characters or tokens", param)
+    if not 1 <= len(prompts) <= limits.max_prompts:
+        raise invalid(f"{param}: expected 1 to {limits.max_prompts} prompts, found {len(prompts)}", param)
+    if sum(map(len, prompts)) > limits.max_prompt_characters:
+        raise invalid(f"{param}: expected at most {limits.max_prompt_characters:,} characters or tokens", param)
     found = []
     for prompt in prompts:
         ids = context.prompts.text(prompt) if isinstance(prompt, str) else tuple(prompt)
@@ -153,7 +159,7 @@ def prompt_ids(context: ApiContext, given: str | Sequence[Any], param: str) -> l
 
 async def _complete(context: ApiContext, plan: CompletionPlan, generation: Generation) -> Response:
     try:
-        generation.submit()
+        await generation.submit()
         found = [_begun(context, plan, number) for number in range(len(plan.requests))]
         async for numbered in generation.events():
             if numbered is not None:
@@ -225,7 +231,6 @@ def _take(
         context.metrics.finished(event)
         if (error := failure(event)) is not None:
             raise error
-        if (
-            plan.logprobs and event.logprob is not None
-        ):  # as other servers do: evaluation programs count on a token a step
+        # As other servers do: evaluation programs count on a token a step.
+        if plan.logprobs and event.logprob is not None:
             choice.add_token(context, event.logprob.token, event.logprob)

@@ -11,9 +11,10 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
 
 from veneer.errors import ServeError
+from veneer.serve.api.connection import while_connected
 from veneer.serve.api.context import ApiContext
 from veneer.serve.api.errors import invalid
-from veneer.serve.api.generation import Generation, failure, while_connected
+from veneer.serve.api.generation import Generation, failure
 from veneer.serve.api.parameters import EmbeddingRequest
 from veneer.serve.api.routes.completions import prompt_ids
 from veneer.serve.engine.request import Finished, GenerationRequest, SamplingParams
@@ -29,11 +30,16 @@ def embedding_routes(context: ApiContext) -> APIRouter:
             raise invalid(
                 "dimensions: the length of embeddings cannot be chosen", "dimensions", "unsupported_parameter"
             )
-        mix = context.mix_of(parameters.model, parameters.adapters)
+        mix = await run_in_threadpool(context.mix_of, parameters.model, parameters.adapters)
         prompts = await run_in_threadpool(prompt_ids, context, parameters.input, "input")
         asked = [GenerationRequest("", ids, mix, SamplingParams(max_tokens=0), embed=True) for ids in prompts]
-        generation = Generation(context.engine, asked, seconds=context.limits.request_seconds)
-        vectors = await while_connected(request, _vectors(context, generation))
+        generation = Generation(
+            context.engine,
+            asked,
+            seconds=context.limits.request_seconds,
+            params={"prompt": "input", "mix": "adapters"},
+        )
+        vectors = await while_connected(request.receive, _vectors(context, generation))
         entries = [
             {"object": "embedding", "index": i, "embedding": _encoded(vector, parameters.encoding_format)}
             for i, vector in enumerate(vectors)
@@ -47,7 +53,7 @@ def embedding_routes(context: ApiContext) -> APIRouter:
 
 async def _vectors(context: ApiContext, generation: Generation) -> list[tuple[float, ...]]:
     try:
-        generation.submit()
+        await generation.submit()
         async for numbered in generation.events():
             if numbered is not None and isinstance(numbered[1], Finished):
                 context.metrics.finished(numbered[1])

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse, Response
+from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException
 
@@ -18,7 +18,6 @@ from veneer.serve.store.files import TooLargeError
 
 PURPOSES = ("fine-tune",)
 _FIELDS = ("file", "purpose", "expires_after[anchor]", "expires_after[seconds]")
-_PIECE = 1 << 20
 
 
 def file_routes(context: ApiContext) -> APIRouter:
@@ -79,18 +78,15 @@ async def _received(context: ApiContext, form: FormData) -> dict[str, Any]:
     if purpose not in PURPOSES:
         raise invalid(f"purpose: expected {', '.join(PURPOSES)}", "purpose")
 
-    async def pieces() -> AsyncIterator[bytes]:
-        while piece := await upload.read(_PIECE):
-            yield piece
-
     limits = context.limits
     try:
-        return await context.files.receive(
-            pieces(),
+        return await run_in_threadpool(
+            context.files.receive,
+            upload.file,
             filename=upload.filename or "file",
             purpose=str(purpose),
-            limit=limits.file_bytes,
-            total_limit=limits.files_bytes,
+            limit=limits.max_file_bytes,
+            total_limit=limits.max_files_bytes,
             expires_after=_expires(form),
         )
     except TooLargeError as error:

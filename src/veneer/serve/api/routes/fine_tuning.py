@@ -103,7 +103,7 @@ def _create(context: ApiContext, request: Request, parameters: JobRequest) -> di
     if known is not None:
         return known
     waiting = len(context.jobs.with_status("validating_files", "queued", "running", "paused"))
-    if waiting >= context.limits.jobs:
+    if waiting >= context.limits.max_jobs:
         raise ApiError(429, f"there are {waiting} jobs already", code="too_many_jobs", headers={"retry-after": "60"})
     checked = _check(context, parameters, given)
     job = context.jobs.create(

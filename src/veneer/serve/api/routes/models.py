@@ -6,7 +6,7 @@ from typing import Any
 
 from fastapi import APIRouter, Depends
 
-from veneer.errors import EngineBusyError, ServeError, VeneerError
+from veneer.errors import ServeError, VeneerError
 from veneer.serve.api.context import ApiContext, require_admin
 from veneer.serve.api.errors import ApiError, invalid
 from veneer.serve.api.parameters import AdapterRequest
@@ -40,7 +40,7 @@ def model_routes(context: ApiContext) -> APIRouter:
     def load_adapter(parameters: AdapterRequest) -> dict[str, Any]:
         try:
             registry.load(parameters.lora_name)
-        except (UnknownModelError, EngineBusyError):
+        except UnknownModelError:
             raise
         except VeneerError as error:
             raise invalid(str(error), "lora_name", "adapter_not_loadable") from None

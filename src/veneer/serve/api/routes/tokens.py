@@ -22,8 +22,8 @@ def token_routes(context: ApiContext) -> APIRouter:
     def tokenize(parameters: TokenizeRequest) -> dict[str, Any]:
         if (parameters.prompt is None) == (parameters.messages is None):
             raise invalid("prompt or messages: give one of them", "prompt")
-        if len(parameters.prompt or "") > context.limits.prompt_characters:
-            raise invalid(f"prompt: expected at most {context.limits.prompt_characters:,} characters", "prompt")
+        if len(parameters.prompt or "") > context.limits.max_prompt_characters:
+            raise invalid(f"prompt: expected at most {context.limits.max_prompt_characters:,} characters", "prompt")
         mix = context.registry.mix_of(parameters.model) if parameters.model is not None else ()
         if parameters.messages is not None:
             template = adapter_template(context, mix)
