@@ -25,13 +25,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from veneer import DoRA, LoRA
 from veneer.adapters.runtime.grouping import by_rank
 from veneer.adapters.runtime.plan import Assignment
-from veneer.checkpoints import PeftFolders, attach
+from veneer.checkpoints import attach
 from veneer.data.chat.named_templates import NAMED_TEMPLATES
 from veneer.errors import AdapterError
-from veneer.serve.api.metrics import MOST_LABELS, ServeMetrics
+from veneer.serve.api.metrics import MAX_LABELS, ServeMetrics
 from veneer.serve.api.parameters import ChatMessage
 from veneer.serve.api.prompts import PromptRenderer
-from veneer.serve.engine.adapters import AdapterLimits, AdapterStore, template_in
+from veneer.serve.engine.adapters import AdapterLimits, AdapterStore
 from veneer.serve.engine.engine import Engine, EngineLimits
 from veneer.serve.engine.request import Finished, GenerationRequest, Mix, SamplingParams
 from veneer.serve.engine.scheduler import SchedulerLimits
@@ -368,10 +368,10 @@ def test_14_metrics_do_not_say_which_adapters_are_resident(paths: list[Path]) ->
     assert resident == {f'veneer:adapter_resident{{adapter="a{i}"}} {float(i in (1, 2))}' for i in range(4)}
     assert 'veneer:generation_tokens_total{adapter="a2"} 3.0' in lines
     assert 'veneer:lora_requests_waiting{adapter="a3"} 1.0' in lines
-    for number in range(MOST_LABELS + 20):
+    for number in range(MAX_LABELS + 20):
         made.load_adapter(f"n{number}", paths[0])
     text = metrics.text().decode()
-    assert text.count("veneer:adapter_resident{") == MOST_LABELS + 1 and 'adapter_resident{adapter="other"}' in text
+    assert text.count("veneer:adapter_resident{") == MAX_LABELS + 1 and 'adapter_resident{adapter="other"}' in text
 
 
 @pytest.mark.parametrize("method", [LoRA(r=4), DoRA(r=4), LoRA(r=4, lora_alpha=48, use_rslora=True)])
@@ -416,10 +416,10 @@ def test_17_a_saved_template_loses_its_generation_prompt(tmp_path: Path) -> None
     source = attach(tiny("llama"))
     source.add("x", LoRA(r=2))
     source.save("x", tmp_path / "x", template=NAMED_TEMPLATES["chatml-tools"])
-    assert PeftFolders().find(tmp_path / "x")
+    made = engine()
+    template = made.load_adapter("x", tmp_path / "x").template
     renderer = PromptRenderer(tiny_tokenizer(), ServeLimits())
     messages = [ChatMessage(role="user", content="Weather?")]
-    template = template_in(tmp_path / "x")
     assert template is not None
     text = renderer.chat(messages, template=template).text
     assert text.startswith("<|im_start|>user\nWeather?") and text.endswith("<|im_start|>assistant\n")

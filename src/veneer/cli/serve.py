@@ -95,14 +95,14 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
         type=at_least(1),
         default=64,
         metavar="N",
-        help="adapters that are kept beside the base's layers, beyond those in use (default: 64)",
+        help="adapters kept on the device, in addition to those in use (default: 64)",
     )
     parser.add_argument(
         "--adapters-in-memory",
         type=at_least(1),
         default=256,
         metavar="N",
-        help="adapters that are kept in memory; others are read again when they are asked for (default: 256)",
+        help="adapters kept in memory; others are read again when a request names them (default: 256)",
     )
     parser.add_argument(
         "--max-waiting", type=at_least(1), default=10_000, metavar="N", help="requests that may wait (default: 10000)"

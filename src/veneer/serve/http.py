@@ -20,9 +20,9 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from veneer.errors import ConfigError
 from veneer.serve.limits import ServeLimits
 
-MOST_CONNECTIONS = 8192
+MAX_CONNECTIONS = 8192
 _SEND_BYTES = 128 << 10
-"""Bytes that the system keeps for a client which does not read; by itself it keeps megabytes for each."""
+"""Bytes that the system buffers for a client that does not read; its default is megabytes for each."""
 _HEADER_BYTES = 64 << 10
 _QUIET = ("Exception in ASGI application", "ASGI callable returned without completing response", "Invalid HTTP request")
 """Messages of uvicorn about connections that are cut on purpose, or by a client."""
@@ -39,7 +39,7 @@ def timed_protocol(limits: ServeLimits) -> type[H11Protocol]:
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
-            if len(self.connections) > MOST_CONNECTIONS:
+            if len(self.connections) > MAX_CONNECTIONS:
                 transport.abort()
                 return
             self._wait_for_headers()

@@ -28,7 +28,7 @@ class Keys:
     source: str
 
     def role(self, key: str) -> Role | None:
-        """The role of a key, in a time that does not depend on the key; None if it is no key of this server."""
+        """The role of a key, in a time that does not depend on the key; None if it is not a key of this server."""
         given = _hashed(key)
         admin, user = hmac.compare_digest(given, self.admin), hmac.compare_digest(given, self.user)
         return "admin" if admin else "user" if user else None

@@ -97,7 +97,7 @@ def read_trace(file: Path) -> list[TraceStep]:
         names.update([step.request] if step.request is not None else [])
         steps.append(step)
     if not steps and not problems:
-        problems = ["it has no lines"]
+        problems = ["expected at least one line, found none"]
     if problems:
         more = f" and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise ConfigError(f"{file}: {'; '.join(problems[:_SHOWN])}{more}")

@@ -9,7 +9,7 @@ import pytest
 from tests.serve.engine.traces import answer, engine, folders, tokens
 
 from veneer.checkpoints.peft.read import TEMPLATE
-from veneer.errors import DataError, ServeError
+from veneer.errors import CheckpointError, ServeError
 from veneer.serve.engine import answer as answer_module
 from veneer.serve.engine import engine as engine_module
 from veneer.serve.engine.engine import Engine
@@ -92,18 +92,18 @@ def test_an_adapter_that_does_not_fit_into_memory_is_tried_again(
     assert answer(made, greedy("r", (("a", 1.0),))) == expected
 
 
-def test_an_adapter_with_a_damaged_chat_template_is_refused(tmp_path: Path) -> None:
-    """An adapter whose template cannot be read is not loaded, so that it never answers under the base's template."""
+def test_an_adapter_never_answers_under_another_chat_template(tmp_path: Path) -> None:
+    """An adapter keeps the template that it was loaded with, whatever becomes of the file; one that cannot be read is refused."""
     made = engine()
     (path,) = folders(tmp_path, 1)
     (path / TEMPLATE).write_bytes(b"\xff")
-    with pytest.raises(DataError, match=TEMPLATE):
+    with pytest.raises(CheckpointError, match=TEMPLATE):
         made.load_adapter("a", path)
-    (path / TEMPLATE).write_bytes(b"{{ 1 }}")
-    assert made.load_adapter("a", path).template == "{{ 1 }}"
-    (path / TEMPLATE).write_bytes(b"{{ 2 }}")
-    made.load_adapter("a", path)
-    assert [one.template for one in made.adapters()] == ["{{ 2 }}"]
+    for text in ("{{ 1 }}", "{{ 2 }}"):
+        (path / TEMPLATE).write_text(text, encoding="utf-8")
+        made.load_adapter("a", path)
+        (path / TEMPLATE).write_bytes(b"\xff")
+        assert [one.template for one in made.adapters()] == [text]
 
 
 def test_a_step_that_fails_does_not_give_tokens_to_a_models_cache_twice(monkeypatch: pytest.MonkeyPatch) -> None:

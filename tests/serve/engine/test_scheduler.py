@@ -34,7 +34,7 @@ def run(scheduler: Scheduler, chunks: list[Chunk]) -> list[Sequence]:
         scheduler.computed(chunk)
         if last:
             one.tokens.append(7)
-            if len(one.tokens) == one.most:
+            if len(one.tokens) == one.max_length:
                 scheduler.remove(one)
                 ended.append(one)
     return ended
@@ -189,7 +189,7 @@ def test_random_traces_end_and_give_everything_back() -> None:
             assert len({c.sequence.id for c in plan}) == len(plan) and len(scheduler.running) <= 6
             assert sum(c.count for c in plan) <= 16 and all(c.start == c.sequence.computed for c in plan)
             for one in run(scheduler, plan):
-                assert len(one.tokens) == one.most
+                assert len(one.tokens) == one.max_length
                 live.remove(one)
                 ended += 1
             if live and draw.random() < 0.02:

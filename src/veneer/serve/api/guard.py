@@ -118,8 +118,8 @@ class Guard:
             )
         scope["role"], scope["caller"] = role, self._keys.caller(key.strip())
         length = _single(scope, b"content-length") or "0"
-        if not length.isdecimal() or int(length) > self._most(scope):
-            raise _too_large(self._most(scope))
+        if not length.isdecimal() or int(length) > self._max_bytes(scope):
+            raise _too_large(self._max_bytes(scope))
         if _single(scope, b"content-encoding") not in (None, "identity"):
             raise ApiError(415, "compressed bodies are not accepted", code="unsupported_encoding")
 
@@ -134,14 +134,14 @@ class Guard:
             return False
         return True
 
-    def _most(self, scope: Scope) -> int:
-        """Most bytes of the body of a request; an upload has some for the form around the file."""
+    def _max_bytes(self, scope: Scope) -> int:
+        """Maximum size of the body of a request; an upload has some bytes for the form around the file."""
         uploads = scope["path"] in UPLOADS and scope["method"] == "POST"
         return self._limits.max_file_bytes + (1 << 16) if uploads else self._limits.max_body_bytes
 
     def _limited(self, scope: Scope, receive: Receive) -> Receive:
         """Receive at most so many bytes, and wait for each part only so long."""
-        most, total, whole = self._most(scope), 0, False
+        most, total, whole = self._max_bytes(scope), 0, False
 
         async def limited() -> Message:
             nonlocal total, whole

@@ -1,6 +1,6 @@
 """Metrics for Prometheus: vLLM's names with the prefix ``veneer``.
 
-Adapters are named by labels; beyond `MOST_LABELS` of them, the rest is counted as "other", so that a metric stays small.
+Adapters are named by labels; beyond `MAX_LABELS` of them, the rest is counted as "other", so that a metric stays small.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from prometheus_client.registry import Collector
 from veneer.serve.engine.engine import Engine
 from veneer.serve.engine.request import Finished
 
-MOST_LABELS = 100
+MAX_LABELS = 100
 _SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 
 
@@ -77,8 +77,8 @@ class _EngineCollector(Collector):
             ("engine_steps", "Steps of the engine", found.steps),
             ("prefix_cache_hit_tokens", "Prompt tokens that were not computed again", found.cached_tokens),
             ("num_preemptions", "Requests that were stopped to be computed again", found.preemptions),
-            ("adapter_loads", "Adapters that were put beside the layers", found.adapter_loads),
-            ("adapter_evictions", "Adapters that were taken from there", found.adapter_evictions),
+            ("adapter_loads", "Adapters that were read into memory", found.adapter_loads),
+            ("adapter_evictions", "Adapters that left the bank or memory for others", found.adapter_evictions),
             ("engine_busy_seconds", "Seconds in steps", found.busy_seconds),
         ):
             yield CounterMetricFamily(f"veneer:{name}", text, count)
@@ -107,8 +107,8 @@ def _by_adapter(family: Any, name: str, text: str, counts: Mapping[str, float]) 
     """A family with a label for each adapter, the largest counts first; the base's is "base"."""
     made = family(f"veneer:{name}", text, labels=["adapter"])
     ordered = sorted(counts.items(), key=lambda entry: -entry[1])
-    for adapter, count in ordered[:MOST_LABELS]:
+    for adapter, count in ordered[:MAX_LABELS]:
         made.add_metric([adapter or "base"], count)
-    if ordered[MOST_LABELS:]:
-        made.add_metric(["other"], sum(count for _, count in ordered[MOST_LABELS:]))
+    if ordered[MAX_LABELS:]:
+        made.add_metric(["other"], sum(count for _, count in ordered[MAX_LABELS:]))
     return made

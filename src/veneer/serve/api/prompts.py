@@ -1,7 +1,7 @@
 """Prompts of requests as token ids.
 
-Text of a client stays text: a control string in a message or a prompt is encoded as ordinary tokens, as in training. Who wants control
-tokens sends token ids, which /v1/tokenize gives for a conversation.
+Text of a client stays text: a control string in a message or a prompt is encoded as ordinary tokens, as in training. To send control
+tokens, send token ids; /v1/tokenize gives those of a conversation.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from veneer.serve.api.parameters import ChatMessage, Tool
 from veneer.serve.api.time_limit import within
 from veneer.serve.limits import ServeLimits
 
-_MOST_TEMPLATES = 64
+_MAX_TEMPLATES = 64
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class PromptRenderer:
             return self._base
         with self._lock:
             if template not in self._by_template:
-                if len(self._by_template) >= _MOST_TEMPLATES:
+                if len(self._by_template) >= _MAX_TEMPLATES:
                     self._by_template.pop(next(iter(self._by_template)))
                 self._by_template[template] = Renderer(self.tokenizer, RenderOptions(chat_template=template))
             return self._by_template[template]

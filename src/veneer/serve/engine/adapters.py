@@ -23,9 +23,7 @@ from veneer.adapters import Bank
 from veneer.adapters.adapter import Adapter, check_name
 from veneer.checkpoints import PeftFolders
 from veneer.checkpoints.locate import head_refusal
-from veneer.checkpoints.peft.read import TEMPLATE
 from veneer.checkpoints.receipt import stop_tokens
-from veneer.data.chat.template import read_template
 from veneer.errors import AdapterError, VeneerError
 from veneer.serve.engine.request import AdapterStatus, GenerationRequest, Mix
 
@@ -104,9 +102,8 @@ class AdapterStore:
     def load(self, name: str, path: Path, *, pinned: bool) -> AdapterStatus:
         """Read and check a folder in this thread, and let the name stand for it."""
         check_name(name)
-        adapter, folder = self._read(name, path)
-        one = self._version(name, path, adapter)
-        one.pinned, one.template = pinned, template_in(folder)
+        one = self._version(name, path, self._read(name, path))
+        one.pinned = pinned
         with self._lock:
             old = self._current.get(name)
             if old is not None and old.version == one.version:
@@ -182,12 +179,12 @@ class AdapterStore:
             rank=max((adapter.rank(site) for site in adapter.tensors), default=0),
             method=adapter.method.label,
             stops=stop_tokens(adapter),
+            template=adapter.meta.get("template"),
             trained=any(p.requires_grad for p in adapter.parameters()),
             prepared=None if self.prepare is None else self.prepare(adapter),
         )
 
-    def _read(self, name: str, path: Path) -> tuple[Adapter, Path]:
-        """The adapter that a path means, and its folder."""
+    def _read(self, name: str, path: Path) -> Adapter:
         if self.bank is None:
             raise AdapterError("this engine has no bank, so it takes no adapters; attach one to its base")
         folders = PeftFolders()
@@ -197,7 +194,7 @@ class AdapterStore:
         adapter = folders.read(folder, name, self.bank)
         self.bank.check_fit(adapter)
         _check_servable(adapter)
-        return adapter.requires_grad_(False), folder
+        return adapter.requires_grad_(False)
 
     # From the engine's thread
 
@@ -215,8 +212,8 @@ class AdapterStore:
                     raise one.failure
                 one.used = next(self._clock)
                 if one.adapter is None and not one.loading:
-                    one.loading = True
                     threading.Thread(target=self._reread, args=(one,), daemon=True).start()
+                    one.loading = True  # once there is a thread that ends it
             if any(one.adapter is None for one in versions):
                 return False
             for one in versions:
@@ -278,7 +275,7 @@ class AdapterStore:
         prepared: Any = None
         try:
             assert one.path is not None
-            adapter, _ = self._read(one.name, one.path)
+            adapter = self._read(one.name, one.path)
             prepared = None if self.prepare is None else self.prepare(adapter)
             if content_hash(adapter) != one.version:
                 failure = AdapterError(
@@ -306,16 +303,6 @@ def content_hash(adapter: Adapter) -> str:
     for site in sorted(adapter.tensors):
         digest.update(f"{site} {adapter.scale(site)!r}\n".encode())
     return digest.hexdigest()
-
-
-def template_in(folder: Path) -> str | None:
-    """The chat template in an adapter's folder; None where it was trained with the base's.
-
-    Raises:
-        DataError: the template cannot be read.
-    """
-    file = folder / TEMPLATE
-    return read_template(file) if file.is_file() else None
 
 
 def _check_servable(adapter: Adapter) -> None:

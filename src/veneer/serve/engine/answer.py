@@ -66,12 +66,12 @@ def next_token(sequence: Sequence, chosen: Chosen) -> Ending | None:
     assert sequence.text is not None
     shown = () if ended is not None and ended.stopped_by is not None else (token,)
     added = sequence.text.add(token) if shown else ""
-    if ended is not None or len(sequence.tokens) >= sequence.most:
+    if ended is not None or len(sequence.tokens) >= sequence.max_length:
         added += sequence.text.end()
     text, stop = sequence.stops.add(added)
     if stop is not None:
         ended = Ending("stop", stop)
-    elif ended is None and len(sequence.tokens) >= sequence.most:
+    elif ended is None and len(sequence.tokens) >= sequence.max_length:
         ended = Ending("length")
     if ended is not None and stop is None:
         text += sequence.stops.end()

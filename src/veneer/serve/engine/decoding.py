@@ -124,7 +124,7 @@ def fastest_runner(
     """
     known = record.read() if record is not None and pays() else {}
     if known.get("runner") == DecodingRunner.__name__:
-        with suppress(Exception):  # a record that does not fit is no record
+        with suppress(Exception):  # a record that does not fit is ignored
             return _from_record(model, bank, cache, positions, known)
     reference = Reference(model, bank, cache, vocabulary)
     runner = choose_runner(model, bank, cache, reference)

@@ -62,12 +62,12 @@ class EngineLimits:
     """Limits of an engine.
 
     Attributes:
-        context: most tokens of prompt and answer; None takes the model's.
+        context: maximum tokens of prompt and answer together; None takes the model's.
         cache_tokens: tokens whose keys and values are kept; None takes four contexts, at most 32,768.
         block: tokens of a cache block.
-        waiting: requests that may wait.
-        scheduler, adapters: see there.
-        background_share: part of the time that `Engine.exclusive` may take while requests run.
+        waiting: maximum requests that wait.
+        scheduler, adapters: limits of the scheduler and of the adapters that are kept.
+        background_share: maximum part of the time that `Engine.exclusive` takes while requests run.
     """
 
     context: int | None = None
@@ -154,7 +154,7 @@ class Engine:
 
     @property
     def context_length(self) -> int:
-        """Most tokens that prompt and answer may have together."""
+        """Maximum tokens of prompt and answer together."""
         return self._context
 
     @property
@@ -312,7 +312,7 @@ class Engine:
         with self._ended_by_errors(sequence):
             if sequence.request.embed:
                 sequence.embedding = self._embed(sequence)
-            if sequence.most == sequence.prompt_length and sequence.sampling.prompt_logprobs is None:
+            if sequence.max_length == sequence.prompt_length and sequence.sampling.prompt_logprobs is None:
                 self._end(sequence, Ending("length"))
             else:
                 self._scheduler.add(sequence)
@@ -360,7 +360,7 @@ class Engine:
                 if scores_prompt(chunk):
                     prompt_scores(chunk, logits_KV[end - count : end])
                 self._scheduler.computed(chunk)
-                if chunk.last and sequence.most == sequence.prompt_length:
+                if chunk.last and sequence.max_length == sequence.prompt_length:
                     self._end(sequence, Ending("length"))
                 elif chunk.last:
                     ready.append(sequence)

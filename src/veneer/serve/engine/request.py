@@ -42,7 +42,7 @@ class SamplingParams:
     """The choice of each next token, and the end of the text.
 
     Attributes:
-        max_tokens: most tokens to generate; None means up to the end of the context. 0 generates nothing and scores the prompt.
+        max_tokens: maximum tokens to generate; None means up to the end of the context. 0 generates nothing and scores the prompt.
         temperature: 0 decodes greedily.
         top_p, top_k, min_p: sample from the most likely tokens only; 1, 0 and 0 leave all.
         presence_penalty, frequency_penalty: subtracted from the logits of tokens that were generated, once and per occurrence.
@@ -145,7 +145,9 @@ class GenerationRequest:
         if not all(0 <= token < vocabulary for token in self.prompt):
             raise ConfigError(f"prompt: expected tokens from 0 to {vocabulary - 1}")
         if size + (self.sampling.max_tokens != 0) > context:
-            raise ConfigError(f"prompt: it has {size} tokens, and the context length is {context} tokens; shorten it")
+            raise ConfigError(
+                f"prompt: it has {size} tokens, and the context length is {context} tokens, answer included; shorten it"
+            )
         names = [name for name, _ in self.mix]
         for name in names:
             if names.count(name) > 1:

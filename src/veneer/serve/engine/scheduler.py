@@ -58,7 +58,7 @@ class Scheduler:
 
     Args:
         pool: the cache's blocks.
-        limits: see there.
+        limits: limits of a step and of what runs.
         acquire: brings a sequence's adapters to where they can run and holds them; False if they cannot be there yet.
         release: gives them up.
         paged: False where the model keeps keys and values itself: then a prompt is computed in one piece and no prefix is reused.
@@ -224,7 +224,7 @@ class Scheduler:
             return "later"
         known = sequence.tokens[:-1] if sequence.reuses and self.paged else []
         blocks, digests = self.pool.match(sequence.root, known)
-        ahead = min(self.limits.reserve, max(1, sequence.most - len(sequence.tokens)))
+        ahead = min(self.limits.reserve, max(1, sequence.max_length - len(sequence.tokens)))
         needed = self.pool.blocks_for(len(sequence.tokens)) - len(blocks)
         if self.pool.free < self.pool.blocks_for(len(sequence.tokens) + ahead) - len(blocks):
             self.pool.release(blocks)

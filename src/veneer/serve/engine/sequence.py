@@ -30,7 +30,7 @@ class Sequence:
         mix: its adapters under the names that the bank has for their versions, with their weights.
         adapters: what the adapter store holds for it.
         root: digest that its first block follows.
-        most: number of tokens of prompt and answer, at most.
+        max_length: maximum tokens of prompt and answer.
         emit: takes its events.
         text, stops, grammar: where its text stands.
         ends: the tokens that end it.
@@ -46,7 +46,7 @@ class Sequence:
     mix: Mix
     adapters: tuple[Any, ...]
     root: Digest
-    most: int
+    max_length: int
     emit: Callable[[Event], None]
     text: TokenText | None
     stops: StopStrings

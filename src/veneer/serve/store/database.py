@@ -127,7 +127,7 @@ class Database:
             table: the table.
             where, values: a condition with its values.
             after: id of the row before the page; None begins at the start.
-            limit: most rows of a page.
+            limit: maximum rows of a page.
             ascending: oldest rows first.
 
         Returns:

@@ -174,7 +174,7 @@ class JobStore:
         return self._database.page("jobs", where=where, values=tuple(values), ascending=False, **page)
 
     def move(self, job_id: str, status: str, message: str, *, level: str = "info", **columns: Any) -> bool:
-        """Change a job's status with an event, and set other columns; returns False if this one is not reached from where it is."""
+        """Change a job's status with an event, and set other columns; returns False if its present status does not allow it."""
         allowed = _FROM[status]
         columns = {"status": status, **columns}
         if status in OVER:
@@ -209,7 +209,7 @@ class JobStore:
         kind: str = "message",
         data: Mapping[str, Any] | None = None,
     ) -> None:
-        """Record an event, unless the job has one with this key already; None is a key that nothing else has."""
+        """Record an event, unless the job has one with this key already; without a key it is always recorded."""
         with self._database.transaction():
             if key is not None and self._database.row("SELECT 1 FROM events WHERE job = ? AND key = ?", job_id, key):
                 return
