@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import io
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -22,9 +22,20 @@ def modules(folder: Path = PACKAGE) -> list[Path]:
 
 
 @cache
+def text(path: Path) -> str:
+    """The content of a file."""
+    return path.read_text(encoding="utf-8")
+
+
+@cache
 def tree(path: Path) -> ast.Module:
     """The syntax tree of a file."""
-    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+    return ast.parse(text(path), str(path))
+
+
+def failing(paths: Iterable[Path], check: Callable[[Path], object]) -> dict[str, object]:
+    """{file: what a check found} of the files in which it finds anything; one test over all files costs less than one for each."""
+    return {str(path.relative_to(ROOT)): found for path in paths if (found := check(path))}
 
 
 def dotted(path: Path) -> str:

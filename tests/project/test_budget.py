@@ -5,8 +5,7 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
-import pytest
-from tests.project.source import ROOT, TESTS, dotted, modules, tree
+from tests.project.source import TESTS, failing, modules, text, tree
 
 FILE_LINES = 500
 FUNCTION_LINES = 60
@@ -28,27 +27,32 @@ def length(node: Function) -> int:
     return lines
 
 
-@pytest.mark.parametrize("path", modules(), ids=lambda path: dotted(path))
-def test_files_and_functions_are_short(path: Path) -> None:
+def too_long(path: Path, most: int) -> list[str]:
+    """The file, if it has too many lines."""
+    lines = text(path).count("\n")
+    return [f"{lines} lines; split it"] if lines > most else []
+
+
+def test_files_and_functions_are_short() -> None:
     """A file of the package has at most 500 lines, a function at most 60 without its docstring."""
-    lines = path.read_text(encoding="utf-8").count("\n")
-    assert lines <= FILE_LINES, f"{dotted(path)} has {lines} lines; split it"
-    long = {node.name: length(node) for node in functions(tree(path)) if length(node) > FUNCTION_LINES}
-    assert long == {}
+    assert failing(modules(), lambda path: too_long(path, FILE_LINES)) == {}
+    assert failing(modules(), lambda path: [f.name for f in functions(tree(path)) if length(f) > FUNCTION_LINES]) == {}
 
 
-@pytest.mark.parametrize("path", modules(), ids=lambda path: dotted(path))
-def test_every_module_has_a_docstring(path: Path) -> None:
+def test_every_module_has_a_docstring() -> None:
     """A file begins with a docstring."""
-    assert ast.get_docstring(tree(path))
+    assert failing(modules(), lambda path: not ast.get_docstring(tree(path))) == {}
 
 
-@pytest.mark.parametrize("path", modules(TESTS), ids=lambda path: str(path.relative_to(ROOT)))
-def test_every_test_has_a_docstring(path: Path) -> None:
+def undocumented(path: Path) -> list[str]:
+    """Tests without a docstring."""
+    return [f.name for f in functions(tree(path)) if f.name.startswith("test_") and not ast.get_docstring(f)]
+
+
+def test_every_test_has_a_docstring() -> None:
     """Every test has a docstring that states the behaviour, and test files stay readable."""
-    assert path.read_text(encoding="utf-8").count("\n") <= TEST_FILE_LINES
-    missing = [f.name for f in functions(tree(path)) if f.name.startswith("test_") and not ast.get_docstring(f)]
-    assert missing == []
+    assert failing(modules(TESTS), lambda path: too_long(path, TEST_FILE_LINES)) == {}
+    assert failing(modules(TESTS), undocumented) == {}
 
 
 def test_length_excludes_the_docstring() -> None:

@@ -59,17 +59,29 @@ def shell(*words: str, **settings: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, **settings)
 
 
-@pytest.mark.parametrize("name", ["", *cli.COMMANDS])
-def test_help_needs_nothing_heavy(name: str) -> None:
-    """``--help`` of any command exits with 0 and imports neither torch nor anything else that is slow."""
-    words = [*name.split(), "--help"]
-    code = (
-        f"import sys; from veneer.cli.main import main; code = main({words!r}); "
-        f"heavy = sorted(set(sys.modules) & set({HEAVY!r})); print(heavy, file=sys.stderr); sys.exit(code or bool(heavy))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
-    assert (done.returncode, done.stderr.strip()) == (0, "[]")
-    assert done.stdout.startswith("usage: veneer")
+HELP = f"""
+import sys, time
+from veneer.cli.main import COMMANDS, main
+for name in ("", *COMMANDS):
+    code = main([*name.split(), "--help"])
+    heavy = sorted(set(sys.modules) & set({HEAVY!r}))
+    if code or heavy:
+        sys.exit(f"veneer {{name}} --help: exit code {{code}}, imports {{heavy}}")
+print("processor seconds:", time.process_time())
+"""
+
+
+def test_help_is_quick_and_needs_nothing_heavy() -> None:
+    """``--help`` of any command exits with 0, and imports neither torch nor anything else that is slow. One process that prints the help of
+    all commands, started five times at most, ends within half a second of processor time; other work on the machine does not count.
+    """
+    seconds = []
+    while len(seconds) < 5 and min(seconds, default=1.0) >= 0.5:
+        done = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True, timeout=60, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.count("usage: veneer") == len(cli.COMMANDS) + 1
+        seconds.append(float(done.stdout.split()[-1]))
+    assert 0 < min(seconds) < 0.5
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
@@ -93,20 +105,6 @@ def test_usage_is_one_line(name: str) -> None:
 def test_examples_belong_to_commands() -> None:
     """Each example is of a command."""
     assert set(cli.EXAMPLES) < set(cli.COMMANDS)
-
-
-@pytest.mark.parametrize("name", ["", *cli.COMMANDS])
-def test_help_answers_within_half_a_second(name: str) -> None:
-    """The fastest of five starts is within the bound, in processor time, so that other work on the machine does not count."""
-    times = []
-    for _ in range(5):
-        before = os.times()
-        assert shell(*name.split(), "--help").returncode == 0
-        after = os.times()
-        times.append(after.children_user + after.children_system - before.children_user - before.children_system)
-        if times[-1] < 0.5:
-            break
-    assert 0 < min(times) < 0.5
 
 
 def test_overview_lists_what_is_there_and_nothing_else(run: Run) -> None:

@@ -8,7 +8,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-from tests.project.source import ROOT
+from tests.project.source import ROOT, failing, text
 from tests.project.test_structure import missing, tree_files
 
 import veneer
@@ -21,20 +21,20 @@ def blocks(language: str) -> list[tuple[str, str]]:
     """(where, text) of every fenced block in a language."""
     found = []
     for path in DOCUMENTS:
-        for match in re.finditer(rf"^```{language}\n(.*?)^```", path.read_text(encoding="utf-8"), re.S | re.M):
+        for match in re.finditer(rf"^```{language}\n(.*?)^```", text(path), re.S | re.M):
             found.append((str(path.relative_to(ROOT)), match.group(1)))
     return found
 
 
 def links_of(path: Path) -> list[str]:
     """Targets of the relative links in a document."""
-    return re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8"))
+    return re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text(path))
 
 
 def lines(tool: str) -> list[str]:
     """Every line of a shell block that calls a tool, continued lines joined."""
-    text = "\n".join(body.replace("\\\n", " ") for _, body in blocks("bash"))
-    return [line.strip() for line in text.splitlines() if line.strip().split(" ")[0] == tool]
+    joined = "\n".join(body.replace("\\\n", " ") for _, body in blocks("bash"))
+    return [line.strip() for line in joined.splitlines() if line.strip().split(" ")[0] == tool]
 
 
 @pytest.mark.parametrize("line", lines("veneer"))
@@ -63,7 +63,7 @@ def test_python_scripts_exist(line: str) -> None:
 @pytest.mark.parametrize("line", lines("make"))
 def test_make_targets_exist(line: str) -> None:
     """Each ``make`` line names a target of the Makefile."""
-    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+    targets = re.findall(r"^([a-z-]+):", text(ROOT / "Makefile"), re.M)
     words = [word for word in shlex.split(line, comments=True)[1:] if "=" not in word]
     assert words and set(words) <= set(targets)
 
@@ -85,13 +85,12 @@ def test_documents_have_something_to_check() -> None:
     assert sum(len(links_of(path)) for path in DOCUMENTS) > 5
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_links_resolve(path: Path) -> None:
+def test_links_resolve() -> None:
     """Each relative link in a document names an existing file."""
-    assert [link for link in links_of(path) if not (path.parent / link).exists()] == []
+    assert failing(DOCUMENTS, lambda path: [to for to in links_of(path) if not (path.parent / to).exists()]) == {}
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_files_that_documents_name_exist(path: Path) -> None:
+def test_files_that_documents_name_exist() -> None:
     """Each source file that a document names is in the tree; ``NAME.py`` stands for any."""
-    assert missing(path.read_text(encoding="utf-8").replace("NAME.py", ""), tree_files()) == []
+    files = tree_files()
+    assert failing(DOCUMENTS, lambda path: missing(text(path).replace("NAME.py", ""), files)) == {}
