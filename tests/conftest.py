@@ -48,15 +48,14 @@ def plain_forms() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def built_kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The kernels in C++, built for this machine."""
+def built_kernels() -> Path:
+    """The kernels in C++ for this machine, in the cache that runs use too: one build serves all processes of the tests."""
     from veneer.kernels import cpp_library as native
+    from veneer.models.cache import build_once
 
-    if native.key() is None:
+    if (name := native.key()) is None:
         pytest.skip("no C++ compiler")
-    folder = tmp_path_factory.mktemp("native")
-    native.build(folder)
-    return folder
+    return build_once(f"native/{name}", native.build)
 
 
 @pytest.fixture
