@@ -318,7 +318,9 @@ def test_the_embedded_model_loads_in_two_seconds_from_its_cache_and_knows_paris(
         start = time.perf_counter()
         base = load_base("smollm2-135m", dtype="float32")
         seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 2
+        if seconds[-1] < 2:
+            break
+    assert seconds[-1] < 2
     assert sum(p.numel() for p in base.model.parameters()) == 134_515_008
     chat = [{"role": "user", "content": "What is the capital of France?"}]
     ids = base.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from veneer.cli.main import main
-from veneer.models.local import local_bases
+from veneer.models import local
 
 
 @pytest.fixture
@@ -28,16 +28,19 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.usefixtures("cache")
-def test_models_of_the_cache_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_models_of_the_cache_are_listed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """The model is listed with its weights; the adapter and the data set are not."""
-    found = {base.name: base for base in local_bases() if base.source == "hub cache"}
+    bases = list(local.local_bases())
+    found = {base.name: base for base in bases if base.source == "hub cache"}
     assert list(found) == ["some/model"]
     assert (found["some/model"].weights, found["some/model"].model_type) == (22, "qwen3")
+    monkeypatch.setattr(local, "local_bases", lambda: iter(bases))  # reading the embedded file takes a second
     assert main(["models"]) == 0
     assert "some/model" in capsys.readouterr().out
 
 
 def test_an_absent_cache_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a cache folder only the embedded bases are listed."""
+    """Without a cache folder there are only the embedded bases."""
+    monkeypatch.setattr(local, "EMBEDDED", {})
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "absent"))
-    assert {base.source for base in local_bases()} <= {"embedded"}
+    assert list(local.local_bases()) == []

@@ -150,7 +150,7 @@ def test_notes_name_results_that_need_care() -> None:
     lines = notes(base)
     assert [line for line in lines if "cannot be told apart" in line] == ["a and b cannot be told apart with 2 seeds"]
     assert [line.split(":")[0] for line in lines if "edge of the search" in line] == ["b"]
-    assert html(base).count("<circle") == 3
+    assert html(base).count("<circle") == 3 and "width=device-width" in html(base)
 
 
 def test_a_head_alone_stands_left_of_all_others() -> None:

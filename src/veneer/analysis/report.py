@@ -18,8 +18,8 @@ from veneer.errors import ComposeError
 
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#1a1a1a;background:#fff}
-table{border-collapse:collapse;margin:1rem 0;font-size:13px}
-td,th{padding:.2rem .6rem;text-align:right;border-bottom:1px solid #ddd}
+table{border-collapse:collapse;margin:1rem 0;font-size:13px;display:block;overflow-x:auto}
+td,th{padding:.2rem .6rem;text-align:right;border-bottom:1px solid #ddd;white-space:nowrap}
 td:first-child,th:first-child{text-align:left;font-family:ui-monospace,monospace}
 svg{max-width:100%;height:auto}
 figure{margin:1.5rem 0}
@@ -65,7 +65,7 @@ def html_report(spectra: AdapterSpectra) -> str:
     name = html.escape(spectra.name)
     parts = [
         "<!doctype html>",
-        '<html lang="en"><head><meta charset="utf-8">',
+        '<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">',
         f"<title>{name}: spectra of an adapter</title><style>{_STYLE}</style></head><body>",
         f"<h1>{name}</h1>",
         f"<p>{_summary(spectra)}</p>",

@@ -123,7 +123,8 @@ def html(comparison: Comparison) -> str:
     legend = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in LEGEND.items())
     remarks = "".join(f"<li>{escape(line)}</li>" for line in notes(comparison))
     return (
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>Veneer: comparison</title><style>{_STYLE}</style>"
+        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content=width=device-width>"
+        f"<title>Veneer: comparison</title><style>{_STYLE}</style>"
         f"<h1>Comparison on {escape(comparison.base)}</h1>"
         f"<p>{comparison.examples['test']:,} test rows, seed{'s' if seeds[1:] else ''} {', '.join(map(str, seeds))}. "
         f"{'Higher' if comparison.rows[0].scores_best else 'Lower'} is better.</p>{plot(comparison.rows, comparison.base_loss)}"
