@@ -33,6 +33,14 @@ def test_streamed_text_is_the_whole_text(generator: TextGenerator) -> None:
     assert texts[None] != texts["a"]
 
 
+def test_answers_under_different_routes_are_written_together(generator: TextGenerator) -> None:
+    """One batch under a route for each prompt gives the text that each has alone."""
+    limit, prompts = SamplingParams(max_tokens=12), ["the sea", "the sea", "two and two"]
+    alone = [generator.write(prompt, route, limit) for prompt, route in zip(prompts, (None, "a", "a"), strict=True)]
+    assert generator.write_many(prompts, [None, "a", "a"], limit) == alone and alone[0] != alone[1]
+    assert generator.write_many(prompts[1:], "a", limit) == alone[1:]
+
+
 def test_an_abandoned_stream_leaves_the_bank_free(generator: TextGenerator) -> None:
     """Ending the iteration early ends the generation and its route."""
     stream = generator.stream("the sea", "a", SamplingParams(max_tokens=50))

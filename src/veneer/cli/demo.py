@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from veneer.adapters import Bank
     from veneer.evaluate.losses import LossDifference, Losses
     from veneer.models.load import Base
-    from veneer.serve.generation import TextGenerator
 
 NAME = "docstrings"
 _SHOWN_ROWS, _SHOWN_ANSWERS = 2, 3
@@ -223,17 +222,21 @@ def _side_by_side(base: Base, bank: Bank, file: Path) -> None:
     generator = text_generator(base, bank)
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     rows.sort(key=lambda row: len(row["messages"][0]["content"]))
-    step = len(rows) // (_SHOWN_ANSWERS + 1)
-    for row in rows[step : step * (_SHOWN_ANSWERS + 1) : step]:
+    step = max(1, len(rows) // (_SHOWN_ANSWERS + 1))
+    shown = rows[step : step * (_SHOWN_ANSWERS + 1) : step]
+    prompts = [row["messages"][:1] for row in shown]
+    answers = generator.write_many(  # all in one batch, under the base and under the adapter
+        [*prompts, *prompts], [*[None] * len(shown), *[NAME] * len(shown)], SamplingParams(max_tokens=40)
+    )
+    for row, plain, adapted in zip(shown, answers[: len(shown)], answers[len(shown) :], strict=True):
         code = row["messages"][0]["content"].split("\n\n", 1)[1]
         print("\n" + "\n".join(f"    {line}" for line in code.splitlines()[:6]))
-        for who, route in (("base", None), ("adapter", NAME)):
-            print(f"  {who:<8} {_one_line(generator, row, route, SamplingParams(max_tokens=40))}")
+        print(f"  {'base':<8} {_one_line(plain)}\n  {'adapter':<8} {_one_line(adapted)}")
         print(f"  {'truth':<8} {row['messages'][1]['content']}")
 
 
-def _one_line(generator: TextGenerator, row: dict[str, Any], route: str | None, sampling: Any) -> str:
-    text = " ".join(generator.write(row["messages"][:1], route, sampling).split())
+def _one_line(answer: str) -> str:
+    text = " ".join(answer.split())
     return text if len(text) <= 100 else text[:97] + "..."
 
 

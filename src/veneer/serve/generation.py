@@ -72,19 +72,25 @@ class TextGenerator:
     def write_many(
         self,
         prompts: Sequence[str | Sequence[Message]],
-        route: str | None = None,
+        route: str | Mapping[str, float] | list[str | None] | None = None,
         sampling: SamplingParams | None = None,
         *,
         progress: Callable[[int], None] | None = None,
     ) -> list[str]:
-        """Generate the answers to many prompts, several in each step. ``progress``: called with the number of answers done."""
+        """Generate the answers to many prompts, several in each step.
+
+        Args:
+            route: of all prompts, or a list with that of each.
+            progress: called with the number of answers done.
+        """
+        routes = route if isinstance(route, list) else [route] * len(prompts)
         answers = [""] * len(prompts)
         running: dict[int, RequestStream] = {}
         left = iter(enumerate(prompts))
         done = 0
         while True:
             for number, prompt in islice(left, _TOGETHER - len(running)):
-                running[number] = self.engine.submit(self._request(prompt, route, sampling))
+                running[number] = self.engine.submit(self._request(prompt, routes[number], sampling))
             if not running:
                 return answers
             self.engine.step()
