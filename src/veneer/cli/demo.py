@@ -226,7 +226,7 @@ def _side_by_side(base: Base, bank: Bank, file: Path) -> None:
     shown = rows[step : step * (_SHOWN_ANSWERS + 1) : step]
     prompts = [row["messages"][:1] for row in shown]
     answers = generator.write_many(  # all in one batch, under the base and under the adapter
-        [*prompts, *prompts], [*[None] * len(shown), *[NAME] * len(shown)], SamplingParams(max_tokens=40)
+        [*prompts, *prompts], [*[None] * len(shown), *[NAME] * len(shown)], SamplingParams(max_tokens=32)
     )
     for row, plain, adapted in zip(shown, answers[: len(shown)], answers[len(shown) :], strict=True):
         code = row["messages"][0]["content"].split("\n\n", 1)[1]
