@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from tests.tiny import tiny, tiny_tokenizer
-from tests.training.made import SIZES, write_place, write_rows
+from tests.training.made import SIZES, World, examples, write_place, write_rows
 
+from veneer.adapters import METHODS
 from veneer.cli.main import main
 from veneer.config import TrainOptions
-from veneer.training.compare import study
+from veneer.data.example import Example
+from veneer.errors import BaseModelError, ConfigError, TrainingError
+from veneer.training.compare import measure, study
+from veneer.training.compare.measure import ContestantRow, Score
 from veneer.training.compare.report import _counts, _labels, _step, html, notes, plot
-from veneer.training.compare.study import Comparison, ContestantRow, Score
+from veneer.training.compare.study import Comparison, Contestant
+from veneer.training.run import setup
+from veneer.training.run.result import JobResult
+from veneer.training.tasks import TASKS, task_of
 
 FLAGS = [
     *("compare", "train.jsonl", "--valid", "valid.jsonl", "--test", "test.jsonl", "--base", "base", "--out", "cmp"),
@@ -40,7 +49,7 @@ def short() -> Iterator[None]:
     """A short text to forget, and few repeated measurements."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(study, "general_text", lambda: "The sea is wide. " * 8)
-        patch.setattr(study, "_REPEATS", 1)
+        patch.setattr(measure, "_REPEATS", 1)
         yield
 
 
@@ -134,6 +143,81 @@ def test_incomplete_requests_are_refused(
     assert main(["compare", "train.jsonl", "--base", "base", "--out", "none", *words]) == 2
     assert expected in capsys.readouterr().err
     assert not (place / "none").exists()
+
+
+def test_the_base_is_loaded_as_the_options_say(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A comparison is of the quantized base on the device, not of a plain one on the CPU."""
+    seen: dict[str, Any] = {}
+
+    def load_base(name: str, **given: Any) -> Any:
+        seen.update(given)
+        raise BaseModelError("enough")
+
+    monkeypatch.setattr(setup, "load_base", load_base)
+    options = {"data": (place / "train.jsonl",), "valid_fraction": 0.1, "method": ["lora", "dora"]}
+    with pytest.raises(BaseModelError, match="enough"):
+        study.compare(TrainOptions(**options, quantize="nf4", device="cuda:1"), place / "test.jsonl", seeds=[0])
+    assert seen["quantize"] == "nf4" and seen["device"] == "cuda:1"
+
+
+def test_the_searched_rates_are_those_of_the_method_and_the_task() -> None:
+    """The common method and task count where a contestant has none of its own."""
+    base: Any = SimpleNamespace(model=SimpleNamespace(config=None))
+    found = {}
+    for method, task in (("lora", "sft"), ("full", "sft"), ("full", "dpo")):
+        options = TrainOptions(data=("rows.jsonl",), method=method, task=task)
+        jobs = study._search_jobs([Contestant("own", {"weight_decay": 0.1})], None, options, 0, base)
+        found[method, task] = jobs[1]["learning_rate"]
+    assert found["full", "sft"] == pytest.approx(found["lora", "sft"] * METHODS["full"].learning_rate_factor)
+    assert found["full", "dpo"] == pytest.approx(found["full", "sft"] * TASKS["dpo"].rate)
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ({"sweep": {"task": ["sft", "dpo"]}}, "task: all contestants share it"),
+        ({"jobs": [{"name": "a", "data": "a.jsonl"}, {"name": "b"}]}, "data: all contestants share it"),
+        ({"r": [2, 4], "on_top_of": ("old",)}, "on_top_of"),
+        ({"r": [2, 4], "halving": True}, "halving"),
+        ({"r": [2, 4], "processes": 2}, "processes: a comparison runs in one process"),
+        ({"r": [2, 4], "cluster": "auto"}, "cluster: a comparison runs in one process"),
+        ({"r": [2, 4], "quantize": "nf4", "calibrate": True}, "calibrate"),
+    ],
+)
+def test_options_that_a_comparison_cannot_take_are_refused(given: dict[str, Any], problem: str) -> None:
+    """They are named before the base is loaded."""
+    options = TrainOptions(data=("rows.jsonl",), valid=("valid.jsonl",), **given)
+    with pytest.raises(ConfigError, match=problem):
+        study.compare(options, Path("test.jsonl"), seeds=[0])
+
+
+def result(name: str, state: str, losses: list[float]) -> JobResult:
+    """The result of a job that was evaluated at steps 0, 1, 2, ..."""
+    found = tuple(enumerate(losses))
+    return JobResult(name, "lora", 2, 1e-3, state, "why", 2, found, Path("last"), Path("best"), {})
+
+
+def test_a_job_that_failed_or_never_gained_is_not_chosen() -> None:
+    """A failed job has no adapter, whatever its loss was before; the loss before the first step is the base's."""
+    one = Contestant("a", {})
+    jobs = [result("a-rate1", "finished", [2.0, 3.0]), result("a-rate2", "finished", [2.0, 2.5])]
+    failed = result("a-rate3", "failed", [2.0, 1.0])
+    by_name = {job.name: job for job in [*jobs, failed]}
+    assert study._best_rate(one, by_name).name == "a-rate2"
+    with pytest.raises(TrainingError, match=r"a-rate3 failed at learning rate .*: why"):
+        study._require_finished([jobs[0], failed])
+
+
+def test_preferences_are_measured_by_their_own_loss() -> None:
+    """The base's DPO loss is log 2, and an adapter that has moved has another one."""
+    world = World()
+    pairs = [Example.of_sequences(examples(6, seed=4)[at : at + 2]) for at in (0, 2, 4)]
+    tested = measure.TestSet.of(world.runner, task_of(TrainOptions(data=("a",), task="dpo")), pairs, examples(2))
+    assert tested.base_loss == pytest.approx(math.log(2))
+    world.job("best")
+    loss, scores = measure._scores(world.runner, world.bank, tested)
+    assert abs(loss - math.log(2)) > 1e-4 and not scores
+    assert measure._step(world.runner, world.bank, tested)[0] > 0
 
 
 def row(label: str, mean: float, half: float, rate: float) -> ContestantRow:

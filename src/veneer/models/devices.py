@@ -91,6 +91,12 @@ def device_name(device: torch.device) -> str:
     return f"{device.type} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type
 
 
+def wait_for(device: torch.device) -> None:
+    """Wait until a device has finished its work. Before a clock is read: a GPU works on after the calls have returned."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
 def together(device: torch.device, *tensors: Tensor) -> list[Tensor]:
     """The tensors on ``device``, by one copy of all their bytes; those that are there already are returned as they are.
 

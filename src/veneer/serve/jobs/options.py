@@ -115,7 +115,9 @@ def _with_hyperparameters(
                 "learning_rate_multiplier and training.learning_rate are both given; give only one of them",
                 "hyperparameters.learning_rate_multiplier",
             )
-        changes["learning_rate"] = default_rate(base, options.method) * float(given["learning_rate_multiplier"])
+        changes["learning_rate"] = default_rate(base, options.method, options.task) * float(
+            given["learning_rate_multiplier"]
+        )
     return TrainOptions(**{**{key: getattr(options, key) for key in options.model_fields_set}, **changes})
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from veneer._version import __version__
 from veneer.config import TrainOptions
 from veneer.errors import CheckpointError, VeneerError
-from veneer.models.load import Base, load_base
+from veneer.models.load import Base
 from veneer.training.cluster.parts import RunPart
 from veneer.training.loop.job import Job
 from veneer.training.planning.plan import Planner
@@ -27,7 +27,7 @@ from veneer.training.planning.profile import adapter_bytes
 from veneer.training.run.jobs import expand
 from veneer.training.run.manifest import manifest_of
 from veneer.training.run.result import RunResult
-from veneer.training.run.setup import common_task, set_up
+from veneer.training.run.setup import common_task, load_base_of, set_up
 from veneer.training.shared_base import Watcher
 
 TrainPart = Callable[..., RunResult | None]
@@ -98,14 +98,7 @@ class ClusterWorker:
             import torch
 
             torch.set_num_threads(options.threads)
-        self._base = load_base(
-            options.base,
-            dtype=options.dtype,
-            revision=options.revision,
-            device=options.device,
-            quantize=options.quantize,
-            task=common_task(jobs),
-        )
+        self._base = load_base_of(options, common_task(jobs))
         with set_up(options, jobs, self._base, lambda line: None) as setup:
             found = str(manifest_of(setup)["base"])
             if not options.plan or count == 1:

@@ -1,4 +1,4 @@
-"""Comparison of methods on one base and one data set: ``study.py`` trains and measures, ``report.py`` shows the result."""
+"""Comparison of methods on one base and one data set: ``study.py`` trains, ``measure.py`` measures, ``report.py`` shows the result."""
 
 from __future__ import annotations
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from veneer._files import replace_text
 from veneer._html import html_table
 from veneer._version import __version__
-from veneer.training.compare.study import Comparison, ContestantRow, Score
+from veneer.training.compare.measure import ContestantRow, Score
+from veneer.training.compare.study import Comparison
 
 PAGE = "compare.html"
 HEADER = (

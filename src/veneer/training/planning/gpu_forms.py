@@ -25,6 +25,7 @@ from veneer.kernels.lora.grouped import GroupedBranch, TokenGrid, pad_factors
 from veneer.kernels.lora.linear import adapted_linear
 from veneer.kernels.lora.single import SingleBranch
 from veneer.kernels.tuning import CROSS_ENTROPY_CHUNK_BYTES, GPU_CROSS_ENTROPY_CHUNK_BYTES
+from veneer.models.devices import wait_for
 from veneer.training.device_memory import memory_of
 
 Work = Callable[[], Sequence[Tensor]]
@@ -213,14 +214,9 @@ def _seconds(work: Work, device: torch.device) -> float:
     """The median time over a few rounds."""
     found = []
     for _ in range(_ROUNDS):
-        _wait(device)
+        wait_for(device)
         began = time.perf_counter()
         work()
-        _wait(device)
+        wait_for(device)
         found.append(time.perf_counter() - began)
     return statistics.median(found)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -16,7 +16,7 @@ from typing import Any
 
 from veneer.config import TrainOptions
 from veneer.data.batch import make_batch
-from veneer.models.devices import device_of
+from veneer.models.devices import device_of, wait_for
 from veneer.training.loop.job import Job
 from veneer.training.loop.step import Stepper
 from veneer.training.planning.profile import untouched
@@ -110,8 +110,11 @@ def _seconds(stepper: Stepper, passes: Sequence[Pass]) -> float:
         rows = load(one)
         batches.append(make_batch([example for _, example in rows], [job.name for job, _ in rows]))
     # on a CPU other programs may take turns with this one, which counts for the clock and not for the work
-    now = time.process_time if device_of(stepper.runner.model).type == "cpu" else time.perf_counter
+    device = device_of(stepper.runner.model)
+    now = time.process_time if device.type == "cpu" else time.perf_counter
+    wait_for(device)
     began = now()
     for batch in batches:
         stepper.forward_backward(batch)
+    wait_for(device)
     return now() - began

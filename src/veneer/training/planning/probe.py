@@ -17,7 +17,7 @@ from veneer.checkpoints import attach
 from veneer.data.batch import make_batch
 from veneer.data.example import Example
 from veneer.errors import BaseModelError
-from veneer.models.devices import device_of
+from veneer.models.devices import device_of, wait_for
 from veneer.models.fast_modules import fuse
 from veneer.models.flat import FlatRunner
 from veneer.models.load import load_base
@@ -74,8 +74,7 @@ def _times(model: Any, precision: str, method: str, ranks: Sequence[int]) -> Tim
                 for _ in range(3):  # the first pass makes what later ones find
                     began = time.perf_counter()
                     stepper.forward_backward(make_batch([example], [name]))
-                    if device_of(model).type != "cpu":
-                        torch.accelerator.synchronize()
+                    wait_for(device_of(model))
                     taken.append(time.perf_counter() - began)
                 found[precision, r, again] = min(taken[1:]) * 1000 / _TOKENS
         bank.remove(name)

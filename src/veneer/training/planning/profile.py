@@ -24,6 +24,7 @@ from veneer.data.batch import make_batch
 from veneer.data.example import Example
 from veneer.errors import TrainingError
 from veneer.evaluate.losses import example_losses
+from veneer.models.devices import device_of, wait_for
 from veneer.training.device_memory import DeviceMemory, ProcessMemory
 from veneer.training.loop.job import Job
 from veneer.training.loop.step import Stepper
@@ -134,6 +135,7 @@ class Profiler:
         self.limit = limit
         self.thorough = thorough
         self.memory = memory or ProcessMemory()
+        self._device = device_of(stepper.runner.model)
         self._spent, self._allowed = 0.0, math.inf if thorough else _LEAST_SECONDS
         self._copies = sum(map(adapter_bytes, self.jobs))
         self._start = 0
@@ -226,6 +228,7 @@ class Profiler:
         before = time.perf_counter()
         with self.memory.peak_of() as peak:
             run()
+            wait_for(self._device)
         seconds = time.perf_counter() - before
         self._spent += seconds
         return Measurement(size(examples), _squares(examples), peak.bytes - self._copies, seconds)
@@ -237,6 +240,7 @@ class Profiler:
             job.optim_step()
         except TrainingError:
             return 0.0
+        wait_for(self._device)
         return time.perf_counter() - before
 
     def _whole_rounds(self, training: Sequence[Measurement], update: float) -> tuple[list[tuple[int, float]], int]:

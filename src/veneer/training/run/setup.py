@@ -147,14 +147,7 @@ def set_up(
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     loads = base is None
-    base = base or load_base(
-        options.base,
-        dtype=options.dtype,
-        revision=options.revision,
-        device=options.device,
-        quantize=options.quantize,
-        task=common_task(jobs),
-    )
+    base = base or load_base_of(options, common_task(jobs))
     with cpp_kernels(options.compile, next(base.model.parameters()).device, say):
         data = load_all(jobs, base, context_of(base))
         bank = attach(base.model)
@@ -165,6 +158,18 @@ def set_up(
                     yield setup
             finally:
                 bank.detach()
+
+
+def load_base_of(options: TrainOptions, task: str) -> Base:
+    """Load the base that the options of a run name, as they describe it."""
+    return load_base(
+        options.base,
+        dtype=options.dtype,
+        revision=options.revision,
+        device=options.device,
+        quantize=options.quantize,
+        task=task,
+    )
 
 
 def common_task(jobs: Mapping[str, TrainOptions]) -> str:
@@ -399,7 +404,7 @@ def make_job(name: str, options: TrainOptions, base: Base, bank: Bank, data: Job
     else:
         options = start_from_adapter(name, options, method, bank)
     check_tokens(options.trainable_token_indices, data.train, base.tokenizer)
-    peak = options.learning_rate or default_rate(base, options.method) * TASKS[options.task].rate
+    peak = options.learning_rate or default_rate(base, options.method, options.task)
     steps = number_of_steps(options, len(data.train))
     job = Job(name, options, bank, data.train, data.held_out, peak=peak, steps=steps)
     job.general = data.general
@@ -408,11 +413,11 @@ def make_job(name: str, options: TrainOptions, base: Base, bank: Bank, data: Job
     return job
 
 
-def default_rate(base: Base, method: str) -> float:
-    """The learning rate of a method on a base: by the size of the base, times the method's own factor."""
+def default_rate(base: Base, method: str, task: str) -> float:
+    """The learning rate of a method on a base: by the size of the base, times the factors of the method and of the task."""
     text = _text_config(base)
     usual = default_learning_rate(getattr(text, "hidden_size", 2000), getattr(text, "model_type", ""))
-    return usual * METHODS[method].learning_rate_factor
+    return usual * METHODS[method].learning_rate_factor * TASKS[task].rate
 
 
 def method_of(options: TrainOptions) -> Method:
