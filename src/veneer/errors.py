@@ -7,6 +7,7 @@
     ├── AdapterError       ValueError    an adapter and a base, a name or another adapter that do not fit together
     ├── RouteError         RuntimeError  a route that does not fit its batch, or is used at the wrong time
     ├── CheckpointError    ValueError    a folder or file of tensors, settings or saved state
+    │   └── FolderInUseError ValueError  a folder that another process works in
     ├── BaseModelError     ValueError    a base that cannot be found, read or used
     ├── TrainingError      RuntimeError  a run that cannot go on: a loss that is not finite, nothing that moves
     │   └── ProcessError   RuntimeError  a process of a run of several that ended or does not answer
@@ -37,6 +38,7 @@ __all__ = [
     "DataError",
     "EngineBusyError",
     "ExportError",
+    "FolderInUseError",
     "MemoryPlanError",
     "Problems",
     "ProcessError",
@@ -81,6 +83,10 @@ class RouteError(VeneerError, RuntimeError):
 
 class CheckpointError(VeneerError, ValueError):
     """A folder or file of tensors, settings or saved state that is missing, damaged or does not fit."""
+
+
+class FolderInUseError(CheckpointError):
+    """A folder that another process works in."""
 
 
 class BaseModelError(VeneerError, ValueError):

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from veneer.checkpoints.model_folder import ModelFolder, read_tensor
+from veneer.checkpoints.model_folder import ModelFolder, read_tensor, stored_shape
 from veneer.errors import CheckpointError
 from veneer.kernels.quantized.fp8 import SCALE, dequantize_fp8
 from veneer.kernels.quantized.state import COMPANIONS, quantize, shape_of, weight_of
@@ -75,7 +75,10 @@ class DequantizedFolder(PlainView):
         try:
             return weight_of(tensors, shape_of(tensors))
         except ValueError as error:
-            raise CheckpointError(f"{self.path}: {key}: {error}; get the file again") from error
+            raise self._damaged(key, error) from error
+
+    def _damaged(self, key: str, error: ValueError) -> CheckpointError:
+        return CheckpointError(f"{self.path}: {key}: {error}; get the file again")
 
     def format(self, key: str) -> str | None:
         return self.scheme.format if self.scheme is not None and key in self.parts else None
@@ -88,8 +91,18 @@ class DequantizedFolder(PlainView):
         return dense.unflatten(0, (self.stacks[key], -1)) if key in self.stacks else dense
 
     def shape(self, key: str) -> tuple[int, ...]:
-        weight = self.quantized(key)
-        return super().shape(key) if weight is None else tuple(self.get(key).shape)
+        if key not in self.parts:
+            return super().shape(key)
+        parts = self.parts[key]
+        try:
+            if "SCB" in parts:  # int8, which has the shape of the weight
+                shape = stored_shape(self._all[parts["weight"]], parts["weight"])
+            else:
+                beside = {name: part for name, part in parts.items() if name != "weight"}
+                shape = tuple(shape_of({name: read_tensor(self._all[part], part) for name, part in beside.items()}))
+        except ValueError as error:
+            raise self._damaged(key, error) from error
+        return (self.stacks[key], shape[0] // self.stacks[key], *shape[1:]) if key in self.stacks else shape
 
     def bytes(self) -> int:
         return 4 * super().bytes()
@@ -166,6 +179,9 @@ class QuantizedReading(PlainView):
     def format(self, key: str) -> str | None:
         return self.scheme.format if key in self.parameters else None
 
+    def shape(self, key: str) -> tuple[int, ...]:
+        return self.plain.shape(key)
+
     def get(self, key: str) -> Tensor:
         parameter = self.parameters.get(key)
         if parameter is None:
@@ -236,7 +252,8 @@ class FolderWithHead(PlainView):
         return self._head.get(key, torch.zeros(tuple(self.absent[key]))).to(self._dtype)
 
     def shape(self, key: str) -> tuple[int, ...]:
-        return tuple(self.get(key).shape)
+        stored = self._stored.get(key)
+        return tuple(self.absent[key]) if stored is None else stored_shape(self.files[key], stored)
 
     def dtypes(self) -> set[str]:
         return ModelFolder.dtypes(self)

@@ -16,6 +16,7 @@ Boundary: looks at names and receipts only, and imports no torch.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -35,21 +36,31 @@ _ADAPTER_HUB = "pytorch_adapter.bin"
 _HUB_FILES = (CONFIG, WEIGHTS, "adapters.safetensors", "*.jinja")
 """Those of PEFT and mlx-lm; pickles are not downloaded."""
 _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth")
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM)
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_NO_PLACE = (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.ENOENT, errno.ENOTDIR)
+"""Errors of a text that is not the path of anything."""
 _IN_A_RUN = ("adapter", "best", "last", "final")
 
 
 def adapters_at(path: Path) -> dict[str, Path]:
-    """{name: folder} of every adapter that a path means; empty if there is none, or the path cannot be read.
+    """{name: folder} of every adapter that a path means; empty if there is none.
 
     A path that names nothing on this disk and reads as a hub id is looked up on the hub.
+
+    Raises:
+        CheckpointError: the path cannot be read: no permission, say, or a failing disk.
     """
     try:
         if looks_like_hub_id(path):
             on_hub = hub_adapter(path.as_posix())
             return {} if on_hub is None else {path.name: on_hub}
         return _adapters_at(path)
-    except (OSError, ValueError, RuntimeError):  # no permission, too long, a NUL, links in a circle
+    except OSError as error:
+        if error.errno in _NO_PLACE:
+            return {}
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}; check its permissions") from error
+    except (ValueError, RuntimeError):  # a NUL, links in a circle
         return {}
 
 
@@ -107,7 +118,7 @@ def named_inside(path: Path) -> str:
     """The folders in a folder that hold adapters, as the remedy of a message; empty if there are none."""
     try:
         found = sorted(child for child in path.iterdir() if child.is_dir() and adapters_at(child))
-    except (OSError, ValueError):  # ValueError: no path has a zero byte
+    except (OSError, ValueError):  # ValueError: no path has a zero byte, and a folder in it that cannot be read
         return ""
     return f"it contains {', '.join(one.name for one in found[:8])}: give one, such as {found[0]}" if found else ""
 
@@ -136,6 +147,9 @@ def hub_adapter(name: str) -> Path | None:
     """The folder of a repository on the hub, from the local hub cache or downloaded into it; None if it holds no adapter or cannot be had.
 
     HF_HOME, HF_HUB_OFFLINE and the login of the hub's client apply, as for bases.
+
+    Raises:
+        CheckpointError: its files cannot be written into the cache.
     """
     try:
         from huggingface_hub import snapshot_download
@@ -144,7 +158,11 @@ def hub_adapter(name: str) -> Path | None:
         return None
     try:
         folder = Path(snapshot_download(name, allow_patterns=list(_HUB_FILES), ignore_patterns=["*/*"]))
-    except (HfHubHTTPError, OSError, ValueError):
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        if getattr(error, "errno", None) in _FULL:
+            raise CheckpointError(
+                f"{name} cannot be written into the hub cache: {os.strerror(error.errno)}; free some space, or set HF_HOME"
+            ) from error
         return None
     return folder if (folder / CONFIG).is_file() else None
 

@@ -67,8 +67,7 @@ class ModelFolder:
 
     def shape(self, key: str) -> tuple[int, ...]:
         """A tensor's shape, from the header."""
-        with _open(self.files[key]) as opened:
-            return tuple(opened.get_slice(key).get_shape())
+        return stored_shape(self.files[key], key)
 
     def quantized(self, key: str) -> QuantizedWeight | None:
         """A tensor as a quantized weight; None for a plain one."""
@@ -103,6 +102,12 @@ def read_tensor(file: Path, key: str) -> Tensor:
     with _open(file) as opened:
         tensor: Tensor = opened.get_tensor(key)
     return tensor
+
+
+def stored_shape(file: Path, key: str) -> tuple[int, ...]:
+    """The shape of a tensor of a safetensors file, from the header."""
+    with _open(file) as opened:
+        return tuple(opened.get_slice(key).get_shape())
 
 
 class ModelWriter:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from veneer.adapters import Adapter
 from veneer.checkpoints.tensors import save_tensors
-from veneer.errors import CheckpointError
+from veneer.errors import CheckpointError, FolderInUseError
 
 TENSORS, STATE = "tensors.safetensors", "state.json"
 
@@ -63,7 +63,7 @@ class Lock:
             except BlockingIOError:
                 holder = os.read(handle, 32).decode(errors="replace").strip() or "unknown"
                 os.close(handle)
-                raise CheckpointError(
+                raise FolderInUseError(
                     f"{self._path.parent} is in use by another process ({holder}); wait for it, stop it, or choose another folder "
                     "with --out"
                 ) from None

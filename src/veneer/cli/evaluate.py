@@ -73,6 +73,8 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--generate answers the prompts of examples; give them with --data FILE")
     from veneer.models.flat import FlatRunner
 
+    if args.task != "sft" and args.against != "base":
+        raise ConfigError(f"--against compares losses of tokens, and --task {args.task} has none; leave it out")
     loaded = load_targets(args, purpose="train")
     if loaded.task != "sft":
         return _evaluate_heads(args, loaded)
@@ -117,9 +119,18 @@ def _evaluate_heads(args: argparse.Namespace, loaded: LoadedTargets) -> int:
     """Print the scores of adapters with heads on labelled rows."""
     from veneer.cli._labelled import score_all, score_lines
 
-    refused = {"--mix": args.mix, "--general": args.general or args.general_text, "--against": args.against != "base"}
+    general = args.general or args.general_text
+    refused = {
+        "--mix": args.mix,
+        "--general": general,
+        "--against": args.against != "base",
+        "--generate": args.generate,
+    }
+    refused["--task"] = args.task != "sft"
     for flag in (flag for flag, given in refused.items() if given):
-        raise ConfigError(f"{flag} compares losses of language models; these adapters have heads for {loaded.task}")
+        raise ConfigError(
+            f"{flag} is for language models, and these adapters have heads for {loaded.task}; leave it out"
+        )
     report = score_all(loaded, args.data, pairs_of("--columns", args.columns), args)
     if args.json:
         print(as_json({"base_model": loaded.base.name, "task": loaded.task, "sets": {args.data: report}}))

@@ -21,7 +21,7 @@ def general_text() -> str:
 
 
 def pieces(text: str, tokenizer: Any, *, length: int = 256, count: int = 64) -> list[Example]:
-    """``count`` pieces of ``length`` tokens, evenly spread over a text, every token after a piece's first weighted 1.
+    """``count`` pieces of ``length`` tokens, spread evenly over a text, every token after a piece's first weighted 1.
 
     Raises DataError for a text shorter than two tokens.
     """
@@ -29,9 +29,8 @@ def pieces(text: str, tokenizer: Any, *, length: int = 256, count: int = 64) -> 
     if len(ids) < 2:
         raise DataError("the general text is shorter than two tokens; give a longer one")
     starts = range(0, max(1, len(ids) - length + 1), length)
-    step = max(1, len(starts) // count)
-    chosen = list(starts)[::step][:count]
-    found = [tuple(ids[at : at + length]) for at in chosen]
+    count = min(count, len(starts))
+    found = [tuple(ids[at : at + length]) for at in (starts[i * len(starts) // count] for i in range(count))]
     return [
         Example(piece, (0.0, *[1.0] * (len(piece) - 1)), f"general text:{number + 1}")
         for number, piece in enumerate(found)

@@ -75,22 +75,37 @@ class _Local(threading.local):
 
 
 _local = _Local()
-_original: dict[int, tuple[Any, str]] = {}  # id of a switched config -> (the config, the name it had)
+
+
+@dataclass
+class _Replaced:
+    """An attribute that switches have replaced: its owner, its own value, and the number of switches that are on."""
+
+    owner: Any
+    value: Any
+    switches: int = 0
+
+
+_lock = threading.Lock()
+_names: dict[int, _Replaced] = {}
+"""By the id of a config: the name of its attention implementation."""
+_functions: dict[int, _Replaced] = {}
+"""By the id of a module: its checkpointing function."""
 
 
 class Switch:
     """Makes one model flat for the length of a ``with`` block.
 
-    Blocks may nest and may run in several threads at once; the config is as before when the last one ends.
+    Blocks may nest and may run in several threads at once, as may several switches of one model; the config is as before when the last
+    one ends.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
         register()
         self._model = model
         self._configs = _configs(model)
-        self._lock = threading.Lock()
         self._depth = 0
-        self._replaced: list[tuple[torch.nn.Module, Any]] = []
+        self._modules: list[torch.nn.Module] = []
 
     @contextlib.contextmanager
     def flat(
@@ -112,35 +127,49 @@ class Switch:
 
     @contextlib.contextmanager
     def _named(self) -> Iterator[None]:
-        with self._lock:
+        with _lock:
             if self._depth == 0:
                 self._set()
             self._depth += 1
         try:
             yield
         finally:
-            with self._lock:
+            with _lock:
                 self._depth -= 1
                 if self._depth == 0:
                     self._unset()
 
     def _set(self) -> None:
         for config in self._configs:
-            _original[id(config)] = (config, config._attn_implementation_internal)
+            name = _names.setdefault(id(config), _Replaced(config, config._attn_implementation_internal))
+            name.switches += 1
             config._attn_implementation_internal = NAME
         for module in self._model.modules():
             function = module.__dict__.get("_gradient_checkpointing_func")
-            if function is not None and not isinstance(function, _Replayed):
-                self._replaced.append((module, function))
-                module._gradient_checkpointing_func = _Replayed(self, function)  # type: ignore[assignment]
+            if function is not None:
+                entry = _functions.setdefault(id(module), _Replaced(module, function))
+                entry.switches += 1
+                self._modules.append(module)
+                if not isinstance(function, _Replayed):
+                    entry.value = function
+                    module._gradient_checkpointing_func = _Replayed(self, function)  # type: ignore[assignment]
 
     def _unset(self) -> None:
         for config in self._configs:
-            config._attn_implementation_internal = _original.pop(id(config))[1]
-        while self._replaced:
-            module, function = self._replaced.pop()
-            if isinstance(module.__dict__.get("_gradient_checkpointing_func"), _Replayed):
-                module._gradient_checkpointing_func = function
+            if (name := _released(_names, config)) is not None:
+                config._attn_implementation_internal = name.value
+        while self._modules:
+            module = self._modules.pop()
+            function = _released(_functions, module)
+            if function and isinstance(module.__dict__.get("_gradient_checkpointing_func"), _Replayed):
+                module._gradient_checkpointing_func = function.value
+
+
+def _released(replaced: dict[int, _Replaced], owner: Any) -> _Replaced | None:
+    """The entry of an owner if a switch that goes off was its last one; it is removed."""
+    entry = replaced[id(owner)]
+    entry.switches -= 1
+    return None if entry.switches else replaced.pop(id(owner))
 
 
 class _Replayed:
@@ -279,8 +308,8 @@ def _layer_of(module: torch.nn.Module, prepended: Prepended, k: torch.Tensor, v:
 
 def _implementation(config: Any) -> str:
     """The attention implementation that a config named before it was switched."""
-    entry = _original.get(id(config))
-    return str(entry[1] if entry else config._attn_implementation_internal)
+    entry = _names.get(id(config))
+    return str(entry.value if entry else config._attn_implementation_internal)
 
 
 def _ordinary(module: torch.nn.Module) -> Callable[..., Any]:

@@ -15,12 +15,13 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from veneer.checkpoints.locate import adapters_at
-from veneer.errors import ServeError, VeneerError
+from veneer.errors import CheckpointError, ServeError, VeneerError
 from veneer.serve.engine.engine import Engine
 from veneer.serve.engine.request import Mix
 from veneer.serve.store.database import Database
@@ -105,7 +106,8 @@ class ModelRegistry:
         found = adapters_at(self._folder)
         for child in sorted(self._folder.iterdir()):
             if child.is_dir():
-                found = {**adapters_at(child), **found}
+                with suppress(CheckpointError):  # one that cannot be read does not keep the others from being served
+                    found = {**adapters_at(child), **found}
         return found
 
     def _name_problem(self, name: str) -> str:

@@ -65,12 +65,12 @@ class Renderer:
         Control strings in it stay text, as in training.
 
         Raises:
-            DataError: messages are given, and the base has no chat template.
+            DataError: messages are given and the base has no chat template, or the text has characters that cannot be encoded.
         """
         if self.template is None:
             if not isinstance(prompt, str):
                 raise DataError("the base has no chat template, so it takes plain text and no conversation")
-            return list(self.tokenizer(prompt)["input_ids"])
+            return [*self._before, *(self.encoder.encode([self._plain(prompt)])[0].ids if prompt else ())]
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(one) for one in prompt]
         guarded = Conversation(self.template, self.encoder, messages).text(prompt=True)
         return self.encoder.encode([guarded])[0].ids
@@ -147,14 +147,17 @@ class Renderer:
             return self._plan_answers({"desirable" if row.desirable else "undesirable": replace(row, desirable=None)})
         if self._as_chat(row):
             return self._plan_chat(row)
-        text = row.prompt + row.completion if row.kind == "pair" else row.text
+        plain = self._plain(row.prompt + row.completion if row.kind == "pair" else row.text)
+        first, last = len(row.prompt) if row.kind == "pair" and self.options.train_on != "all" else 0, len(plain.text)
+        return [Draft(plain, ((first, last),) if first < last else ())]
+
+    def _plain(self, text: str) -> GuardedText:
+        """A text without a template. Raises DataError for characters that the encoder needs itself."""
         if (found := self.encoder.reserved.search(text)) is not None:
             raise reserved_error(found.group())
-        guards: tuple[tuple[int, int], ...] = ()
-        if not self.options.parse_specials:
-            guards = tuple(match.span() for match in self.encoder.control_pattern.finditer(text))
-        first = len(row.prompt) if row.kind == "pair" and self.options.train_on != "all" else 0
-        return [Draft(GuardedText(text, guards), ((first, len(text)),) if first < len(text) else ())]
+        if self.options.parse_specials:
+            return GuardedText(text, ())
+        return GuardedText(text, tuple(match.span() for match in self.encoder.control_pattern.finditer(text)))
 
     def _plan_answers(self, rows: Mapping[str, Row]) -> list[Draft]:
         """One draft for each answer of a preference, by its name."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer._imports import light_imports
+from veneer.errors import BaseModelError
 from veneer.kernels.experts import quantized_experts
 from veneer.kernels.quantized.four_bit import FourBit
 from veneer.kernels.quantized.fp8 import SCALE, dequantize_fp8
@@ -47,8 +48,6 @@ class Reading:
         layers: the number of layers that were quantized.
     """
 
-    current: Reading | None = None
-
     def __init__(self, scheme: Scheme) -> None:
         self.scheme = scheme
         self.problems: list[str] = []
@@ -71,15 +70,13 @@ class Reading:
 
     def arguments(self, config: Any) -> dict[str, Any]:
         """Arguments of ``from_pretrained`` beside the usual ones."""
-        Reading.current = self
         if not self.scheme.stored and self.scheme.fp8 is None:
-            return {"quantization_config": _Config()}
-        config.quantization_config = {"quant_method": METHOD}
+            return {"quantization_config": _Config(self)}
+        config.quantization_config = {"quant_method": METHOD, "reading": self}
         return {"config": config}
 
     def finish(self, model: Any) -> tuple[str, ...]:
         """Make the model one like others, whose config says how bitsandbytes would read it. Returns what a user should know."""
-        Reading.current = None
         if any(isinstance(module, QuantizedStack) for module in model.modules()):
             model.config.get_text_config()._experts_implementation = _EXPERTS
         del model.hf_quantizer
@@ -95,8 +92,12 @@ class Reading:
 
 
 class _Config(QuantizationConfigMixin):
-    def __init__(self, **unused: Any) -> None:
+    def __init__(self, reading: Reading | None = None, **unused: Any) -> None:
         self.quant_method = METHOD  # type: ignore[assignment]
+        self.reading = reading
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"quant_method": METHOD}
 
 
 class _Quantizer(HfQuantizer):
@@ -104,8 +105,11 @@ class _Quantizer(HfQuantizer):
 
     def __init__(self, quantization_config: Any, **options: Any) -> None:
         super().__init__(quantization_config, **options)
-        assert Reading.current is not None
-        self.reading = Reading.current
+        if quantization_config.reading is None:
+            raise BaseModelError(
+                f"config.json names the format {METHOD}, which veneer.load_base reads; load the folder with it"
+            )
+        self.reading: Reading = quantization_config.reading
         companions = COMPANIONS if self.reading.scheme.fp8 is None else (SCALE, "activation_scale")
         self.serialized_names = {"weight": ["weight", *companions]}
 

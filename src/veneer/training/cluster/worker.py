@@ -18,7 +18,7 @@ from typing import Any
 
 from veneer._version import __version__
 from veneer.config import TrainOptions
-from veneer.errors import CheckpointError, VeneerError
+from veneer.errors import FolderInUseError, VeneerError
 from veneer.models.load import Base
 from veneer.training.cluster.parts import RunPart
 from veneer.training.loop.job import Job
@@ -116,9 +116,9 @@ class ClusterWorker:
         while True:
             try:
                 return Outcome(self._train(options, self._base, Path(whole), self._follower))
-            except CheckpointError as error:
+            except FolderInUseError as error:
                 # The worker that had this part was given up, but may need a moment to end.
-                if "in use" not in str(error) or time.monotonic() - began > _LOCK_SECONDS:
+                if time.monotonic() - began > _LOCK_SECONDS:
                     return Outcome(None, str(error))
                 time.sleep(1.0)
             except VeneerError as error:

@@ -193,7 +193,7 @@ class Trainer:
         try:
             work()
         except Exception as error:
-            raise self.processes.fault_of_pass(_message(error)) from error
+            raise self.processes.fault_of_pass(error, _message(error)) from error
 
     def _turns(self, pieces: Sequence[MicroBatch[Example]]) -> list[JobSum]:
         """The jobs that have pieces, in order: all processes step them in this one."""
@@ -309,7 +309,7 @@ class Trainer:
         except Exception as error:
             self._check_device(error)
             if self.processes.lockstep:
-                raise self.processes.fault_of_pass(self._fault_of_pass(pieces[0], error).reason) from error
+                raise self.processes.fault_of_pass(error, self._fault_of_pass(pieces[0], error).reason) from error
             if len(pieces) > 1:
                 for piece in pieces:
                     self._pass([piece], left, numbering)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from veneer.errors import ProcessError
 from veneer.training.loop.step import Stepper
 from veneer.training.parallel.processes import Processes
 
@@ -38,8 +37,6 @@ class EvaluationTeam:
         """The same fault in every process, or None if none has any. In lockstep a fault ends the run."""
         if not self._processes.lockstep:
             return self._processes.common_fault(error)
-        if isinstance(error, ProcessError):
-            raise error
         if error is not None:
-            raise self._processes.fault_of_pass(str(error) or type(error).__name__) from error
+            raise self._processes.fault_of_pass(error) from error
         return None

@@ -21,6 +21,7 @@ import json
 import os
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -37,8 +38,6 @@ SLOTS = 3
 """Numbers of fp32 that hold one of fp64 exactly."""
 _FIXED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _PARENT_SECONDS = 1.0
-_LOST = ("gloo", "nccl", "connection", "timed out", "distributed")
-"""Words of an exchange that failed because another process is gone."""
 
 
 class Processes:
@@ -139,10 +138,13 @@ class Processes:
         code, message = faults[at]
         return TrainingError(f"process {at}: {message}", code)
 
-    def fault_of_pass(self, reason: str) -> ProcessError:
-        """The error that ends a run in lockstep when a pass raises."""
-        if any(word in reason.lower() for word in _LOST):
+    def fault_of_pass(self, error: Exception, reason: str = "") -> ProcessError:
+        """The error that ends a run in lockstep when a pass raises. ``reason``: what to say of it, in place of its own message."""
+        if isinstance(error, ProcessError):
+            return ProcessError(str(error))
+        if _is_of_exchange(error):
             return self._lost()
+        reason = reason or str(error) or type(error).__name__
         return ProcessError(
             f"process {self.rank} of {self.size}: a pass that all processes share failed: {reason.rstrip('.')}; run the same command to "
             "resume from the last checkpoint"
@@ -227,6 +229,15 @@ def join(processes: int, device: str, minutes: float) -> Iterator[Processes]:
         yield group
     finally:
         torch.distributed.destroy_process_group()
+
+
+def _is_of_exchange(error: Exception) -> bool:
+    """True for an error of torch.distributed itself: of its class, or raised in a call of it, as gloo's are, which have no class."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    module = str(frames[-1].f_globals.get("__name__")) if frames else ""
+    return isinstance(error, torch.distributed.DistError) or (
+        isinstance(error, RuntimeError) and module.startswith("torch.distributed")
+    )
 
 
 def _check_devices(device: str, on_gpu: bool) -> None:

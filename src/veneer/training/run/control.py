@@ -5,16 +5,19 @@
     {"sql": "pause", "style": "cancel"}         or "resume"; "*" means all jobs
 
 The run reads the file between rounds, applies the requests, saves its state, and only then deletes the file, so that no request is lost
-if the process dies. A run that is not active finds the file at its next start.
+if the process dies. A run that is not active finds the file at its next start. ``ask`` writes a file for each request, whose name has
+the time: nothing is written over, whoever asks, and the last request of a job counts.
 """
 
 from __future__ import annotations
 
 import json
+import secrets
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import get_args
@@ -24,17 +27,18 @@ from veneer.errors import TrainingError
 from veneer.training.loop.trainer import Request, Verb
 
 FILE = "control.json"
-_TAKEN = "control.taken.json"
+_TIMED = "control-*.json"
 _VERBS: tuple[Verb, ...] = get_args(Verb)
 
 
 def ask(out: Path, job: str, verb: Verb) -> None:
     """Add a request to a run's folder."""
-    try:
-        waiting = json.loads((out / FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        waiting = {}
-    replace_text(out / FILE, json.dumps({**waiting, job: verb}))
+    replace_text(_timed(out), json.dumps({job: verb}))
+
+
+def _timed(out: Path) -> Path:
+    """A new name for requests, behind all earlier ones."""
+    return out / f"control-{time.time_ns():020}-{secrets.token_hex(2)}.json"
 
 
 @contextmanager
@@ -64,27 +68,31 @@ class Control:
     """The requests in one run's folder."""
 
     def __init__(self, out: Path) -> None:
-        self._file = out / FILE
-        self._taken = out / _TAKEN
+        self._out = out
+        self._taken: list[Path] = []
 
     def take(self, jobs: Sequence[str]) -> list[Request]:
-        """The requests that are not yet forgotten.
+        """The requests that are not yet forgotten, in order.
 
         Raises TrainingError, once, for a file that cannot be read, or that names an unknown job or change.
         """
-        if self._file.exists():
-            self._file.replace(self._taken)
-        if not self._taken.exists():
-            return []
-        try:
-            return _requests(self._taken, jobs)
-        except TrainingError:
-            self.forget()
-            raise
+        with suppress(FileNotFoundError):
+            (self._out / FILE).replace(_timed(self._out))
+        self._taken = sorted(self._out.glob(_TIMED))
+        found: list[Request] = []
+        for path in self._taken:
+            try:
+                found += _requests(path, jobs)
+            except TrainingError:
+                path.unlink(missing_ok=True)
+                raise
+        return found
 
     def forget(self) -> None:
         """Delete requests that are applied and saved."""
-        self._taken.unlink(missing_ok=True)
+        for path in self._taken:
+            path.unlink(missing_ok=True)
+        self._taken = []
 
 
 def _requests(path: Path, jobs: Sequence[str]) -> list[Request]:

@@ -5,7 +5,7 @@ runs/a/run.json               the manifest: versions, threads, hashes of data an
 runs/a/metrics/<job>.jsonl    a line for each step and each evaluation
 runs/a/samples/<job>.jsonl    a line for each sample answer, if the options ask for them
 runs/a/events.jsonl           starts, ends, checkpoints, failures
-runs/a/control.json           requests to the running process (see control.py), deleted when they are applied
+runs/a/control*.json          requests to the running process (see control.py), deleted when they are applied
 runs/a/checkpoints/           the states from which a run resumes
 runs/a/adapter/, best/        the last and the best adapter (several jobs: adapters/<job>/, best/<job>/)
 runs/a/base/                  with calibrate: the quantized base (see calibrated_base.py)

@@ -330,6 +330,7 @@ def load_labelled(options: TrainOptions, base: Base, length: int, classes: Class
         found, more = load(valid)
         held_out = found[:]
         report.cut, report.dropped = report.cut + more.cut, report.dropped + more.dropped
+        report.lost += more.lost
     elif options.valid_fraction:
         held_out, learn = _split(train, options.valid_fraction)
     return JobData(
