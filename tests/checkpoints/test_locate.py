@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from fnmatch import fnmatch
 from pathlib import Path
@@ -13,7 +14,7 @@ from tests.checkpoints.helpers import make_folder
 from tests.tiny import tiny
 
 import veneer
-from veneer.checkpoints import read_adapter
+from veneer.checkpoints import locate, read_adapter
 from veneer.checkpoints.locate import adapter_of_job, adapters_at, choice_note, find_adapter, trained_format
 from veneer.cli._parents import parse_mix
 from veneer.cli._targets import adapter_folders
@@ -156,6 +157,18 @@ def test_a_damaged_best_adapter_is_not_taken(tmp_path: Path) -> None:
         assert find_adapter(one)[1] == one / "adapter"
 
 
+def test_a_path_that_cannot_be_read_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder without permission is not one without an adapter; a text that cannot be a path is."""
+    assert adapters_at(Path("a" * 5000)) == adapters_at(Path("a\0b")) == {}
+
+    def refused(path: Path) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(locate, "is_adapter", refused)
+    with pytest.raises(CheckpointError, match="cannot be read: Permission denied; check its permissions"):
+        find_adapter(tmp_path)
+
+
 @pytest.fixture
 def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The place of the files of org/sql in an empty hub cache, offline."""
@@ -221,7 +234,11 @@ def test_an_adapter_is_downloaded_without_pickles(cached: Path, monkeypatch: pyt
         asked.append((name, options))
         if name == "org/sql":
             return str(make_folder(cached))
-        raise {"org/gone": OSError, "org/odd": ValueError}[name]("no")
+        raise {
+            "org/gone": OSError("no"),
+            "org/odd": ValueError("no"),
+            "org/full": OSError(errno.ENOSPC, "No space left on device"),
+        }[name]
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
@@ -231,6 +248,8 @@ def test_an_adapter_is_downloaded_without_pickles(cached: Path, monkeypatch: pyt
     for name in ("org/gone", "org/odd"):
         with pytest.raises(CheckpointError, match=r"gives out no adapter of that name; check the spelling"):
             find_adapter(Path(name))
+    with pytest.raises(CheckpointError, match="into the hub cache: No space left on device; free some space"):
+        find_adapter(Path("org/full"))
 
 
 @pytest.mark.parametrize(

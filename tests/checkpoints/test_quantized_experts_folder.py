@@ -15,6 +15,7 @@ from veneer.adapters import attach
 from veneer.checkpoints.base_files import skeleton
 from veneer.checkpoints.quantized_folder import quantize_to_folder
 from veneer.errors import BaseModelError
+from veneer.kernels.quantized.weight import QuantizedWeight
 from veneer.merge.folder import merge_to_folder
 from veneer.models.fingerprint import tensor_fingerprint
 from veneer.models.load import load_base
@@ -24,7 +25,7 @@ IDS = torch.arange(3, 40).reshape(1, -1)
 
 
 @pytest.mark.parametrize(("arch", "format"), [("qwen3_moe", "nf4"), ("gpt_oss", "int8"), ("mixtral", "fp4")])
-def test_experts_are_quantized_on_disk(arch: str, format: str, tmp_path: Path) -> None:
+def test_experts_are_quantized_on_disk(arch: str, format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The folder loads to the bits of the base that is quantized while it is read, and adapters are merged into it as on that."""
     saved(tmp_path / "plain", arch)
     report = quantize_to_folder(skeleton(tmp_path / "plain"), tmp_path / "out", scheme_for(format), experts=True)
@@ -40,6 +41,11 @@ def test_experts_are_quantized_on_disk(arch: str, format: str, tmp_path: Path) -
     with torch.no_grad(), bank.use("a"):
         adapted = model(input_ids=IDS)[0]
     files, site = skeleton(tmp_path / "out"), "model.layers.1.mlp.experts.2.down_proj"
+    quantized = [key for key in files.folder.files if files.folder.quantized(key) is not None]
+    shapes = {key: tuple(files.folder.get(key).shape) for key in quantized}
+    with monkeypatch.context() as patch:
+        patch.setattr(QuantizedWeight, "dequantize", None)  # shapes are in the headers
+        assert quantized and {key: files.folder.shape(key) for key in quantized} == shapes
     assert files.fingerprints([site])[site] == tensor_fingerprint(f"{site}.weight", bank.sites[site].weight_2d)
     assert files.format(site) == format
     merge_to_folder([(adapter, 1.0)], files, tmp_path / "merged")
@@ -56,6 +62,9 @@ def test_other_programs_and_damaged_folders(tmp_path: Path) -> None:
     report = quantize_to_folder(skeleton(tmp_path / "plain"), tmp_path / "linear", scheme_for("nf4"))
     assert report.stacks == 0 and report.experts > 0
     quantize_to_folder(skeleton(tmp_path / "plain"), tmp_path / "out", scheme_for("nf4"), experts=True)
+    load_base(tmp_path / "out")  # transformers knows the format now, and nothing of this call remains
+    with pytest.raises(BaseModelError, match=r"config.json names the format veneer, which veneer\.load_base reads"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     known = transformers.quantizers.auto.AUTO_QUANTIZATION_CONFIG_MAPPING
     held = {name: known.pop(name) for name in ["veneer"] if name in known}  # as where Veneer has not been imported
     try:

@@ -69,6 +69,21 @@ def test_a_begin_token_is_put_once() -> None:
     assert list(piece.ids).count(number) == 1 and piece.typed == ("<begin>",)
 
 
+def test_a_typed_control_token_of_a_prompt_without_a_template_stays_text() -> None:
+    """As in training; the begin token is put before it all the same."""
+    from tokenizers import processors
+
+    tokenizer = made(byte_level(), bos_token="<begin>", eos_token="<end>")
+    begin, end = (tokenizer.convert_tokens_to_ids(text) for text in ("<begin>", "<end>"))
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<begin> $A", special_tokens=[("<begin>", begin)]
+    )
+    ids = Renderer(tokenizer).prompt_ids("one<end>")
+    assert ids[0] == begin and end not in ids and tokenizer.decode(ids) == "<begin>one<end>"
+    parsed = Renderer(tokenizer, RenderOptions(parse_specials=True)).prompt_ids("<begin>one<end>")
+    assert parsed.count(begin) == 1 and parsed[-1] == end and Renderer(tokenizer).prompt_ids("") == [begin]
+
+
 def test_a_pair_goes_through_the_template_where_there_is_one() -> None:
     """With a chat template a pair is a conversation, unless plain is asked for."""
     row = Row("pair", "rows.jsonl:1", tuple(CHAT), (1.0, 1.0), prompt="one ", completion="two")

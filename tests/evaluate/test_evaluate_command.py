@@ -87,6 +87,13 @@ def test_against_another_and_in_words(made: Path, capsys: pytest.CaptureFixture[
         assert found[0] == "rows: 1 example, 2,000 tokens" and found[1].endswith(f"), {word}")
 
 
+def test_pieces_lie_evenly_over_the_text() -> None:
+    """The last of them is near the end, however many pieces the text has."""
+    for count, starts in ((3, [0, 6, 12]), (64, list(range(0, 20, 2)))):
+        found = pieces("text", lambda text, **given: {"input_ids": list(range(20))}, length=2, count=count)
+        assert [example.ids[0] for example in found] == starts
+
+
 def test_mistakes_are_one_sentence(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Nothing to judge on, a mix of what is not loaded, weights and limits that are none, files that are not there."""
     (made / "bytes").write_bytes(b"\xff\xfe\x00")
@@ -97,6 +104,11 @@ def test_mistakes_are_one_sentence(made: Path, capsys: pytest.CaptureFixture[str
         ([*rows, "--mix", "lora:many"], "'many' is not a weight", 2),
         ([*rows, "--mix", "lora:nan"], "'nan' is not a weight", 2),
         ([*rows, "--against", "nobody"], "--against nobody", 2),
+        (
+            [*rows, "--against", "lora", "--task", "dpo"],
+            "--against compares losses of tokens, and --task dpo has none",
+            2,
+        ),
         ([*rows, "--limit", "0"], "--limit: expected at least 1", 2),
         (["--data", f"{made}/none.jsonl"], "none.jsonl", 1),
         (["--general-text", f"{made}/bytes"], "cannot be read as UTF-8", 1),

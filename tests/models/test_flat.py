@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -12,7 +13,9 @@ from tests.tiny import VOCAB, tiny
 from torch.utils.checkpoint import checkpoint
 
 from veneer.errors import BaseModelError
+from veneer.kernels.attention.segments import Segments
 from veneer.models.flat import Flat, FlatRunner
+from veneer.models.flat_attention import NAME, Switch
 from veneer.models.load import load_base
 
 FLAT = (
@@ -336,6 +339,21 @@ def test_an_ordinary_call_in_another_thread_is_undisturbed_by_a_flat_one(arch: s
     assert torch.equal(here, expected[0])
     assert torch.equal(found["ordinary"], expected[1])
     assert torch.equal(found["flat"], expected[2])
+
+
+def test_two_runners_of_one_model_may_run_at_once() -> None:
+    """The model is as before when the last one ends, whichever it is, and the checkpointing function too."""
+    model = tiny("llama").train()
+    model.gradient_checkpointing_enable()
+    config, module = model.config, model.model.layers[0]
+    name, function = config._attn_implementation, module._gradient_checkpointing_func
+    segments = Segments(torch.tensor([0, 2]))
+    with ExitStack() as first, ExitStack() as second:
+        first.enter_context(Switch(model).flat(segments))
+        second.enter_context(Switch(model).flat(segments))
+        first.close()
+        assert config._attn_implementation == NAME and module._gradient_checkpointing_func is not function
+    assert config._attn_implementation == name and module._gradient_checkpointing_func is function
 
 
 def test_probe_keeps_each_modules_training_mode() -> None:

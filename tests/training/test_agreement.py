@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from tests.training.made import options
 from tests.training.processes import Forks
 
+from veneer.errors import ProcessError
 from veneer.training import train
 from veneer.training.parallel import agreement
+from veneer.training.parallel.processes import Processes
 from veneer.training.run.console import Console
 
 
@@ -38,6 +41,20 @@ def test_versions_and_folders_that_differ(place: Path, tmp_path: Path, monkeypat
         patched.setattr(agreement, "_SECONDS", 0.2)
         said = refused([wanted, {**wanted, "out": tmp_path / "local"}])
     assert "process 1 does not see" in said and "put --out on storage that all machines share" in said
+
+
+def test_an_exchange_that_failed_is_told_by_where_it_failed() -> None:
+    """Words such as "connection" in another error do not make it the loss of a process."""
+    group = Processes(1, 2, 30.0)
+    for error in (RuntimeError("no connection_proj in distributed"), ValueError("gloo")):
+        assert str(error) in str(group.fault_of_pass(error))
+    with pytest.raises(ValueError, match="process group") as raised:
+        torch.distributed.all_reduce(torch.zeros(1))
+    own = RuntimeError("Connection closed by peer").with_traceback(raised.value.__traceback__)
+    for error in (own, torch.distributed.DistNetworkError("timed out")):
+        assert "another process has ended, or did not answer for 30 s" in str(group.fault_of_pass(error))
+    known = ProcessError("process 1 of 2: another process has ended")
+    assert str(group.fault_of_pass(known)) == str(known)
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,11 +19,13 @@ import veneer
 from veneer.adapters.runtime.route import Route
 from veneer.checkpoints.receipt import labels_of, receipt_of
 from veneer.cli.main import main
+from veneer.config import TrainOptions
 from veneer.errors import AdapterError, ConfigError, DataError, RouteError, VeneerError
 from veneer.models.flat import FlatRunner
 from veneer.models.layout import Flat
 from veneer.models.load import load_base
 from veneer.training import train
+from veneer.training.run.setup import load_labelled
 
 ENCODER, DECODER = "bert", "llama"
 
@@ -180,6 +183,17 @@ def test_numbers_and_words_are_learnt(task: str, place: Path, tmp_path: Path) ->
         assert all(abs(line["prediction"] - row["label"]) < 0.7 for line, row in zip(lines, found, strict=True))
     else:
         assert [line["prediction"] for line in lines] == [row["label"] for row in found]
+
+
+def test_labels_that_are_cut_off_are_counted(tmp_path: Path) -> None:
+    """A run tells how many labels it lost to the maximum length, of training and of held-out rows."""
+    file = write(tmp_path / "rows.jsonl", [{"text": list("abcdef"), "label": list("xyxyxy")}])
+    given = TrainOptions(data=(file,), valid=(file,), task="token-classification", max_length=6, truncate="end")
+    base: Any = SimpleNamespace(tokenizer=framed_tokenizer(), model=SimpleNamespace())
+    found = load_labelled(given, base, 6)
+    kept = sum(found.train[0].weights)
+    assert 0 < kept < 6 and found.report.lost == 2 * (6 - kept)
+    assert f"rows cut at 6 tokens: 2, which lost {2 * (6 - kept):.0f} trained tokens" in found.remarks
 
 
 def test_evaluate_and_predict_agree_with_each_other(

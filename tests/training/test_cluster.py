@@ -21,7 +21,7 @@ from veneer.errors import ConfigError, TrainingError
 from veneer.models.load import Base
 from veneer.training import train
 from veneer.training.cluster import driver
-from veneer.training.cluster.parts import divide
+from veneer.training.cluster.parts import divide, part_of
 from veneer.training.cluster.ray_workers import Slot, connected
 from veneer.training.cluster.worker import ClusterWorker
 from veneer.training.loop.step import Stepper
@@ -230,10 +230,11 @@ def test_the_same_command_resumes(place: Path, tmp_path: Path, use: Any, alone: 
 
 
 def test_requests_reach_the_parts(place: Path, tmp_path: Path, use: Any) -> None:
-    """A cancelled job ends, wherever it is; the others finish."""
+    """A cancelled job ends, wherever it is; the others finish, and a request that cannot be read ends nothing."""
     use(Cluster())
     out = tmp_path / "run"
     out.mkdir()
+    (out / "control.json").write_text('{"job1": "stop"}')
     ask(out, "job2", "cancel")
     result = train(TrainOptions(**sweep(place, out, cluster="auto")), console=QUIET)
     assert {job.name: job.state for job in result.jobs.values()} == {
@@ -317,6 +318,15 @@ def test_a_cluster_that_cannot_be_reached(address: str, error: type[Exception], 
     pytest.importorskip("ray")
     with pytest.raises(error, match=message), connected(address):
         pass
+
+
+def test_files_of_a_part_are_named_by_absolute_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker runs in another folder; a base that is no folder here keeps its name."""
+    (tmp_path / "base").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for base, named in (("base", str(tmp_path / "base")), ("smollm2-135m", "smollm2-135m")):
+        given = TrainOptions(data=("rows.jsonl",), base=base)
+        assert part_of(given, {"a": given}, tmp_path, 1, ["a"]).options["base"] == named
 
 
 def test_jobs_are_divided_by_workers_and_memory() -> None:

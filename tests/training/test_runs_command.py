@@ -14,6 +14,7 @@ import pytest
 from veneer.checkpoints.run_state import Lock
 from veneer.cli._run_list import INDEX, JobStatus, list_runs
 from veneer.cli.main import main
+from veneer.training.run.control import Control
 
 
 def write_run(folder: Path, jobs: dict[str, dict[str, Any]], *, steps: int = 3) -> Path:
@@ -155,6 +156,26 @@ def test_the_list_needs_no_torch(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def taken(run: Path, said: list[str] | None = None) -> list[tuple[str, str]]:
+    """The requests that wait in a run's folder, and in ``said`` the lines about others."""
+    found = Control(run).take(["sql", "style"], [].append if said is None else said.append)
+    return [(request.job, request.verb) for request in found]
+
+
+def test_no_request_is_lost(tmp_path: Path) -> None:
+    """One that was taken and is not saved yet stays beside those that come later; one that cannot be read is told once."""
+    run, said = tmp_path, list[str]()
+    (run / "control.json").write_text('{"sql": "pause"}')
+    control = Control(run)
+    assert len(control.take(["sql", "style"], said.append)) == 1
+    (run / "control.json").write_text('{"style": "cancel"}')
+    assert taken(run) == [("sql", "pause"), ("style", "cancel")]  # as after a crash
+    control.forget()
+    assert taken(run) == [("style", "cancel")] and not said
+    (run / "control.json").write_text('{"sql": "pau')
+    assert taken(run, said) == taken(run, said) == [("style", "cancel")] and len(said) == 1
+
+
 def test_a_job_is_paused_and_cancelled_from_outside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Requests wait in the run's folder beside each other; what cannot be asked for is one sentence."""
     run = write_run(tmp_path / "a", {"sql": saved_job("running"), "style": saved_job("finished")})
@@ -163,12 +184,12 @@ def test_a_job_is_paused_and_cancelled_from_outside(tmp_path: Path, capsys: pyte
     with Lock(run):
         assert main(["runs", str(run), "--cancel", "*"]) == 0
     assert "cancel all jobs, after the current step" in capsys.readouterr().out
-    assert json.loads((run / "control.json").read_text()) == {"sql": "pause", "*": "cancel"}
+    assert taken(run) == [("sql", "pause"), ("sql", "cancel"), ("style", "cancel")]
     for words, says in ((["--pause"], "pause all jobs"), (["--resume", "--json"], "resume all jobs")):
         assert main(["runs", str(run), *words]) == 0
         assert says in capsys.readouterr().out
     assert main(["runs", "--pause", "sql", str(run)]) == 0
-    assert json.loads((run / "control.json").read_text()) == {"sql": "pause", "*": "resume"}
+    assert taken(run)[-3:] == [("sql", "resume"), ("style", "resume"), ("sql", "pause")]
     over = write_run(tmp_path / "b", {"sql": saved_job("finished")})
     for wrong, says in (
         ([str(run), "--pause", "style"], 'has no unfinished job "style"; unfinished jobs: sql'),

@@ -70,6 +70,7 @@ def test_data_sets_and_frames(base: Base, tmp_path: Path) -> None:
         ({"config": 3}, "train takes options, a mapping of them or a YAML file, found int"),
         ({"config": "rows.jsonl"}, r"give examples as data='rows\.jsonl'"),
         ({"data": ROWS, "rank": 3}, "did you mean r"),
+        ({"data": ROWS, "quantize": "nf4"}, "a plain base in memory is given; load it with"),
     ],
 )
 def test_wrong_calls_are_told_and_leave_nothing(base: Base, tmp_path: Path, call: dict[str, Any], says: str) -> None:

@@ -36,7 +36,7 @@ _ADAPTER_HUB = "pytorch_adapter.bin"
 _HUB_FILES = (CONFIG, WEIGHTS, "adapters.safetensors", "*.jinja")
 """Those of PEFT and mlx-lm; pickles are not downloaded."""
 _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth")
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM)
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM)
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _NO_PLACE = (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.ENOENT, errno.ENOTDIR)
 """Errors of a text that is not the path of anything."""
@@ -56,6 +56,8 @@ def adapters_at(path: Path) -> dict[str, Path]:
             on_hub = hub_adapter(path.as_posix())
             return {} if on_hub is None else {path.name: on_hub}
         return _adapters_at(path)
+    except CheckpointError:
+        raise
     except OSError as error:
         if error.errno in _NO_PLACE:
             return {}
@@ -159,9 +161,9 @@ def hub_adapter(name: str) -> Path | None:
     try:
         folder = Path(snapshot_download(name, allow_patterns=list(_HUB_FILES), ignore_patterns=["*/*"]))
     except (HfHubHTTPError, OSError, ValueError) as error:
-        if getattr(error, "errno", None) in _FULL:
+        if isinstance(error, OSError) and error.errno in _UNWRITABLE:
             raise CheckpointError(
-                f"{name} cannot be written into the hub cache: {os.strerror(error.errno)}; free some space, or set HF_HOME"
+                f"{name} cannot be written into the hub cache: {error.strerror or error}; free some space, or set HF_HOME"
             ) from error
         return None
     return folder if (folder / CONFIG).is_file() else None

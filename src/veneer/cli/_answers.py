@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from veneer._terminal import status
@@ -50,17 +51,17 @@ def prompts_of(file: str, format: str, columns: dict[str, str], *, chats: bool) 
 
 
 def score_answers(
-    loaded: LoadedTargets, routes: list[str | None], prompts: list[tuple[Any, list[str]]], max_tokens: int
+    loaded: LoadedTargets, routes: Mapping[str, Any], prompts: list[tuple[Any, list[str]]], max_tokens: int
 ) -> dict[str, dict[str, Any]]:
-    """Return BLEU, ROUGE-L, chrF and exact match of the answers of the base and of each adapter, decoded greedily."""
+    """Return BLEU, ROUGE-L, chrF and exact match of the answers of each route by its name, decoded greedily."""
     from veneer.evaluate.scores import text_scores
 
     generator = _generator(loaded)
     report = {}
-    for route in routes:
-        answers = _answers(generator, route, [prompt for prompt, _ in prompts], max_tokens)
+    for name, route in routes.items():
+        answers = _answers(generator, name, route, [prompt for prompt, _ in prompts], max_tokens)
         scores = text_scores(answers, [references for _, references in prompts])
-        report[route or "base"] = {key: vars(score) for key, score in scores.items()}
+        report[name] = {key: vars(score) for key, score in scores.items()}
     return report
 
 
@@ -80,7 +81,7 @@ def _generator(loaded: LoadedTargets) -> TextGenerator:
     return TextGenerator(loaded.base.model, loaded.base.tokenizer, loaded.bank)
 
 
-def _answers(generator: TextGenerator, route: str | None, prompts: list[Any], max_tokens: int) -> list[str]:
+def _answers(generator: TextGenerator, name: str, route: Any, prompts: list[Any], max_tokens: int) -> list[str]:
     from veneer.serve.engine.request import SamplingParams
     from veneer.training.run.console import Console
 
@@ -89,7 +90,7 @@ def _answers(generator: TextGenerator, route: str | None, prompts: list[Any], ma
     def show(done: int) -> None:
         if console.live:
             console.advance(done / len(prompts))
-            console.progress(f"answering with {route or 'base'}  {done} of {len(prompts)} prompts")
+            console.progress(f"answering with {name}  {done} of {len(prompts)} prompts")
 
     sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, seed=0)
     answers = generator.write_many(prompts, route, sampling, progress=show)

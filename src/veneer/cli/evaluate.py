@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,20 +97,22 @@ def run(args: argparse.Namespace) -> int:
         if not args.json:
             print("\n".join(_lines(label, report["sets"][label], args.against)))
     if args.generate:
-        report["answers"] = _generated(args, loaded)
+        report["answers"] = _generated(args, loaded, routes)
     if args.json:
         print(as_json(report))
     return 0
 
 
-def _generated(args: argparse.Namespace, loaded: LoadedTargets) -> dict[str, dict[str, Any]]:
+def _generated(
+    args: argparse.Namespace, loaded: LoadedTargets, routes: Mapping[str, RouteLike]
+) -> dict[str, dict[str, Any]]:
     """Return the scores of generated answers by route, and print them unless JSON is asked for."""
     from veneer.cli._answers import answer_lines, prompts_of, score_answers
 
     chats = getattr(loaded.base.tokenizer, "chat_template", None) is not None
     found = prompts_of(args.data, args.format, pairs_of("--columns", args.columns), chats=chats)
     prompts = list(found.values())[: args.limit]
-    scores = score_answers(loaded, [None, *loaded.names], prompts, args.max_tokens)
+    scores = score_answers(loaded, routes, prompts, args.max_tokens)
     if not args.json:
         print("\n".join(answer_lines(scores, len(prompts))))
     return scores

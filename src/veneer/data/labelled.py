@@ -155,6 +155,8 @@ class LabelledRenderer:
                 "base was trained with"
             )
         at = _first_tokens(pieces, len(before), len(before) + len(parts[0])) if words else [0]
+        seen = pieces if words else [ids]
+        lost = sum(map(bool, seen)) - sum(token is not None for token in at)
         values, weights = [0.0] * len(ids), [0.0] * len(ids)
         for token, label in zip(at, labels, strict=False):
             if token is not None:
@@ -169,7 +171,7 @@ class LabelledRenderer:
             turns=(),
             notes=(),
             length=whole,
-            lost=0,
+            lost=lost,
             labels=tuple(values),
             second=second,
         )

@@ -64,8 +64,8 @@ class Losses:
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean loss."""
-        return math.exp(self.mean)
+        """exp of the mean loss; infinite beyond the largest number."""
+        return float(torch.tensor(self.mean, dtype=torch.float64).exp())
 
 
 @dataclass(frozen=True)

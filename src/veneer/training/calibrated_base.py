@@ -52,9 +52,15 @@ def base_of_run(
         alone: no other process takes part.
 
     Raises:
-        ConfigError: a base in memory would have to be calibrated, several processes take part, or a job trains a head.
+        ConfigError: a base in memory would have to be quantized or calibrated, several processes take part, or a job trains a head.
     """
     if not options.calibrate:
+        held = given.base if isinstance(given, SharedBase) else given
+        if held is not None and options.quantize and not getattr(held.model.config, "quantization_config", None):
+            raise ConfigError(
+                f"quantize quantizes a base while it is read, and a plain base in memory is given; load it with load_base(..., "
+                f"quantize={options.quantize!r}), or leave quantize out"
+            )
         return given
     if not alone:
         raise ConfigError(

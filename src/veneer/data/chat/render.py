@@ -70,7 +70,8 @@ class Renderer:
         if self.template is None:
             if not isinstance(prompt, str):
                 raise DataError("the base has no chat template, so it takes plain text and no conversation")
-            return [*self._before, *(self.encoder.encode([self._plain(prompt)])[0].ids if prompt else ())]
+            ids = self.encoder.encode([self._plain(prompt)])[0].ids if prompt else []
+            return [*self._before_of(ids), *ids]
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(one) for one in prompt]
         guarded = Conversation(self.template, self.encoder, messages).text(prompt=True)
         return self.encoder.encode([guarded])[0].ids
@@ -292,11 +293,15 @@ class Renderer:
             )
         return i, j
 
+    def _before_of(self, ids: list[int]) -> list[int]:
+        """The tokens that the tokenizer puts before a text; none if it begins with them."""
+        return [] if self._before and ids[: len(self._before)] == self._before else self._before
+
     def _framed(
         self, text: str, ids: list[int], weights: list[float], starts: list[int], ends: list[int], notes: list[str]
     ) -> tuple[list[int], list[float], list[int], list[int]]:
         """Add the tokens that the tokenizer puts before a text, and the end-of-text token."""
-        before = [] if self._before and ids[: len(self._before)] == self._before else self._before
+        before = self._before_of(ids)
         behind = [] if self._eos is None or ids[-1:] == [self._eos] else [self._eos]
         if self._eos is None:
             notes.append("no_end_token")

@@ -345,12 +345,7 @@ class ClusterRun:
 
     def _requests(self) -> None:
         """Hand requests in the run's folder on to the parts that have the jobs. A job that is resumed puts its part in line again."""
-        try:
-            requests = self._control.take(list(self.jobs))
-        except (TrainingError, OSError) as error:
-            self.console.line(f"{error}; the request is ignored")
-            return
-        for request in requests:
+        for request in self._control.take(list(self.jobs), self.console.line):
             part = next(part for part in self._parts if request.job in part.jobs)
             part.folder.mkdir(parents=True, exist_ok=True)
             ask(part.folder, request.job, request.verb)

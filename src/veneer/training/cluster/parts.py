@@ -60,7 +60,7 @@ def part_of(
     """The part of the run in ``out`` that has these of its ``jobs``. Files are named by absolute paths: a worker has another folder."""
     common = {key: plain(options)[key] for key in given(options) if key in PER_RUN_OPTIONS}
     common = {key: value for key, value in common.items() if key not in ("jobs", "sweep", "cluster", "name")}
-    if "/" in common.get("base", ""):
+    if "base" in common:
         common["base"] = _absolute(common["base"])
     own = [{**_own(jobs[name]), "name": name} for name in names]
     return RunPart(number, tuple(names), {**common, "out": str(folder_of_part(out, number)), "jobs": own})

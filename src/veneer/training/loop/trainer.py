@@ -361,7 +361,7 @@ class Trainer:
             if last:
                 job.check_finite()
         except Exception as error:
-            self._fail(job, getattr(error, "code", _code(error)), _message(error), error)
+            self._fail(job, _code(error), _message(error), error)
             return
         if last or job.progress.step % job.eval_every == 0 or job.progress.step in job.extra_evaluations:
             self._evaluate(job)
@@ -492,6 +492,8 @@ def _message(error: Exception) -> str:
 
 
 def _code(error: Exception) -> str:
-    text = str(error).lower()
+    if isinstance(error, VeneerError):
+        return str(getattr(error, "code", "data" if isinstance(error, DataError) else "training"))
+    text = str(error).lower()  # a CPU's allocator has no class of errors
     short = isinstance(error, MemoryError) or "allocate memory" in text or "out of memory" in text
-    return "memory" if short else "data" if isinstance(error, DataError) else "training"
+    return "memory" if short else "training"

@@ -71,21 +71,26 @@ class Control:
         self._out = out
         self._taken: list[Path] = []
 
-    def take(self, jobs: Sequence[str]) -> list[Request]:
+    def take(self, jobs: Sequence[str], say: Callable[[str], None]) -> list[Request]:
         """The requests that are not yet forgotten, in order.
 
-        Raises TrainingError, once, for a file that cannot be read, or that names an unknown job or change.
+        Args:
+            jobs: the jobs of the run.
+            say: prints a line, for each file that cannot be read, or that names an unknown job or change. It is deleted.
         """
-        with suppress(FileNotFoundError):
-            (self._out / FILE).replace(_timed(self._out))
-        self._taken = sorted(self._out.glob(_TIMED))
         found: list[Request] = []
-        for path in self._taken:
-            try:
-                found += _requests(path, jobs)
-            except TrainingError:
-                path.unlink(missing_ok=True)
-                raise
+        try:
+            with suppress(FileNotFoundError):
+                (self._out / FILE).replace(_timed(self._out))
+            self._taken = sorted(self._out.glob(_TIMED))
+            for path in self._taken:
+                try:
+                    found += _requests(path, jobs)
+                except TrainingError as error:
+                    say(f"{error}; the request is ignored")
+                    path.unlink(missing_ok=True)
+        except OSError as error:
+            say(f"{FILE} cannot be taken: {error}")
         return found
 
     def forget(self) -> None:

@@ -175,11 +175,7 @@ class Recorder(Listener):
 
     def requests(self) -> list[Request]:
         """Requests from the run's folder and from the rungs of a sweep."""
-        try:
-            requests = self._control.take([job.name for job in self.jobs])
-        except (TrainingError, OSError) as error:
-            self.console.line(f"{error}; the request is ignored")
-            requests = []
+        requests = self._control.take([job.name for job in self.jobs], self.console.line)
         self._urgent |= bool(requests)
         return requests + (self.halving.losers(self.jobs) if self.halving is not None else [])
 
