@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,30 @@ def test_an_adapter_that_does_not_fit_into_memory_is_tried_again(
     assert last.reason == "error" and "injected" in str(last.error)
     assert "a" not in made.bank and not made.bank.runtime.layers and made.adapters()[0].running == 0
     assert answer(made, greedy("r", (("a", 1.0),))) == expected
+
+
+def test_an_embedding_that_waits_for_its_adapter_holds_nobody_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the adapter of an embedding is read again, another request is answered; then the embedding is that of the adapter."""
+    made = engine()
+    (path,) = folders(tmp_path, 1)
+    made.load_adapter("a", path)
+    ((first, _),) = ends(made, greedy("first", (("a", 1.0),), embed=True))
+    (version,) = made._store._versions
+    made._store._out_of_bank(version)
+    version.adapter, let, read = None, threading.Event(), made._store._read
+    monkeypatch.setattr(made._store, "_read", lambda *place: let.wait(10) and read(*place))
+    waiting = made.submit(greedy("waiting", (("a", 1.0),), embed=True))
+    ((other, _),) = ends(made, greedy("other"))
+    assert other.reason == "length" and waiting.poll() is None
+    let.set()
+    while (event := waiting.poll()) is None:
+        made.step()
+    while not isinstance(event, Finished):
+        made.step()
+        event = waiting.poll()
+    assert event.embedding == first.embedding is not None
 
 
 def test_an_adapter_never_answers_under_another_chat_template(tmp_path: Path) -> None:

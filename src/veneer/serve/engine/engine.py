@@ -136,6 +136,8 @@ class Engine:
         )
         self._grammars = GrammarCompiler(tokenizer, self._vocabulary, self._stops(()))
         self._inbox: deque[Sequence] = deque()
+        self._unread: list[Sequence] = []
+        """Prompts to embed whose adapters are still being read."""
         self._sequences: dict[str, Sequence] = {}
         self._failed: list[tuple[Sequence, Ending]] = []
         self._changed = threading.Condition()
@@ -299,7 +301,8 @@ class Engine:
     def _take(self) -> None:
         """Take what other threads have asked for."""
         with self._changed:
-            new = list(self._inbox)
+            new = [*self._unread, *self._inbox]
+            self._unread.clear()
             self._inbox.clear()
             cancelled = [sequence for sequence in self._sequences.values() if sequence.cancelled]
         for sequence in new:
@@ -311,19 +314,17 @@ class Engine:
     def _begin(self, sequence: Sequence) -> None:
         with self._ended_by_errors(sequence):
             if sequence.request.embed:
-                sequence.embedding = self._embed(sequence)
+                if not self._store.enter_batch(sequence.adapters):
+                    self._unread.append(sequence)
+                    return
+                try:
+                    sequence.embedding = self._embedder(sequence)
+                finally:
+                    self._store.leave_batch(sequence.adapters)
             if sequence.max_length == sequence.prompt_length and sequence.sampling.prompt_logprobs is None:
                 self._end(sequence, Ending("length"))
             else:
                 self._scheduler.add(sequence)
-
-    def _embed(self, sequence: Sequence) -> tuple[float, ...]:
-        while not self._store.enter_batch(sequence.adapters):
-            time.sleep(0.005)
-        try:
-            return self._embedder(sequence)
-        finally:
-            self._store.leave_batch(sequence.adapters)
 
     def _compute(self, chunks: list[Chunk]) -> None:
         """Compute chunks and hand out what they give; those that fail by themselves end."""
