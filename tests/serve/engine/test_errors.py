@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from veneer.errors import CheckpointError, ServeError
 from veneer.serve.engine import answer as answer_module
 from veneer.serve.engine import engine as engine_module
 from veneer.serve.engine.engine import Engine
-from veneer.serve.engine.request import Finished, GenerationRequest, Mix, SamplingParams
+from veneer.serve.engine.request import Event, Finished, GenerationRequest, Mix, SamplingParams, TextDelta
 
 PROMPT = tuple(range(20, 45))
 
@@ -89,7 +90,7 @@ def test_an_adapter_that_does_not_fit_into_memory_is_tried_again(
         patched.setattr(made.bank, "_place", failing(None, lambda adapter: True))
         ((last, _),) = ends(made, greedy("r", (("a", 1.0),)))
     assert last.reason == "error" and "injected" in str(last.error)
-    assert "a" not in made.bank and not made.bank.runtime.layers and made.adapters()[0].running == 0
+    assert len(made.bank) == 0 and not made.bank.runtime.layers and made.adapters()[0].running == 0
     assert answer(made, greedy("r", (("a", 1.0),))) == expected
 
 
@@ -134,14 +135,24 @@ def test_an_adapter_never_answers_under_another_chat_template(tmp_path: Path) ->
 def test_a_step_that_fails_does_not_give_tokens_to_a_models_cache_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the model keeps the states, a request before one that fails in the same step gets the answer that it gets alone."""
     made = engine("mamba")
-    expected = answer(made, greedy("alone"))
+
+    def scored(name: str) -> GenerationRequest:
+        return replace(greedy(name), sampling=replace(greedy(name).sampling, logprobs=0))
+
+    def logprobs(events: list[Event]) -> list[float]:
+        return [entry.logprob for event in events if isinstance(event, TextDelta) for entry in event.logprobs]
+
+    expected = logprobs(list(made.run(scored("alone"))))
     monkeypatch.setattr(
         made.runner,
         "_run",
         failing(made.runner._run, lambda chunk: chunk.sequence.id == "bad" and chunk.sequence.generated == 2),
     )
-    (good, found), (bad, _) = ends(made, greedy("good"), greedy("bad"))
-    assert bad.reason == "error" and good.reason == "length" and found == expected
+    good, bad = [made.submit(scored(name)) for name in ("good", "bad")]
+    while made.step():
+        pass
+    assert logprobs(list(good)) == expected and len(expected) == 6
+    assert len(logprobs(list(bad))) == 2
 
 
 def test_an_engine_that_fails_ends_all_requests(monkeypatch: pytest.MonkeyPatch) -> None:
