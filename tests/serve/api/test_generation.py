@@ -11,7 +11,7 @@ import pytest
 from veneer.errors import ConfigError
 from veneer.serve.api.errors import ApiError
 from veneer.serve.api.generation import Generation
-from veneer.serve.engine.request import GenerationRequest
+from veneer.serve.engine.request import GenerationRequest, TextDelta
 
 
 class SlowEngine:
@@ -73,3 +73,26 @@ def test_a_refused_request_names_the_clients_parameter_and_ends_the_others() -> 
     with pytest.raises(ApiError, match=r"^tools: the schema is too large") as refused:
         asyncio.run(run())
     assert refused.value.param == "tools" and engine.cancelled == set(engine.submitted) and len(engine.submitted) == 2
+
+
+@pytest.mark.parametrize("ticks", range(4))
+def test_a_reader_that_is_cancelled_as_an_event_arrives_ends(ticks: int) -> None:
+    """No event takes the place of the cancellation, whichever of them the loop sees first."""
+
+    async def run() -> bool:
+        answer = generation(SlowEngine())
+
+        async def read() -> None:
+            async for _ in answer.events():
+                pass
+
+        reading = asyncio.ensure_future(read())
+        await asyncio.sleep(0.01)
+        answer._receiver(0)(TextDelta((), "a"))
+        for _ in range(ticks):
+            await asyncio.sleep(0)
+        reading.cancel()
+        await asyncio.wait([reading], timeout=0.5)
+        return reading.cancelled()
+
+    assert asyncio.run(run())

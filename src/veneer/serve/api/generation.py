@@ -125,7 +125,9 @@ class Generation:
         while len(self.finished) < len(self.requests):
             left = self._until - self._loop.time()
             try:
-                number, event = await asyncio.wait_for(self._events.get(), left if quiet is None else min(left, quiet))
+                # Not wait_for(), which takes an event in place of the cancellation that comes with it.
+                async with asyncio.timeout(left if quiet is None else min(left, quiet)):
+                    number, event = await self._events.get()
             except TimeoutError:
                 if self._loop.time() >= self._until:
                     raise RequestTimeoutError("the answer took too long and was cut") from None

@@ -148,7 +148,8 @@ class Guard:
             if whole:
                 return await receive()
             try:
-                message = await asyncio.wait_for(receive(), self._limits.body_seconds)
+                async with asyncio.timeout(self._limits.body_seconds):
+                    message = await receive()
             except TimeoutError:
                 raise ApiError(
                     408,
