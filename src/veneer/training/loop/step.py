@@ -26,7 +26,7 @@ from veneer.adapters.sequence import lengthen, running
 from veneer.data.batch import Batch
 from veneer.kernels.attention.prepended import Prepended
 from veneer.kernels.cross_entropy import linear_cross_entropy, linear_token_losses
-from veneer.kernels.forms import Forms, use_forms
+from veneer.kernels.forms import Forms, forms, use_forms
 from veneer.kernels.token_losses import token_losses
 from veneer.models.divided.embedding_output import EmbeddingOutput
 from veneer.models.divided.sharding import Shards
@@ -148,8 +148,8 @@ class Stepper:
         self.runner = runner
         self.bank = bank
         self.routes = dict(routes or {})
-        self.forms = Forms()
-        """The forms of operations in the passes of this run."""
+        self.forms: Forms | None = None
+        """The forms of operations in the passes of this run; None for those in use."""
         self._turn = turn
         self.shards: Shards | None = None
         """The base's weights, where several processes hold parts of them."""
@@ -159,7 +159,7 @@ class Stepper:
     @contextmanager
     def turn(self) -> Iterator[None]:
         """Hold the model for one pass, with the forms of this run; others that use the base have theirs in their own turns."""
-        with self._turn(), use_forms(self.forms):
+        with self._turn(), use_forms(self.forms or forms()):
             yield
 
     def forward_backward(self, batch: Batch, *, between: Callable[[], object] | None = None) -> dict[str, JobLoss]:
