@@ -50,6 +50,19 @@ def test_unlikely_tokens_are_left_out(params: dict[str, Any], tokens: set[int]) 
     assert all(abs(share - P[token] / total) < 0.05 for token, share in found.items())
 
 
+def test_the_order_of_equal_tokens_changes_nothing() -> None:
+    """Where two tokens are equal up to rounding, the one that is larger by the last bit does not change what a seed draws."""
+    up, down = LOGITS.clone(), LOGITS.clone()
+    up[0, 1], down[0, 1] = (
+        torch.nextafter(LOGITS[0, 0], torch.tensor(9.0)),
+        torch.nextafter(LOGITS[0, 0], torch.tensor(0.0)),
+    )
+    for params in ({"top_p": 0.95}, {"top_k": 4}):
+        seeded = [sequence(seed=seed, temperature=1.0, **params) for seed in range(200)]
+        first = choose(seeded, [0] * 200, up)
+        assert first == choose(seeded, [0] * 200, down) and len({one.token for one in first}) > 2
+
+
 def test_the_random_number_depends_on_seed_choice_and_position_alone() -> None:
     """Equal (seed, choice, position) give equal numbers, others differ, and all are spread over [0, 1)."""
     numbers = {}

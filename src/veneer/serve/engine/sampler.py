@@ -102,7 +102,11 @@ def _position(weights: Tensor, u: float) -> int:
 
 
 def _likely(probabilities_V: Tensor, top_p: float, top_k: int) -> tuple[Tensor, Tensor]:
-    """(weights, tokens) of the fewest most likely tokens with probability ``top_p`` together, at most ``top_k`` of them."""
+    """(weights, tokens) of the fewest most likely tokens with probability ``top_p`` together, at most ``top_k`` of them.
+
+    They stand in the order of their ids: in that of their weights, two that are equal up to rounding would change places, and with them
+    the token that the random number picks.
+    """
     size = len(probabilities_V)
     count = min(top_k or size, size)
     head = min(count, _HEAD)
@@ -111,8 +115,9 @@ def _likely(probabilities_V: Tensor, top_p: float, top_k: int) -> tuple[Tensor, 
         values, tokens = probabilities_V.topk(count)
     total = values.sum() if top_k else probabilities_V.sum()
     before = values.cumsum(0) - values
-    kept = int((before < top_p * total).sum())
-    return values[: max(1, kept)], tokens[: max(1, kept)]
+    kept = max(1, int((before < top_p * total).sum()))
+    tokens, order = tokens[:kept].sort()
+    return values[order], tokens
 
 
 def _changed(sequence: Sequence, logits_V: Tensor) -> Tensor:
