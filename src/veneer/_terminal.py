@@ -15,6 +15,11 @@ _status: list[str] = []
 _BAR = 20
 
 
+def counted(number: int, word: str) -> str:
+    """A number with its noun: 1 row, 1,000 rows."""
+    return f"{number:,} {word}{'' if number == 1 else 's'}"
+
+
 def is_terminal(stream: TextIO) -> bool:
     """Tell if a stream is an open terminal."""
     try:

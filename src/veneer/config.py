@@ -25,12 +25,13 @@ from veneer._options.base import (
     Texts,
     Whole,
     current_names,
+    flag_name,
 )
 from veneer._options.flags import add_flags, given_flags, given_sets
 from veneer._options.low_rank import Alpha, LowRankOptions, Rank
 from veneer._options.method import MethodOptions
 from veneer._options.output import given, json_schema, plain, to_yaml
-from veneer._options.resolve import Difference, Provenance, differences, flag_name, resolve
+from veneer._options.resolve import Difference, Provenance, differences, resolve
 from veneer._options.synonyms import command_hint, near_miss, similar
 from veneer._options.train import PER_RUN_OPTIONS, DataOptions, TrainOptions, default_learning_rate
 from veneer._options.virtual_tokens import VirtualTokenOptions

@@ -161,7 +161,7 @@ def test_a_run_is_used_by_its_folder(run: Run, monkeypatch: pytest.MonkeyPatch) 
         ("demo --out holds --fresh", 2, "holds contains something other than an earlier demo"),
         ("demo --out file", 2, "file is a file"),
         ("demo --out file/x", 1, "file/x cannot be written"),
-        ("demo --method dore", 2, "invalid choice: 'dore'"),
+        ("demo --method dore", 2, "found 'dore'; did you mean dora?"),
     ],
 )
 def test_wrong_words_are_one_sentence(

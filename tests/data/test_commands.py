@@ -99,7 +99,7 @@ def test_show_writes_a_page(run: Run, tmp_path: Path) -> None:
     """The page is written whole under its name and nothing else is left."""
     Path("rows.jsonl").write_text(GOOD, encoding="utf-8")
     code, out, _ = run("show", "rows.jsonl", "--html", "rows.html")
-    assert code == 0 and out == "rows.html: 1 examples\n"
+    assert code == 0 and out == "rows.html: 1 example\n"
     assert Path("rows.html").read_text(encoding="utf-8").startswith("<!doctype html>")
     code, _, err = run("show", "rows.jsonl", "--html", "nowhere/rows.html")
     assert code == 1 and "cannot be written" in err and err.count("\n") == 1

@@ -139,3 +139,13 @@ def test_a_template_is_read_without_its_mark(tmp_path: Path) -> None:
     assert read_template(tmp_path / "a.jinja") == "{{ 1 }}\n{{ 2 }}"
     with pytest.raises(ValueError, match="not valid UTF-8: invalid start byte at byte 1; save the file as UTF-8"):
         decode(b"a\xff\xfe and more")
+
+
+def test_spaces_after_the_commas_of_a_table_are_no_data(tmp_path: Path) -> None:
+    """Where the column names stand behind spaces, so do the values; it is said."""
+    path = tmp_path / "a.csv"
+    path.write_text('prompt, completion\na, "b, c"\n', encoding="utf-8")
+    rows = RowReader(path)
+    (row,) = rows
+    assert isinstance(row, Row) and (row.prompt, row.completion) == ("a", "b, c")
+    assert any("spaces after ','" in notice for notice in rows.notices())

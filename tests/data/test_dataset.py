@@ -195,6 +195,14 @@ def test_a_clean_file_has_no_findings(tmp_path: Path) -> None:
     assert report_lines(report)[-1] == "All rows can be trained."
 
 
+def test_rows_that_are_too_long_need_a_choice(tmp_path: Path) -> None:
+    """Training refuses them by default, so the check does not promise that all can be trained."""
+    report = check(tmp_path, chat("a", "b"), chat("c", "word " * 40), max_length=24)
+    assert report.usable and report_lines(report)[-1] == (
+        "All rows can be trained if long ones are cut (--truncate end) or left out (--truncate drop): 1."
+    )
+
+
 def test_the_check_finds_what_is_remarkable(tmp_path: Path) -> None:
     """Each kind of finding is told with its places."""
     report = check(

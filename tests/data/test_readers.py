@@ -86,7 +86,7 @@ def test_a_damaged_parquet_file_is_told(tmp_path: Path) -> None:
     ("line", "words"),
     [
         (b'{"text": NaN}', "not valid JSON"),
-        (b'{"text": "a\xff"}', "not valid JSON"),
+        (b'{"text": "a\xff"}', "not valid UTF-8"),
         (b'{"text": "\\ud800"}', "not valid JSON"),
         (b'{"text": "a\x00b"}', "not valid JSON"),
         (b'{"text": "a"', "not valid JSON"),

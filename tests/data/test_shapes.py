@@ -257,6 +257,66 @@ def test_a_bad_row_of_the_other_shapes(tmp_path: Path, good: Any, row: Any, word
     assert len(found) >= 1 and found[0].startswith("rows.jsonl:2: ") and any(words in text for text in found)
 
 
+def test_columns_that_begin_in_a_later_row_are_reported_with_counts(tmp_path: Path) -> None:
+    """The first row tells the shape; what is not used is told of all rows that were read, and images refuse a row that has some."""
+    pair = {"prompt": "a", "completion": "b"}
+    rows = RowReader(file_of(tmp_path, {**pair, "id": 1}, {**pair, "id": 2, "history": [["x", "y"]]}))
+    assert len(list(rows)) == 2 and rows.notices()[0].endswith("; not used: id, history (1 of 2 rows)")
+    rows = RowReader(file_of(tmp_path, {**pair, "images": []}, {**pair, "images": ["x.png"]}))
+    good, bad = rows
+    assert isinstance(good, Row) and str(bad).startswith("rows.jsonl:2: images: only text can be trained")
+
+
+def test_a_column_for_the_system_message_is_used_in_every_shape(tmp_path: Path) -> None:
+    """It stands before the messages, and in the plain form of a pair; another one that the messages begin with is an error."""
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    system = {"role": "system", "content": "S"}
+    pair = one(tmp_path, {"prompt": "a", "completion": "b", "system": "S"})
+    assert pair.messages == (system, *turns) and pair.prompt == "S\n\na"
+    for row in ({"messages": turns}, {"messages": [system, *turns]}, {"prompt": turns[:1], "completion": turns[1:]}):
+        found = one(tmp_path, {**row, "system": "S"})
+        assert found.messages == (system, *turns) and found.weights[-1] == 1.0
+    assert one(tmp_path, {"messages": turns, "system": ""}).messages == tuple(turns)
+    chosen = {"chosen": turns, "rejected": [turns[0], {"role": "assistant", "content": "c"}], "system": "S"}
+    row = one(tmp_path, chosen, format="preference")
+    assert row.messages[0] == system and row.rejected is not None and row.rejected.messages[0] == system
+    other = RowReader(file_of(tmp_path, {"messages": [{"role": "system", "content": "T"}, *turns], "system": "S"}))
+    assert [str(bad) for bad in other] == [
+        "rows.jsonl:1: system: the messages begin with another system message; keep one of the two"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        (
+            "a.jsonl",
+            '[{"prompt": "a"}]',
+            "the first row cannot be read: .*; the file is one JSON array: rename it to a.json",
+        ),
+        (
+            "a.jsonl",
+            '{"prompt": NaN}',
+            r"not valid JSON: NaN is no JSON value \(column 12\); write null, or leave the key out",
+        ),
+        ("a.jsonl", '{"a": 1, "a": 2}', "a.jsonl:1: duplicate key 'a'"),
+        ("a.jsonl", "text", "not valid JSON: .*; expected one JSON object per line"),
+        ("a.jsonl", '{"my question": "a", "my answer": "b"}', "--columns 'prompt=my question,completion=my answer'"),
+    ],
+)
+def test_the_remedy_of_an_unreadable_file_fits_it(tmp_path: Path, name: str, text: str, says: str) -> None:
+    """The sentence ends with what to do about this file."""
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(DataError, match=f"{says}$"):
+        RowReader(tmp_path / name)
+
+
+def test_a_missing_column_is_named_in_the_example_of_its_remedy(tmp_path: Path) -> None:
+    """The example maps the columns that the format needs and the file lacks."""
+    with pytest.raises(DataError, match=r"--columns chosen=BETTER,rejected=WORSE$"):
+        RowReader(file_of(tmp_path, {"prompt": "a", "completion": "b"}), format="preference")
+
+
 def test_faults_are_told_under_the_file_s_own_names(tmp_path: Path) -> None:
     """With a column map, the key in the message is the one that stands in the file."""
     rows = RowReader(

@@ -112,6 +112,11 @@ def long():
     on its first line."""
     return [{numbers}]
 
+def headed():
+    """A heading of some length
+    Return the name."""
+    return {name!r}
+
 raise SystemExit("a module is never run")
 '''
 

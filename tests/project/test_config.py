@@ -151,6 +151,33 @@ def test_values_that_cannot_be_meant(tmp_path: Path, text: str, says: str) -> No
     assert str(file) in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "flags", "message"),
+    [
+        (
+            "data: a\n",
+            {"calibrate": "true"},
+            "--calibrate chooses the values of a quantized base; give --quantize nf4 too,",
+        ),
+        ("data: a\nsteps: 1\n", {"epochs": "1"}, "FILE, line 2: steps and --epochs are both given"),
+        ("data: a\nsteps: 1\nepochs: 1\n", {}, "FILE, line 2: steps and epochs are both given"),
+        ("data: a\n", {"eva_rho": "3"}, "--eva-rho is part of --init-lora-weights eva; leave it out"),
+        ("data: a\n", {"rank_pattern": "q_proj"}, "--rank-pattern: expected KEY=VALUE, found 'q_proj'"),
+    ],
+)
+def test_checks_of_several_options_name_each_as_it_was_given(
+    tmp_path: Path, text: str, flags: dict[str, str], message: str
+) -> None:
+    """A flag is a flag in the sentence and is not named before it too; an option of the file has its line."""
+    file = write(tmp_path, text)
+    with pytest.raises(ConfigError) as caught:
+        resolve(TrainOptions, file, (), flags)
+    assert str(caught.value).startswith("invalid configuration: " + message.replace("FILE", str(file)))
+    assert "`" not in str(caught.value)
+    with pytest.raises(ConfigError, match=r"^invalid TrainOptions: steps and epochs are both given; "):
+        TrainOptions(data="a", steps=1, epochs=1)
+
+
 def test_flags_derive_from_fields() -> None:
     """Booleans get a no-form, lists repeat or take commas, mappings take pairs, nested fields get dashes."""
     words = ["--inner-every", "3", "--inner-words", "a,b", "--inner-words", "re:c{1,2}", "--fast", "--ranks", "q=4,v=5"]

@@ -60,6 +60,11 @@ Where = Callable[[Keys], str]
 """Returns the place (file and line, or flag) where the value at these keys was given."""
 
 
+def flag_name(key: str) -> str:
+    """``learning_rate`` -> ``--learning-rate``; ``eval.every`` -> ``--eval-every``."""
+    return "--" + key.replace("_", "-").replace(".", "-")
+
+
 class _OptionsType(ModelMetaclass):
     """Makes each field's docstring its description, and turns a ``ValidationError`` of ``TrainOptions(...)`` into a ``ConfigError``,
     without changing how pydantic nests models."""
@@ -121,6 +126,8 @@ def current_names(model_cls: type[BaseModel], values: Mapping[Any, Any]) -> dict
     return found
 
 
+_NAMED = re.compile(r"`([^`]+)`")
+"""An option in the message of a check: `name`, or `name: value`."""
 _WORDS = {
     "integer": "whole number",
     "string": "text",
@@ -145,14 +152,39 @@ def describe(
             expected[keys].append(text)
     problems = Problems()
     for keys, texts in expected.items():
-        name = ".".join(map(str, keys))
-        # The message of a check over several options starts with one of them.
-        about = keys or tuple(word for word in texts[0].split()[:1] if word in values)
-        place = where(about) if where else ""
+        if not keys:
+            for text in texts:
+                problems.add(_as_given(text, values, where))
+            continue
+        name, text = ".".join(map(str, keys)), _joined(texts)
+        place = where(keys) if where else ""
         if _names(place, name):
             name = ""
-        problems.add(": ".join(part for part in (place, name, _joined(texts)) if part))
+        if place.startswith("--"):
+            text = text.replace("expected a mapping,", "expected KEY=VALUE,")
+        problems.add(": ".join(part for part in (place, name, text) if part))
     return problems
+
+
+def _as_given(text: str, values: Mapping[str, Any], where: Where | None) -> str:
+    """The message of a check over several options, with each `option` or `option: value` in it written as the user gives it.
+
+    An option from the command line is its flag, and so are those that are not given if nothing comes from a file; the others keep their
+    names, behind the place of the first.
+    """
+    named = [found.partition(":")[0] for found in _NAMED.findall(text)]
+    places = {name: where((name,)) for name in named if name in values} if where else {}
+    in_file = [place for place in places.values() if not place.startswith("--")]
+    flags = bool(places) and not in_file
+
+    def written(found: re.Match[str]) -> str:
+        name, colon, value = found[1].partition(": ")
+        if not places.get(name, "--" if flags else "").startswith("--"):
+            return found[1]
+        return flag_name(name) + (f" {value}" if colon else "")
+
+    place = "" if flags else next(iter(in_file), where(()) if where else "")
+    return ": ".join(part for part in (place, _NAMED.sub(written, text)) if part)
 
 
 def _names(place: str, key: str) -> bool:

@@ -14,8 +14,8 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from veneer._options.base import FORMER_NAMES
-from veneer._options.resolve import flag_name, show
+from veneer._options.base import FORMER_NAMES, flag_name
+from veneer._options.resolve import show
 from veneer._options.text import Kinds, kinds_of
 
 _PREFIX = "option:"

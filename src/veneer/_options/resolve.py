@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from veneer._options.base import Options, current_name, current_names, describe
+from veneer._options.base import Options, current_name, current_names, describe, flag_name
 from veneer._options.text import locate, read
 from veneer._options.yaml_file import Document, Keys, load_yaml
 from veneer.errors import ConfigError, Problems
@@ -92,11 +92,6 @@ def resolve(
     problems.raise_if_any(ConfigError, "invalid configuration")
     assert options is not None
     return options, {".".join(map(str, keys)): origin for keys, origin in origins.items()}
-
-
-def flag_name(key: str) -> str:
-    """``learning_rate`` -> ``--learning-rate``; ``eval.every`` -> ``--eval-every``."""
-    return "--" + key.replace("_", "-").replace(".", "-")
 
 
 def differences(options: BaseModel, provenance: Mapping[str, str] | None = None) -> list[Difference]:

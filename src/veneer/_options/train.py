@@ -279,35 +279,37 @@ class TrainOptions(
     @model_validator(mode="after")
     def _check_combinations(self) -> TrainOptions:
         if self.steps is not None and self.epochs is not None:
-            raise ValueError("steps and epochs are both given; give only one of them")
+            raise ValueError("`steps` and `epochs` are both given; give only one of them")
         if self.valid and self.valid_fraction:
-            raise ValueError("valid and valid_fraction are both given; give only one of them")
+            raise ValueError("`valid` and `valid_fraction` are both given; give only one of them")
         if not self.data and not self.jobs:  # the data of each job is checked when the jobs are made
             raise ValueError(
                 "data names no file of examples; give ROWS.jsonl, or add a line data: ROWS.jsonl to the configuration"
             )
         held_out = bool(self.valid or self.valid_fraction)
         if self.early_stop_patience and not held_out:
-            raise ValueError("early_stop_patience needs held-out examples; give valid or valid_fraction")
+            raise ValueError("`early_stop_patience` needs held-out examples; give `valid` or `valid_fraction`")
         if self.watch_general and not held_out:
-            raise ValueError("watch_general is evaluated along with held-out examples; give valid or valid_fraction")
+            raise ValueError(
+                "`watch_general` is evaluated along with held-out examples; give `valid` or `valid_fraction`"
+            )
         if self.init_from is not None and self.orthogonal_to and self.orthogonal == "projection":
             raise ValueError(
-                "init_from and a projection are both given, and the projection would change the weights that training starts from; "
-                "use orthogonal: penalty"
+                "`init_from` and a projection are both given, and the projection would change the weights that training starts from; "
+                "use `orthogonal: penalty`"
             )
         self._check_task()
         self._check_calibrate()
         if self.init_lora_weights in ("pissa", "olora") and self.orthogonal_to:
             raise ValueError(
-                f"{self.init_lora_weights} holds the factors that training started from, and orthogonal_to would change them; leave it out"
+                f"{self.init_lora_weights} holds the factors that training starts from, and `orthogonal_to` would change them; leave it out"
             )
         if self.eva_rho != 2.0 and self.init_lora_weights != "eva" and "init_lora_weights" not in self.sweep:
-            raise ValueError("eva_rho is part of init_lora_weights: eva; leave it out")
+            raise ValueError("`eva_rho` is part of `init_lora_weights: eva`; leave it out")
         for key in self.sweep:
             field = type(self).model_fields.get(key)
             if field is not None and getattr(self, key) != field.default:
-                raise ValueError(f"{key} is given both as one value and in sweep; give only one of them")
+                raise ValueError(f"`{key}` is given both as one value and in `sweep`; give only one of them")
         return self
 
     def _check_calibrate(self) -> None:
@@ -316,44 +318,46 @@ class TrainOptions(
             return
         if self.quantize is None:
             raise ValueError(
-                "calibrate chooses the values of a quantized base; give quantize: nf4 too, or leave it out"
+                "`calibrate` chooses the values of a quantized base; give `quantize: nf4` too, or leave it out"
             )
         if self.processes > 1 or self.cluster is not None:
             raise ValueError(
-                "calibrate runs in one process; write the base with veneer quantize BASE --calibrate ROWS, and train on that folder"
+                "`calibrate` runs in one process; write the base with veneer quantize BASE --calibrate ROWS, and train on that folder"
             )
 
     def _check_task(self) -> None:
         """Raise ValueError for options that have no effect with the task."""
         weighted = (self.desirable_weight, self.undesirable_weight) != (1.0, 1.0)
         if weighted and self.task != "kto":
-            raise ValueError("desirable_weight and undesirable_weight are weights of task kto; leave them out")
+            raise ValueError("`desirable_weight` and `undesirable_weight` are weights of `task: kto`; leave them out")
         if self.task == "sft":
             return
         if self.task == "kto" and self.batch_size == 1:
             raise ValueError(
-                "batch_size is 1, and task kto compares the answers of a step with those of its other rows; use at least 2"
+                "`batch_size` is 1, and `task: kto` compares the answers of a step with those of its other rows; use at least 2"
             )
         if self.task not in ("dpo", "orpo", "kto"):
             if self.format != "auto" or self.train_on != "assistant" or self.chat_template is not None:
                 raise ValueError(
-                    f"format, train_on and chat_template are for answers, and task {self.task} predicts labels; leave them out"
+                    f"`format`, `train_on` and `chat_template` are for answers, and `task: {self.task}` predicts labels; leave them out"
                 )
             if self.watch_general:
                 raise ValueError(
-                    f"watch_general needs a language model, and task {self.task} trains a head; leave it out"
+                    f"`watch_general` needs a language model, and `task: {self.task}` trains a head; leave it out"
                 )
             if self.samples or self.sample_prompts:
-                raise ValueError(f"samples are answers, and task {self.task} predicts labels; leave them out")
+                raise ValueError(f"`samples` are answers, and `task: {self.task}` predicts labels; leave them out")
         elif self.train_on == "all":
             raise ValueError(
-                f"train_on: all would also score the prompt, and task {self.task} compares answers; use assistant"
+                f"`train_on: all` would also score the prompt, and `task: {self.task}` compares answers; use assistant"
             )
         elif self.format != "auto":
-            raise ValueError(f"format is {self.format}, and task {self.task} reads preferences; leave out format")
+            raise ValueError(
+                f"`format` is {self.format}, and `task: {self.task}` reads preferences; leave `format` out"
+            )
         smoothed = self.task == "dpo" and self.preference_loss == "sigmoid"
         if self.label_smoothing and not smoothed:
-            raise ValueError("label_smoothing is part of DPO's sigmoid loss only; leave it out")
+            raise ValueError("`label_smoothing` is part of DPO's sigmoid loss only; leave it out")
 
 
 PER_RUN_OPTIONS = tuple(name for name, field in TrainOptions.model_fields.items() if PER_RUN in field.metadata)

@@ -30,6 +30,7 @@ from veneer.checkpoints.findings import listed
 from veneer.checkpoints.receipt import Receipt
 
 _EXPERT = re.compile(r"\bexperts\.\d+\b")
+_BLOCK = re.compile(r"\.\d+\.")
 
 _EXPERT = re.compile(r"\bexperts\.\d+\b")
 
@@ -136,9 +137,10 @@ def unusual(sites: list[SiteView]) -> list[str]:
     moving = [site for site in sites if site.norm > 0]
     if zero and moving:
         findings.append(f"the change is zero at {listed(zero)}")
-    # The experts of one block count once.
+    # The experts of one block count once, and so do layers of one name in it, such as BERT's dense.
     places = {_EXPERT.sub("experts.*", site.name) for site in sites}
-    by_name = Counter(name.rpartition(".")[2] for name in places)
+    blocks = {((number := _BLOCK.search(name)) and name[: number.end()], name.rpartition(".")[2]) for name in places}
+    by_name = Counter(last for block, last in blocks if block is not None)
     if len(set(by_name.values())) > 1 and max(by_name.values()) > 2:
         most = max(by_name.values())
         rare = [

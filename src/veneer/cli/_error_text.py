@@ -6,10 +6,13 @@ import errno
 import os
 import re
 
+from veneer._files import ASIDE
 from veneer.errors import VeneerError
 
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 """The form in which libraries written in Rust report an error of the operating system."""
+_ASIDE = re.compile(re.escape(ASIDE) + r"[0-9a-f]{8}")
+"""The end of a name under which a file is written before it takes its own."""
 _REASONS = {
     errno.ENOSPC: "the disk is full; free some space, or choose a folder on another disk",
     errno.EDQUOT: "the disk quota is used up; free some space, or choose a folder on another disk",
@@ -42,9 +45,10 @@ def explain(error: Exception) -> tuple[str, int]:
 
 
 def _system_error(error: OSError) -> str:
-    paths = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
+    given = (error.filename, error.filename2)
+    paths = [_ASIDE.sub("", os.fsdecode(name)) for name in given if isinstance(name, str | bytes)]
     reason = _REASONS.get(error.errno or 0, error.strerror or str(error))
-    return ": ".join([" -> ".join(paths), reason]) if paths else reason
+    return ": ".join([" -> ".join(dict.fromkeys(paths)), reason]) if paths else reason
 
 
 def _out_of_memory(error: Exception) -> bool:

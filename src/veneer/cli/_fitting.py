@@ -41,9 +41,7 @@ def show_what_fits(args: argparse.Namespace) -> int:
         found = [row.as_dict() for row in rows]
         print(as_json({"base": base, "parameters": shape.linear + shape.other, "settings": found, "command": command}))
         return int(chosen is None)
-    print(
-        f"{base}: {(shape.linear + shape.other) / 1e9:.2f} billion parameters; {method}, memory estimated without weights"
-    )
+    print(f"{base}: {_parameters(shape.linear + shape.other)} parameters; {method}, memory estimated without weights")
     header, cells = ["base", "r", "checkpointing", "tokens per pass", "memory"], [_cells(row) for row in rows]
     if any(row.seconds is not None for row in rows):
         header.append("1,000 tokens here")
@@ -79,3 +77,7 @@ def _cells(row: Setting) -> list[str]:
         tokens,
         size if row.fits else f"{size}, too much",
     ]
+
+
+def _parameters(count: int) -> str:
+    return f"{count / 1e9:.2f} billion" if count >= 1e8 else f"{count / 1e6:.1f} million"

@@ -136,4 +136,6 @@ def _explained(repo: str, revision: str | None) -> Iterator[None]:
     except (TransportError, OSError, ValueError, RuntimeError) as error:
         cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
         first = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+        if "Name or service not known" in first or "Temporary failure in name resolution" in first:
+            first = "the hub cannot be reached; try again with a network"
         raise ExportError(f"{repo}: could not be uploaded: {first}") from error

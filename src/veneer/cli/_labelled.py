@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from veneer._terminal import status
+from veneer._terminal import counted, status
 from veneer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def read_labelled(
         on_row=lambda row, parts: rows.append(row),
     )
     if report.cut:
-        print(f"{file}: {report.cut:,} examples were truncated to {length:,} tokens", file=sys.stderr)
+        print(f"{file}: {counted(report.cut, 'example')} truncated to {length:,} tokens", file=sys.stderr)
     return examples[:], rows
 
 
@@ -126,7 +126,7 @@ def score_lines(file: str, report: dict[str, dict[str, Any]]) -> list[str]:
         )
         lines.append(f"  {name:<{width}}  loss {entry['loss']:.4f}  {scores}")
     first = next(iter(report.values()))
-    return [f"{file}: {first['examples']} examples; 95 % intervals over resampled examples", *lines]
+    return [f"{file}: {counted(first['examples'], 'example')}; 95 % intervals over resampled examples", *lines]
 
 
 def columns_of(loaded: LoadedTargets, name: str, found: Predictions, rows: int) -> dict[str, list[Any]]:

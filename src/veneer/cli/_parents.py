@@ -106,12 +106,14 @@ def stops_of(parents: Sequence[Parent], folder: Path, template: str | None = Non
         folder: the base's folder.
         template: a chat template to use instead of the base's.
     """
-    from veneer.checkpoints.receipt import stop_tokens
+    from veneer.checkpoints.receipt import receipt_of, stop_tokens
     from veneer.data.chat.render import Renderer, RenderOptions
     from veneer.data.chat.stops import stop_ids
     from veneer.models.load import end_ids, load_tokenizer
 
     own = end_ids(folder)
+    if any(receipt_of(parent.adapter).get("labels") is not None for parent in parents):
+        return {}, own  # a head answers nothing that could end
     recorded = [stop_tokens(parent.adapter) for parent in parents]
     try:
         tokenizer = load_tokenizer(folder)

@@ -10,7 +10,7 @@ from itertools import takewhile
 from typing import Any, NoReturn
 
 from veneer.checkpoints.locate import QUANTIZED
-from veneer.config import near_miss
+from veneer.config import near_miss, similar
 from veneer.errors import ConfigError
 
 DTYPES = ("auto", "float32", "bfloat16")
@@ -32,6 +32,13 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Raise ArgumentError for a value that is no choice, with the closest one."""
+        choices = [*map(str, action.choices or ())]
+        if choices and value not in choices:
+            expected = " or ".join(filter(None, [", ".join(choices[:-1]), choices[-1]]))
+            raise argparse.ArgumentError(action, f"expected {expected}, found {value!r}{similar(str(value), choices)}")
 
     def parse_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
@@ -69,16 +76,17 @@ class Parser(argparse.ArgumentParser):
             raise ConfigError("\n".join(lines))
 
 
-def at_least(minimum: int) -> Callable[[str], int]:
-    """Return an argparse type for integers of at least ``minimum``."""
+def at_least(minimum: int, most: float = math.inf) -> Callable[[str], int]:
+    """Return an argparse type for integers from ``minimum`` to ``most``."""
 
     def parse(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"expected an integer, found {text!r}") from None
-        if value < minimum:
-            raise argparse.ArgumentTypeError(f"expected at least {minimum}, found {value}")
+        if not minimum <= value <= most:
+            expected = f"at least {minimum}" if most == math.inf else f"{minimum} to {most}"
+            raise argparse.ArgumentTypeError(f"expected {expected}, found {value}")
         return value
 
     return parse

@@ -127,7 +127,7 @@ class Chat:
         except KeyboardInterrupt:
             pass
         except VeneerError as error:
-            print(error)
+            print(f"{error}; /reset starts a new conversation" if len(self.messages) > 2 else error)
             self.messages.pop()
             return
         print("" if pieces else "(the answer is empty)")

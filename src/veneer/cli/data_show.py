@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from veneer._terminal import counted
 from veneer.cli._parser import at_least
 from veneer.cli._row_arguments import add_row_arguments, format_of, pairs_of, renderer_of
 from veneer.errors import DataError
@@ -56,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     notices = [*rows.notices(), *renderer.notices(rows.shape.format)]
     if args.html:
         _write_page(Path(args.html), shown, rows.path.name, notices)
-        print(f"{args.html}: {len(shown)} examples")
+        print(f"{args.html}: {counted(len(shown), 'example')}")
     else:
         print("\n".join(notices))
         _print(shown, ids=args.ids)

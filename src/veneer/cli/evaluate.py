@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veneer._files import decode
-from veneer._terminal import status
+from veneer._terminal import counted, status
 from veneer.cli._output import as_json
 from veneer.cli._parser import add_json, at_least
 from veneer.cli._row_arguments import add_format_arguments, add_task_argument, format_of, pairs_of
@@ -208,7 +208,7 @@ def _examples(args: argparse.Namespace, base: Base) -> list[Example]:
     columns = pairs_of("--columns", args.columns)
     examples, report = load_examples([args.data], renderer, format=format_of(args), columns=columns, truncate="end")
     if report.cut:
-        print(f"{args.data}: {report.cut:,} examples were truncated to {length:,} tokens", file=sys.stderr)
+        print(f"{args.data}: {counted(report.cut, 'example')} truncated to {length:,} tokens", file=sys.stderr)
     return examples[: args.limit]
 
 
@@ -234,7 +234,7 @@ def _mixes(given: list[str], names: list[str]) -> dict[str, dict[str, float]]:
 
 def _lines(label: str, entry: dict[str, Any], against: str) -> list[str]:
     count = entry["examples"]
-    lines = [f"{label}: {count:,} example{'' if count == 1 else 's'}, {entry['tokens']:,} tokens"]
+    lines = [f"{label}: {counted(count, 'example')}, {counted(entry['tokens'], 'token')}"]
     width = max(len(name) for name in entry["routes"])
     for name, row in entry["routes"].items():
         figures = (
@@ -245,6 +245,9 @@ def _lines(label: str, entry: dict[str, Any], against: str) -> list[str]:
         line = f"  {name:<{width}}  loss {row['loss']:.4f}" + "".join(figures)
         line += f"  perplexity {row['perplexity']:.2f}" if "perplexity" in row else ""
         if (change := row.get(f"against_{against}")) is not None:
+            if not math.isfinite(row["high"] - row["low"]):
+                lines.append(f"{line}  against {against} {change:+.4f} (one example gives no interval)")
+                continue
             clear = "better" if row["high"] < 0 else "worse" if row["low"] > 0 else "no clear difference"
             line += f"  against {against} {change:+.4f} (95 %: {row['low']:+.4f} to {row['high']:+.4f}), {clear}"
         lines.append(line)

@@ -95,12 +95,21 @@ def _answer(generator: TextGenerator, prompt: Any, route: str | None, sampling: 
     return "".join(pieces)
 
 
+_ROWS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+"""Endings of files whose lines are rows and no prompts."""
+
+
 def _prompts(args: argparse.Namespace) -> list[str]:
     for prompt in args.prompt:
         if Path(prompt).suffix in (".txt", ".jsonl", ".md", ".csv") and Path(prompt).is_file():
             raise ConfigError(f"{prompt} is a file; read one prompt per line with --file {prompt}")
     prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in args.prompt]
     if args.file is not None:
+        if Path(args.file).suffix in _ROWS:
+            raise ConfigError(
+                f"--file {args.file}: expected a text file with one prompt per line, found one of rows; write their prompts "
+                "into such a file"
+            )
         try:
             lines = decode(Path(args.file).read_bytes()).splitlines()
         except ValueError as error:

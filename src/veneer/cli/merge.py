@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from veneer._terminal import note, status
+from veneer._terminal import counted, note, status
 from veneer.checkpoints.locate import QUANTIZED
 from veneer.cli._output import as_json, difference_from, percent, print_lines, table
 from veneer.cli._parents import checked_base, parse_mix, stops_of, task_of
@@ -207,7 +207,7 @@ def _lines(report: MergeReport, count: int) -> list[str]:
         found = report.logits
         lines.append(
             f"logits: at most {found['merged']:.2g} from the adapted model (the adapters change them by up to "
-            f"{found['change']:.3g}); same top {found['unit']} at {percent(found['same_top'])} of {found['positions']} positions"
+            f"{found['change']:.3g}); same top {found['unit']} at {percent(found['same_top'])} of {counted(found['positions'], 'position')}"
         )
         if found["with_residual"] is not None:
             lines.append(f"logits with the residual adapter: at most {found['with_residual']:.2g}")

@@ -12,6 +12,8 @@ from veneer.cli import train
 from veneer.cli._fitting import show_what_fits
 from veneer.cli._output import as_json
 from veneer.cli._parser import add_json
+from veneer.config import given_flags, given_sets
+from veneer.errors import ConfigError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,6 +31,11 @@ def run(args: argparse.Namespace) -> int:
     """Print the plan; the exit code is 1 if the run does not fit into memory."""
     if args.memory:
         return show_what_fits(args)
+    if not (args.source or given_flags(args).get("data") or given_sets(args)):
+        raise ConfigError(
+            "there is nothing to plan: give the rows of a run (veneer plan ROWS.jsonl --base MODEL), or --memory SIZE to see which "
+            "settings fit"
+        )
     options, provenance = train.resolve_source(args)
     if not args.json:
         train.print_differences(options, provenance)

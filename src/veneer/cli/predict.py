@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from veneer._terminal import counted
 from veneer.cli._parser import add_device, add_dtype, add_force, add_quantize, at_least
 from veneer.cli._row_arguments import pairs_of
 from veneer.cli._targets import load_targets
@@ -73,6 +74,6 @@ def run(args: argparse.Namespace) -> int:
         columns |= {f"{prefix}{key}": values for key, values in columns_of(loaded, name, found, len(rows)).items()}
     write_table(out, columns)
     print(
-        f"wrote {len(columns['text']):,} rows with {', '.join(key for key in columns if 'prediction' in key)} to {out}"
+        f"wrote {counted(len(columns['text']), 'row')} with {', '.join(key for key in columns if 'prediction' in key)} to {out}"
     )
     return 0

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from veneer._terminal import status
+from veneer._terminal import counted, status
 from veneer.checkpoints.locate import QUANTIZED
 from veneer.cli._output import as_json, percent, print_lines, table
 from veneer.cli._parser import add_device, add_json, add_sites, at_least
@@ -107,7 +107,9 @@ def _lines(report: QuantizeReport, count: int) -> list[str]:
     ]
     if report.calibration is not None:
         tokens, examples = report.calibration["tokens"], report.calibration["examples"]
-        lines[1] += f"; the values were chosen by the layers' outputs on {tokens:,} tokens of {examples:,} examples"
+        lines[1] += (
+            f"; the values were chosen by the layers' outputs on {tokens:,} tokens of {counted(examples, 'example')}"
+        )
     if report.experts:
         lines += [
             "",

@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="address to listen on; others than the loopback address need a key (default: 127.0.0.1)",
     )
     parser.add_argument(
-        "--port", type=at_least(0), default=8000, help="port to listen on; 0 takes a free one (default: 8000)"
+        "--port", type=at_least(0, 65535), default=8000, help="port to listen on; 0 takes a free one (default: 8000)"
     )
     parser.add_argument(
         "--allow-host",

@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from veneer._terminal import status
+from veneer._terminal import counted, status
 from veneer.cli._launch import launch, launched
 from veneer.cli._output import table
 from veneer.config import (
@@ -69,6 +69,7 @@ def print_differences(options: TrainOptions, provenance: Provenance) -> None:
 
 def _print_result(result: RunResult, task: str) -> None:
     """Print the outcome of each job, and commands to continue with."""
+    from veneer.models.classifiers.heads import HEADS
     from veneer.training.run.result import ranked, table_of, write_summary
 
     done = [job for job in result.jobs.values() if job.state == "finished"]
@@ -79,7 +80,7 @@ def _print_result(result: RunResult, task: str) -> None:
         print(f"wrote {', '.join(str(path) for path in write_summary(result))}")
     for job in result.jobs.values():
         if job.state in ("paused", "failed"):
-            print(f"{job.name}: {job.state} after {job.steps} steps")
+            print(f"{job.name}: {job.state} after {counted(job.steps, 'step')}")
         if job.unreached:
             more = f" and {len(job.unreached) - 3} more" if job.unreached[3:] else ""
             print(
@@ -90,11 +91,11 @@ def _print_result(result: RunResult, task: str) -> None:
         best = done[0]
         target = result.out if len(result.jobs) == 1 else best.better
         evaluate = f"  veneer evaluate {target} --data FILE\n"
-        if task == "sft":
+        if task not in HEADS:
             use = f"  veneer chat {target}\n{evaluate}  veneer merge {target} --out {result.out}-merged"
         else:
             use = f"  veneer predict FILE --adapter {target} --out OUT.csv\n{evaluate}".rstrip()
-        print(f"\n{best.name}: {best.state} after {best.steps} steps; {_adapters(best)}\n{use}")
+        print(f"\n{best.name}: {best.state} after {counted(best.steps, 'step')}; {_adapters(best)}\n{use}")
 
 
 def _adapters(job: JobResult) -> str:

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from veneer._terminal import counted
 from veneer.data.chat.render import Rendered, Renderer
 from veneer.data.chat.rendered import NOTES
 from veneer.data.dataset import LoadReport, cut_problem, usable_parts
@@ -274,14 +275,21 @@ def report_lines(report: CheckReport) -> list[str]:
     """The report as lines of plain text; the last line says if the files are usable."""
     load = report.load
     share = f" ({100 * load.trained / load.tokens:.0f} %)" if load.tokens else ""
-    counts = (_count(load.rows, "row"), _count(load.examples, "example"), _count(load.tokens, "token"))
+    counts = (counted(load.rows, "row"), counted(load.examples, "example"), counted(load.tokens, "token"))
     lines = [*load.notices, "", f"{', '.join(counts)}, {load.trained:,} trained{share}"]
     if load.problems:
-        lines += ["", f"Unusable: {_count(load.problems, 'problem')}", *(f"  {bad}" for bad in load.bad)]
+        lines += ["", f"Unusable: {counted(load.problems, 'problem')}", *(f"  {bad}" for bad in load.bad)]
         if load.problems > len(load.bad):
             lines.append(f"  and {load.problems - len(load.bad):,} more")
     lines += [*_finding_lines(report), *_histogram_lines(report), ""]
-    lines.append("All rows can be trained." if report.usable else f"{_count(load.bad_rows, 'row')} cannot be trained.")
+    if not report.usable:
+        lines.append(f"{counted(load.bad_rows, 'row')} cannot be trained.")
+    elif load.cut:
+        lines.append(
+            f"All rows can be trained if long ones are cut (--truncate end) or left out (--truncate drop): {load.cut:,}."
+        )
+    else:
+        lines.append("All rows can be trained.")
     return lines
 
 
@@ -318,7 +326,3 @@ def _histogram_lines(report: CheckReport) -> list[str]:
         bar = "#" * max(1 if count else 0, round(_BAR * count / most))
         lines.append(f"  {a:>7,} - {b:>7,}  {count:>8,}  {bar}")
     return lines
-
-
-def _count(number: int, word: str) -> str:
-    return f"{number:,} {word}{'' if number == 1 else 's'}"

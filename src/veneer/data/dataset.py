@@ -20,6 +20,7 @@ from typing import Any, Literal, overload
 
 import numpy as np
 
+from veneer._terminal import counted
 from veneer.data.chat.render import Rendered, Renderer
 from veneer.data.example import Example
 from veneer.data.labelled import LabelledRenderer
@@ -186,13 +187,10 @@ class LoadReport:
             shown[known] += 1
             more = self.alike[known] - _SHOWN_ALIKE if shown[known] == _SHOWN_ALIKE else 0
             lines.append(f"  - {bad}" + (f" (and {more} more rows like it)" if more > 0 else ""))
-        counted = sum(self.alike.values())
-        if self.problems > counted:
-            lines.append(f"  and {self.problems - counted} more")
-        problems, rows = (
-            f"{n} {word}{'s' if n > 1 else ''}" for n, word in ((self.problems, "problem"), (self.rows, "row"))
-        )
-        raise DataError(f"{problems} in {rows}:\n" + "\n".join(lines))
+        told = sum(self.alike.values())
+        if self.problems > told:
+            lines.append(f"  and {self.problems - told} more")
+        raise DataError(f"{counted(self.problems, 'problem')} in {counted(self.rows, 'row')}:\n" + "\n".join(lines))
 
 
 def load_examples(
@@ -237,7 +235,7 @@ def load_examples(
         report.raise_if_bad()
     if not len(examples):
         raise DataError(
-            f"{', '.join(str(path) for path in files)}: no example is left of {report.rows} rows "
+            f"{', '.join(str(path) for path in files)}: no example is left of {counted(report.rows, 'row')} "
             f"({report.bad_rows} bad, {report.dropped} dropped for their length)"
         )
     report.examples, report.tokens = len(examples), examples.tokens

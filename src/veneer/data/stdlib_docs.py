@@ -28,6 +28,8 @@ INSTRUCTION = "Write the first sentence of this Python docstring."
 _TESTS = {"test", "tests", "idlelib", "idle_test", "lib2to3", "turtledemo", "turtle", "ensurepip"}
 _LEFT_OUT = _TESTS | {"site-packages", "dist-packages", "__pycache__", "pydoc_data", "_pyrepl", "__phello__"}
 _SENTENCE = re.compile(r"(.+?[.!?])(?:\s+(?=[A-Z\"'`(])|$)", re.DOTALL)
+_JOINED = re.compile(r"[^\s.!?]\s*\n\s*[A-Z]")
+"""A line without a full stop before one that begins with a capital letter: a signature or a heading, and a sentence."""
 _SHORTEST, _LONGEST = 15, 300  # characters of a sentence that becomes an answer
 
 Rows = list[dict[str, Any]]
@@ -111,6 +113,8 @@ def _pairs(path: Path, limit: int) -> Iterator[tuple[str, str]]:
 def _first_sentence(docstring: str | None) -> str:
     paragraph = " ".join((docstring or "").strip().split("\n\n")[0].split())
     found = _SENTENCE.match(paragraph)
+    if _JOINED.search((docstring or "").strip()[: found.end(1) if found else None].split("\n\n")[0]):
+        return ""
     sentence = found.group(1) if found else paragraph
     fits = _SHORTEST <= len(sentence) <= _LONGEST and sentence.isascii()
     return sentence if fits else ""

@@ -73,6 +73,10 @@ def program_of(path: Path) -> str:
         raise CheckpointError(
             f"{path / _OLD_MLX} is of an mlx-lm from before 2024-04, whose layers have other names; save the adapter once with a newer one"
         )
+    if (path / "adapter" / "adapter_config.json").is_file() or (path / "run.json").is_file():
+        raise CheckpointError(
+            f"{path} is a run, whose adapters every command reads as they are; nothing has to be imported"
+        )
     inside = sorted(file.parent.name for known in (MLX, LITGPT) for file in path.glob(f"*/{known}"))
     hint = f"; it contains {', '.join(map(shown, inside[:8]))}: give one, such as {path / inside[0]}" if inside else ""
     raise CheckpointError(f"{path} holds no adapter that is known: expected {MLX} (mlx-lm) or {LITGPT} (LitGPT){hint}")

@@ -9,7 +9,7 @@ from veneer.data.rows.json_rows import describe, parse_json
 from veneer.data.rows.messages import MESSAGE_ROLES, Message, RowErrors, checked_messages, checked_text, checked_tools
 from veneer.data.rows.row import Row
 
-__all__ = ["CONVERTERS", "TAGS", "ColumnValues"]
+__all__ = ["CONVERTERS", "TAGS", "ColumnValues", "with_system"]
 
 TAGS = {
     "human": "user",
@@ -71,7 +71,21 @@ def _messages(source: str, values: ColumnValues) -> Row | None:
     if values.errors:
         return None
     messages, weights = checked_messages("messages", listed, values.errors)
-    return _chat(source, values, "messages", messages, weights)
+    return _chat(source, values, "messages", *with_system(messages, weights, values))
+
+
+def with_system(
+    messages: list[Message], weights: list[float], values: ColumnValues
+) -> tuple[list[Message], list[float]]:
+    """The messages and their weights, behind the system message that a column of its own may hold."""
+    system = values.optional_text("system")
+    if system is None or not messages:
+        return messages, weights
+    if messages[0].get("role") != "system":
+        return [{"role": "system", "content": system}, *messages], [0.0, *weights]
+    if messages[0].get("content") != system:
+        values.errors.add("system", "the messages begin with another system message; keep one of the two")
+    return messages, weights
 
 
 def _chat(source: str, values: ColumnValues, key: str, messages: list[Message], weights: list[float]) -> Row | None:
@@ -86,11 +100,16 @@ def _prompt(source: str, values: ColumnValues) -> Row | None:
     if isinstance(prompt, list) or isinstance(completion, list):
         return _prompt_messages(source, values, prompt, completion)
     prompt, completion = values.text("prompt"), values.text("completion")
-    if prompt is None or completion is None:
+    system = values.optional_text("system")
+    if prompt is None or completion is None or values.errors:
         return None
-    messages = ({"role": "user", "content": prompt}, {"role": "assistant", "content": completion})
+    messages: list[Message] = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+        prompt = f"{system}\n\n{prompt}"
+    weights = (1.0,) * len(messages)
     key = values.errors.name("completion")
-    return Row("pair", source, messages, (1.0, 1.0), prompt=prompt, completion=completion, key=key)
+    return Row("pair", source, tuple(messages), weights, prompt=prompt, completion=completion, key=key)
 
 
 def _prompt_messages(source: str, values: ColumnValues, prompt: Any, completion: Any) -> Row | None:
@@ -100,7 +119,8 @@ def _prompt_messages(source: str, values: ColumnValues, prompt: Any, completion:
         completion = [{"role": "assistant", "content": completion}]
     before, _ = checked_messages("prompt", prompt, values.errors)
     after, weights = checked_messages("completion", completion, values.errors)
-    return _chat(source, values, "completion", before + after, [0.0] * len(before) + weights)
+    messages, weights = with_system(before + after, [0.0] * len(before) + weights, values)
+    return _chat(source, values, "completion", messages, weights)
 
 
 def _alpaca(source: str, values: ColumnValues) -> Row | None:

@@ -9,9 +9,14 @@ What is on this disk goes before the hub. No code of a data set runs: ``datasets
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import re
+import socket
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,17 +72,36 @@ def _load(wanted: HubSet) -> Any:
         raise DataError(
             f"{wanted}: no such file; if it is a data set of the hub, run: pip install 'veneer[datasets]'"
         ) from None
+    why = "HF_HUB_OFFLINE is set" if datasets.config.HF_HUB_OFFLINE else "the hub cannot be reached"
     try:
-        return datasets.load_dataset(wanted.name, wanted.config, split=wanted.split)
+        with _offline_without_network(datasets.config):
+            return datasets.load_dataset(wanted.name, wanted.config, split=wanted.split)
     except datasets.exceptions.DatasetNotFoundError:
         raise DataError(
             f"{wanted}: no such file, and the hub gives out no data set of that name; check the spelling, or log in with hf auth login "
             "if it is private"
         ) from None
     except ConnectionError:
-        why = "HF_HUB_OFFLINE is set" if datasets.config.HF_HUB_OFFLINE else "the hub cannot be reached"
         raise DataError(f"{wanted}: no such file, and no data set of that name in the local cache; {why}") from None
     except Exception as error:  # a data set of the hub may be damaged in any way
         reason = " ".join(" ".join(str(error).split("\n")[:2]).split())[:300] or type(error).__name__
         hint = f"; write it as {wanted.name}/CONFIG" if "onfig name is missing" in reason else ""
         raise DataError(f"{wanted}: cannot read the data set of the hub: {reason}{hint}") from error
+
+
+@contextlib.contextmanager
+def _offline_without_network(config: Any) -> Iterator[None]:
+    """Inside this context, ``datasets`` reads its cache only if the hub's name has no address: it would ask again for half a minute."""
+    from huggingface_hub import constants
+
+    host = urllib.parse.urlsplit(constants.ENDPOINT).hostname
+    before = config.HF_HUB_OFFLINE
+    try:
+        if host and not urllib.request.getproxies():
+            socket.getaddrinfo(host, None)
+    except OSError:
+        config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        config.HF_HUB_OFFLINE = before

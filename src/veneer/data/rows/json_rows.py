@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import orjson
 
-__all__ = ["LINE_LIMIT", "array_rows", "describe", "parse_json", "parse_row"]
+__all__ = ["LINE_LIMIT", "array_rows", "describe", "is_array", "parse_json", "parse_row"]
 
 LINE_LIMIT = 16 << 20
 """Maximum length of a line in bytes."""
 
 _SPACE = re.compile(r"[ \t\r\n]*")
 _DECODER = json.JSONDecoder()
+_NOT_JSON = re.compile(r"-?(NaN|Infinity|None|True|False|undefined)\b")
+"""Values that other languages write in place of JSON's."""
 
 
 def parse_row(line: bytes | str) -> dict[str, Any] | str:
@@ -23,7 +26,8 @@ def parse_row(line: bytes | str) -> dict[str, Any] | str:
     try:
         value = orjson.loads(line)
     except orjson.JSONDecodeError as error:
-        return f"not valid JSON: {_reason(error)}"
+        reason = _reason(error)
+        return reason if reason.startswith("not valid") else f"not valid JSON: {reason}"
     if not isinstance(value, dict):
         return f"expected a JSON object, found {describe(value)}"
     duplicate = _duplicate_key(line, value)
@@ -77,6 +81,14 @@ def array_rows(data: bytes) -> Iterator[tuple[int, dict[str, Any] | str]]:
         yield text.count("\n", 0, rest) + 1, "expected the end of the file after the array, found more text"
 
 
+def is_array(path: Path) -> bool:
+    """True if a file of a moderate size is one JSON array and not lines of JSON."""
+    try:
+        return path.stat().st_size <= LINE_LIMIT and isinstance(orjson.loads(path.read_bytes()), list)
+    except (OSError, orjson.JSONDecodeError):
+        return False
+
+
 def describe(value: Any) -> str:
     """Describe a JSON value for an error message."""
     if value is None:
@@ -89,6 +101,8 @@ def describe(value: Any) -> str:
         return f"the text {value!r}" if len(value) <= 40 else f"the text {value[:37]!r}..."
     if isinstance(value, (list, tuple)):
         return "an empty list" if not value else f"a list of {len(value)}"
+    if isinstance(value, bytes):
+        return "bytes"
     return "an object" if isinstance(value, dict) else f"a {type(value).__name__}"
 
 
@@ -119,4 +133,10 @@ def _duplicate_key(line: bytes | str, value: dict[str, Any]) -> str:
 
 def _reason(error: orjson.JSONDecodeError) -> str:
     reason = error.msg.split(": line ")[0]
-    return f"{reason} (column {error.colno})" if error.lineno == 1 else reason
+    if "UTF-8" in reason:
+        return "not valid UTF-8; save the file as UTF-8"
+    found = _NOT_JSON.match(error.doc, error.pos - (error.doc[error.pos - 1 : error.pos] == "-"))
+    if found:
+        reason = f"{found.group()} is no JSON value"
+    hint = "; write null, or leave the key out" if found else ""
+    return (f"{reason} (column {error.colno})" if error.lineno == 1 else reason) + hint

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from veneer.data.rows.columns import CONVERTERS, ColumnValues
+from veneer.data.rows.columns import CONVERTERS, ColumnValues, with_system
 from veneer.data.rows.json_rows import describe
 from veneer.data.rows.messages import Message, checked_messages
 from veneer.data.rows.row import Row
@@ -95,8 +95,9 @@ def _conversations(source: str, values: ColumnValues, prompt: Any) -> list[Row |
             errors.add(key, problem)
         whole = before + messages if before and not shared else messages
         start = len(whole) - len(messages) + shared
-        weighted = (*[0.0] * start, *weights[shared:])
-        rows.append(Row("chat", source, tuple(whole), weighted, tools, key=errors.name(key)))
+        weighted = [*[0.0] * start, *weights[shared:]]
+        whole, weighted = with_system(whole, weighted, values)
+        rows.append(Row("chat", source, tuple(whole), tuple(weighted), tools, key=errors.name(key)))
     return rows
 
 

@@ -145,7 +145,12 @@ class RecordReader:
             delimiter = next((other for other in ";\t" if other.encode() in header_line), ",")
             if delimiter != ",":
                 self.notices.append(f"columns are separated by {'tabs' if delimiter == chr(9) else repr(delimiter)}")
-        reader = csv.reader(_text_lines(header_line, file, name), delimiter=delimiter, strict=True)
+        spaced = delimiter != "\t" and f"{delimiter} ".encode() in header_line
+        if spaced:
+            self.notices.append(f"spaces after {delimiter!r} are left out, as between the column names")
+        reader = csv.reader(
+            _text_lines(header_line, file, name), delimiter=delimiter, strict=True, skipinitialspace=spaced
+        )
         try:
             header = next(reader)
         except (csv.Error, StopIteration) as error:
@@ -225,12 +230,24 @@ def splits(path: str | os.PathLike[str]) -> dict[str, Path]:
         found[split] = file
     if "train" not in found:
         names = ", ".join(file.name for file in sorted(folder.iterdir())[:10]) or "nothing"
-        raise DataError(f"{folder}: expected a file train.jsonl (or .json, .csv, .tsv, .parquet), found {names}")
+        raise DataError(
+            f"{folder}: expected a file train.jsonl (or .json, .csv, .tsv, .parquet), found {names}{_saved_set(folder)}"
+        )
     return found
 
 
+def _saved_set(folder: Path) -> str:
+    """A hint to append to a missing train file: the folder is one of ``datasets``, or holds files that can be named."""
+    if (folder / "dataset_info.json").exists() or (folder / "dataset_dict.json").exists():
+        return "; the folder was written by save_to_disk of datasets: write its rows with to_json or to_parquet in place of that"
+    files = [file for file in sorted(folder.iterdir()) if file.suffix.lower() in _FORMATS]
+    return f"; to read other files, name them one by one, such as {files[0]}" if files else ""
+
+
 def near_file(path: Path) -> str:
-    """A hint to append to "no such file": the closest name in the folder, or that the folder is missing too."""
+    """A hint to append to "no such file": the closest name in the folder, that the folder is missing too, or that a file is needed."""
+    if str(path) == "-":
+        return "; rows are read several times, so write those of the standard input to a file"
     try:
         names = [file.name for file in path.parent.iterdir()][:10_000]
     except OSError:

@@ -1,17 +1,17 @@
 """Row shapes: the meanings of a file's columns, detected from the column names.
 
-    messages    messages: [{role, content, weight?, tool_calls?, name?}], tools?         a conversation
+    messages    messages: [{role, content, weight?, tool_calls?, name?}], tools?, system?  a conversation
     sharegpt    conversations: [{from, value}], system?, tools?                          a conversation
-    prompt      prompt, completion: two texts, or two lists of messages                  only the completion is trained
+    prompt      prompt, completion: two texts, or two lists of messages; system?         only the completion is trained
     alpaca      instruction, output, input?, system?, history?: [[question, answer]]     a conversation
     text        text                                                                     all of it is trained
-    preference  chosen, rejected, prompt?, tools?                                        the two answers are compared
-    unpaired    prompt, completion, label, tools?                                        answers to learn or avoid (only if requested)
+    preference  chosen, rejected, prompt?, tools?, system?                               the two answers are compared
+    unpaired    prompt, completion, label, tools?, system?                               answers to learn or avoid (only if requested)
     labelled    text: one text or two, text_pair?, label?                                a head reads it (only if requested)
 
 A file with other column names is read with a mapping from our names to the file's, ``{"prompt": "question",
 "completion": "answer"}``. The first readable row determines the shape of the file; a later row without the needed columns
-is bad. Columns that the shape does not use are reported and ignored.
+is bad. Columns that the shape does not use are reported and ignored, except for images and the like: such rows are bad.
 
 Rows are checked here without a tokenizer; ``chat/render.py`` checks the rest.
 """
@@ -20,11 +20,14 @@ from __future__ import annotations
 
 import difflib
 import os
+import shlex
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from veneer.data.rows.columns import CONVERTERS, TAGS, ColumnValues
+from veneer.data.rows.json_rows import is_array
 from veneer.data.rows.memory_rows import title_of
 from veneer.data.rows.messages import RowErrors
 from veneer.data.rows.preference import preference, unpaired
@@ -45,15 +48,17 @@ _REQUIRED = {
     "labelled": ("text",),
 }
 _OPTIONAL = {
-    "messages": ("tools",),
+    "messages": ("tools", "system"),
     "sharegpt": ("system", "tools"),
-    "prompt": ("tools",),
+    "prompt": ("tools", "system"),
     "alpaca": ("input", "system", "history"),
     "text": (),
-    "preference": ("prompt", "tools"),
-    "unpaired": ("tools",),
+    "preference": ("prompt", "tools", "system"),
+    "unpaired": ("tools", "system"),
     "labelled": ("text_pair", "label"),
 }
+_MEDIA = frozenset({"image", "images", "video", "videos", "audio", "audios"})
+"""Columns of what a text model cannot read."""
 _PREFERENCES = {"preference": preference, "unpaired": unpaired}
 FORMATS = tuple(_REQUIRED)
 """The names of the shapes."""
@@ -75,6 +80,7 @@ _ALIASES = {
     "text": ["content", "body", "document", "sentence", "sentence1", "premise", "question", "tokens", "raw"],
     "messages": ["conversation", "dialog", "dialogue", "chat", "message", "turns"],
 }
+_LISTED = 12  # columns that a message names
 _UNREADABLE = 20  # bad rows at the beginning of a file after which it is refused
 
 
@@ -96,8 +102,8 @@ class RowShape:
     unused: tuple[str, ...] = ()
     implicit_prompt: bool = False
 
-    def describe(self) -> str:
-        """Describe the detected shape in one line."""
+    def describe(self, unused: Mapping[str, int] | None = None, rows: int = 0) -> str:
+        """Describe the detected shape in one line. ``unused``: the number of ``rows`` with each column that is not used."""
         text = f"format {self.format} ({self.reason})"
         if self.columns:
             text += "; " + ", ".join(f"{ours} is column {theirs}" for ours, theirs in self.columns.items())
@@ -105,8 +111,10 @@ class RowShape:
             text += "; answers in history are trained like the others"
         if self.format == "preference" and self.implicit_prompt:
             text += "; the prompt is what chosen and rejected begin with"
-        if self.unused:
-            text += f"; not used: {', '.join(self.unused)}"
+        counted = {**dict.fromkeys(self.unused, rows), **(unused or {})}
+        if counted:
+            names = [name if n == rows else f"{name} ({n:,} of {rows:,} rows)" for name, n in counted.items()]
+            text += f"; not used: {', '.join(names[:_LISTED])}" + (" and more" if len(names) > _LISTED else "")
         return text
 
 
@@ -142,8 +150,11 @@ class RowReader:
         self._columns = dict(columns or {})
         self._tags = {**TAGS, **(roles or {})}
         self.shape = self._detect(format)
+        self._rows = 0
+        self._unused: Counter[str] = Counter()
 
     def __iter__(self) -> Iterator[Row | BadRow]:
+        self._rows, self._unused = 0, Counter()
         for record in self.records:
             if isinstance(record, BadRow):
                 yield record
@@ -151,14 +162,23 @@ class RowReader:
                 yield from self._convert(record)
 
     def notices(self) -> list[str]:
-        """Facts that were detected about the file, one line each."""
-        return [
-            f"{title_of(self.path)}: {text}" for text in [self.shape.describe(), *dict.fromkeys(self.records.notices)]
-        ]
+        """Facts that were detected about the file and the rows that were read, one line each."""
+        shape = self.shape.describe(self._unused, self._rows)
+        return [f"{title_of(self.path)}: {text}" for text in [shape, *dict.fromkeys(self.records.notices)]]
 
     def _convert(self, record: Record) -> list[Row | BadRow]:
         columns = self._renamed(record.values)
         errors = RowErrors(record.source, self._columns)
+        known = (*_REQUIRED[self.shape.format], *_OPTIONAL[self.shape.format])
+        unused = [name for name in columns if name not in known]
+        self._rows += 1
+        self._unused.update(unused)
+        for key in unused:
+            if key in _MEDIA and columns[key]:
+                errors.add(
+                    key,
+                    "only text can be trained; leave the row out, or the column if the text is to be trained without it",
+                )
         for key in _REQUIRED[self.shape.format]:
             if key not in columns:
                 errors.add(key, f"missing; the row has {_listed(record.values)}")
@@ -179,8 +199,18 @@ class RowReader:
                 break
         if not bad:
             raise DataError(f"{self.path}: the file has no rows; expected at least one")
-        form = "one JSON object per line" if self.records.container in ("jsonl", "json") else "rows under column names"
-        raise DataError(f"{self.path}: none of the first {len(bad)} rows can be read: {bad[0]}; expected {form}")
+        which = "the first row cannot" if len(bad) == 1 else f"none of the first {len(bad)} rows can"
+        raise DataError(f"{self.path}: {which} be read: {bad[0]}{self._form(bad[0].reason)}")
+
+    def _form(self, reason: str) -> str:
+        """The form that the file should have, to append to the first problem if that does not say what to do."""
+        if ";" in reason or reason.startswith("duplicate key"):
+            return ""
+        if self.records.container not in ("jsonl", "json"):
+            return "; expected rows under column names"
+        if self.records.container == "jsonl" and is_array(self.path):
+            return f"; the file is one JSON array: rename it to {self.path.stem}.json"
+        return "; expected one JSON object per line"
 
     def _renamed(self, values: Mapping[str, object]) -> dict[str, object]:
         if not self._columns:
@@ -260,13 +290,20 @@ def _remedy(names: list[str], format: str) -> str:
             if free:
                 guess[ours] = free[0]
         if len(guess) == len(required):
-            return f"to read it, pass --columns {','.join(f'{a}={b}' for a, b in guess.items() if a != b)}"
+            return f"to read it, pass --columns {_quoted(','.join(f'{a}={b}' for a, b in guess.items() if a != b))}"
     if not format and len(names) == 2:
         return (
             f"if {names[0]} is the question and {names[1]} the answer, pass "
-            f"--columns prompt={names[0]},completion={names[1]}"
+            f"--columns {_quoted(f'prompt={names[0]},completion={names[1]}')}"
         )
-    return "name the columns with --columns, for example --columns prompt=QUESTION,completion=ANSWER"
+    example = {"prompt": "QUESTION", "completion": "ANSWER", "chosen": "BETTER", "rejected": "WORSE"}
+    missing = [name for name in _REQUIRED[format] if name not in names] if format else ["prompt", "completion"]
+    given = ",".join(f"{name}={example.get(name, name.upper())}" for name in missing)
+    return f"name the columns with --columns, for example --columns {given}"
+
+
+def _quoted(words: str) -> str:
+    return shlex.quote(words) if " " in words else words
 
 
 def _suggestion(name: str, known: Iterable[str], prefix: str = "") -> str:
@@ -278,5 +315,7 @@ def _listed(values: Mapping[str, object]) -> str:
     names = [str(name) for name in values]
     if not names:
         return "no columns"
-    shown = ", ".join(name if len(name) <= 40 else name[:37] + "..." for name in names[:12])
-    return ("the column " if len(names) == 1 else "the columns ") + shown + (" and more" if len(names) > 12 else "")
+    shown = ", ".join(name if len(name) <= 40 else name[:37] + "..." for name in names[:_LISTED])
+    return (
+        ("the column " if len(names) == 1 else "the columns ") + shown + (" and more" if len(names) > _LISTED else "")
+    )

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from veneer._terminal import counted
 from veneer.adapters.methods import LOW_RANK
 from veneer.config import TrainOptions
 from veneer.data.example import Example
@@ -78,7 +79,7 @@ class TrainingPlan:
         step = f"{self.seconds_per_step:.2f} s" if self.seconds_per_step < 10 else duration(self.seconds_per_step)
         return [
             f"plan: peak memory {_gb(self.peak)}{available} ({self.parts}); the largest pass has {self.tokens:,} tokens",
-            f"plan: {step} per step, about {duration(self.seconds)} for {self.steps:,} steps",
+            f"plan: {step} per step, about {duration(self.seconds)} for {counted(self.steps, 'step')}",
         ]
 
     def as_dict(self) -> dict[str, Any]:

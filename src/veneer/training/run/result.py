@@ -16,6 +16,7 @@ from typing import Any
 
 from veneer._files import replace_text, replacing
 from veneer._html import html_table
+from veneer._terminal import counted
 from veneer.adapters.methods import METHODS, has_option
 from veneer.checkpoints.locate import better_adapter
 from veneer.config import PER_RUN_OPTIONS, TrainOptions, plain
@@ -81,7 +82,7 @@ class RunResult:
         return str(self.out)
 
     def __repr__(self) -> str:
-        jobs = ", ".join(f"{job.name}: {job.state} after {job.steps} steps" for job in self.jobs.values())
+        jobs = ", ".join(f"{job.name}: {job.state} after {counted(job.steps, 'step')}" for job in self.jobs.values())
         return f"RunResult({str(self.out)!r}, {jobs})"
 
     def _repr_html_(self) -> str:

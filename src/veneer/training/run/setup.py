@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from veneer._terminal import counted
 from veneer._version import __version__
 from veneer.adapters import METHODS, Bank, Method
 from veneer.adapters.methods import OPTIONS, LowRankMethod
@@ -148,6 +149,7 @@ def set_up(
         torch.set_num_threads(options.threads)
     loads = base is None
     base = base or load_base_of(options, common_task(jobs))
+    check_model(base, common_task(jobs))
     with cpp_kernels(options.compile, next(base.model.parameters()).device, say):
         data = load_all(jobs, base, context_of(base))
         bank = attach(base.model)
@@ -185,6 +187,21 @@ def common_task(jobs: Mapping[str, TrainOptions]) -> str:
             "separate runs"
         )
     return first
+
+
+def check_model(base: Base, task: str) -> None:
+    """Raise BaseModelError for a base that the task cannot train, before rows are read."""
+    kind = type(base.model).__name__
+    if getattr(base.model.config, "is_encoder_decoder", False):
+        raise BaseModelError(
+            f"{base.name}: {kind} is an encoder-decoder model, and runs train models of one input; attach adapters to it in Python "
+            "(veneer.attach) and train them in your own loop"
+        )
+    if task not in HEADS and base.model.get_output_embeddings() is None:
+        raise BaseModelError(
+            f"{base.name}: task {task} needs a language model, and {kind} predicts no tokens; choose another base, or train a head with "
+            f"task {', '.join(HEADS)}"
+        )
 
 
 @contextmanager
@@ -384,7 +401,7 @@ def _split(examples: Examples, fraction: float) -> tuple[list[Example], Subset]:
     learn = Subset(examples, (i for i in range(len(examples)) if i % every != every - 1))
     if not held_out or not learn:
         raise DataError(
-            f"{len(examples)} examples are too few to hold out a fraction of {fraction:g}; give a file with valid"
+            f"{counted(len(examples), 'example')} cannot be divided by a held-out fraction of {fraction:g}; give a file with valid"
         )
     return held_out, learn
 
@@ -487,7 +504,8 @@ def describe(setup: Setup, *, restored: bool) -> list[str]:
         what = f"{method.name} {method.size} at {sites} sites" if method.size else f"{method.label} of {sites} layers"
         lines.append(
             f"{job.name}: {what}, {count:,} trainable parameters ({100 * count / total:.2f} % of the base), learning rate "
-            f"{job.peak:.2e}; {job.steps:,} steps of {job.options.batch_size} examples ({passes:.3g} epochs), about {tokens:,} tokens"
+            f"{job.peak:.2e}; {counted(job.steps, 'step')} of {counted(job.options.batch_size, 'example')} ({passes:.3g} epochs), "
+            f"about {tokens:,} tokens"
         )
         lines += [f"{job.name}: note: {line}" for line in remarks(setup.bank, adapter)]
         idle = sorted(OPTIONS & job.options.model_fields_set - type(method).model_fields.keys())
