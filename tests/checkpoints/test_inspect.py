@@ -15,7 +15,7 @@ from torch import nn
 import veneer
 from veneer import DoRA, LoRA
 from veneer.checkpoints import read_adapter
-from veneer.checkpoints.inspect import unusual, view
+from veneer.checkpoints.inspect import SiteView, unusual, view
 from veneer.checkpoints.logit_check import verify_logits
 from veneer.cli.main import main
 
@@ -154,6 +154,15 @@ def test_what_is_unusual_is_said(tmp_path: Path) -> None:
     text = "\n".join(unusual(loud))
     assert "far larger than elsewhere at m.3.q (100 times the median)" in text
     assert "large beside the base's own weight at m.2.q (90%)" in text
+
+
+def test_layers_of_one_name_in_a_block_count_once() -> None:
+    """BERT has three layers named dense in each block; query is in as many blocks as they are."""
+    names = ["attention.self.query", "attention.output.dense", "intermediate.dense", "output.dense"]
+    sites = [SiteView(f"layer.{i}.{name}", "linear", 4, 8, 2, 32, 32, 9, 1.0, 0.1) for i in range(6) for name in names]
+    assert unusual(sites) == []
+    (found,) = unusual([site for site in sites if not site.name.endswith("query") or site.name[6] in "01"])
+    assert found == "some layers are adapted in fewer blocks than others: query (2 of 6)"
 
 
 def test_an_adapter_that_does_nothing_is_found(tmp_path: Path) -> None:

@@ -161,6 +161,10 @@ def test_a_run_is_used_by_its_folder(run: Run, monkeypatch: pytest.MonkeyPatch) 
         ("demo --out holds --fresh", 2, "holds contains something other than an earlier demo"),
         ("demo --out file", 2, "file is a file"),
         ("demo --out file/x", 1, "file/x cannot be written"),
+        ("generate run --file train.jsonl", 2, "expected a text file with one prompt per line"),
+        ("plan --base base", 2, "there is nothing to plan"),
+        ("data check - --base base", 1, "write those of the standard input to a file"),
+        ("compose run run --op iso_c --out x", 2, "found 'iso_c'; did you mean iso-c?"),
         ("demo --method dore", 2, "found 'dore'; did you mean dora?"),
     ],
 )

@@ -20,6 +20,7 @@ from veneer.cli import doctor
 from veneer.cli import main as cli
 from veneer.cli._error_text import explain
 from veneer.cli._parser import Parser
+from veneer.cli.train import next_commands
 from veneer.errors import ConfigError, DataError
 
 HEAVY = ("torch", "transformers", "numpy", "safetensors", "matplotlib", "rich")
@@ -285,3 +286,18 @@ def test_flags_may_stand_between_other_words(words: list[str], rest: list[str]) 
     assert (args.first, args.rest, args.n) == ("a", rest, 3)
     with pytest.raises(ConfigError, match="required: first"):
         parser.parse_args([])
+
+
+def test_a_file_that_is_written_aside_is_named_by_its_own_name() -> None:
+    """A disk that refuses the temporary file is told with the name that was asked for."""
+    message, _ = explain(OSError(errno.EROFS, "read-only", "out/x.gguf.tmp-0123abcd", None, "out/x.gguf"))
+    assert message == "out/x.gguf: the file system is read-only; choose a writable folder"
+
+
+def test_the_next_commands_fit_the_task() -> None:
+    """An adapter of a preference task chats; one with a head predicts."""
+    assert [next_commands(task, "runs/a", "m")[0] for task in ("dpo", "kto", "classification")] == [
+        "chat runs/a",
+        "chat runs/a",
+        "predict FILE --adapter runs/a --out OUT.csv",
+    ]

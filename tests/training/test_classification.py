@@ -14,13 +14,15 @@ from tests.tiny import tiny, tiny_tokenizer
 from tests.training.made import QUIET, SIZES, digest, options
 from tests.training.test_run import stop_after
 from tokenizers.processors import TemplateProcessing
+from transformers import BertConfig, BertModel
 
 import veneer
 from veneer.adapters.runtime.route import Route
 from veneer.checkpoints.receipt import labels_of, receipt_of
 from veneer.cli.main import main
 from veneer.config import TrainOptions
-from veneer.errors import AdapterError, ConfigError, DataError, RouteError, VeneerError
+from veneer.errors import AdapterError, BaseModelError, ConfigError, DataError, RouteError, VeneerError
+from veneer.models.classifiers.heads import check_trainable
 from veneer.models.flat import FlatRunner
 from veneer.models.layout import Flat
 from veneer.models.load import load_base
@@ -257,3 +259,21 @@ def test_a_head_needs_a_base_of_its_width_and_kind(place: Path, tmp_path: Path) 
     plain = veneer.attach(load_base(place / "base", dtype="float32").model)
     with pytest.raises(AdapterError, match="has no head for classes; load the base with one"):
         plain.add("a", veneer.LoRA(r=2), outputs=2)
+
+
+def test_a_base_that_the_task_cannot_train_is_refused_at_once() -> None:
+    """Before rows are read: an encoder has no tokens to predict, and an encoder-decoder has two inputs."""
+    sizes = {
+        "vocab_size": 32,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    encoder = BertModel(BertConfig(**sizes))
+    check_trainable("b", encoder, "classification")
+    with pytest.raises(BaseModelError, match="b: task sft needs a language model, and BertModel predicts no tokens"):
+        check_trainable("b", encoder, "sft")
+    encoder.config.is_encoder_decoder = True
+    with pytest.raises(BaseModelError, match="encoder-decoder"):
+        check_trainable("b", encoder, "classification")

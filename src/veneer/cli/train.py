@@ -69,7 +69,6 @@ def print_differences(options: TrainOptions, provenance: Provenance) -> None:
 
 def _print_result(result: RunResult, task: str) -> None:
     """Print the outcome of each job, and commands to continue with."""
-    from veneer.models.classifiers.heads import HEADS
     from veneer.training.run.result import ranked, table_of, write_summary
 
     done = [job for job in result.jobs.values() if job.state == "finished"]
@@ -90,12 +89,18 @@ def _print_result(result: RunResult, task: str) -> None:
     if done:
         best = done[0]
         target = result.out if len(result.jobs) == 1 else best.better
-        evaluate = f"  veneer evaluate {target} --data FILE\n"
-        if task not in HEADS:
-            use = f"  veneer chat {target}\n{evaluate}  veneer merge {target} --out {result.out}-merged"
-        else:
-            use = f"  veneer predict FILE --adapter {target} --out OUT.csv\n{evaluate}".rstrip()
-        print(f"\n{best.name}: {best.state} after {counted(best.steps, 'step')}; {_adapters(best)}\n{use}")
+        print(f"\n{best.name}: {best.state} after {counted(best.steps, 'step')}; {_adapters(best)}")
+        print("\n".join(f"  veneer {words}" for words in next_commands(task, str(target), f"{result.out}-merged")))
+
+
+def next_commands(task: str, target: str, merged: str) -> list[str]:
+    """The commands that a user may type after a run."""
+    from veneer.models.classifiers.heads import HEADS
+
+    evaluate = f"evaluate {target} --data FILE"
+    if task in HEADS:
+        return [f"predict FILE --adapter {target} --out OUT.csv", evaluate]
+    return [f"chat {target}", evaluate, f"merge {target} --out {merged}"]
 
 
 def _adapters(job: JobResult) -> str:

@@ -71,3 +71,21 @@ def name_padding(model: Any) -> None:
     if getattr(model.config, "pad_token_id", None) is None:
         end = getattr(model.config, "eos_token_id", None)
         model.config.pad_token_id = end if isinstance(end, int) else 0
+
+
+def check_trainable(name: str, model: Any, task: str) -> None:
+    """Raise BaseModelError for a base that a run of the task cannot train."""
+    kind = type(model).__name__
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise BaseModelError(
+            f"{name}: {kind} is an encoder-decoder model, and runs train models of one input; attach adapters to it in Python "
+            "(veneer.attach) and train them in your own loop"
+        )
+    is_body = (
+        getattr(model, "base_model", None) is model
+    )  # transformers' property: a model with a head returns the body in it
+    if task not in HEADS and is_body and model.get_output_embeddings() is None:
+        raise BaseModelError(
+            f"{name}: task {task} needs a language model, and {kind} predicts no tokens; choose another base, or train a head with "
+            f"task {', '.join(HEADS)}"
+        )

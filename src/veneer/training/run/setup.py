@@ -36,7 +36,7 @@ from veneer.data.rows.readers import splits
 from veneer.data.rows.shapes import RowReader
 from veneer.errors import BaseModelError, ConfigError, DataError
 from veneer.evaluate.general import general_text, pieces
-from veneer.models.classifiers.heads import HEADS
+from veneer.models.classifiers.heads import HEADS, check_trainable
 from veneer.models.fast_modules import fast_modules
 from veneer.models.flat import FlatRunner
 from veneer.models.load import Base, load_base, own_ends
@@ -149,7 +149,7 @@ def set_up(
         torch.set_num_threads(options.threads)
     loads = base is None
     base = base or load_base_of(options, common_task(jobs))
-    check_model(base, common_task(jobs))
+    check_trainable(base.name, base.model, common_task(jobs))
     with cpp_kernels(options.compile, next(base.model.parameters()).device, say):
         data = load_all(jobs, base, context_of(base))
         bank = attach(base.model)
@@ -187,21 +187,6 @@ def common_task(jobs: Mapping[str, TrainOptions]) -> str:
             "separate runs"
         )
     return first
-
-
-def check_model(base: Base, task: str) -> None:
-    """Raise BaseModelError for a base that the task cannot train, before rows are read."""
-    kind = type(base.model).__name__
-    if getattr(base.model.config, "is_encoder_decoder", False):
-        raise BaseModelError(
-            f"{base.name}: {kind} is an encoder-decoder model, and runs train models of one input; attach adapters to it in Python "
-            "(veneer.attach) and train them in your own loop"
-        )
-    if task not in HEADS and base.model.get_output_embeddings() is None:
-        raise BaseModelError(
-            f"{base.name}: task {task} needs a language model, and {kind} predicts no tokens; choose another base, or train a head with "
-            f"task {', '.join(HEADS)}"
-        )
 
 
 @contextmanager
