@@ -100,16 +100,16 @@ _ROWS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:
+    for path in [*args.prompt, *([] if args.file is None else [args.file])]:
+        if Path(path).suffix in _ROWS and Path(path).is_file():
+            raise ConfigError(
+                f"{path}: expected a text file with one prompt per line, found one of rows; write their prompts into such a file"
+            )
     for prompt in args.prompt:
-        if Path(prompt).suffix in (".txt", ".jsonl", ".md", ".csv") and Path(prompt).is_file():
+        if Path(prompt).suffix in (".txt", ".md") and Path(prompt).is_file():
             raise ConfigError(f"{prompt} is a file; read one prompt per line with --file {prompt}")
     prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in args.prompt]
     if args.file is not None:
-        if Path(args.file).suffix in _ROWS:
-            raise ConfigError(
-                f"--file {args.file}: expected a text file with one prompt per line, found one of rows; write their prompts "
-                "into such a file"
-            )
         try:
             lines = decode(Path(args.file).read_bytes()).splitlines()
         except ValueError as error:
