@@ -288,7 +288,7 @@ def test_a_second_process_is_refused_at_once(place: Path, tmp_path: Path) -> Non
         ({"target_modules": ["q_prj"]}, TargetError, "q_prj"),
         ({"max_length": 5}, DataError, "maximum length is 5"),
         ({"name": "a b"}, ConfigError, "cannot name an adapter"),
-        ({"valid_fraction": 0.5, "data": ("one.jsonl",)}, DataError, "1 example cannot be divided"),
+        ({"valid_fraction": 0.5, "data": ("one.jsonl",)}, DataError, "cannot divide 1 example"),
         ({"halving": True, "valid_fraction": 0.2}, ConfigError, "this run has one"),
     ],
 )

@@ -386,7 +386,7 @@ def _split(examples: Examples, fraction: float) -> tuple[list[Example], Subset]:
     learn = Subset(examples, (i for i in range(len(examples)) if i % every != every - 1))
     if not held_out or not learn:
         raise DataError(
-            f"{counted(len(examples), 'example')} cannot be divided by a held-out fraction of {fraction:g}; give a file with valid"
+            f"valid_fraction {fraction:g} cannot divide {counted(len(examples), 'example')}; give a file with valid"
         )
     return held_out, learn
 
