@@ -385,9 +385,7 @@ def _split(examples: Examples, fraction: float) -> tuple[list[Example], Subset]:
     held_out = examples[every - 1 :: every]
     learn = Subset(examples, (i for i in range(len(examples)) if i % every != every - 1))
     if not held_out or not learn:
-        raise DataError(
-            f"valid_fraction {fraction:g} cannot divide {counted(len(examples), 'example')}; give a file with valid"
-        )
+        raise DataError(f"valid_fraction {fraction:g} cannot divide {counted(len(examples), 'example')}; give valid")
     return held_out, learn
 
 
