@@ -1,9 +1,8 @@
-"""``veneer runs``: the list is true to the folders, and its index is only a cache."""
+"""``veneer runs``: the list is true to the folders."""
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 
 from veneer.checkpoints.run_state import Lock
-from veneer.cli._run_list import INDEX, JobStatus, list_runs
+from veneer.cli._run_list import JobStatus, list_runs
 from veneer.cli.main import main
 from veneer.training.run.control import Control
 
@@ -83,25 +82,19 @@ def test_a_run_before_its_first_checkpoint_is_listed(tmp_path: Path) -> None:
     assert (row.job, row.state, row.step, row.loss, row.adapter) == ("new", "interrupted", 0, None, None)
 
 
-def test_the_index_saves_reading_and_is_never_needed(tmp_path: Path) -> None:
-    """Unchanged runs come from the index; changed ones are read again; a damaged or missing index is made anew."""
+def test_the_list_follows_the_files_and_leaves_the_folder_as_it_is(tmp_path: Path) -> None:
+    """A changed checkpoint shows in the next list, and listing writes nothing."""
     run = write_run(tmp_path / "a", {"a": saved_job("finished")})
-    before = list_runs(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    assert [row.state for row in list_runs(tmp_path)] == ["finished"]
     state = run / "checkpoints" / "step-00000003" / "state.json"
-    text = state.read_text()
-    state.write_text(text.replace("finished", "cancelled"))  # nothing that the index watches changed
-    assert list_runs(tmp_path) == before
-    os.utime(run / "checkpoints" / "LATEST", ns=(1, 1))
+    state.write_text(state.read_text().replace("finished", "cancelled"))
     assert [row.state for row in list_runs(tmp_path)] == ["cancelled"]
-    (tmp_path / INDEX).write_bytes(b"no database" * 200)
-    assert [row.state for row in list_runs(tmp_path)] == ["cancelled"]
-    (tmp_path / INDEX).unlink()
-    assert [row.state for row in list_runs(tmp_path)] == ["cancelled"]
-    assert (tmp_path / INDEX).is_file()
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_run_that_is_gone_leaves_the_list(tmp_path: Path) -> None:
-    """The index holds nothing that the folders do not."""
+    """The list holds nothing that the folders do not."""
     write_run(tmp_path / "a", {"a": saved_job("finished")})
     b = write_run(tmp_path / "b", {"b": saved_job("finished")})
     assert [row.job for row in list_runs(tmp_path)] == ["a", "b"]
@@ -122,7 +115,7 @@ def test_damaged_files_of_a_run_do_not_hide_the_others(tmp_path: Path) -> None:
     ]
 
 
-def test_the_index_is_the_same_from_another_folder(
+def test_the_list_is_the_same_from_another_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Paths are shown as seen from where the command is called."""

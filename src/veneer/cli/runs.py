@@ -10,12 +10,13 @@ import argparse
 import math
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from veneer.cli._output import as_json, table
 from veneer.cli._parser import add_json
-from veneer.cli._run_list import JobStatus, as_dict, latest_samples, list_runs
+from veneer.cli._run_list import JobStatus, latest_samples, list_runs
 from veneer.errors import CheckpointError
 
 _ALL = "*"
@@ -49,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
         if Path(status.run) == Path(args.folder)
     }
     if args.json:
-        print(as_json([{**as_dict(status), "samples": samples.get(status.job, [])} for status in statuses]))
+        print(as_json([{**asdict(status), "samples": samples.get(status.job, [])} for status in statuses]))
         return 0
     if not statuses:
         print(f"{args.folder} contains no runs; start one with veneer train DATA --out {Path(args.folder) / 'NAME'}")
