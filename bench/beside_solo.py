@@ -24,7 +24,7 @@ from bench.mixed import BASE
 from veneer.adapters import DoRA, LoRA
 from veneer.checkpoints import attach
 from veneer.config import TrainOptions
-from veneer.data.batch import make_batch
+from veneer.data.batch import make_batch, packed
 from veneer.data.example import Example
 from veneer.evaluate.general import general_text
 from veneer.models.flat import FlatRunner
@@ -32,7 +32,7 @@ from veneer.models.load import load_base
 from veneer.training.cpp_kernels import use_cpp_kernels
 from veneer.training.loop.job import Job
 from veneer.training.loop.step import Stepper
-from veneer.training.loop.trainer import Listener, Trainer, cut
+from veneer.training.loop.trainer import Listener, Trainer
 
 EIGHT: dict[str, dict[str, Any]] = {
     "lora4": {"method": LoRA(r=4), "learning_rate": 1e-3, "steps": 8},
@@ -64,7 +64,7 @@ class Losses(Listener):
             return
         mixed = [p.grad.clone() for p in job.parameters if p.grad is not None]
         job.optimizer.zero_grad()
-        pieces = [*cut(job.next_examples(), self.trainer.tokens_per_pass)]
+        pieces = [*packed(job.next_examples(), self.trainer.tokens_per_pass)]
         if job.bank[job.name].method.lora_dropout:
             job.bank[job.name].draws -= len(pieces)
         for piece in pieces:

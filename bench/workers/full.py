@@ -10,14 +10,13 @@ from typing import Any
 import torch
 
 from bench.workers.turn import Turn
-from veneer.data.batch import make_batch
+from veneer.data.batch import make_batch, packed
 from veneer.data.example import Example
 from veneer.kernels.cross_entropy import linear_cross_entropy
 from veneer.models.fast_modules import fuse
 from veneer.models.flat import FlatRunner
 from veneer.models.load import load_base
 from veneer.training.cpp_kernels import use_cpp_kernels
-from veneer.training.loop.trainer import cut
 
 LEARNING_RATE = 2e-6
 _TOKENS_PER_PASS = 1024
@@ -36,7 +35,7 @@ def run(spec: dict[str, Any], turn: Turn) -> None:
         examples = [Example(tuple(row["ids"]), tuple(row["weights"])) for row in rows]
         weight = sum(sum(example.weights) for example in examples)
         loss = 0.0
-        for piece in cut(examples, _TOKENS_PER_PASS):
+        for piece in packed(examples, _TOKENS_PER_PASS):
             batch = make_batch(piece, "full")
             keep = (batch.weights != 0).nonzero().squeeze(1)
             head = runner.head()

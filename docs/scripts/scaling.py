@@ -20,11 +20,11 @@ from typing import Any, cast
 
 from veneer.adapters import LoRA
 from veneer.config import TrainOptions
+from veneer.data.batch import packed
 from veneer.training.cluster import driver
 from veneer.training.cluster.driver import ClusterRun
 from veneer.training.cluster.ray_workers import Slot
 from veneer.training.cluster.worker import Loaded, Outcome, versions
-from veneer.training.loop.trainer import cut
 from veneer.training.parallel.processes import deal
 from veneer.training.planning.fitting import Shape, memory_of, shape_of
 from veneer.training.run.console import Console
@@ -140,7 +140,7 @@ def all_reduce(bytes_: float, gpus: int) -> float:
 def one_job(base: BaseModel, examples: int) -> list[list[str]]:
     """A row for each number of GPUs: a step of so many examples."""
     rows = []
-    pieces = [sum(map(len, group)) for group in cut(lengths(examples), TOKENS)]
+    pieces = [sum(map(len, group)) for group in packed(lengths(examples), TOKENS)]
     alone = base.seconds(sum(pieces))
     for gpus in GPUS:
         if gpus > len(pieces):

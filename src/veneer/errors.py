@@ -26,7 +26,7 @@ input may hold several mistakes, ``Problems`` gathers them, so that the user rep
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import ClassVar
 
 __all__ = [
@@ -129,6 +129,13 @@ class ServeError(VeneerError, RuntimeError):
 
 class EngineBusyError(ServeError):
     """More requests than may wait; send the request again later."""
+
+
+def listed(names: Iterable[str], limit: int = 5, separator: str = ", ") -> str:
+    """Join the first names, and count the rest: "a, b and 3 more"."""
+    every = list(names)
+    more = f" and {len(every) - limit} more" if len(every) > limit else ""
+    return separator.join(every[:limit]) + more
 
 
 class Problems:

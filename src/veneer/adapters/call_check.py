@@ -15,7 +15,7 @@ from torch import nn
 from veneer.adapters.adapter import Adapter
 from veneer.adapters.layers.dry_run import dry_run, equal_rows, is_selected, rows_of
 from veneer.adapters.layers.site import Site, Survey
-from veneer.errors import TargetError
+from veneer.errors import TargetError, listed
 
 _ENOUGH_CALLS = 32
 """Number of training passes after which a layer that is dropped at random has certainly been called."""
@@ -76,8 +76,7 @@ class CallMonitor:
     def _require_calls(self, name: str, before: Mapping[str, int]) -> None:
         silent = [site.name for site in self._sites(name) if site.calls <= before.get(site.name, 0)]
         if silent:
-            shown = ", ".join(silent[:5]) + (f" and {len(silent) - 5} more" if len(silent) > 5 else "")
             raise TargetError(
-                f'the model ran without calling {shown}, so adapter "{name}" did nothing there; leave these sites out '
+                f'the model ran without calling {listed(silent)}, so adapter "{name}" did nothing there; leave these sites out '
                 "(exclude_modules), or attach with example= inputs under which they are called"
             )

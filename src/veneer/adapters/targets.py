@@ -23,7 +23,7 @@ from typing import TypeVar
 
 from veneer.adapters.layers.site import Site
 from veneer.config import MethodOptions
-from veneer.errors import Problems, TargetError
+from veneer.errors import Problems, TargetError, listed
 
 ALL_LINEAR, ALL = "all-linear", "all"
 T = TypeVar("T")
@@ -208,5 +208,4 @@ def _inventory(sites: Mapping[str, Site]) -> str:
     counts = Counter(name.rpartition(".")[2] or "the model itself" for name in sites)
     if not counts:
         return "no layer that an adapter can act on"
-    shown = [f"{name} ({count})" for name, count in counts.most_common(24)]
-    return ", ".join(shown) + (f" and {len(counts) - 24} more" if len(counts) > 24 else "")
+    return listed((f"{name} ({count})" for name, count in counts.most_common()), 24)

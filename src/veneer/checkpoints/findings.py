@@ -9,6 +9,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterable
 
+from veneer import errors
 from veneer.errors import CheckpointError, Problems
 
 CHECKS: dict[str, str] = {
@@ -61,6 +62,4 @@ def shown(text: object, limit: int = 120) -> str:
 
 def listed(names: Iterable[object], limit: int = 4) -> str:
     """A few names and the count of the rest."""
-    every = list(names)
-    more = f" and {len(every) - limit} more" if len(every) > limit else ""
-    return ", ".join(shown(name) for name in every[:limit]) + more
+    return errors.listed(map(shown, names), limit)

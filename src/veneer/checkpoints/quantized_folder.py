@@ -18,7 +18,7 @@ from torch import Tensor
 from veneer.checkpoints.base_files import Skeleton, check_float, quantized_parameters
 from veneer.checkpoints.dequantized_folder import QuantizedParameter, QuantizedReading
 from veneer.checkpoints.model_folder import SHARD_BYTES, ModelWriter, write_model
-from veneer.data.batch import make_batch
+from veneer.data.batch import make_batch, packed
 from veneer.data.example import Example
 from veneer.data.hashing import data_hash
 from veneer.errors import BaseModelError, CheckpointError, DataError
@@ -86,12 +86,7 @@ def calibrate(
         raise DataError(
             f"the calibration examples have {count} tokens; expected at least {_LEAST_TOKENS}; give more or longer rows"
         )
-    passes: list[list[Example]] = [[]]
-    for example in examples:
-        if passes[-1] and sum(map(len, passes[-1])) + len(example) > _TOKENS_PER_PASS:
-            passes.append([])
-        passes[-1].append(example)
-    batches = [make_batch(part, "calibration") for part in passes]
+    batches = [make_batch(part, "calibration") for part in packed(examples, _TOKENS_PER_PASS)]
     quantize_in_place(FlatRunner(base.model), batches, scheme, progress)
     record = {"base": base.name, "examples": len(examples), "tokens": count, "sha256": data_hash(examples)}
     return Calibrated(base.model, record)

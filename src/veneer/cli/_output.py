@@ -43,12 +43,6 @@ def difference_from(exact: str, error: float) -> str:
     return f"differs from {exact} by {percent(error)}"
 
 
-def names_of(names: Sequence[str], most: int = 3) -> str:
-    """Join names with commas and count those beyond ``most``."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
-
-
 def as_json(value: Any) -> str:
     """Format plain data as indented JSON; numbers that are not finite become null, which every parser accepts."""
     return json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False)

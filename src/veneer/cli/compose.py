@@ -11,7 +11,7 @@ from veneer._terminal import status
 from veneer.cli._output import as_json, difference_from, percent, print_lines, table
 from veneer.cli._parents import base_of, checked_base, needs_base_weights, parse_mix
 from veneer.cli._parser import add_device, add_force, add_json, add_sites, at_least
-from veneer.errors import ComposeError, ConfigError
+from veneer.errors import ComposeError, ConfigError, listed
 
 if TYPE_CHECKING:
     from veneer.compose.combine import Composition
@@ -197,8 +197,7 @@ class _MixEvaluator:
 
 def _lines(composition: Composition, report: dict[str, Any], count: int) -> list[str]:
     each = [f"{p['name']} x {p['weight']:g}" for p in composition.origin["parents"]]
-    more = f" and {len(each) - _SHOWN} more" if len(each) > _SHOWN else ""
-    parents = " + ".join(each[:_SHOWN]) + more
+    parents = listed(each, _SHOWN, " + ")
     adapter = composition.adapter
     lines = []
     if report["search"] is not None:

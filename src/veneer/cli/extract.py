@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veneer._terminal import status
-from veneer.cli._output import as_json, names_of, percent, print_lines, table
+from veneer.cli._output import as_json, percent, print_lines, table
 from veneer.cli._parser import add_device, add_json, add_sites, at_least
-from veneer.errors import ConfigError, VeneerError
+from veneer.errors import ConfigError, VeneerError, listed
 
 if TYPE_CHECKING:
     from veneer.compose.extract import Extraction
@@ -112,11 +112,9 @@ def _lines(found: Extraction, out: str, count: int) -> list[str]:
         f"it keeps {percent(found.kept)} of the change at these sites (fraction of the squared norm)",
     ]
     if found.outside:
-        lines.append(
-            f"not included: {percent(found.outside_share)} of the total change, in {names_of(list(found.outside))}"
-        )
+        lines.append(f"not included: {percent(found.outside_share)} of the total change, in {listed(found.outside, 3)}")
     if found.unlike:
-        lines.append(f"skipped, because only one model has them or their shapes differ: {names_of(found.unlike)}")
+        lines.append(f"skipped, because only one model has them or their shapes differ: {listed(found.unlike, 3)}")
     least = sorted(found.sites, key=lambda site: site.kept)[:count]
     rows = [[s.site, str(s.rank), f"{s.ratio:.3g}", percent(s.kept), *_ends(s.singular_values)] for s in least]
     header = ["least accurate sites", "rank", "change/weight", "kept", "largest value", "smallest kept"]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from veneer._terminal import note, status
 from veneer.checkpoints.locate import QUANTIZED
 from veneer.cli._parser import add_device, add_dtype, at_least, number
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, listed
 
 if TYPE_CHECKING:
     from veneer.serve.loading import EngineOptions
@@ -231,8 +231,7 @@ def start_screen(server: Server) -> str:
     """The lines that tell where the server is, what it serves, and how to call it."""
     cards = [card for card in server.registry.cards() if ":" not in card.id]
     names = [card.id for card in cards]
-    shown = ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
-    lines = [f"Veneer serves at {server.url}", f"  key      {server.keys.source}", f"  models   {shown}"]
+    lines = [f"Veneer serves at {server.url}", f"  key      {server.keys.source}", f"  models   {listed(names, 12)}"]
     lines += [f"  problem  {name}: {problem}" for name, problem in server.problems.items()]
     waiting = len(server.context.jobs.with_status("validating_files", "queued", "running"))
     if waiting:

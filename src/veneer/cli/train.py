@@ -25,7 +25,7 @@ from veneer.config import (
     given_sets,
     resolve,
 )
-from veneer.errors import ConfigError, Problems
+from veneer.errors import ConfigError, Problems, listed
 
 if TYPE_CHECKING:
     from veneer.training import RunResult
@@ -81,10 +81,9 @@ def _print_result(result: RunResult, task: str) -> None:
         if job.state in ("paused", "failed"):
             print(f"{job.name}: {job.state} after {counted(job.steps, 'step')}")
         if job.unreached:
-            more = f" and {len(job.unreached) - 3} more" if job.unreached[3:] else ""
             print(
                 f"{job.name}: no token of the examples was routed to {len(job.unreached)} expert"
-                f"{'s' if job.unreached[1:] else ''} ({', '.join(job.unreached[:3])}{more}), which stay as in the base"
+                f"{'s' if job.unreached[1:] else ''} ({listed(job.unreached, 3)}), which stay as in the base"
             )
     if done:
         best = done[0]

@@ -15,17 +15,19 @@ so ``weights[t]`` is the weight of predicting ``targets[t]`` at position t. The 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import TypeVar
 
 import torch
 
 from veneer.data.example import Example
 from veneer.errors import DataError
 
-__all__ = ["IGNORE", "Batch", "make_batch"]
+__all__ = ["IGNORE", "Batch", "make_batch", "packed"]
 
+T = TypeVar("T")
 IGNORE = -100  # the target of a position that predicts nothing; torch's own ignore_index
 
 
@@ -59,11 +61,6 @@ class Batch:
     def tokens(self) -> int:
         """T, the number of tokens."""
         return int(self.ids.numel())
-
-    @property
-    def trained(self) -> int:
-        """The number of positions with a weight."""
-        return int((self.weights > 0).sum())
 
     def select(self, segments: Sequence[int]) -> Batch:
         """The batch of these segments alone, in the given order."""
@@ -108,19 +105,22 @@ class Batch:
             types=None if self.types is None else torch.cat(types),
         )
 
-    def to(self, device: torch.device | str) -> Batch:
-        """Move the per-token tensors to ``device``; ``offsets`` stay on the CPU, where they are read."""
-        return Batch(
-            ids=self.ids.to(device),
-            positions=self.positions.to(device),
-            offsets=self.offsets,
-            targets=self.targets.to(device),
-            weights=self.weights.to(device),
-            jobs=self.jobs,
-            sources=self.sources,
-            types=None if self.types is None else self.types.to(device),
-            undesirable=self.undesirable,
-        )
+
+def packed(items: Iterable[T], tokens: int, size: Callable[[T], int] = len) -> Iterator[list[T]]:  # type: ignore[assignment]
+    """Consecutive items in lists of at most ``tokens`` tokens; a longer item gets its own list.
+
+    size: the number of tokens of an item.
+    """
+    group: list[T] = []
+    used = 0
+    for item in items:
+        if group and used + size(item) > tokens:
+            yield group
+            group, used = [], 0
+        group.append(item)
+        used += size(item)
+    if group:
+        yield group
 
 
 def make_batch(examples: Sequence[Example], jobs: Sequence[str] | str) -> Batch:

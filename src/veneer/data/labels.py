@@ -13,7 +13,7 @@ from typing import Any
 
 from veneer.data.rows.json_rows import describe
 from veneer.data.rows.row import BadRow, Row
-from veneer.errors import DataError
+from veneer.errors import DataError, listed
 
 __all__ = ["Classes", "class_name", "label_names", "number_of"]
 
@@ -43,8 +43,7 @@ class Classes:
         return found
 
     def __str__(self) -> str:
-        more = f" and {len(self.names) - _SHOWN} more" if len(self.names) > _SHOWN else ""
-        return ", ".join(self.names[:_SHOWN]) + more
+        return listed(self.names, _SHOWN)
 
 
 def class_name(label: Any) -> str:

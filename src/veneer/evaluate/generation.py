@@ -6,8 +6,8 @@ own random stream: the same seed gives the same text.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,18 +92,11 @@ class Generator:
         return options
 
 
-class _stream:
+@contextmanager
+def _stream(sampling: Sampling, device: torch.device) -> Iterator[None]:
     """A separate random stream for sampling; the process's own is restored afterwards."""
-
-    def __init__(self, sampling: Sampling, device: torch.device) -> None:
-        self._seed = sampling.seed if sampling.temperature > 0 else None
-        devices = [device] if device.type == "cuda" else []
-        self._fork = torch.random.fork_rng(devices=devices, enabled=self._seed is not None)
-
-    def __enter__(self) -> None:
-        self._fork.__enter__()
-        if self._seed is not None:
-            torch.manual_seed(self._seed)
-
-    def __exit__(self, *error: Any) -> None:
-        self._fork.__exit__(*error)
+    drawn = sampling.temperature > 0
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else [], enabled=drawn):
+        if drawn:
+            torch.manual_seed(sampling.seed)
+        yield

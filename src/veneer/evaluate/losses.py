@@ -24,7 +24,7 @@ from torch import Tensor
 from veneer.adapters import Bank
 from veneer.adapters.runtime.route import Route, RouteLike
 from veneer.adapters.sequence import lengthen, running
-from veneer.data.batch import Batch, make_batch
+from veneer.data.batch import Batch, make_batch, packed
 from veneer.data.example import Example
 from veneer.errors import DataError
 from veneer.kernels.token_losses import token_losses
@@ -169,16 +169,7 @@ def compare(one: Losses, other: Losses) -> LossDifference:
 def groups_by_length(examples: Sequence[Example], budget: int) -> Iterator[list[int]]:
     """Examples of like length together, at most ``budget`` tokens a group; weightless ones are left out."""
     order = sorted((i for i, e in enumerate(examples) if e.trained), key=lambda i: (len(examples[i]), i))
-    group: list[int] = []
-    used = 0
-    for i in order:
-        if group and used + len(examples[i]) > budget:
-            yield group
-            group, used = [], 0
-        group.append(i)
-        used += len(examples[i])
-    if group:
-        yield group
+    return packed(order, budget, lambda i: len(examples[i]))
 
 
 def _token_losses(runner: FlatRunner, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:

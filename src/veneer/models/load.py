@@ -13,7 +13,7 @@ import hashlib
 import io
 import logging
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from veneer._imports import light_imports
-from veneer.errors import BaseModelError, Problems
+from veneer.errors import BaseModelError, Problems, listed
 from veneer.models.cache import build_once
 from veneer.models.classifiers.heads import HEADS, belongs_to_head, class_with_head, draw_head, name_padding
 from veneer.models.devices import resolve_device
@@ -269,7 +269,7 @@ def _account(model: torch.nn.Module, info: dict[str, Any], folder: Path) -> tupl
     )
     if not passed_over:
         return ()
-    return (f"{type(model).__name__} does not use these tensors of {folder}: {_some(passed_over)}",)
+    return (f"{type(model).__name__} does not use these tensors of {folder}: {listed(passed_over)}",)
 
 
 def _is_foreign_head(model: torch.nn.Module, key: str) -> bool:
@@ -391,9 +391,3 @@ def _quiet() -> Iterator[None]:
 def _first_line(error: Exception) -> str:
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0].rstrip('.')}" if text else type(error).__name__
-
-
-def _some(names: Iterable[str], limit: int = 5) -> str:
-    listed = list(names)
-    more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
-    return ", ".join(listed[:limit]) + more

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from veneer.adapters import Bank
-from veneer.errors import AdapterError, ServeError
+from veneer.errors import AdapterError, ServeError, listed
 from veneer.serve.engine.engine import Engine, EngineLimits
 from veneer.serve.engine.request import (
     EngineMetrics,
@@ -265,8 +265,7 @@ def require(report: ReplayReport) -> None:
     """Raise ServeError with the problems of a replay, if there are any."""
     problems = report.problems
     if problems:
-        more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-        raise ServeError(f"{len(problems)} problems of the replay: {'; '.join(problems[:_SHOWN])}{more}")
+        raise ServeError(f"{len(problems)} problems of the replay: {listed(problems, _SHOWN, '; ')}")
 
 
 def summary(report: ReplayReport) -> str:

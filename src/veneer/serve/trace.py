@@ -15,7 +15,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from veneer._files import decode
-from veneer.errors import ConfigError
+from veneer.errors import ConfigError, listed
 from veneer.serve.engine.request import Mix
 
 _SHOWN = 10
@@ -99,8 +99,7 @@ def read_trace(file: Path) -> list[TraceStep]:
     if not steps and not problems:
         problems = ["expected at least one line, found none"]
     if problems:
-        more = f" and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-        raise ConfigError(f"{file}: {'; '.join(problems[:_SHOWN])}{more}")
+        raise ConfigError(f"{file}: {listed(problems, _SHOWN, '; ')}")
     return steps
 
 

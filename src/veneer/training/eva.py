@@ -9,7 +9,7 @@ al. 2011), so that no covariance is held. B is zero, so the adapter is plain LoR
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +21,7 @@ from veneer.adapters import Bank
 from veneer.adapters.layers.site import Site
 from veneer.adapters.methods import LowRankMethod
 from veneer.adapters.targets import as_list, by_pattern
-from veneer.data.batch import make_batch
+from veneer.data.batch import make_batch, packed
 from veneer.data.example import Example
 from veneer.errors import TargetError
 from veneer.models.flat import FlatRunner
@@ -96,7 +96,7 @@ def explained(method: LowRankMethod, bank: Bank, runner: FlatRunner, examples: S
     budgets = {site.name: by_pattern(method.rank_pattern, site.name, method.r) for site in sites}
     watch = _Inputs(sites, {name: round(r * method.eva_rho) for name, r in budgets.items()}, seed)
     with watch.hooked(), torch.no_grad(), bank.use(None, training=False):
-        for part in _parts(examples):
+        for part in packed(examples, _TOKENS):
             batch = make_batch(part, "rows")
             keep = torch.arange(batch.tokens) if part[0].labels else batch.weights.nonzero().squeeze(1)
             watch.keep = runner.prepare(batch).layout.cell[keep]
@@ -208,17 +208,3 @@ class _Inputs:
             components.update(rows, torch.Generator().manual_seed(self.seed))
         self.updates += bool(self.rows)
         self.rows, self.last = {}, None
-
-
-def _parts(examples: Sequence[Example]) -> Iterator[list[Example]]:
-    """Consecutive examples of about ``_TOKENS`` tokens, in the order of the file."""
-    part: list[Example] = []
-    used = 0
-    for example in examples:
-        if part and used + len(example) > _TOKENS:
-            yield part
-            part, used = [], 0
-        part.append(example)
-        used += len(example)
-    if part:
-        yield part

@@ -19,7 +19,7 @@ from veneer.adapters import Bank
 from veneer.config import TrainOptions
 from veneer.data.example import Example
 from veneer.data.order import Order
-from veneer.errors import TrainingError
+from veneer.errors import TrainingError, listed
 from veneer.evaluate.losses import Losses
 from veneer.training.loop.orthogonal import Orthogonality
 from veneer.training.loop.schedule import learning_rate_at
@@ -250,8 +250,7 @@ class Job:
 
     def _not_finite(self, what: str, value: float, sources: Sequence[str] = ()) -> TrainingError:
         if sources:
-            more = f" and {len(sources) - _SHOWN} more" if sources[_SHOWN:] else ""
-            what += f" of {', '.join(sources[:_SHOWN])}{more}"
+            what += f" of {listed(sources, _SHOWN)}"
         return TrainingError(
             f'job "{self.name}", step {self.progress.step + 1}: {what} is {value}, and the step was not taken; lower learning_rate '
             f"(now {self.learning_rate():g}){', or check these examples' if sources else ''}",

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
 from veneer.adapters.runtime.route import MixLike
-from veneer.data.batch import make_batch
+from veneer.data.batch import make_batch, packed
 from veneer.data.example import Example
 from veneer.errors import DataError, ProcessError, TrainingError, VeneerError
 from veneer.evaluate.losses import Losses, example_losses
@@ -289,7 +289,7 @@ class Trainer:
         except Exception as error:
             self._fail(job, "data", f"cannot read its examples: {_message(error)}", error)
             return []
-        groups = cut(examples, self.tokens_per_pass)
+        groups = packed(examples, self.tokens_per_pass)
         return [MicroBatch(job, tuple(group), number) for number, group in enumerate(groups)]
 
     def _check_ids(self, example: Example) -> None:
@@ -448,19 +448,6 @@ class Trainer:
         job.end(JobState.FAILED, code, reason if reason.startswith(prefix) else f"{prefix}: {reason}")
         job.error = error
         self.listener.ended(job)
-
-
-def cut(examples: Iterable[S], most: int) -> list[list[S]]:
-    """Cut examples (anything with a length) into consecutive lists of at most ``most`` tokens; a longer one gets its own list."""
-    found: list[list[S]] = []
-    used = 0
-    for example in examples:
-        if not found or used + len(example) > most:
-            found.append([])
-            used = 0
-        found[-1].append(example)
-        used += len(example)
-    return found
 
 
 def passes(pieces: Sequence[MicroBatch[S]], most: int) -> Iterator[list[MicroBatch[S]]]:

@@ -40,56 +40,50 @@ class SharedListener(Listener):
         self.jobs = list(jobs)
         self.bank = bank
         self.recorder = recorder
+        self._record = recorder or Listener()
         self.checks = dict(checks) if recorder is None else {}
         self.stopped = False
         self._lent = lent
 
     def stepping(self, job: Job) -> None:
         """A job's gradient is complete, and its step not yet taken."""
+        self._record.stepping(job)
         checks = self.checks.get(job.name)
-        if self.recorder is not None:
-            self.recorder.stepping(job)
-        elif checks is not None and not checks.done:
+        if checks is not None and not checks.done:
             checks.before_step(job.progress.step, job.loss)
 
     def stepped(self, job: Job, metrics: dict[str, float]) -> None:
         """A job took a step."""
+        self._record.stepped(job, metrics)
         checks = self.checks.get(job.name)
-        if self.recorder is not None:
-            self.recorder.stepped(job, metrics)
-        elif checks is not None:
+        if checks is not None:
             checks.after_step(job.progress.step, metrics["lr"], adaptive=job.options.optimizer == "adamw")
 
     def evaluating(self, job: Job, done: int, total: int) -> None:
         """An evaluation is in progress."""
-        if self.recorder is not None:
-            self.recorder.evaluating(job, done, total)
+        self._record.evaluating(job, done, total)
 
     def evaluated(self, job: Job, loss: float, *, best: bool) -> None:
         """A job was evaluated."""
         with self._lent():  # the receipt of a best adapter
-            if self.recorder is not None:
-                self.recorder.evaluated(job, loss, best=best)
+            self._record.evaluated(job, loss, best=best)
 
     def sampling(self, job: Job) -> None:
         """Samples are due."""
-        if self.recorder is not None:
-            self.recorder.sampling(job)
+        self._record.sampling(job)
 
     def changed(self, job: Job) -> None:
         """A job was added, paused or resumed."""
-        if self.recorder is not None:
-            self.recorder.changed(job)
+        self._record.changed(job)
 
     def ended(self, job: Job) -> None:
         """A job finished, failed or was cancelled."""
         with self._lent():
-            if self.recorder is not None:
-                self.recorder.ended(job)
+            self._record.ended(job)
 
     def requests(self) -> list[Request]:
         """The first process's requests."""
-        found = [] if self.recorder is None else self.recorder.requests()
+        found = self._record.requests()
         sent = self.processes.share([[one.job, one.verb, one.code, one.reason] for one in found])
         return [Request(*one) for one in sent]
 

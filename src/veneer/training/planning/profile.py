@@ -20,7 +20,7 @@ from itertools import pairwise
 
 import torch
 
-from veneer.data.batch import make_batch
+from veneer.data.batch import make_batch, packed
 from veneer.data.example import Example
 from veneer.errors import TrainingError
 from veneer.evaluate.losses import example_losses
@@ -28,7 +28,6 @@ from veneer.models.devices import device_of, wait_for
 from veneer.training.device_memory import DeviceMemory, ProcessMemory
 from veneer.training.loop.job import Job
 from veneer.training.loop.step import Stepper
-from veneer.training.loop.trainer import cut
 from veneer.training.planning.workload import (
     JobExamples,
     Pass,
@@ -131,7 +130,7 @@ class Profiler:
         self.rounds = planned_rounds(self.jobs, tokens_per_pass, tokens_per_shared_pass)
         self.largest = largest_pass(self.rounds)
         usable = sorted((example for example in held_out if example.trained), key=len)
-        self.evaluated = max(cut(usable, tokens_per_pass), key=size, default=[])
+        self.evaluated = max(packed(usable, tokens_per_pass), key=size, default=[])
         self.limit = limit
         self.thorough = thorough
         self.memory = memory or ProcessMemory()

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from veneer.data.batch import packed
 from veneer.data.dataset import Examples, Subset
 from veneer.data.example import Example
 from veneer.training.loop.job import Job
-from veneer.training.loop.trainer import MicroBatch, cut, passes
+from veneer.training.loop.trainer import MicroBatch, passes
 
 _PLANNED_EXAMPLES = 5_000
 """Examples whose position in the run is computed. Later rounds are assumed to be similar."""
@@ -51,7 +52,7 @@ def planned_rounds(jobs: Sequence[Job], tokens_per_pass: int, tokens_per_shared_
             first = job.progress.cursor + number * job.options.batch_size
             indices = [job.order.at(first + i) for i in range(job.options.batch_size)]
             planned = [PlannedExample(job, index, lengths[id(job.examples)][index]) for index in indices]
-            pieces += [MicroBatch(job, tuple(piece)) for piece in cut(planned, tokens_per_pass)]
+            pieces += [MicroBatch(job, tuple(piece)) for piece in packed(planned, tokens_per_pass)]
         groups = passes(pieces, tokens_per_shared_pass)
         rounds.append([tuple(example for piece in group for example in piece.examples) for group in groups])
     return rounds

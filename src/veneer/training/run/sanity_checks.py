@@ -12,14 +12,13 @@ token is routed to it.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
 
 import torch
 from torch import Tensor
 
 from veneer.adapters import Adapter
 from veneer.adapters.overrides import BIAS, LORA_BIAS, ROWS, WEIGHT
-from veneer.errors import TrainingError
+from veneer.errors import TrainingError, listed
 
 _ABOVE_CHANCE = 1.5
 _LEARNT = 1e-6
@@ -72,7 +71,7 @@ class SanityChecks:
         if tensors and not any(_has_gradient(value) for value in tensors.values()):
             what = "no gradient reached" if all(value.grad is None for value in tensors.values()) else "zero reached"
             raise TrainingError(
-                f"{what} {_some(list(tensors))} as a gradient at step one, so the adapter cannot learn; check what lies between these "
+                f"{what} {listed(tensors, _SHOWN)} as a gradient at step one, so the adapter cannot learn; check what lies between these "
                 "layers and the loss",
                 "still",
             )
@@ -84,7 +83,7 @@ class SanityChecks:
         ]
         if missing:
             raise TrainingError(
-                f"no gradient reached {_some(missing)}; leave these sites out (exclude_modules)", "still"
+                f"no gradient reached {listed(missing, _SHOWN)}; leave these sites out (exclude_modules)", "still"
             )
 
     def warning(self, step: int, loss: float) -> str | None:
@@ -119,8 +118,9 @@ class SanityChecks:
         stuck = [key for key in still if _name(key) not in may_stay and (not self._waits(key) or key in self._reached)]
         if stuck:
             raise TrainingError(
-                f"{_some(stuck)} did not move in {step} step{'s' if step > 1 else ''} at a learning rate of {learning_rate:g}: the "
-                "update is below the resolution of the data type, or no gradient arrives; raise learning_rate, or leave these sites out",
+                f"{listed(stuck, _SHOWN)} did not move in {step} step{'s' if step > 1 else ''} at a learning rate of {learning_rate:g}: "
+                "the update is below the resolution of the data type, or no gradient arrives; raise learning_rate, or leave these "
+                "sites out",
                 "still",
             )
 
@@ -139,8 +139,3 @@ def _name(key: str) -> str:
 
 def _has_gradient(value: Tensor) -> bool:
     return value.grad is not None and bool(value.grad.count_nonzero())
-
-
-def _some(names: Collection[str]) -> str:
-    shown = list(names)[:_SHOWN]
-    return ", ".join(shown) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

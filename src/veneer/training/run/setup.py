@@ -34,7 +34,7 @@ from veneer.data.labelled import LABELLED_TASKS, LabelledRenderer
 from veneer.data.labels import Classes, label_names
 from veneer.data.rows.readers import splits
 from veneer.data.rows.shapes import RowReader
-from veneer.errors import BaseModelError, ConfigError, DataError
+from veneer.errors import BaseModelError, ConfigError, DataError, listed
 from veneer.evaluate.general import general_text, pieces
 from veneer.models.classifiers.heads import HEADS, check_trainable
 from veneer.models.fast_modules import fast_modules
@@ -277,15 +277,8 @@ def load_data(options: TrainOptions, base: Base, limit: int) -> JobData:
     remarks = RowChecks(checked, renderer)
     files, valid = files_of(options)
     train, report = load_examples(files, renderer, **shared, on_row=remarks.add)
-    held_out: list[Example] = []
-    learn: Examples | Subset = train
-    if valid:
-        found, more = load_examples(valid, renderer, **shared, on_row=partial(remarks.add, held_out=True))
-        held_out = found[:]
-        report.cut, report.dropped = report.cut + more.cut, report.dropped + more.dropped
-        report.lost += more.lost
-    elif options.valid_fraction:
-        held_out, learn = _split(train, options.valid_fraction)
+    found = load_examples(valid, renderer, **shared, on_row=partial(remarks.add, held_out=True)) if valid else None
+    learn, held_out = _held_out(options, train, report, found)
     general = pieces(general_text(), base.tokenizer, length=min(256, limit), count=16) if options.watch_general else []
     stops = taught_stops(renderer, report.stops)
     ends = other_ends(base.tokenizer, stops, own_ends(base.model))
@@ -326,15 +319,7 @@ def load_labelled(options: TrainOptions, base: Base, length: int, classes: Class
         load_examples, renderer=renderer, format="labelled", columns=options.columns, truncate=options.truncate
     )
     train, report = load(files)
-    held_out: list[Example] = []
-    learn: Examples | Subset = train
-    if valid:
-        found, more = load(valid)
-        held_out = found[:]
-        report.cut, report.dropped = report.cut + more.cut, report.dropped + more.dropped
-        report.lost += more.lost
-    elif options.valid_fraction:
-        held_out, learn = _split(train, options.valid_fraction)
+    learn, held_out = _held_out(options, train, report, load(valid) if valid else None)
     return JobData(
         train=learn,
         held_out=held_out,
@@ -344,6 +329,21 @@ def load_labelled(options: TrainOptions, base: Base, length: int, classes: Class
         remarks=_truncation_remarks(report, length),
         classes=classes,
     )
+
+
+def _held_out(
+    options: TrainOptions, train: Examples, report: LoadReport, valid: tuple[Examples, LoadReport] | None
+) -> tuple[Examples | Subset, list[Example]]:
+    """(training, held-out) examples. What was cut or dropped of the held-out files is added to the report."""
+    if valid is not None:
+        found, more = valid
+        report.cut, report.dropped, report.lost = (
+            report.cut + more.cut,
+            report.dropped + more.dropped,
+            report.lost + more.lost,
+        )
+        return train, found[:]
+    return _split(train, options.valid_fraction) if options.valid_fraction else (train, [])
 
 
 def _vocab_size(model: Any) -> int | None:
@@ -379,14 +379,14 @@ def _truncation_remarks(report: LoadReport, length: int) -> list[str]:
     return []
 
 
-def _split(examples: Examples, fraction: float) -> tuple[list[Example], Subset]:
+def _split(examples: Examples, fraction: float) -> tuple[Subset, list[Example]]:
     """Hold out every k-th example, whatever the seed, so that all runs on one file are evaluated on the same rows."""
     every = max(2, round(1 / fraction))
     held_out = examples[every - 1 :: every]
     learn = Subset(examples, (i for i in range(len(examples)) if i % every != every - 1))
     if not held_out or not learn:
         raise DataError(f"valid_fraction {fraction:g} cannot divide {counted(len(examples), 'example')}; give valid")
-    return held_out, learn
+    return learn, held_out
 
 
 # Jobs
@@ -436,10 +436,10 @@ def check_tokens(tokens: Sequence[int], examples: Sequence[Example], tokenizer: 
         if not missing:
             return
     if missing:
-        shown = ", ".join(f"{token} ({tokenizer.convert_ids_to_tokens(token)!r})" for token in sorted(missing)[:5])
+        shown = listed(f"{token} ({tokenizer.convert_ids_to_tokens(token)!r})" for token in sorted(missing))
         raise DataError(
             f"trainable_token_indices: no example contains the token{'s' if len(missing) > 1 else ''} {shown}"
-            f"{f' and {len(missing) - 5} more' if len(missing) > 5 else ''}, so their rows cannot be learnt; leave them out, or see how "
+            f", so their rows cannot be learnt; leave them out, or see how "
             "the rows are encoded (veneer data show FILE --ids): control tokens typed in a conversation stay text"
         )
 
