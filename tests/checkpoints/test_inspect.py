@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def test_sites_ranks_and_norms_are_those_of_the_dense_change(name: str, tmp_path
         assert site.norm == pytest.approx(float(dense.norm()), rel=1e-5)
         assert (site.out, site.in_) == tuple(dense.shape)
         assert (site.magnitude is not None) == (name == "dora")
-    assert json.loads(json.dumps(found.as_dict()))["receipt"]["version"] == veneer.__version__
+    assert json.loads(json.dumps(asdict(found)))["receipt"]["version"] == veneer.__version__
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import random
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -92,14 +93,14 @@ def test_odd_values_are_refused_or_equal_in_effect(count: int, part: str, source
         (tmp_path / "adapter_config.json").write_text(json.dumps(parts["settings"]))
         (tmp_path / "adapter_model.safetensors").write_bytes(file_bytes(parts["header"], data))
         with contextlib.suppress(CheckpointError):
-            view(read_adapter(tmp_path)).as_dict()
+            asdict(view(read_adapter(tmp_path)))
         try:
             adapter = bank.load(tmp_path, name="changed")
         except CheckpointError:
             refused += 1
             continue
         loaded += 1
-        view(adapter, bank).as_dict()
+        asdict(view(adapter, bank))
         with bank.use("changed"):
             assert torch.equal(outputs(bank.model), expected)
         bank.remove("changed")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -37,7 +36,6 @@ class Adapter:
         seed: seed of the initialiser and of dropout.
         draws: number of training passes that have drawn dropout so far.
         expert_tokens: number of tokens that each expert of a stack was trained on, by the stack's name, int64 [experts].
-        holds_half: True if training holds the second half of each site's ranks (`hold_half`).
         meta: what its file says of its origin.
     """
 
@@ -62,12 +60,11 @@ class Adapter:
         self.kinds = dict(kinds)
         self._alphas = dict(alphas or {})
         self.parts: dict[str, tuple[str, ...]] = {}
-        self._held: dict[str, list[tuple[nn.Parameter, Tensor, Tensor]]] = {}
+        self._held: dict[tuple[int, int], tuple[nn.Parameter, Tensor, Tensor]] = {}
+        """{(id of a tensor, dimension): (the tensor, the indices that are held there, their values)}."""
         self.seed = seed
         self.draws = 0
         self.expert_tokens: dict[str, Tensor] = {}
-        self.holds_half = False
-        self._halves: list[tuple[nn.Parameter, int, Tensor]] = []
         self.meta: dict[str, Any] = dict(meta or {})
 
     def __repr__(self) -> str:
@@ -88,7 +85,7 @@ class Adapter:
         """s in W + s B A at a site; one for a method without a scale."""
         return self.method.scaling(self.rank(site), self.alpha(site))
 
-    def rename(self, sites: Mapping[str, Mapping[str, Mapping[str, Tensor]]]) -> None:
+    def replace_sites(self, sites: Mapping[str, Mapping[str, Mapping[str, Tensor]]]) -> None:
         """Put other sites in the place of some: {site: {new site: its tensors}}. Scales and kinds go along."""
         tensors: dict[str, Mapping[str, Tensor]] = {}
         for site, held in self.tensors.items():
@@ -126,29 +123,16 @@ class Adapter:
 
     def num_parameters(self) -> int:
         """Number of trainable values."""
-        held = sum(value.numel() // 2 for _, value in self._factors()) if self.holds_half else 0
-        held += sum(values.numel() for one in self._held.values() for _, _, values in one)
+        held = sum(values.numel() for _, _, values in self._held.values())
         return sum(parameter.numel() for parameter in self.parameters()) - held
 
     def hold_half(self) -> None:
         """Hold the second half of the ranks at every site: it gets no gradient, and `settle` undoes what weight decay does to it."""
-        self.holds_half = True
-        for dim, parameter in self._factors():
-            half = parameter.shape[dim] // 2
-
-            def without(grad: Tensor, dim: int = dim, half: int = half) -> Tensor:
-                kept = grad.clone()
-                kept.narrow(dim, half, half).zero_()
-                return kept
-
-            if not parameter.is_meta:
-                self._halves.append((parameter, dim, parameter.detach().narrow(dim, half, half).clone()))
-            parameter.register_hook(without)
-
-    def _factors(self) -> list[tuple[int, nn.Parameter]]:
-        """(dimension of the ranks, factor) of every site."""
-        names = {"lora_A": 0, "lora_B": 1}
-        return [(names[key], value) for held in self.tensors.values() for key, value in held.items() if key in names]
+        for tensors in self.tensors.values():
+            for key, dim in (("lora_A", 0), ("lora_B", 1)):
+                if key in tensors:
+                    half = tensors[key].shape[dim] // 2
+                    self._hold(tensors[key], dim, torch.arange(half, 2 * half))
 
     @property
     def counters(self) -> tuple[int, dict[str, Tensor]]:
@@ -169,24 +153,22 @@ class Adapter:
     def hold_outputs(self, site: str, outputs_O: Tensor) -> None:
         """Hold the numbers of some outputs at a site (True in ``outputs_O``): those of a fused layer's other parts get no gradients."""
         per_output = self.method.output_rows(self.tensors[site], slice(0, 0))
-        self._held[site] = []
         for key, parameter in self.tensors[site].items():
             if not len(per_output[key]):
-                held = (int(outputs_O.sum()), *parameter.shape[1:])
-                values = parameter.new_empty(held) if parameter.is_meta else parameter.detach()[outputs_O].clone()
-                self._held[site].append((parameter, outputs_O, values))
-                if parameter.requires_grad:
-                    parameter.register_hook(partial(_without_rows, outputs_O))
+                self._hold(parameter, 0, outputs_O.nonzero().squeeze(1))
+
+    def _hold(self, parameter: nn.Parameter, dim: int, index: Tensor) -> None:
+        index = index.to(parameter.device)
+        self._held[id(parameter), dim] = parameter, index, parameter.detach().index_select(dim, index)
+        if parameter.requires_grad:
+            parameter.register_hook(lambda gradient: gradient.index_fill(dim, index.to(gradient.device), 0.0))
 
     def settle(self) -> None:
         """Put held numbers back, which an optimizer's weight decay moves without a gradient."""
-        for held in self._held.values():
-            for parameter, outputs_O, values in held:
-                if parameter.requires_grad and not parameter.is_meta:
-                    parameter.data[outputs_O.to(parameter.device)] = values.to(parameter.device)
-        for parameter, dim, values in self._halves:
-            if parameter.requires_grad:
-                parameter.data.narrow(dim, values.shape[dim], values.shape[dim]).copy_(values)
+        for (_, dim), (parameter, index, values) in self._held.items():
+            if parameter.requires_grad and not parameter.is_meta:
+                device = parameter.device
+                parameter.data.index_copy_(dim, index.to(device), values.to(device))
 
     def requires_grad_(self, on: bool = True) -> Adapter:
         """Let gradients reach the adapter's tensors, or not."""
@@ -275,11 +257,6 @@ def check_name(name: str) -> str:
             f'letter or digit, and not "{BASE_NAME}", which means the base itself'
         )
     return name
-
-
-def _without_rows(rows_O: Tensor, gradient: Tensor) -> Tensor:
-    rows = rows_O.to(gradient.device).view(-1, *[1] * (gradient.dim() - 1))
-    return gradient.masked_fill(rows, 0.0)
 
 
 def _parameters(tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, nn.Parameter]]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -87,10 +87,6 @@ class View:
         for site in self.sites:
             found.setdefault(site.name.rpartition(".")[2] or "the model itself", []).append(site)
         return found
-
-    def as_dict(self) -> dict[str, Any]:
-        """Everything, for JSON."""
-        return asdict(self)
 
 
 def view(adapter: Adapter, bank: Bank | None = None) -> View:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -113,14 +113,6 @@ class QuantizeReport:
     """Bytes of stacked experts that were left as they are."""
     calibration: dict[str, Any] | None = None
     """The examples that the layers were calibrated on: their number, their tokens and their hash."""
-
-    def worst(self, count: int = 5) -> list[tuple[str, float]]:
-        """The layers with the largest error first."""
-        return sorted(self.layers.items(), key=lambda item: -item[1])[:count]
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
 
 
 def quantize_to_folder(

@@ -6,6 +6,7 @@ Where the weights are on this machine and the base is small, the table has measu
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +39,7 @@ def show_what_fits(args: argparse.Namespace) -> int:
     out = ["--method", method] if "method" in given else []
     command = None if chosen is None else " ".join(["veneer train", data, "--base", base, *out, *chosen.flags()])
     if args.json:
-        found = [row.as_dict() for row in rows]
+        found = [asdict(row) for row in rows]
         print(as_json({"base": base, "parameters": shape.linear + shape.other, "settings": found, "command": command}))
         return int(chosen is None)
     print(f"{base}: {_parameters(shape.linear + shape.other)} parameters; {method}, memory estimated without weights")

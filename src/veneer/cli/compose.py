@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from heapq import nlargest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -210,7 +211,10 @@ def _lines(composition: Composition, report: dict[str, Any], count: int) -> list
     )
     lines.append(f"it {difference_from('the exact change', composition.error)}")
     if composition.error > 1e-5:
-        rows = [[s.site, str(s.rank), f"{s.norm:.3g}", percent(s.error)] for s in composition.worst(count)]
+        rows = [
+            [s.site, str(s.rank), f"{s.norm:.3g}", percent(s.error)]
+            for s in nlargest(count, composition.sites, key=lambda site: site.error)
+        ]
         lines += ["", *table(["least accurate sites", "rank", "norm of the change", "error"], rows), ""]
     if report["losses"]:
         lines += table(["held-out loss", ""], [[name, f"{loss:.4f}"] for name, loss in report["losses"].items()])

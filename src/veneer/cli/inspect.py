@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
         return run_spectra(args)
     views = _views(folders, args)
     if args.json:
-        found = [view.as_dict() for view in views]
+        found = [asdict(view) for view in views]
         print(json.dumps(found[0] if len(found) == 1 else found, indent=2, ensure_ascii=False))
     else:
         print("\n\n".join("\n".join(lines(view, every_site=args.sites)) for view in views))

@@ -6,6 +6,7 @@ import argparse
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from heapq import nlargest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -104,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
         check=_finish(parents, base.folder.path, compare),
     )
     if args.json:
-        print(as_json(report.as_dict()))
+        print(as_json(asdict(report)))
     else:
         print_lines(_lines(report, args.sites))
     return 0
@@ -198,7 +199,7 @@ def _lines(report: MergeReport, count: int) -> list[str]:
     if report.error > 1e-4:
         rows = [
             [s.site, f"{s.ratio:.3g}", percent(s.kept), percent(s.error), percent(s.unchanged)]
-            for s in report.worst(count)
+            for s in nlargest(count, report.sites, key=lambda site: site.error)
         ]
         lines += ["", *table(["least accurate sites", "change/weight", "kept", "error", "unchanged"], rows), ""]
     for group in report.untied:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
+from heapq import nlargest
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -73,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
         base, args.out, scheme, shard_bytes=shard_bytes, experts=args.experts, calibrated=calibrated
     )
     if args.json:
-        print(as_json(report.as_dict()))
+        print(as_json(asdict(report)))
     else:
         print_lines(_lines(report, args.sites))
     return 0
@@ -98,7 +101,7 @@ def _calibrated(args: argparse.Namespace, scheme: Scheme) -> Calibrated:
 def _lines(report: QuantizeReport, count: int) -> list[str]:
     sizes = f"{report.before / 1e9:.2f} GB to {report.after / 1e9:.2f} GB"
     experts = f" and {report.stacks} parameters of stacked experts" if report.stacks else ""
-    rows = [[name, percent(error)] for name, error in report.worst(count)]
+    rows = [[name, percent(error)] for name, error in nlargest(count, report.layers.items(), key=itemgetter(1))]
     lines = [
         f"quantized {len(report.layers) - report.stacks} linear layers{experts} to {report.format} in {report.out}: {sizes}",
         f"the weights differ from the exact ones by {percent(report.error)} of their norm",

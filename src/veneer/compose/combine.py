@@ -73,10 +73,6 @@ class Composition:
         lost = math.fsum((site.norm * site.error) ** 2 for site in self.sites)
         return math.sqrt(lost / total) if total else 0.0
 
-    def worst(self, count: int = 5) -> list[SiteError]:
-        """The sites with the largest error first."""
-        return sorted(self.sites, key=lambda site: -site.error)[:count]
-
     def receipt(self) -> dict[str, Any]:
         """The folder's receipt of its origin, in addition to the entries of every adapter."""
         made = {"operation": self.operation, **self.settings, "error": float(f"{self.error:.3g}")}

@@ -76,11 +76,6 @@ class LossDifference:
     low: float
     high: float
 
-    @property
-    def clear(self) -> bool:
-        """The interval excludes zero."""
-        return self.low > 0 or self.high < 0
-
 
 def example_losses(
     runner: FlatRunner,

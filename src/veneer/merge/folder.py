@@ -87,14 +87,6 @@ class MergeReport:
     logits: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
 
-    def worst(self, count: int = 5) -> list[SiteLoss]:
-        """The sites with the largest error first."""
-        return sorted(self.sites, key=lambda site: -site.error)[:count]
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
-
 
 def merge_to_folder(
     mix: Mix,
@@ -158,7 +150,7 @@ def merge_to_folder(
             )
         if check is not None:
             check(folder, report)
-        text = json.dumps(report.as_dict(), indent=2, ensure_ascii=False)
+        text = json.dumps(asdict(report), indent=2, ensure_ascii=False)
         (folder / REPORT).write_text(text + "\n", encoding="utf-8")
 
     with write_model(

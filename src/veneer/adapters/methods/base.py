@@ -139,10 +139,6 @@ class Method(MethodOptions):
         """True if the experts of a stack share the factors on their hidden side."""
         return False
 
-    def peft_flags(self) -> dict[str, bool]:
-        """Keys of PEFT's ``adapter_config.json`` that tell this method from others."""
-        return dict(self.flags)
-
     def peft_settings(self, tensors: Mapping[str, Mapping[str, Tensor]], names: Sequence[str]) -> dict[str, Any]:
         """Settings of ``peft_keys`` for an adapter with these tensors by site, whose names in the file are ``names``."""
         return {}

@@ -129,7 +129,7 @@ def fit_experts(adapter: Adapter, base: BaseView) -> None:
             for part in parts
         }
     if renamed:
-        adapter.rename(renamed)
+        adapter.replace_sites(renamed)
 
 
 def named_in_receipt(receipt: Mapping[str, Any] | None) -> Callable[[str], str]:

@@ -107,7 +107,7 @@ def _place_site(site: str, placement: Placement, settings: Settings, base: BaseV
         found.refuse(f"{shown(site)}: {', '.join(missing)} is missing beside {', '.join(tensors)}")
     for name in tensors:
         if name not in expected:
-            flags = ", ".join(f"{key} is {str(value).lower()}" for key, value in method.peft_flags().items())
+            flags = ", ".join(f"{key} is {str(value).lower()}" for key, value in method.flags.items())
             why = f"{flags} in adapter_config.json" if name in VECTORS else f"the layer is a {kind} layer"
             why = why if expected else f"it is a {method.label} adapter, which has no such tensors"
             found.refuse(f"{shown(site)}: {name} does not belong here: {why}")

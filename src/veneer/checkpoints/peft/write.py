@@ -230,7 +230,7 @@ def _settings(
         lora_alpha=alpha,
         lora_dropout=0.0 if fused.sites or parameters or experts else method.lora_dropout,
         use_rslora=method.use_rslora,
-        **method.peft_flags(),
+        **method.flags,
         init_lora_weights="gaussian" if method.init_lora_weights == "gaussian" else True,
         target_modules=names_for([name for site, name in names.items() if site not in parameters], base.paths)
         if adapter.tensors

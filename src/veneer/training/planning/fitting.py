@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -72,10 +72,6 @@ class Setting:
     fits: bool
     seconds: float | None = None
     """Seconds for 1,000 tokens on this machine, where they were measured."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
 
     def flags(self) -> list[str]:
         """The flags of ``veneer train`` that choose it."""
