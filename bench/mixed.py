@@ -36,7 +36,7 @@ from veneer.adapters import DoRA, LoRA
 from veneer.checkpoints import attach
 from veneer.config import TrainOptions
 from veneer.data.example import Example
-from veneer.models.fast_modules import fuse
+from veneer.models.fast_modules import use_fast_forwards
 from veneer.models.flat import FlatRunner
 from veneer.models.load import load_base
 from veneer.training.cpp_kernels import use_cpp_kernels
@@ -127,7 +127,7 @@ def forward(rounds: int) -> Iterator[tuple[str, Any]]:
     """16 rows on 16 adapters / 16 rows on one of them."""
     base = load_base(BASE)
     yield "dtype", str(base.dtype)
-    fuse(base.model)
+    use_fast_forwards(base.model)
     use_cpp_kernels()  # as in evaluation
     for title, methods in MIXTURES.items():
         held, names = adapters(base.model, methods)
@@ -155,7 +155,7 @@ def peft(rounds: int) -> Iterator[tuple[str, Any]]:
     model: Any = tiny("llama", num_key_value_heads=2, **sizes).eval()
     plain = copy.deepcopy(model)
     held, names = adapters(model, [LoRA(r=8, lora_alpha=16)] * ROWS)
-    fuse(model)
+    use_fast_forwards(model)
     use_cpp_kernels()
     config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
     with warnings.catch_warnings():
@@ -208,7 +208,7 @@ def rows_of(name: str, tokens: int) -> list[Example]:
 def jobs(rounds: int) -> Iterator[tuple[str, Any]]:
     """Four jobs in turn / the same four together: forward, backward and optimizer steps."""
     stepper, own = made_jobs(8, 256)
-    fuse(stepper.runner.model)
+    use_fast_forwards(stepper.runner.model)
     use_cpp_kernels()  # as in a run
     yield from _shared(stepper, own, rounds)
 

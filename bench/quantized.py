@@ -193,7 +193,7 @@ def train_large(folder: str, method: str, steps: int) -> None:
     """Load the base, train on 256 tokens a step as a run does, and print memory and time beside the planner's estimate."""
     from veneer.adapters import METHODS
     from veneer.checkpoints import attach
-    from veneer.models.fast_modules import fuse
+    from veneer.models.fast_modules import use_fast_forwards
     from veneer.models.flat import FlatRunner
     from veneer.models.load import load_base
     from veneer.training.cpp_kernels import use_cpp_kernels
@@ -208,7 +208,7 @@ def train_large(folder: str, method: str, steps: int) -> None:
     print(f"{method}: loaded in {took:.0f} s, {loaded}; planned for a step: {planned / 1e9:.2f} GB", flush=True)
     bank = attach(base.model)
     bank.add("a", METHODS[method](r=16, lora_alpha=32))
-    fuse(base.model)
+    use_fast_forwards(base.model)
     options = TrainOptions(data=("rows",), batch_size=1, steps=steps, learning_rate=1e-4, warmup_steps=0, method=method)
     ids = torch.randint(3, 32000, (256,), generator=torch.Generator().manual_seed(0)).tolist()
     example = Example(tuple(ids), (0.0, *[1.0] * 255), "random")

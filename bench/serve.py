@@ -33,7 +33,7 @@ import torch
 
 from veneer import DoRA, LoRA
 from veneer.checkpoints import attach
-from veneer.models.fast_modules import fuse
+from veneer.models.fast_modules import use_fast_forwards
 from veneer.models.load import load_base
 from veneer.serve.engine.engine import Engine
 from veneer.serve.engine.request import GenerationRequest, Mix, SamplingParams, TextDelta
@@ -60,7 +60,7 @@ class Bench:
                 self.bank.add(name, method, seed=number)
                 for parameter in self.bank[name].requires_grad_(False).parameters():
                     parameter.data.add_(0.02 * parameter.std() * torch.randn(parameter.shape, generator=draw))
-        fuse(self.base.model)
+        use_fast_forwards(self.base.model)
         self.engine = Engine(self.base.model, self.base.tokenizer, self.bank)
         self.ids = tuple(self.base.tokenizer(PROMPT)["input_ids"])
 

@@ -28,7 +28,7 @@ from veneer.kernels.cross_entropy import linear_cross_entropy
 from veneer.kernels.cross_entropy import plain as plain_loss
 from veneer.kernels.forms import Forms, use_forms
 from veneer.kernels.quantized.module import QuantizedLinear
-from veneer.models.fast_modules import fuse
+from veneer.models.fast_modules import use_fast_forwards
 from veneer.models.flat import FlatRunner
 from veneer.training.loop.step import Stepper
 
@@ -101,7 +101,7 @@ def _step(name: str, dtype: torch.dtype, device: torch.device, setting: Setting)
     truth = _gradients(exact, methods, routes, batch, fast=False)
     model.to(device)
     plain = _gradients(model, methods, routes, batch, fast=False)
-    fuse(model)
+    use_fast_forwards(model)
     fast = _gradients(model, methods, routes, batch, fast=True)
     rounding = _apart(plain, truth)
     found = check(f"{name}, {_name(dtype)}", _apart(fast, truth), max(_FLOOR[dtype], 3 * rounding), "relative")

@@ -14,7 +14,7 @@ from bench.device.shapes import made
 from bench.device.supervise import Row, Setting, check, figure
 from veneer.adapters import Bank, LoRA
 from veneer.checkpoints import attach
-from veneer.models.fast_modules import fuse
+from veneer.models.fast_modules import use_fast_forwards
 from veneer.serve.engine.engine import Engine, EngineLimits
 from veneer.serve.engine.request import GenerationRequest, Mix, SamplingParams
 
@@ -38,7 +38,7 @@ def run(setting: Setting) -> Iterator[Row]:
     prompt = torch.arange(3, 35, device=device).expand(rows, -1)
     with torch.no_grad(), bank.use(names):
         ours = model(input_ids=prompt, use_cache=False, logits_to_keep=1).logits[:, -1].float().log_softmax(-1)
-    fuse(model)
+    use_fast_forwards(model)
     engine = Engine(model, tiny_tokenizer(), bank, EngineLimits(context=256, cache_tokens=rows * 128))
     plain = _seconds(engine, [()] * rows, steps, device)
     yield figure(f"{rows} base rows", round(rows / plain, 1), "tokens/s", runner=type(engine.runner).__name__)

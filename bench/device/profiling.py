@@ -11,7 +11,7 @@ from bench.device.steps import RANK, job_of, place_of, trainer_of
 from bench.device.supervise import Row, Setting, figure
 from veneer.adapters import DoRA, LoRA
 from veneer.checkpoints import attach
-from veneer.models.fast_modules import fuse
+from veneer.models.fast_modules import use_fast_forwards
 from veneer.models.flat import FlatRunner
 from veneer.training.loop.step import Stepper
 
@@ -26,7 +26,7 @@ def run(setting: Setting) -> Iterator[Row]:
     for method in (LoRA(r=RANK),) if setting.tiny else (LoRA(r=RANK), DoRA(r=RANK)):
         bank = attach(place.model)
         bank.add("job", method)
-        fuse(place.model)
+        use_fast_forwards(place.model)
         trainer = trainer_of(
             Stepper(FlatRunner(place.model), bank), [job_of(bank, "job", place.rows)], sum(map(len, place.rows))
         )

@@ -24,7 +24,7 @@ from veneer.config import TrainOptions
 from veneer.data.batch import make_batch
 from veneer.data.example import Example
 from veneer.data.order import Order
-from veneer.models.fast_modules import fuse, unfuse
+from veneer.models.fast_modules import restore_forwards, use_fast_forwards
 from veneer.models.flat import FlatRunner
 from veneer.training.loop.job import Job
 from veneer.training.loop.step import Stepper
@@ -98,7 +98,7 @@ def ours(place: Place, method: LoRA | DoRA, prefix: str) -> tuple[Row, dict[str,
     forget_peak(place.device)
     bank = attach(place.model)
     bank.add("job", method, seed=0)
-    fuse(place.model)
+    use_fast_forwards(place.model)
     stepper = Stepper(FlatRunner(place.model), bank)
     first = {site: own["lora_A"].detach().clone() for site, own in bank["job"].tensors.items()}
     losses = stepper.forward_backward(make_batch(place.rows, "job"))
@@ -109,7 +109,7 @@ def ours(place: Place, method: LoRA | DoRA, prefix: str) -> tuple[Row, dict[str,
     took = seconds(trainer.round, place.device, rounds=place.rounds, warm=2)
     row = place.speed(f"{prefix}{method.label}", took)
     bank.detach()
-    unfuse(place.model)
+    restore_forwards(place.model)
     return row, first, grads
 
 

@@ -13,7 +13,7 @@ from bench.device.steps import job_of, trainer_of
 from bench.device.supervise import Row, Setting, figure
 from veneer.adapters import DoRA, LoRA
 from veneer.checkpoints import attach
-from veneer.models.fast_modules import fuse
+from veneer.models.fast_modules import use_fast_forwards
 from veneer.models.flat import FlatRunner
 from veneer.training.loop.step import Stepper
 
@@ -24,7 +24,7 @@ def run(setting: Setting) -> Iterator[Row]:
     bank = attach(model)
     for number in range(4 if setting.tiny else 32):
         bank.add(f"job{number}", (DoRA if number % 2 else LoRA)(r=16), seed=number)
-    fuse(model)
+    use_fast_forwards(model)
     stepper, device = Stepper(FlatRunner(model), bank), torch.device(setting.device)
     for tokens in (8,) if setting.tiny else (256, 1024):
         draw = random.Random(0)

@@ -13,7 +13,7 @@ from bench.workers.turn import Turn
 from veneer.data.batch import make_batch, packed
 from veneer.data.example import Example
 from veneer.kernels.cross_entropy import linear_cross_entropy
-from veneer.models.fast_modules import fuse
+from veneer.models.fast_modules import use_fast_forwards
 from veneer.models.flat import FlatRunner
 from veneer.models.load import load_base
 from veneer.training.cpp_kernels import use_cpp_kernels
@@ -26,7 +26,7 @@ def run(spec: dict[str, Any], turn: Turn) -> None:
     """Take steps until the pipe is closed."""
     base = load_base(spec["base"], dtype=spec["dtype"])
     use_cpp_kernels()
-    fuse(base.model)  # norms are trained here and keep their own forward
+    use_fast_forwards(base.model)  # norms are trained here and keep their own forward
     turn.loaded(base.model)
     runner = FlatRunner(base.model)
     parameters = [p.requires_grad_() for p in base.model.parameters()]

@@ -15,7 +15,7 @@ from veneer.checkpoints import attach
 from veneer.config import TrainOptions
 from veneer.data.example import Example
 from veneer.data.order import Order
-from veneer.models.fast_modules import fuse
+from veneer.models.fast_modules import use_fast_forwards
 from veneer.models.flat import FlatRunner
 from veneer.models.load import load_base
 from veneer.training.activation_checkpointing import activation_checkpointing
@@ -73,7 +73,7 @@ def run(spec: dict[str, Any], turn: Turn) -> None:
     use_cpp_kernels()  # as in a run
     turn.loaded(base.model)
     bank = attach(base.model)
-    fuse(base.model)
+    use_fast_forwards(base.model)
     job = job_of(spec, bank)
     listener = Last()
     stepper = Stepper(FlatRunner(base.model), bank)

@@ -127,7 +127,7 @@ def test_without_gradients_nothing_is_kept_and_the_values_are_the_same() -> None
 def test_the_rule_takes_it_where_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also in float32 and without gradients; not for soft caps, sinks, dropout, other dtypes and head sizes, or very long segments."""
     taken: list[bool] = []
-    monkeypatch.setattr(room, "pays", lambda: True)  # whatever the processor of the test
+    monkeypatch.setattr(room, "supported", lambda: True)  # whatever the processor of the test
     monkeypatch.setattr(room, "native", lambda *args, **kwargs: taken.append(True) or native(*args, **kwargs))
     plain_heads = (4, 2, 32, 32)
 
@@ -151,7 +151,7 @@ def test_the_rule_takes_it_where_it_can(monkeypatch: pytest.MonkeyPatch) -> None
     assert not took(*draw((0,), plain_heads, torch.float32)[0], lengths=(0,))
     assert not took(*draw((4097,), (1, 1, 16, 16), torch.float32)[0], lengths=(4097,))
     assert takes(*tensors)
-    monkeypatch.setattr(room, "pays", lambda: False)
+    monkeypatch.setattr(room, "supported", lambda: False)
     assert not took(*tensors)
     room_of_others = [x.expand(-1, -1, 32)[..., ::2].expand(-1, -1, 16) for x in tensors]
     assert not takes(*room_of_others)

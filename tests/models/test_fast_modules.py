@@ -14,7 +14,7 @@ from torch import nn
 from veneer.adapters import LoRA, attach
 from veneer.kernels.quantized.module import QuantizedLinear
 from veneer.kernels.quantized.state import quantize
-from veneer.models.fast_modules import fast_modules, fuse, unfuse
+from veneer.models.fast_modules import fast_modules, restore_forwards, use_fast_forwards
 
 IDS = torch.arange(24).reshape(4, 6) % 60 + 1
 
@@ -55,7 +55,7 @@ def test_same_numbers(arch: str, dtype: torch.dtype) -> None:
     """Logits and gradients are the model's own to rounding, and every chain that an architecture offers is found."""
     model = frozen(arch, dtype)
     expected = gradients(model)
-    assert fuse(model) == OFFERS[arch]
+    assert use_fast_forwards(model) == OFFERS[arch]
     found = gradients(model)
     bound = 1e-5 if dtype == torch.float32 else 0.05
     for some, known in ((found[:1], expected[:1]), (found[1:], expected[1:])):
@@ -64,7 +64,7 @@ def test_same_numbers(arch: str, dtype: torch.dtype) -> None:
 
 
 def test_undone_without_a_trace() -> None:
-    """After unfuse and after the context, with a bank attached and detached around it, every module computes the same bits."""
+    """After restore_forwards and after the context, with a bank attached and detached around it, every module computes the same bits."""
     model = frozen("llama", torch.float32)
     before = [dict(module.__dict__) for module in model.modules()]
     logits = model(input_ids=IDS).logits
@@ -75,8 +75,8 @@ def test_undone_without_a_trace() -> None:
 
 
 def fuse_and_unfuse(model: Any) -> None:
-    fuse(model)
-    unfuse(model)
+    use_fast_forwards(model)
+    restore_forwards(model)
 
 
 def attach_inside(model: Any) -> None:
@@ -90,8 +90,8 @@ def attach_inside(model: Any) -> None:
 def test_asking_twice_changes_nothing() -> None:
     """Fusing a fused model finds the same modules and puts nothing on top."""
     model = frozen("llama")
-    assert fuse(model) == fuse(model)
-    unfuse(model)
+    assert use_fast_forwards(model) == use_fast_forwards(model)
+    restore_forwards(model)
     assert not any("forward" in module.__dict__ for module in model.modules())
 
 
@@ -99,7 +99,7 @@ def test_another_model_of_the_class_is_not_touched() -> None:
     """Only instances change: a second model of the same class keeps its class's own forwards."""
     one, other = frozen("llama"), frozen("llama")
     own = type(one.model.norm).forward
-    fuse(one)
+    use_fast_forwards(one)
     assert type(other.model.norm).forward is own and "forward" not in other.model.norm.__dict__
 
 
@@ -136,20 +136,20 @@ def test_quantized_layers_keep_the_faster_forms(format: str) -> None:
         for name, layer in list(parent.named_children()):
             if type(layer) is nn.Linear and name != "lm_head":
                 setattr(parent, name, QuantizedLinear(quantize(layer.weight.detach(), format)))
-    assert fuse(model) == OFFERS["llama"]
+    assert use_fast_forwards(model) == OFFERS["llama"]
 
 
 def test_lookalikes_are_left_alone() -> None:
     """A module that computes something else under a familiar name keeps its forward."""
     model = nn.Sequential(WrongRMSNorm(8), WrongMLP())
-    assert not any(fuse(model).values())
+    assert not any(use_fast_forwards(model).values())
     assert "forward" not in model[0].__dict__ and "forward" not in model[1].__dict__
 
 
 def test_a_norm_that_is_trained_gets_its_gradient() -> None:
     """Where a norm's weight requires gradients, its own forward runs."""
     model = frozen("llama")
-    fuse(model)
+    use_fast_forwards(model)
     weight = model.model.norm.weight.requires_grad_()
     model(input_ids=IDS).logits.sum().backward()
     assert weight.grad is not None and weight.grad.any()
@@ -160,14 +160,14 @@ def test_autocast_runs_the_models_own_code() -> None:
     model = frozen("llama", torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         expected = model(input_ids=IDS).logits
-        fuse(model)
+        use_fast_forwards(model)
         assert torch.equal(model(input_ids=IDS).logits, expected)
 
 
 def test_copies_and_pickles() -> None:
     """A deep copy and a pickle of a fused model compute the same bits."""
     model = frozen("llama", torch.float32)
-    fuse(model)
+    use_fast_forwards(model)
     expected = model(input_ids=IDS).logits
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(other(input_ids=IDS).logits, expected)

@@ -22,7 +22,7 @@ def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Base]:
     """A base on the disk, with the C++ kernels and a cache of its own."""
     before = cpp_library.folder()
     use_cpp_kernels()
-    if not cpp_library.pays():
+    if not cpp_library.supported():
         pytest.skip("the C++ kernels do not decode on this processor")
     monkeypatch.setenv("VENEER_HOME", str(tmp_path / "home"))
     tiny("llama", hidden_size=64, head_dim=32, num_hidden_layers=2).save_pretrained(tmp_path / "base")

@@ -197,7 +197,7 @@ class Ear(Listener):
         found, self.joining = self.joining, []
         return found
 
-    def round_over(self) -> bool:
+    def end_round(self) -> bool:
         """Go on."""
         self.rounds += 1
         return True

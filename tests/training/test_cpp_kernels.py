@@ -59,7 +59,7 @@ def test_a_run_takes_kernels_in_cpp_and_says_which(
     with pytest.raises(KeyboardInterrupt):
         train(chosen, base=base, console=stop_after(2))
     kernels = json.loads((tmp_path / "a" / "run.json").read_text())["kernels"]
-    assert kernels == (f"C++ {built_kernels.name}" if pays(built_kernels) else "python")
+    assert kernels == (f"C++ {built_kernels.name}" if supported(built_kernels) else "python")
     monkeypatch.setenv("CXX", "no-such-compiler-here")
     said = io.StringIO()
     train(chosen, base=base, console=Console(said))
@@ -73,9 +73,9 @@ def test_a_run_takes_kernels_in_cpp_and_says_which(
     assert set(used) == {built_kernels if kernels != "python" else None} and native.folder() is None
 
 
-def pays(folder: Path) -> bool:
+def supported(folder: Path) -> bool:
     """Whether the kernels are any faster on this processor."""
     native.use(folder)
-    found = native.pays()
+    found = native.supported()
     native.use(None)
     return found

@@ -14,7 +14,7 @@ from veneer.adapters import Bank, DoRA, LoRA, attach
 from veneer.data.batch import make_batch
 from veneer.data.example import Example
 from veneer.kernels import cpp_library as native
-from veneer.models.fast_modules import fuse
+from veneer.models.fast_modules import use_fast_forwards
 from veneer.models.flat import FlatRunner
 from veneer.training.loop.step import Stepper
 
@@ -33,7 +33,7 @@ def prepared(arch: str, dtype: torch.dtype, method: str, optimizer: str) -> tupl
 
 def fast(bank: Bank, optimizer: torch.optim.Optimizer, rows: list[Example]) -> list[float]:
     """Flat batches, fused layers, own attention and loss, exchanged elementwise chains."""
-    fuse(bank.model)
+    use_fast_forwards(bank.model)
     stepper = Stepper(FlatRunner(bank.model), bank)
     losses = []
     for _ in range(STEPS):

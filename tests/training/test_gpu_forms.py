@@ -25,7 +25,7 @@ from veneer.training import train
 from veneer.training.loop.step import Stepper
 from veneer.training.loop.trainer import Trainer
 from veneer.training.planning import gpu_forms
-from veneer.training.planning.gpu_forms import BaseSizes, ManyAdapters, choose_forms, chunk_for, pays
+from veneer.training.planning.gpu_forms import BaseSizes, ManyAdapters, choose_forms, chunk_for, is_equal_and_faster
 from veneer.training.run import decisions
 
 SIZES = BaseSizes(32, 64, 4, 2, 8, torch.float32, torch.device("cpu"))
@@ -102,10 +102,10 @@ def test_a_form_pays_if_it_is_right_and_faster() -> None:
     def broken() -> list[torch.Tensor]:
         raise RuntimeError("no such kernel")
 
-    assert pays(lambda: [x], late, SIZES)
-    assert not pays(late, lambda: [x], SIZES)
-    assert not pays(lambda: [x + 1e-3], late, SIZES)
-    assert not pays(broken, late, SIZES)
+    assert is_equal_and_faster(lambda: [x], late, SIZES)
+    assert not is_equal_and_faster(late, lambda: [x], SIZES)
+    assert not is_equal_and_faster(lambda: [x + 1e-3], late, SIZES)
+    assert not is_equal_and_faster(broken, late, SIZES)
 
 
 def test_the_most_tokens_that_are_grouped(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,12 +119,12 @@ def test_the_most_tokens_that_are_grouped(monkeypatch: pytest.MonkeyPatch) -> No
             tried.append(each)
 
     monkeypatch.setattr(gpu_forms, "ManyAdapters", Trial)
-    monkeypatch.setattr(gpu_forms, "pays", lambda *args: tried[-1] <= 512)
+    monkeypatch.setattr(gpu_forms, "is_equal_and_faster", lambda *args: tried[-1] <= 512)
     assert gpu_forms.grouped_tokens(SIZES) == 512 and tried == [128, 256, 512, 1024]
 
 
 def test_the_choice(pretend: PretendDevice, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CPU has the references. A device has what pays, a chunk by its free memory, and no compiler for a short run."""
+    """A CPU has the references. A device has what is_equal_and_faster, a chunk by its free memory, and no compiler for a short run."""
     model: Any = World().model
     assert choose_forms(model, tokens=64, steps=9000, option=True) == Forms()
     model.to(pretend.device)

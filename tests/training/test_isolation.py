@@ -73,11 +73,11 @@ class Hit(Ear):
         now = self.asks and self.jobs[self.victim].progress.step == self.step
         return [Request(self.victim, "cancel")] if now else []
 
-    def round_over(self) -> bool:
+    def end_round(self) -> bool:
         job = self.jobs[self.victim]
         if job.progress.step == self.step and self.between is not None:
             self.between(job)
-        return super().round_over()
+        return super().end_round()
 
 
 def run(ear: Hit, optimizer: str = "sgd") -> tuple[World, dict[str, Job]]:

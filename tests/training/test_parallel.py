@@ -317,7 +317,7 @@ def test_more_processes_than_cores_are_refused(
 ) -> None:
     """The command starts no process and writes nothing."""
     monkeypatch.chdir(place)
-    monkeypatch.setattr("veneer.cli._launch._cores", lambda: 2)
+    monkeypatch.setattr("veneer.cli._launch.cores", lambda: 2)
     monkeypatch.setattr("subprocess.Popen", lambda *_, **__: pytest.fail("a process was started"))
     assert main(["train", "train.jsonl", "--base", "base", "--processes", "3", "--out", "three"]) == 2
     assert "processes: 3 do not fit this machine, which has 2 cores" in capsys.readouterr().err

@@ -97,7 +97,7 @@ class StopsAt(Watcher):
     def __init__(self, rounds: int) -> None:
         self.left = rounds
 
-    def stopping(self) -> bool:
+    def wants_stop(self) -> bool:
         """Count a round."""
         self.left -= 1
         return self.left <= 0

@@ -83,7 +83,7 @@ def test_every_gradient_is_as_alone_from_the_same_state() -> None:
         def stepping(self, job: Job) -> None:
             mixed = [p.grad.clone() for p in job.parameters if p.grad is not None]
             job.optimizer.zero_grad()
-            pieces = trainer.micro_batches(job)
+            pieces = trainer.pieces_of(job)
             if world.bank[job.name].method.lora_dropout:
                 world.bank[job.name].draws -= len(pieces)
             for piece in pieces:
@@ -115,7 +115,7 @@ def test_pieces_do_not_depend_on_neighbours() -> None:
     jobs = jobs_of(world, [*EIGHT], batch_size=7)
     for budget in (1, 15, 40, 1000):
         trainer = world.trainer(jobs, budget=budget)
-        pieces = [piece for job in jobs for piece in trainer.micro_batches(job)]
+        pieces = [piece for job in jobs for piece in trainer.pieces_of(job)]
         for job in jobs:
             mine = [piece for piece in pieces if piece.job is job]
             assert [e for piece in mine for e in piece.examples] == job.next_examples()
@@ -147,11 +147,11 @@ def test_random_joining_and_leaving(schedule: int) -> None:
             asks.setdefault(pause, []).append(Request(name, "cancel"))
 
     class Joining(Ear):
-        def round_over(self) -> bool:
+        def end_round(self) -> bool:
             name = joins.pop(self.rounds, None)
             if name is not None:
                 self.joining += jobs_of(world, [name], optimizer="sgd", steps=3)
-            return super().round_over()
+            return super().end_round()
 
     ear = Joining(asks)
     trainer = world.trainer(jobs, ear, share=rng.choice([0, 512]))

@@ -3,8 +3,8 @@
 One table answers unknown YAML keys, flags and commands. It covers Axolotl, LLaMA-Factory, mlx-lm, TRL, Unsloth, PEFT,
 transformers' ``TrainingArguments`` and OpenAI's fine-tuning API. An entry is
 
-    a name, or several    options here, in order of preference: the first one that the command has is suggested
-    a sentence            there is no such option: it is always on, not needed or not supported
+    a name        the option here, which is suggested where the command has it
+    a sentence    there is no such option: it is always on, not needed or not supported
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ _TABLE: Mapping[str, str] = {
     "de_quantize dequantize export_gguf": "not an option: use veneer export --to gguf",
 }
 NAMES: dict[str, str] = {word: answer for words, answer in _TABLE.items() for word in words.split()}
-"""Option of another program -> option here (several are separated by "|"), or a sentence."""
+"""Option of another program -> option here, or a sentence."""
 
 COMMANDS: dict[str, str] = {
     word: answer
@@ -166,10 +166,7 @@ def near_miss(word: str, known: Iterable[str]) -> str:
     answer = NAMES.get(_key(word), "")
     if " " in answer or answer.startswith("not "):
         return f"; {answer}"
-    for name in answer.split("|"):
-        if name in spelling:
-            return f"; did you mean {spelling[name]}?"
-    return similar(word, known)
+    return f"; did you mean {spelling[answer]}?" if answer in spelling else similar(word, known)
 
 
 def command_hint(word: str, known: Iterable[str]) -> str:

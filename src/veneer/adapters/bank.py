@@ -292,7 +292,7 @@ class Bank:
         fast: dict[int, nn.Parameter] = {}
         ratio = 1.0
         for site, tensors in adapter.tensors.items():
-            names, ratio = adapter.method.faster(adapter.kinds[site])
+            names, ratio = adapter.method.lr_ratio_tensors(adapter.kinds[site])
             fast |= {id(tensors[name]): tensors[name] for name in names}
         rest = [p for p in adapter.parameters() if id(p) not in fast]
         groups = [{"params": rest, "lr": lr}, {"params": list(fast.values()), "lr": lr * ratio}]

@@ -47,8 +47,8 @@ def tensors_before(bank: Bank, mix: Mix) -> tuple[Tensor | None, Tensor | None]:
     found: dict[str, Tensor] = {}
     for name, weight in mix:
         adapter = bank[name]
-        form = adapter.method.before
-        if not form:
+        form = adapter.method.virtual_tokens
+        if form is None:
             continue
         if weight != 1.0 or form in found:
             raise RouteError(
@@ -57,13 +57,13 @@ def tensors_before(bank: Bank, mix: Mix) -> tuple[Tensor | None, Tensor | None]:
             )
         (tensors,) = adapter.tensors.values()
         (found[form],) = tensors.values()
-    return found.get("rows"), found.get("past")
+    return found.get("embeddings"), found.get("key_values")
 
 
 def lengthen(bank: Bank, batch: Batch, mixes: Sequence[Mix]) -> tuple[Batch, Prepended | None]:
     """The batch with the virtual tokens of its segments' mixes, and what stands there; None where no adapter changes the sequence."""
     distinct = set(mixes)
-    if not any(bank[name].method.before for mix in distinct for name, _ in mix):
+    if not any(bank[name].method.virtual_tokens for mix in distinct for name, _ in mix):
         return batch, None
     known = {mix: tensors_before(bank, mix) for mix in distinct}
     rows, past = (tuple(known[mix][form] for mix in mixes) for form in (0, 1))

@@ -214,9 +214,9 @@ def quantized_parameters(base: Skeleton, scheme: Scheme) -> dict[str, QuantizedP
             stacks[site.parameter][key] = getattr(site.module, "view_of")  # noqa: B009
     for name in (*linear, *stacks):
         shape, key = shapes[name], base.names.get(name)
-        turned = name in linear and base.sites[name.removesuffix(".weight")].kind == "conv1d"
+        transposed = name in linear and base.sites[name.removesuffix(".weight")].kind == "conv1d"
         places: dict[str, Any] = stacks.get(name, {}) if key is None else {key: _same}
-        found |= dict.fromkeys(places, QuantizedParameter(name, shape, turned, places))
+        found |= dict.fromkeys(places, QuantizedParameter(name, shape, transposed, places))
     return found
 
 

@@ -143,13 +143,13 @@ class QuantizedParameter:
     Attributes:
         name: in the model.
         shape: in the model.
-        turned: it is stored [in, out], and quantized as [out, in].
+        transposed: it is stored [in, out], and quantized as [out, in].
         places: tensor in the files -> a function from the parameter to the view of it that the tensor fills.
     """
 
     name: str
     shape: torch.Size
-    turned: bool
+    transposed: bool
     places: Mapping[str, Callable[[Tensor], Tensor]]
 
 
@@ -195,7 +195,7 @@ class QuantizedReading(PlainView):
         plain, made = self.both(parameter)
         found = made.dequantize(dtype=plain.dtype)
         self._lost[id(parameter)] = made.squared_error(plain)
-        found = found.T if parameter.turned else found.view(parameter.shape)
+        found = found.T if parameter.transposed else found.view(parameter.shape)
         if len(parameter.places) > 1:
             self._stacks = dict([*self._stacks.items(), (id(parameter), found)][-_STACKS:])
         return found
@@ -209,7 +209,7 @@ class QuantizedReading(PlainView):
         plain = torch.empty(parameter.shape, dtype=next(iter(read.values())).dtype)
         for key, value in read.items():
             parameter.places[key](plain).copy_(value)
-        plain = plain.T.contiguous() if parameter.turned else plain.reshape(-1, parameter.shape[-1])
+        plain = plain.T.contiguous() if parameter.transposed else plain.reshape(-1, parameter.shape[-1])
         return plain, quantize(plain, self.scheme.format, double=self.scheme.double)
 
 

@@ -144,7 +144,7 @@ def quantize_to_folder(
     named = {held.name: int(held.shape[0]) for held in stacks.values()} if experts else {}
     report = QuantizeReport(str(out), scheme.format, scheme.double)
     report.stacks = len(named)
-    report.plain = sorted(set(quantized_names(base.model, scheme.skip, turned=False)) - set(keys.values()))
+    report.plain = sorted(set(quantized_names(base.model, scheme.skip, transposed=False)) - set(keys.values()))
     record = {} if calibrated is None else {CALIBRATION: calibrated.record}
     report.calibration = record.get(CALIBRATION)
     config = {
@@ -186,7 +186,7 @@ def _stacks(base: Skeleton, scheme: Scheme) -> dict[str, QuantizedParameter]:
 
 def quantizable(base: Skeleton, scheme: Scheme) -> dict[str, str]:
     """{name in the files of a weight: its layer} of the linear layers that transformers reads quantized."""
-    names = quantized_names(base.model, scheme.skip, turned=False)
+    names = quantized_names(base.model, scheme.skip, transposed=False)
     return {base.names[f"{name}.weight"]: name for name in names if f"{name}.weight" in base.names}
 
 

@@ -31,16 +31,17 @@ def launch(words: Sequence[str], processes: int, threads: int | None) -> int:
     Raises:
         ConfigError: there are more processes than cores.
     """
-    if processes > _cores():
+    if processes > cores():
         raise ConfigError(
-            f"processes: {processes} do not fit this machine, which has {_cores()} core{'s' if _cores() > 1 else ''}; give at most one "
+            f"processes: {processes} do not fit this machine, which has {cores()} core{'s' if cores() > 1 else ''}; give at most one "
             "for each core, or for each GPU"
         )
     port = _free_port()
     return _Family([_start(words, rank, processes, port, threads) for rank in range(processes)]).wait()
 
 
-def _cores() -> int:
+def cores() -> int:
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -55,7 +56,7 @@ def _start(words: Sequence[str], rank: int, size: int, port: int, threads: int |
     group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     environment = {**os.environ, **{name: str(value) for name, value in {**place, **group}.items()}}
     if threads is None:
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // size)))
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // size)))
     stdin = None if rank == 0 else subprocess.DEVNULL
     return subprocess.Popen([sys.executable, "-m", "veneer", *words], env=environment, stdin=stdin)
 

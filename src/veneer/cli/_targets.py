@@ -148,7 +148,7 @@ def _load(
 ) -> LoadedTargets:
     from veneer.checkpoints import attach
     from veneer.checkpoints.receipt import ROUNDED
-    from veneer.models.fast_modules import fuse
+    from veneer.models.fast_modules import use_fast_forwards
     from veneer.models.load import load_base
     from veneer.models.precision import fast_dtype
     from veneer.training.cpp_kernels import use_cpp_kernels
@@ -173,7 +173,7 @@ def _load(
     use_adapter_template(loaded.tokenizer, bank)
     if device.type == "cpu":
         use_cpp_kernels(note)
-    fuse(loaded.model)
+    use_fast_forwards(loaded.model)
     return LoadedTargets(loaded, bank, list(folders), task)
 
 

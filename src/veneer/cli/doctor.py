@@ -16,8 +16,8 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
-from pathlib import Path
 
+from veneer.cli._launch import cores
 from veneer.cli._output import as_json
 from veneer.cli._parser import add_json
 
@@ -95,7 +95,6 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def _processor() -> Iterator[Check]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         import torch
 
@@ -103,7 +102,7 @@ def _processor() -> Iterator[Check]:
     except ImportError as error:
         yield Check("torch import", f"failed: {error}", "missing", "reinstall torch")
         return
-    yield Check("cores", f"{cores} available; threads of torch: {torch.get_num_threads()}")
+    yield Check("cores", f"{cores()} available; threads of torch: {torch.get_num_threads()}")
     dtype = str(fast_dtype()).removeprefix("torch.")
     yield Check("base weights", f"{dtype} on the CPU" + (" (no fast bfloat16)" if dtype == "float32" else ""))
     yield from _devices()
@@ -132,27 +131,14 @@ def _devices() -> Iterator[Check]:
 
 
 def _memory() -> Check:
-    free = _free_memory()
+    from veneer.training import process_memory
+
+    free = process_memory.free()
     if free is None:
         return Check("memory free", "unknown on this system")
     if free < 2.5e9:
         return Check("memory free", _gigabytes(free), "note", "training the embedded model needs up to 2.5 GB")
     return Check("memory free", _gigabytes(free))
-
-
-def _free_memory() -> int | None:
-    """Return the free memory in bytes, as Linux estimates it within the control group; None on other systems."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration, ValueError):
-        return None
-    try:
-        group = Path("/sys/fs/cgroup")
-        free = min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    except (OSError, ValueError):
-        pass  # no limit
-    return max(free, 0)
 
 
 def _cache() -> Iterator[Check]:

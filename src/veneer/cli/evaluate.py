@@ -143,7 +143,7 @@ def _evaluate_heads(args: argparse.Namespace, loaded: LoadedTargets) -> int:
 
 
 def _losses(
-    runner: Any, rows: list[Example], bank: Any, routes: dict[str, RouteLike], args: argparse.Namespace, name: str
+    runner: Any, rows: list[Example], bank: Any, routes: dict[str, RouteLike], args: argparse.Namespace, task_name: str
 ) -> dict[str, dict[str, float]]:
     """The figures of each route on these examples of a task."""
     from veneer.config import TrainOptions
@@ -152,7 +152,7 @@ def _losses(
     from veneer.training.tasks import task_of
 
     console, against = Console(sys.stderr), args.against
-    task = task_of(TrainOptions(data=(args.data or "",), task=name, beta=args.beta))
+    task = task_of(TrainOptions(data=(args.data or "",), task=task_name, beta=args.beta))
     task.longest = args.max_length
     examples = task.sequences(rows)
     results = {}

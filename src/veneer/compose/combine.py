@@ -129,7 +129,7 @@ def combine(
         raise needs_base(dependent[0])
     methods = [low_rank(adapter.method, adapter.name) for adapter in dependent if adapter.method.low_rank]
     if form == "auto":
-        method = methods[0] if methods and chosen.exact else LoRA()
+        method = methods[0] if methods and chosen.is_sum else LoRA()
     else:
         method = LOW_RANK[form]()
     combiner = _Combiner(chosen, parents, weights, rank, energy, settings, method)
@@ -140,7 +140,7 @@ def combine(
     kinds: dict[str, str] = {}
     sites = []
     for site in combiner.sites():
-        exact = combiner.exact(site)
+        exact = combiner.result(site)
         weight_OK = combiner.weight(site) if method.needs_base_weights else None
         tensors[site] = site_tensors(site, combiner.reduced(site, exact), method, weight_OK)
         kinds[site] = exact.geometry.kind
@@ -181,7 +181,7 @@ class _Combiner:
         parents = self.parents if self.operation.over == "all" else self.parents[:1]
         return list(dict.fromkeys(site for parent in parents for site in parent.adapter.tensors))
 
-    def exact(self, site: str) -> SiteDelta:
+    def result(self, site: str) -> SiteDelta:
         """The operation's result at a site."""
         parts, weights = self._parts(site)
         delta = self.operation.function(parts, weights, SiteContext(site, self.settings, lambda: self.weight(site)))

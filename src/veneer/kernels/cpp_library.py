@@ -25,7 +25,19 @@ from typing import Any
 
 import torch
 
-__all__ = ["KINDS", "build", "compiler", "folder", "function", "key", "library", "pays", "processor", "reason", "use"]
+__all__ = [
+    "KINDS",
+    "build",
+    "compiler",
+    "folder",
+    "function",
+    "key",
+    "library",
+    "processor",
+    "reason",
+    "supported",
+    "use",
+]
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1}
 """Dtypes that the kernels accept, with their numbers in C++."""
@@ -61,7 +73,7 @@ def reason() -> str:
     return "" if _state.library is not None else _state.reason
 
 
-def pays() -> bool:
+def supported() -> bool:
     """Return True if the kernels in use are faster than the plain forms: they need registers of 16 floats (AVX-512)."""
     return _state.library is not None and bool(_state.library.veneer_pays())
 

@@ -91,11 +91,11 @@ def _experts(module: Any, x_SH: Tensor, pairs: Pairs, grouped: bool, change: Sta
 
 def _product(module: Any, parameter: str, x_SK: Tensor, pairs: Pairs, grouped: bool) -> Tensor:
     """[S, out]: the product of a fused parameter, with its bias."""
-    held, turned = getattr(module, parameter), bool(module.is_transposed)
+    held, transposed = getattr(module, parameter), bool(module.is_transposed)
     if isinstance(held, QuantizedStack):
-        y = stacked_linear(x_SK, pairs.sizes, lambda e: _turned(held.expert(e, x_SK.dtype), turned))
+        y = stacked_linear(x_SK, pairs.sizes, lambda e: _transposed(held.expert(e, x_SK.dtype), transposed))
     else:
-        weight_EOK = held.detach().transpose(1, 2) if turned else held.detach()
+        weight_EOK = held.detach().transpose(1, 2) if transposed else held.detach()
         if grouped and takes_grouped_mm(x_SK, weight_EOK):
             ends = torch.tensor(pairs.sizes, device=x_SK.device).cumsum(0).to(torch.int32)
             y = F.grouped_mm(x_SK, weight_EOK.transpose(1, 2), offs=ends)
@@ -108,5 +108,5 @@ def _product(module: Any, parameter: str, x_SK: Tensor, pairs: Pairs, grouped: b
     return y if bias is None else y + bias.detach()[pairs.experts.clamp_max(len(pairs.sizes) - 1)]
 
 
-def _turned(weight: Tensor, turned: bool) -> Tensor:
-    return weight.T if turned else weight
+def _transposed(weight: Tensor, transposed: bool) -> Tensor:
+    return weight.T if transposed else weight

@@ -41,12 +41,12 @@ _BOUND = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch
 def fast_modules(model: nn.Module) -> Iterator[dict[str, int]]:
     """Use faster forms inside the context; yields the number of each kind. Leave it after `Bank.detach`, which puts back what it found."""
     try:
-        yield fuse(model)
+        yield use_fast_forwards(model)
     finally:
-        unfuse(model)
+        restore_forwards(model)
 
 
-def fuse(model: nn.Module) -> dict[str, int]:
+def use_fast_forwards(model: nn.Module) -> dict[str, int]:
     """Put faster forms on every module that has one, and tell how many of each kind; what has one already is counted again."""
     found = {kind.name: 0 for kind in _KINDS}
     verdicts: dict[tuple[object, ...], _Fast | None] = {}
@@ -66,7 +66,7 @@ def fuse(model: nn.Module) -> dict[str, int]:
     return found
 
 
-def unfuse(model: nn.Module) -> None:
+def restore_forwards(model: nn.Module) -> None:
     """Take the faster forms off again."""
     for module in model.modules():
         if isinstance(module.__dict__.get("forward"), _Fast):

@@ -9,7 +9,7 @@ from veneer._terminal import note
 from veneer.adapters import Bank
 from veneer.checkpoints import attach
 from veneer.models.devices import resolve_device
-from veneer.models.fast_modules import fuse
+from veneer.models.fast_modules import use_fast_forwards
 from veneer.models.load import Base, load_base
 from veneer.models.precision import fast_dtype
 from veneer.serve.engine.engine import Engine, EngineLimits
@@ -45,7 +45,7 @@ def load_served_base(options: EngineOptions) -> tuple[Base, Bank]:
     bank = attach(base.model)
     if device.type == "cpu":
         use_cpp_kernels(note)
-    fuse(base.model)
+    use_fast_forwards(base.model)
     return base, bank
 
 

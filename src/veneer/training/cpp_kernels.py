@@ -36,7 +36,7 @@ def use_cpp_kernels(say: Callable[[str], None] = lambda line: None) -> None:
     cpp_library.use(*_built(say))
     if cpp_library.library() is None:
         return
-    if not cpp_library.pays():
+    if not cpp_library.supported():
         cpp_library.use(None, why="they are no faster on this processor (they need AVX-512)")
     elif not agrees():
         cpp_library.use(None, why="the build computes other results than PyTorch")

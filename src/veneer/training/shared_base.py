@@ -40,10 +40,10 @@ class Watcher:
     def checkpoint(self, job: Job, save: Callable[[Path], None]) -> None:
         """The state of a job is about to be saved. ``save`` writes its present adapter as a folder."""
 
-    def saving(self) -> bool:
+    def wants_checkpoint(self) -> bool:
         """Called after every round; True saves a checkpoint besides those that the options ask for."""
         return False
 
-    def stopping(self) -> bool:
+    def wants_stop(self) -> bool:
         """Called after every round; True saves and stops the run."""
         return False

@@ -13,7 +13,7 @@ import openai
 
 from veneer.adapters import Method
 from veneer.checkpoints import attach
-from veneer.models.fast_modules import fuse
+from veneer.models.fast_modules import use_fast_forwards
 from veneer.models.load import load_base
 from veneer.serve.engine.engine import Engine, EngineLimits
 from veneer.serve.limits import ServeLimits
@@ -54,7 +54,7 @@ class Running:
     ) -> None:
         loaded = load_base(str(base), dtype="float32")
         self.bank = attach(loaded.model)
-        fuse(loaded.model)
+        use_fast_forwards(loaded.model)
         self.engine = Engine(loaded.model, loaded.tokenizer, self.bank, engine_limits)
         self.server = Server(
             loaded,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.checkpoints import attach
-from veneer.models.fast_modules import fuse
+from veneer.models.fast_modules import use_fast_forwards
 from veneer.models.load import Base
 from veneer.serve.jobs.queue import JobQueue
 from veneer.serve.store.database import Database
@@ -75,7 +75,7 @@ class Jobs:
         self.files = FileStore(self.database, state / "files")
         self.store = JobStore(self.database)
         self.bank = attach(base.model)
-        fuse(base.model)
+        use_fast_forwards(base.model)
         self.lock = threading.Lock()
         self.turns = 0
         self.published = Published()

@@ -86,8 +86,8 @@ class Method(MethodOptions):
     """True if a site's own tensors change the layer's bias too (`bias_delta`)."""
     keeps_output: ClassVar[bool] = False
     """True if backward needs the layer's output."""
-    before: ClassVar[str] = ""
-    """What the adapter's tensor puts before the sequence: "rows" (embeddings), "past" (keys and values), or nothing (``sequence.py``)."""
+    virtual_tokens: ClassVar[Literal["embeddings", "key_values"] | None] = None
+    """The form of the virtual tokens that the adapter's tensor puts before the sequence, if any (``sequence.py``)."""
     no_delta: ClassVar[str] = ""
     """The reason that no weights hold the change, so that it cannot be merged; empty if they do."""
     no_low_rank: ClassVar[str] = "its change is not kept as low-rank factors"
@@ -235,7 +235,7 @@ class Method(MethodOptions):
         """Name of a tensor that is zero in a new adapter and not in a trained one; empty if there is none."""
         return ""
 
-    def faster(self, kind: str) -> tuple[tuple[str, ...], float]:
+    def lr_ratio_tensors(self, kind: str) -> tuple[tuple[str, ...], float]:
         """(names of the tensors that train at another learning rate, its ratio to that of the others)."""
         return (), 1.0
 

@@ -107,7 +107,7 @@ class LowRankMethod(Method, LowRankOptions):
     def trained_first(self, kind: str) -> tuple[str, ...]:
         return (self.zero_at_start(kind),)
 
-    def faster(self, kind: str) -> tuple[tuple[str, ...], float]:
+    def lr_ratio_tensors(self, kind: str) -> tuple[tuple[str, ...], float]:
         """B, at loraplus_lr_ratio times the rate of the rest (LoRA+)."""
         return (self.factor_names(kind)[1],), self.loraplus_lr_ratio
 

@@ -6,7 +6,7 @@ The keys and values are trained themselves, as PEFT saves them; the paper's repa
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import ClassVar, final
+from typing import ClassVar, Literal, final
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ class PrefixTuning(VirtualTokens):
     """Trained keys and values before the sequence, [n, 2 L, W] for L layers with keys of W features."""
 
     name: ClassVar[str] = "prefix"
-    before: ClassVar[str] = "past"
+    virtual_tokens: ClassVar[Literal["embeddings", "key_values"] | None] = "key_values"
     peft_type: ClassVar[str] = "PREFIX_TUNING"
     tags: ClassVar[tuple[str, ...]] = ("prefix-tuning",)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, final
+from typing import ClassVar, Literal, final
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ class PromptTuning(VirtualTokens):
     """Trained embeddings before the sequence."""
 
     name: ClassVar[str] = "prompt"
-    before: ClassVar[str] = "rows"
+    virtual_tokens: ClassVar[Literal["embeddings", "key_values"] | None] = "embeddings"
     peft_type: ClassVar[str] = "PROMPT_TUNING"
     tags: ClassVar[tuple[str, ...]] = ("prompt-tuning",)
 

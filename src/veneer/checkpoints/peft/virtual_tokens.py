@@ -140,7 +140,7 @@ def _shaped(
     tensor: Tensor, raw: Mapping[str, Any], cls: type[VirtualTokens], site: Site | None, found: Findings
 ) -> Tensor | None:
     """The tensor as the adapter holds it, where it fits the base."""
-    if cls.before == "rows":
+    if cls.virtual_tokens == "embeddings":
         if site is not None and tensor.shape[1] != site.geometry.out:
             found.refuse(f"{TENSOR} has rows of {tensor.shape[1]}, and the base embeds tokens in {site.geometry.out}")
         return tensor

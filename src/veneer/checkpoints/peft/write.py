@@ -89,7 +89,7 @@ def write_adapter_folder(
     Raises:
         CheckpointError: the folder cannot be written, or does not read back equal.
     """
-    if adapter.method.before:
+    if adapter.method.virtual_tokens:
         _write_virtual_tokens(adapter, path, base, base_name, task_type, receipt, template)
         return
     as_one = experts == "fused" or (experts == "auto" and _only_fused(adapter, base))

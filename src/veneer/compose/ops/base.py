@@ -49,7 +49,7 @@ Check = Callable[[Sequence[Adapter], OperationSettings, Callable[[str], float]],
 class Operation:
     """One way to make one delta from several.
 
-    over: the sites at which any parent acts ("all"), or those of the "first". exact: the result is the weighted sum itself.
+    over: the sites at which any parent acts ("all"), or those of the "first". is_sum: the result is the weighted sum itself.
     factor_wise: it works on factors, so its result is not a function of the deltas. dense: its result has full rank. options: the
     settings that it reads besides ``scale``.
     """
@@ -58,7 +58,7 @@ class Operation:
     summary: str
     function: Function
     over: Literal["all", "first"] = "all"
-    exact: bool = False
+    is_sum: bool = False
     factor_wise: bool = False
     dense: bool = False
     options: tuple[str, ...] = ()

@@ -15,4 +15,4 @@ def _sum(parts: Sequence[SiteDelta], weights: Sequence[float], context: SiteCont
     return weighted_sum(parts, weights)
 
 
-OPERATION = Operation("sum", "the weighted sum of the changes, exact; negative weights subtract", _sum, exact=True)
+OPERATION = Operation("sum", "the weighted sum of the changes, exact; negative weights subtract", _sum, is_sum=True)

@@ -21,7 +21,7 @@ from veneer.kernels.attention.native import native, takes
 from veneer.kernels.attention.segments import Pattern, Segments
 from veneer.kernels.attention.varlen import takes as takes_varlen
 from veneer.kernels.attention.varlen import varlen
-from veneer.kernels.cpp_library import pays
+from veneer.kernels.cpp_library import supported
 from veneer.kernels.forms import forms
 from veneer.kernels.tuning import LONGEST_NATIVE_SEGMENT
 
@@ -49,7 +49,7 @@ def segment_attention(
 
 
 def _prefers_native(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments) -> bool:
-    return bool(segments.starts) and takes(q, k, v) and pays() and max(segments.starts) <= LONGEST_NATIVE_SEGMENT
+    return bool(segments.starts) and takes(q, k, v) and supported() and max(segments.starts) <= LONGEST_NATIVE_SEGMENT
 
 
 def plain(

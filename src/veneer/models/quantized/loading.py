@@ -117,7 +117,7 @@ class _Quantizer(HfQuantizer):
         scheme = self.reading.scheme
         names = quantized_names(model, scheme.skip)
         self.dtype = dtype = options.get("dtype") or torch.get_default_dtype()
-        self.turned = {f"{name}.weight" for name in names if isinstance(model.get_submodule(name), Conv1D)}
+        self.transposed = {f"{name}.weight" for name in names if isinstance(model.get_submodule(name), Conv1D)}
         for name in names:
             model.set_submodule(name, empty_layer(model.get_submodule(name), scheme, dtype))
         self.reading.layers = len(names)
@@ -159,7 +159,7 @@ class _Quantizer(HfQuantizer):
     def hold(self, module: QuantizedLinear, name: str, weight: Tensor) -> None:
         """Quantize the weight of a layer, if it fits."""
         scheme = self.reading.scheme
-        weight = weight.T.contiguous() if name in self.turned else weight
+        weight = weight.T.contiguous() if name in self.transposed else weight
         if self.reading.fits(name, weight, (module.out_features, module.in_features)):
             module.hold(quantize(weight, scheme.format, double=scheme.double))
 
@@ -302,11 +302,14 @@ class _Read(ConversionOps):
         return {"weight": module.weight}
 
 
-def quantized_names(model: Any, skip: tuple[str, ...] | None, *, turned: bool = True) -> list[str]:
-    """The linear layers of a model that are quantized, as transformers chooses them for bitsandbytes. ``turned``: GPT-2's Conv1D too."""
+def quantized_names(model: Any, skip: tuple[str, ...] | None, *, transposed: bool = True) -> list[str]:
+    """The linear layers of a model that are quantized, as transformers chooses them for bitsandbytes.
+
+    transposed: GPT-2's Conv1D too.
+    """
     keep = getattr(model, "_keep_in_fp32_modules", None)
     without = HfQuantizer.get_modules_to_not_convert(model, None if skip is None else list(skip), keep)
-    kinds = (nn.Linear, Conv1D) if turned else (nn.Linear,)
+    kinds = (nn.Linear, Conv1D) if transposed else (nn.Linear,)
     return [
         name for name, module in model.named_modules() if type(module) in kinds and should_convert_module(name, without)
     ]

@@ -307,7 +307,7 @@ def content_hash(adapter: Adapter) -> str:
 
 def _check_servable(adapter: Adapter) -> None:
     """Raise AdapterError for an adapter that changes the sequence: the engine's cache holds the tokens of requests alone."""
-    if adapter.method.before:
+    if adapter.method.virtual_tokens:
         raise AdapterError(
             f'"{adapter.name}" is a {adapter.method.label} adapter, which lengthens the sequence, and generation cannot do that; '
             "generate with PEFT from its folder, or train a method that changes layers, such as lora"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from veneer.adapters import Bank
 from veneer.adapters.adapter import Adapter
-from veneer.kernels.cpp_library import pays
+from veneer.kernels.cpp_library import supported
 from veneer.kernels.decoding import (
     LINEARS,
     DecoderKernel,
@@ -122,13 +122,13 @@ def fastest_runner(
     Raises:
         BaseModelError: the model does not generate text.
     """
-    known = record.read() if record is not None and pays() else {}
+    known = record.read() if record is not None and supported() else {}
     if known.get("runner") == DecodingRunner.__name__:
         with suppress(Exception):  # a record that does not fit is ignored
             return _from_record(model, bank, cache, positions, known)
     reference = Reference(model, bank, cache, vocabulary)
     runner = choose_runner(model, bank, cache, reference)
-    if not isinstance(runner, PagedRunner) or not pays() or cache.scale is None:
+    if not isinstance(runner, PagedRunner) or not supported() or cache.scale is None:
         return runner
     made = _decoding_runner(model, bank, runner, cache, positions)
     if made is None or not reference.agrees(reference.error(made)):

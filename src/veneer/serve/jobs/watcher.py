@@ -80,7 +80,7 @@ class JobWatcher(Watcher):
                 seconds=(time.monotonic() - since) / max(1, step - first),
             )
 
-    def saving(self) -> bool:
+    def wants_checkpoint(self) -> bool:
         """True if a checkpoint is due."""
         return self._step % self._every == 0
 
@@ -100,7 +100,7 @@ class JobWatcher(Watcher):
             self._store.forget_checkpoint(self._id, old)
             shutil.rmtree(self._models / f"step-{old}", ignore_errors=True)
 
-    def stopping(self) -> bool:
+    def wants_stop(self) -> bool:
         """True if the job is to stop after this round."""
         return self._stopping()
 

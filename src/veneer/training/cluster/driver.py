@@ -118,7 +118,7 @@ class ClusterRun:
         self._waiting: deque[RunPart] = deque()
         self._results: dict[int, RunResult] = {}
         self._problems = Problems()
-        self._losses: Counter[object] = Counter()
+        self._lost_workers: Counter[object] = Counter()
         self._reached: dict[int, str] = {}
         """The newest checkpoint of each part when it last lost a worker."""
         self._control = Control(out)
@@ -174,10 +174,10 @@ class ClusterRun:
         Raises ConfigError with everything in which they do not fit together.
         """
         self.console.progress(f"starting {len(slots)} workers")
-        minutes = 60 * self.options.answer_minutes
+        seconds = 60 * self.options.answer_minutes
         actors = [self.cluster.start(slot, self._train_part) for slot in slots]
         try:
-            answers = self.cluster.answers([actor.versions.remote() for actor in actors], minutes)
+            answers = self.cluster.answers([actor.versions.remote() for actor in actors], seconds)
             there = [
                 (s, a) for s, a, answer in zip(slots, actors, answers, strict=True) if not isinstance(answer, Exception)
             ]
@@ -185,8 +185,8 @@ class ClusterRun:
                 if isinstance(answer, Exception):
                     self.console.line(f"no worker on {slot.name}: {_first_line(answer)}")
             self._check_versions([slot for slot, _ in there], [a[1] for a in answers if not isinstance(a, Exception)])
-            self._check_shared(there, minutes)
-            return self._loaded(there, minutes)
+            self._check_shared(there, seconds)
+            return self._loaded(there, seconds)
         except BaseException:
             for actor in actors:
                 self.cluster.end(actor)
@@ -309,12 +309,12 @@ class ClusterRun:
         self._workers.remove(worker)
         newest = next((folder.name for folder in candidates(part.folder / "checkpoints")), "")
         if newest != self._reached.get(part.number, ""):  # it went on since the last loss, so neither is at fault
-            del self._losses[part.number], self._losses[worker.slot]
+            del self._lost_workers[part.number], self._lost_workers[worker.slot]
         self._reached[part.number] = newest
-        self._losses[part.number] += 1
-        self._losses[worker.slot] += 1
+        self._lost_workers[part.number] += 1
+        self._lost_workers[worker.slot] += 1
         self.event("worker_lost", worker=worker.slot.name, part=part.number)
-        if self._losses[part.number] >= _TRIES:
+        if self._lost_workers[part.number] >= _TRIES:
             self._problems.add(
                 f"{', '.join(part.jobs)}: {_TRIES} workers ended while they trained these jobs, and none reached a checkpoint"
             )
@@ -332,11 +332,11 @@ class ClusterRun:
         self._looked = time.monotonic()
         taken = {worker.slot for worker in self._workers}
         for slot in self.cluster.slots():
-            if slot not in taken and self._losses[slot] < _TRIES:
+            if slot not in taken and self._lost_workers[slot] < _TRIES:
                 try:
                     self._workers += self._started([slot])
                 except ConfigError as error:
-                    self._losses[slot] = _TRIES
+                    self._lost_workers[slot] = _TRIES
                     self.console.line(str(error))
         if not self._workers:
             raise TrainingError(

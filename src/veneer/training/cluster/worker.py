@@ -7,7 +7,6 @@ This file does not import Ray.
 from __future__ import annotations
 
 import math
-import platform
 import socket
 import threading
 import time
@@ -16,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from veneer._version import __version__
 from veneer.config import TrainOptions
 from veneer.errors import FolderInUseError, VeneerError
 from veneer.models.load import Base
 from veneer.training.cluster.parts import RunPart
 from veneer.training.loop.job import Job
+from veneer.training.parallel.agreement import versions
 from veneer.training.planning.plan import Planner
 from veneer.training.planning.profile import adapter_bytes
 from veneer.training.run.jobs import expand
@@ -51,19 +50,6 @@ class Outcome:
 
     result: RunResult | None
     error: str = ""
-
-
-def versions() -> dict[str, str]:
-    """The versions that all workers must have."""
-    import torch
-    import transformers
-
-    return {
-        "veneer": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
 
 
 class ClusterWorker:
@@ -146,5 +132,5 @@ class _Follower(Watcher):
     def line(self, job: Job, values: dict[str, Any]) -> None:
         self.progress[job.name] = (job.progress.step, job.steps, values.get("loss", math.nan))
 
-    def stopping(self) -> bool:
+    def wants_stop(self) -> bool:
         return self.stopped.is_set()

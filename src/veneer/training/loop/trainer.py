@@ -18,9 +18,9 @@ from __future__ import annotations
 
 import traceback
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Literal
 
 from veneer.adapters.runtime.route import MixLike
 from veneer.data.batch import make_batch, packed
@@ -31,6 +31,7 @@ from veneer.kernels.waiting_threads import WaitingThreads
 from veneer.models.devices import device_of
 from veneer.training.device_memory import DeviceMemory, memory_of
 from veneer.training.loop.job import Job, JobState
+from veneer.training.loop.pieces import Piece, passes
 from veneer.training.loop.step import JobLoss, Stepper
 from veneer.training.parallel.evaluation import EvaluationTeam
 from veneer.training.parallel.numbering import Numbering
@@ -39,7 +40,6 @@ from veneer.training.parallel.reduction import Fault, JobSum
 from veneer.training.process_memory import Heap
 from veneer.training.tasks import TaskScores
 
-S = TypeVar("S", bound=Sized)
 Verb = Literal["cancel", "pause", "resume"]
 
 
@@ -51,21 +51,6 @@ class Request:
     verb: Verb
     code: str = "cancelled"
     reason: str = ""
-
-
-@dataclass(frozen=True)
-class MicroBatch(Generic[S]):
-    """Consecutive examples of a job's step that go through the base together."""
-
-    job: Job
-    examples: tuple[S, ...]
-    number: int = 0
-    """Position among the pieces of the step."""
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of all examples."""
-        return sum(map(len, self.examples))
 
 
 class Listener:
@@ -100,7 +85,7 @@ class Listener:
         """Jobs to add, whose adapters are in the bank. Called between rounds, on the trainer's thread."""
         return ()
 
-    def round_over(self) -> bool:
+    def end_round(self) -> bool:
         """A round is over; returns whether to continue."""
         return True
 
@@ -153,7 +138,7 @@ class Trainer:
             while any(job.running for job in self.jobs):
                 self.round()
                 self._handle_requests()
-                if not self.listener.round_over():
+                if not self.listener.end_round():
                     return
         finally:
             self._threads.end()
@@ -162,7 +147,7 @@ class Trainer:
         """Take one optimizer step of every running job."""
         pieces = self._begun(self._pieces())
         numbering = Numbering(self.stepper, pieces)
-        turns = deque(self._turns(pieces))
+        waiting = deque(self._sums(pieces))
         shares = self._shares(pieces)
         mine = shares[self.processes.team]
         left = Counter(piece.job.name for share in mine for piece in share)
@@ -171,19 +156,19 @@ class Trainer:
             if live:
                 self._pass(live, left, numbering)
             if not self.processes.lockstep:
-                self._take_turns(turns, left)
+                self._step_done(waiting, left)
         for _ in range(max(map(len, shares)) - len(mine) if self.stepper.shards is not None else 0):
             self._guarded(self.stepper.idle)
-        self._take_turns(turns, left)
+        self._step_done(waiting, left)
         if not self.processes.alone:
             numbering.end()
         self._threads.look()
 
-    def _shares(self, pieces: Sequence[MicroBatch[Example]]) -> list[list[list[MicroBatch[Example]]]]:
+    def _shares(self, pieces: Sequence[Piece[Example]]) -> list[list[list[Piece[Example]]]]:
         """The passes of each team of processes."""
         teams = self.processes.teams
         owners = deal([piece.tokens for piece in pieces], teams) if teams > 1 else [0] * len(pieces)
-        dealt: list[list[MicroBatch[Example]]] = [[] for _ in range(teams)]
+        dealt: list[list[Piece[Example]]] = [[] for _ in range(teams)]
         for piece, owner in zip(pieces, owners, strict=True):
             dealt[owner].append(piece)
         return [list(passes(share, self.tokens_per_shared_pass)) for share in dealt]
@@ -195,8 +180,8 @@ class Trainer:
         except Exception as error:
             raise self.processes.fault_of_pass(error, _message(error)) from error
 
-    def _turns(self, pieces: Sequence[MicroBatch[Example]]) -> list[JobSum]:
-        """The jobs that have pieces, in order: all processes step them in this one."""
+    def _sums(self, pieces: Sequence[Piece[Example]]) -> list[JobSum]:
+        """The sums of the jobs that have pieces, in the order in which all processes step them."""
         self._parts.clear()
         tokens: dict[str, list[int]] = {}
         for piece in pieces:
@@ -205,22 +190,22 @@ class Trainer:
         bank = self.stepper.bank
         return [JobSum(self.processes, jobs[name], sizes, bank[name].expert_tokens) for name, sizes in tokens.items()]
 
-    def _take_turns(self, turns: deque[JobSum], left: Counter[str]) -> None:
+    def _step_done(self, waiting: deque[JobSum], left: Counter[str]) -> None:
         """Step the jobs whose pieces are done, in order."""
-        while turns and (left[turns[0].job.name] <= 0 or turns[0].job.name in self._faults):
-            turn = turns.popleft()
-            job = turn.job
+        while waiting and (left[waiting[0].job.name] <= 0 or waiting[0].job.name in self._faults):
+            total = waiting.popleft()
+            job = total.job
             fault = self._faults.pop(job.name, None)
             if not self.processes.alone:
-                fault = turn.exchange(self._parts.get(job.name, {}), fault)
+                fault = total.exchange(self._parts.get(job.name, {}), fault)
             if fault is not None:
                 self._fail(job, fault.code, fault.reason, fault.error)
             elif job.running:
                 self._step(job)
 
-    def _pieces(self) -> list[MicroBatch[Example]]:
+    def _pieces(self) -> list[Piece[Example]]:
         """The pieces of all running jobs; a job whose examples cannot be read, in any process, fails."""
-        found = [piece for job in self.jobs if job.running for piece in self.micro_batches(job)]
+        found = [piece for job in self.jobs if job.running for piece in self.pieces_of(job)]
         while not self.processes.alone:
             failed = {job.name: [job.code, job.reason] for job in self.jobs if job.state is JobState.FAILED}
             if self.processes.agree([[(piece.job.name, piece.tokens) for piece in found], sorted(failed)]):
@@ -236,7 +221,7 @@ class Trainer:
             found = [piece for piece in found if piece.job.running]
         return found
 
-    def _begun(self, pieces: list[MicroBatch[Example]]) -> list[MicroBatch[Example]]:
+    def _begun(self, pieces: list[Piece[Example]]) -> list[Piece[Example]]:
         """The pieces of the jobs that go on, after each task has taken what it needs to know of the whole step."""
         for job in dict.fromkeys(piece.job for piece in pieces):
             examples = [example for piece in pieces if piece.job is job for example in piece.examples]
@@ -280,7 +265,7 @@ class Trainer:
         if job.running and job.progress.step == 0 and not job.progress.evaluations:
             self._evaluate(job)
 
-    def micro_batches(self, job: Job) -> list[MicroBatch[Example]]:
+    def pieces_of(self, job: Job) -> list[Piece[Example]]:
         """The examples of a job's next step in micro-batches; none, and the job fails, if they cannot be read."""
         try:
             examples = job.next_examples()
@@ -290,7 +275,7 @@ class Trainer:
             self._fail(job, "data", f"cannot read its examples: {_message(error)}", error)
             return []
         groups = packed(examples, self.tokens_per_pass)
-        return [MicroBatch(job, tuple(group), number) for number, group in enumerate(groups)]
+        return [Piece(job, tuple(group), number) for number, group in enumerate(groups)]
 
     def _check_ids(self, example: Example) -> None:
         if self._vocabulary is not None and not 0 <= min(example.ids) <= max(example.ids) < self._vocabulary:
@@ -299,7 +284,7 @@ class Trainer:
                 f"{example.source}: found token {wrong}, and the base has tokens 0 to {self._vocabulary - 1}"
             )
 
-    def _pass(self, pieces: list[MicroBatch[Example]], left: Counter[str], numbering: Numbering) -> None:
+    def _pass(self, pieces: list[Piece[Example]], left: Counter[str], numbering: Numbering) -> None:
         examples = [example for piece in pieces for example in piece.examples]
         owners = [piece.job.name for piece in pieces for _ in piece.examples]
         if not self.processes.alone:
@@ -324,7 +309,7 @@ class Trainer:
             self._parts.setdefault(job.name, {})[piece.number] = losses[job.name]
         left.subtract(piece.job.name for piece in pieces)
 
-    def _fault_of_pass(self, piece: MicroBatch[Example], error: Exception) -> Fault:
+    def _fault_of_pass(self, piece: Piece[Example], error: Exception) -> Fault:
         """The fault of a job whose pass raised. If memory was short, its tensors are freed, so that the other jobs go on."""
         code, cause = _code(error), _message(error)
         if code == "memory":
@@ -335,7 +320,7 @@ class Trainer:
             cause = self._shortage(piece, memory)
         return Fault(code, f"its forward or backward pass failed: {cause}", error)
 
-    def _shortage(self, piece: MicroBatch[Example], memory: DeviceMemory) -> str:
+    def _shortage(self, piece: Piece[Example], memory: DeviceMemory) -> str:
         """The size that did not fit, and one that would have."""
         left, on = memory.free(), f" on {memory.name}" if memory.name else ""
         have = "" if left is None else f", where {left / 1e9:.1f} GB are free"
@@ -448,20 +433,6 @@ class Trainer:
         job.end(JobState.FAILED, code, reason if reason.startswith(prefix) else f"{prefix}: {reason}")
         job.error = error
         self.listener.ended(job)
-
-
-def passes(pieces: Sequence[MicroBatch[S]], most: int) -> Iterator[list[MicroBatch[S]]]:
-    """Group consecutive micro-batches of different jobs into passes of at most ``most`` tokens."""
-    group: list[MicroBatch[S]] = []
-    used = 0
-    for piece in pieces:
-        if group and (used + piece.tokens > most or group[-1].job is piece.job):
-            yield group
-            group, used = [], 0
-        group.append(piece)
-        used += piece.tokens
-    if group:
-        yield group
 
 
 def _vocabulary_size(stepper: Stepper) -> int | None:

@@ -7,24 +7,17 @@ that it would have had if all pieces had been computed one after the other here.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from veneer.adapters.runtime.route import Route
-from veneer.training.loop.job import Job
+from veneer.training.loop.pieces import Piece
 from veneer.training.loop.step import Stepper
-
-
-class Piece(Protocol):
-    """A piece of a job's step."""
-
-    @property
-    def job(self) -> Job: ...
 
 
 class Numbering:
     """The numbers of a round's pieces."""
 
-    def __init__(self, stepper: Stepper, pieces: Sequence[Any]) -> None:
+    def __init__(self, stepper: Stepper, pieces: Sequence[Piece[Any]]) -> None:
         """``pieces``: of all jobs and processes, in order."""
         self._bank = stepper.bank
         self._next = {name: self._bank[name].draws for name in self._bank}
@@ -37,7 +30,7 @@ class Numbering:
             for one in drawn:
                 self._next[one] += 1
 
-    def set(self, pieces: Sequence[Piece]) -> None:
+    def set(self, pieces: Sequence[Piece[Any]]) -> None:
         """Let the next pass, of these pieces, draw the masks of their numbers."""
         for piece in reversed(pieces):
             for name, number in self._numbers[id(piece)].items():

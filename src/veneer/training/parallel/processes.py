@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 4 -m veneer train ...           or           veneer train --processes 4 ...
 
-Each process has the base, all adapters and all optimizers. The pieces of a job's step (``micro_batches``) are a function of the job alone,
+Each process has the base, all adapters and all optimizers. The pieces of a job's step (``pieces_of``) are a function of the job alone,
 dropout masks and losses included, and are dealt to the processes by their tokens. When a job's pieces are done, one SUM joins
 
     [undivided gradients | which parameters have one | loss and weight of each piece | tokens of experts | faults]

@@ -87,7 +87,7 @@ class SharedListener(Listener):
         sent = self.processes.share([[one.job, one.verb, one.code, one.reason] for one in found])
         return [Request(*one) for one in sent]
 
-    def round_over(self) -> bool:
+    def end_round(self) -> bool:
         """Compare the adapters and save a checkpoint if one is due; returns whether to continue."""
         recorder = self.recorder
         due = self.processes.share(recorder is not None and recorder.checkpoint_due())

@@ -122,7 +122,7 @@ def attention_pays(sizes: BaseSizes, tokens: int) -> bool:
 
         return run
 
-    return pays(with_(varlen), with_(plain), sizes)
+    return is_equal_and_faster(with_(varlen), with_(plain), sizes)
 
 
 def compiling_pays(sizes: BaseSizes, tokens: int) -> bool:
@@ -147,7 +147,7 @@ def compiling_pays(sizes: BaseSizes, tokens: int) -> bool:
 
         return run
 
-    return pays(with_(functions.compiled), with_(lambda function: function), sizes)
+    return is_equal_and_faster(with_(functions.compiled), with_(lambda function: function), sizes)
 
 
 def grouped_tokens(sizes: BaseSizes) -> int:
@@ -155,7 +155,7 @@ def grouped_tokens(sizes: BaseSizes) -> int:
     most = FEW_TOKENS
     for each in (128, 256, 512, 1024, 2048, 4096):
         trial = ManyAdapters(sizes, adapters=8, each=each)
-        if not pays(trial.at_once, trial.one_by_one, sizes):
+        if not is_equal_and_faster(trial.at_once, trial.one_by_one, sizes):
             break
         most = each
     return most
@@ -193,7 +193,7 @@ class ManyAdapters:
         return self._run([GroupedBranch(self._grid, self._factors, stacked)])
 
 
-def pays(fast: Work, reference: Work, sizes: BaseSizes) -> bool:
+def is_equal_and_faster(fast: Work, reference: Work, sizes: BaseSizes) -> bool:
     """True if a form gives the reference's results and takes less time. A form that raises does not pay."""
     try:
         pairs = zip(fast(), reference(), strict=True)

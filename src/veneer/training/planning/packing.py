@@ -20,7 +20,7 @@ from veneer.models.devices import device_of, wait_for
 from veneer.training.loop.job import Job
 from veneer.training.loop.step import Stepper
 from veneer.training.planning.profile import untouched
-from veneer.training.planning.workload import Pass, load, planned_rounds
+from veneer.training.planning.workload import Pass, examples_of, planned_rounds
 
 USUAL = 512
 """Tokens of shared passes if nothing is measured; docs/log/mixed_batches.md has the times behind it."""
@@ -107,7 +107,7 @@ def _measured(stepper: Stepper, candidates: Mapping[int, list[Pass]]) -> dict[in
 def _seconds(stepper: Stepper, passes: Sequence[Pass]) -> float:
     batches = []
     for one in passes:
-        rows = load(one)
+        rows = examples_of(one)
         batches.append(make_batch([example for _, example in rows], [job.name for job, _ in rows]))
     # on a CPU other programs may take turns with this one, which counts for the clock and not for the work
     device = device_of(stepper.runner.model)

@@ -18,7 +18,7 @@ from veneer.data.batch import make_batch
 from veneer.data.example import Example
 from veneer.errors import BaseModelError
 from veneer.models.devices import device_of, wait_for
-from veneer.models.fast_modules import fuse
+from veneer.models.fast_modules import use_fast_forwards
 from veneer.models.flat import FlatRunner
 from veneer.models.load import load_base
 from veneer.models.quantized.scheme import Scheme, read_scheme
@@ -60,7 +60,7 @@ def measure_times(folder: Path, method: str, ranks: Sequence[int], device: str |
 
 def _times(model: Any, precision: str, method: str, ranks: Sequence[int]) -> Times:
     bank = attach(model)
-    fuse(model)
+    use_fast_forwards(model)
     stepper = Stepper(FlatRunner(model), bank)
     ids = torch.randint(0, int(model.get_input_embeddings().weight.shape[0]), (_TOKENS,)).tolist()
     example = Example(tuple(ids), (0.0, *[1.0] * (_TOKENS - 1)), "random")

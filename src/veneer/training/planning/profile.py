@@ -31,8 +31,8 @@ from veneer.training.loop.step import Stepper
 from veneer.training.planning.workload import (
     JobExamples,
     Pass,
+    examples_of,
     largest_pass,
-    load,
     planned_rounds,
     size,
     smaller,
@@ -145,7 +145,7 @@ class Profiler:
         self._start = self.memory.used()
         with only_new_objects():
             with untouched(self.stepper, self.jobs):
-                rows = load(self.largest)
+                rows = examples_of(self.largest)
                 self._train(smaller(rows, _WARM_UP))
                 update = sum(self._update(job) for job in self.jobs)
                 training = self._climb(rows, self._train)
@@ -254,7 +254,7 @@ class Profiler:
             if sum(seconds for _, seconds in found) > _ROUND_SECONDS:
                 break
             before = time.perf_counter()
-            peak = max(peak, *(self._train(load(one)).bytes for one in passes))
+            peak = max(peak, *(self._train(examples_of(one)).bytes for one in passes))
             for job in self.jobs:
                 self._update(job)
             found.append((sum(map(size, passes)), time.perf_counter() - before))

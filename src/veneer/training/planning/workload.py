@@ -13,7 +13,7 @@ from veneer.data.batch import packed
 from veneer.data.dataset import Examples, Subset
 from veneer.data.example import Example
 from veneer.training.loop.job import Job
-from veneer.training.loop.trainer import MicroBatch, passes
+from veneer.training.loop.pieces import Piece, passes
 
 _PLANNED_EXAMPLES = 5_000
 """Examples whose position in the run is computed. Later rounds are assumed to be similar."""
@@ -52,7 +52,7 @@ def planned_rounds(jobs: Sequence[Job], tokens_per_pass: int, tokens_per_shared_
             first = job.progress.cursor + number * job.options.batch_size
             indices = [job.order.at(first + i) for i in range(job.options.batch_size)]
             planned = [PlannedExample(job, index, lengths[id(job.examples)][index]) for index in indices]
-            pieces += [MicroBatch(job, tuple(piece)) for piece in packed(planned, tokens_per_pass)]
+            pieces += [Piece(job, tuple(piece)) for piece in packed(planned, tokens_per_pass)]
         groups = passes(pieces, tokens_per_shared_pass)
         rounds.append([tuple(example for piece in group for example in piece.examples) for group in groups])
     return rounds
@@ -68,7 +68,7 @@ def tokens_per_round(job: Job) -> float:
     return job.options.batch_size * sum(lengths_of(job.examples)) / max(1, len(job.examples))
 
 
-def load(planned: Pass) -> JobExamples:
+def examples_of(planned: Pass) -> JobExamples:
     """(job, example) of each example of a pass."""
     return [(one.job, one.job.examples[one.index]) for one in planned]
 

@@ -179,7 +179,7 @@ class Recorder(Listener):
         self._urgent |= bool(requests)
         return requests + (self.halving.losers(self.jobs) if self.halving is not None else [])
 
-    def round_over(self) -> bool:
+    def end_round(self) -> bool:
         """Save a checkpoint if one is due; returns whether to continue."""
         if self.checkpoint_due():
             self.checkpoint()
@@ -188,9 +188,13 @@ class Recorder(Listener):
     def checkpoint_due(self) -> bool:
         """Count a round; returns whether a checkpoint is due after it."""
         self.rounds += 1
-        self.stopped |= self.watcher.stopping()
+        self.stopped |= self.watcher.wants_stop()
         every, minutes = self.jobs[0].options.save_every, self.jobs[0].options.checkpoint_minutes
-        due = self._urgent or self.watcher.saving() or (every is not None and self.rounds - self._saved_at >= every)
+        due = (
+            self._urgent
+            or self.watcher.wants_checkpoint()
+            or (every is not None and self.rounds - self._saved_at >= every)
+        )
         due |= minutes is not None and time.monotonic() - self._saved_time >= 60 * minutes
         return due or self.stopped or not any(job.running for job in self.jobs)
 
