@@ -23,7 +23,7 @@ from veneer.errors import ConfigError, ProcessError
 from veneer.models.load import load_base
 from veneer.training import train
 from veneer.training.activation_checkpointing import activation_checkpointing
-from veneer.training.device_memory import ProcessMemory
+from veneer.training.device_memory import DeviceMemory
 from veneer.training.loop.job import Job
 from veneer.training.parallel.processes import ALONE, Processes
 from veneer.training.parallel.sharding import check_shard, shard_base
@@ -224,7 +224,7 @@ def test_auto_divides_a_base_that_is_too_large(
 ) -> None:
     """With "auto" the base stays whole where there is room, and is divided where less than its size is left in any process."""
     free = {"0": 1 << 40, "1": 1 << 40}
-    monkeypatch.setattr(ProcessMemory, "free", lambda self: free[__import__("os").environ["RANK"]])
+    monkeypatch.setattr(DeviceMemory, "free", lambda self: free[__import__("os").environ["RANK"]])
     assert not any("divided" in line for line in run_and_say(wanted))
     free["1"] = 1000
     assert any("divided" in line for line in run_and_say({**wanted, "out": tmp_path / "small"}))

@@ -13,7 +13,7 @@ from pathlib import Path
 from veneer._files import replace_text
 from veneer._version import __version__
 from veneer.analysis.plots import figures, modules_of, picture_bytes
-from veneer.analysis.spectra import SAME_SEED, AdapterSpectra, SiteSpectrum
+from veneer.analysis.spectra import SAME_SEED, AdapterSpectra, SiteSpectrum, mean_text, short_text
 from veneer.errors import ComposeError
 
 _STYLE = """
@@ -82,7 +82,7 @@ def html_report(spectra: AdapterSpectra) -> str:
             _legend(_OVERLAP_LEGEND),
         ]
     parts += _plots(spectra)
-    rows = [[site.site, *(_mean([value(site)]) for _, value in _COLUMNS.values())] for site in spectra.sites]
+    rows = [[site.site, *(mean_text([value(site)]) for _, value in _COLUMNS.values())] for site in spectra.sites]
     parts += [f"<details><summary>All {len(rows)} sites</summary>{_table(('site', *_COLUMNS), rows)}</details>"]
     parts += [f'<p class="note">Made by Veneer {html.escape(__version__)}.</p>', "</body></html>"]
     return "\n".join(parts) + "\n"
@@ -90,7 +90,7 @@ def html_report(spectra: AdapterSpectra) -> str:
 
 def _summary(spectra: AdapterSpectra) -> str:
     method = {"lora": "LoRA", "dora": "DoRA"}.get(spectra.method, spectra.method)
-    norm = _short(math.hypot(*(site.norm for site in spectra.sites)))
+    norm = short_text(math.hypot(*(site.norm for site in spectra.sites)))
     text = f"A {html.escape(method)} adapter at {len(spectra.sites)} sites; norm of the whole change {norm}."
     if spectra.intruders is not None:
         text += f" {spectra.intruders} intruder dimensions."
@@ -108,7 +108,7 @@ def _modules(sites: Sequence[SiteSpectrum]) -> list[list[str]]:
     for module in modules_of(sites):
         found = [site for site in sites if site.module == module]
         rows.append(
-            [module, str(len(found)), *(_mean([value(site) for site in found]) for _, value in _COLUMNS.values())]
+            [module, str(len(found)), *(mean_text([value(site) for site in found]) for _, value in _COLUMNS.values())]
         )
     return rows
 
@@ -119,7 +119,7 @@ def _overlap_table(spectra: AdapterSpectra) -> str:
         pairs = [spectra.subspaces[s.site] for s in spectra.sites if s.module == module and s.site in spectra.subspaces]
         if pairs:
             columns = ("whole_in", "chance_in", "whole_out", "chance_out", "cosine")
-            rows.append([module, *(_mean([getattr(pair, column) for pair in pairs]) for column in columns)])
+            rows.append([module, *(mean_text([getattr(pair, column) for pair in pairs]) for column in columns)])
     return _table(("module", "phi of inputs", "by chance", "phi of outputs", "by chance", "cosine"), rows)
 
 
@@ -144,12 +144,3 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-
-def _mean(values: Sequence[float | None]) -> str:
-    known = [value for value in values if value is not None]
-    return _short(math.fsum(known) / len(known)) if known else "-"
-
-
-def _short(value: float) -> str:
-    return f"{value:.3g}"

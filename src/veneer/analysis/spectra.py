@@ -251,3 +251,14 @@ def _one_seed(one: Adapter, other: Adapter) -> bool:
     """Two different adapters record one seed for their initial values."""
     seeds = [receipt_of(adapter).get("seed") for adapter in (one, other)]
     return one is not other and seeds[0] is not None and seeds[0] == seeds[1]
+
+
+def mean_text(values: Sequence[float | None]) -> str:
+    """The mean of the values that are known, as text."""
+    known = [value for value in values if value is not None]
+    return short_text(math.fsum(known) / len(known)) if known else "-"
+
+
+def short_text(value: float) -> str:
+    """A number with three significant digits."""
+    return f"{value:.3g}"

@@ -27,7 +27,6 @@ from veneer.errors import CheckpointError
 
 MANIFEST, LATEST = "MANIFEST.json", "LATEST"
 _REPLACED = f"{ASIDE}replaced"
-_CHUNK = 1 << 20
 
 
 def at(point: str) -> None:
@@ -125,11 +124,8 @@ def _sums(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _prune(parent: Path, latest: Path, keep: int) -> None:

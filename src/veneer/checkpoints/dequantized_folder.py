@@ -35,7 +35,7 @@ class PlainView(ModelFolder):
     """A model folder whose tensors are made when they are asked for, in the model's data type."""
 
     def dtypes(self) -> set[str]:
-        return {_NAMES[_dtype(self.config)]}
+        return {_NAMES[dtype_of(self.config)]}
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         for key in self.files:
@@ -87,7 +87,7 @@ class DequantizedFolder(PlainView):
         weight = self.quantized(key)
         if weight is None:
             return super().get(key)
-        dense = weight.dequantize(dtype=_dtype(self.config))
+        dense = weight.dequantize(dtype=dtype_of(self.config))
         return dense.unflatten(0, (self.stacks[key], -1)) if key in self.stacks else dense
 
     def shape(self, key: str) -> tuple[int, ...]:
@@ -128,7 +128,9 @@ class FP8Folder(PlainView):
             return weight
         scale = self._scales[key]
         try:
-            return dequantize_fp8(weight, read_tensor(self._all[scale], scale), self.scheme.block, _dtype(self.config))
+            return dequantize_fp8(
+                weight, read_tensor(self._all[scale], scale), self.scheme.block, dtype_of(self.config)
+            )
         except ValueError as error:
             raise CheckpointError(f"{self.path}: {key}: {error}; get the file again") from error
 
@@ -217,7 +219,8 @@ def _plain(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key != "quantization_config"}
 
 
-def _dtype(config: dict[str, Any]) -> torch.dtype:
+def dtype_of(config: Mapping[str, Any]) -> torch.dtype:
+    """The data type that a model's config names, else float32."""
     named: Any = config.get("dtype") or config.get("torch_dtype")
     return _DTYPES.get(str(named), torch.float32)
 

@@ -19,6 +19,7 @@ from veneer.adapters.layers.dry_run import example_inputs
 from veneer.checkpoints.receipt import eight, receipt_of
 from veneer.checkpoints.tensors import dtype_name
 from veneer.errors import CheckpointError
+from veneer.models.flat_check import eval_mode
 
 ROWS, TOKENS = 2, 16
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 5e-2}
@@ -45,14 +46,8 @@ def fixed_inputs(model: nn.Module) -> dict[str, Any]:
 def logits_of(bank: Bank, route: str | None) -> Tensor:
     """Logits of the attached model on `fixed_inputs` under a route, in eval mode."""
     model = bank.model
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with bank.use(route):
-            out = model(**fixed_inputs(model))
-    finally:
-        for module, training in modes:
-            module.training = training
+    with eval_mode(model), bank.use(route):
+        out = model(**fixed_inputs(model))
     logits = getattr(out, "logits", None)
     if not isinstance(logits, Tensor):
         raise CheckpointError(f"{type(model).__name__} returns no logits, so none can be compared")

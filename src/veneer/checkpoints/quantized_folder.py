@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from veneer.checkpoints.base_files import Skeleton, check_float, quantized_parameters
-from veneer.checkpoints.dequantized_folder import QuantizedParameter, QuantizedReading
+from veneer.checkpoints.dequantized_folder import QuantizedParameter, QuantizedReading, dtype_of
 from veneer.checkpoints.model_folder import SHARD_BYTES, ModelWriter, write_model
 from veneer.data.batch import make_batch, packed
 from veneer.data.example import Example
@@ -149,7 +149,7 @@ def quantize_to_folder(
     report.calibration = record.get(CALIBRATION)
     config = {
         **base.folder.config,
-        "quantization_config": {**replace(scheme, stacks=named).as_config(compute_dtype(base)), **record},
+        "quantization_config": {**replace(scheme, stacks=named).as_config(dtype_of(base.folder.config)), **record},
     }
     reading = QuantizedReading(base.folder, scheme, stacks)
     totals = [0.0, 0.0]
@@ -205,9 +205,3 @@ def put_quantized(writer: ModelWriter, key: str, weight: QuantizedWeight) -> Non
     layer = key.removesuffix("weight")
     for name, value in state_of(weight).items():
         writer.put(f"{layer}{name}", value)
-
-
-def compute_dtype(base: Skeleton) -> torch.dtype:
-    """The data type that the base's config names, else float32."""
-    names = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-    return names.get(str(base.folder.config.get("dtype") or base.folder.config.get("torch_dtype")), torch.float32)

@@ -6,9 +6,8 @@
 from __future__ import annotations
 
 import argparse
-import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from veneer._terminal import status
 from veneer.cli._output import as_json, table
@@ -90,7 +89,7 @@ def run_spectra(args: argparse.Namespace) -> int:
 def lines(found: AdapterSpectra) -> list[str]:
     """Format a table of means per module."""
     from veneer.analysis.plots import modules_of
-    from veneer.analysis.spectra import SAME_SEED
+    from veneer.analysis.spectra import SAME_SEED, mean_text, short_text
 
     header = ["module", "sites", "norm", "largest", "stable rank", "effective rank"]
     based = any(site.ratio is not None for site in found.sites)
@@ -99,16 +98,16 @@ def lines(found: AdapterSpectra) -> list[str]:
     rows = []
     for module in modules_of(found.sites):
         sites = [site for site in found.sites if site.module == module]
-        row = [module, str(len(sites)), _mean([site.norm for site in sites])]
-        row.append(_short(max((site.singular_values[0] for site in sites if site.singular_values), default=0.0)))
-        row += [_mean([site.stable_rank for site in sites]), _mean([site.effective_rank for site in sites])]
+        row = [module, str(len(sites)), mean_text([site.norm for site in sites])]
+        row.append(short_text(max((site.singular_values[0] for site in sites if site.singular_values), default=0.0)))
+        row += [mean_text([site.stable_rank for site in sites]), mean_text([site.effective_rank for site in sites])]
         if based:
-            row += [_mean([site.ratio for site in sites]), _mean([site.amplification for site in sites])]
+            row += [mean_text([site.ratio for site in sites]), mean_text([site.amplification for site in sites])]
             row.append(str(sum(site.intruders.count for site in sites if site.intruders is not None)))
         if found.subspaces:
             pairs = [found.subspaces[site.site] for site in sites if site.site in found.subspaces]
             keys = ("whole_in", "chance_in", "whole_out", "chance_out", "cosine")
-            row += [_mean([getattr(pair, key) for pair in pairs]) for key in keys]
+            row += [mean_text([getattr(pair, key) for pair in pairs]) for key in keys]
         rows.append(row)
     report = table(header, rows)
     if found.one_seed:
@@ -171,12 +170,3 @@ def _write(args: argparse.Namespace, found: AdapterSpectra) -> list[str]:
         write_html(found, args.html)
         written.append(str(args.html))
     return written
-
-
-def _mean(values: list[Any]) -> str:
-    known = [value for value in values if value is not None]
-    return _short(math.fsum(known) / len(known)) if known else "-"
-
-
-def _short(value: float) -> str:
-    return f"{value:.3g}"

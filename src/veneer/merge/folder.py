@@ -24,10 +24,10 @@ from torch import Tensor
 from veneer.adapters.adapter import Adapter, stream_seed
 from veneer.adapters.methods import LoRA
 from veneer.checkpoints.base_files import Skeleton, as_2d, as_stored, check_finite, check_float, fit
-from veneer.checkpoints.dequantized_folder import QuantizedReading
+from veneer.checkpoints.dequantized_folder import QuantizedReading, dtype_of
 from veneer.checkpoints.model_folder import SHARD_BYTES, ModelWriter, write_model
 from veneer.checkpoints.peft.portable import as_parameters
-from veneer.checkpoints.quantized_folder import compute_dtype, put_quantized, quantizable
+from veneer.checkpoints.quantized_folder import put_quantized, quantizable
 from veneer.checkpoints.tensors import dtype_name
 from veneer.deltas.build import Tensors, assemble, site_tensors
 from veneer.deltas.delta import SiteDelta
@@ -337,7 +337,7 @@ def _config(base: Skeleton, plan: MergePlan, dtype: torch.dtype | None, scheme: 
                 if name in part:
                     part[name] = dtype_name(dtype)
     if scheme is not None:
-        config["quantization_config"] = scheme.as_config(dtype or compute_dtype(base))
+        config["quantization_config"] = scheme.as_config(dtype or dtype_of(base.folder.config))
     return config
 
 

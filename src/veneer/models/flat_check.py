@@ -54,7 +54,7 @@ def probe(runner: CheckedRunner) -> None:
     Raises:
         BaseModelError: neither flat nor padded gives what each segment gives alone.
     """
-    with _eval(runner.model):
+    with eval_mode(runner.model):
         first, second, other = _samples(runner.model)
         alone = [_alone(runner, first), _alone(runner, second)]
         reasons: list[str] = []
@@ -92,10 +92,10 @@ def _try(
             if kind == "flat" and runner._switch.attention_calls == 0:
                 return "its attention does not go through transformers' attention interface"
             worst = max(
-                _error(together[: len(first)], alone[0]),
-                _error(together[len(first) :], alone[1]),
+                relative_error(together[: len(first)], alone[0]),
+                relative_error(together[len(first) :], alone[1]),
             )
-            moved = _error(runner.hidden(changed)[len(other) :], together[len(first) :])
+            moved = relative_error(runner.hidden(changed)[len(other) :], together[len(first) :])
         except BaseModelError as error:
             return str(error.__cause__ if isinstance(error.__cause__, NotFlat) else error)
         except Exception as error:  # as above
@@ -168,7 +168,7 @@ def _find_head(runner: CheckedRunner, first: list[int], second: list[int]) -> to
         with contextlib.suppress(Exception):  # a model may do anything with an output layer that gives nothing
             states = runner.hidden(flat)
             found = torch.nn.functional.linear(states, weight, bias)
-            if logits.shape == found.shape and _error(found, logits) <= _bound(runner.model) / 10:
+            if logits.shape == found.shape and relative_error(found, logits) <= _bound(runner.model) / 10:
                 return layer
     runner._last = None
     return None
@@ -187,7 +187,7 @@ def _find_place(runner: CheckedRunner, first: list[int], second: list[int]) -> P
     expected = torch.stack(alone)
     for place in PLACES:
         runner.place = place
-        if _error(runner.logits(Flat.of([first, second])), expected) <= _bound(runner.model):
+        if relative_error(runner.logits(Flat.of([first, second])), expected) <= _bound(runner.model):
             return place
     raise BaseModelError(
         f"the head of {type(runner.model).__name__} reads neither the first nor the last token of a text (such as the mean of all), so it "
@@ -195,7 +195,7 @@ def _find_place(runner: CheckedRunner, first: list[int], second: list[int]) -> P
     )
 
 
-def _error(found: torch.Tensor, expected: torch.Tensor) -> float:
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     """Relative L2 distance; infinite where anything is not finite."""
     distance = (found.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30)
     return float(distance) if torch.isfinite(distance) else float("inf")
@@ -206,7 +206,7 @@ def _bound(model: torch.nn.Module) -> float:
 
 
 @contextlib.contextmanager
-def _eval(model: torch.nn.Module) -> Iterator[None]:
+def eval_mode(model: torch.nn.Module) -> Iterator[None]:
     """Eval mode inside, every module's own mode after: dropout would make any two calls differ."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

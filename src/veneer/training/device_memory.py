@@ -13,7 +13,6 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol
 
 import torch
 
@@ -21,76 +20,44 @@ from veneer.training import process_memory
 from veneer.training.process_memory import PeakMemory
 
 
-class DeviceMemory(Protocol):
-    """Memory of the device that a base is on, in bytes."""
+class DeviceMemory:
+    """The memory of the device that a base is on, in bytes. This class is that of a CPU: the resident memory of the process.
 
-    name: str
-    """The device in messages; empty for the machine's own memory."""
-
-    def used(self) -> int:
-        """Bytes in use now."""
-        ...
-
-    def highest(self) -> int:
-        """The peak so far."""
-        ...
-
-    def free(self) -> int | None:
-        """Bytes that this process may still use; None if nothing reports it."""
-        ...
-
-    def peak_of(self) -> AbstractContextManager[PeakMemory]:
-        """Measure the peak inside a context."""
-        ...
-
-    def give_back(self) -> None:
-        """Return freed memory."""
-        ...
-
-    def answers(self) -> bool:
-        """False if the device can no longer be used by this process."""
-        ...
-
-    def saving(self, start: int, state: int) -> int:
-        """The peak while a state of so many bytes is saved, from ``start`` bytes in use."""
-        ...
-
-
-class ProcessMemory:
-    """Resident memory of this process."""
+    name: the device in messages; empty for the machine's own memory.
+    """
 
     name = ""
 
     def used(self) -> int:
-        """Resident memory."""
+        """Bytes in use now."""
         return process_memory.resident()
 
     def highest(self) -> int:
-        """The peak of resident memory since the process began."""
+        """The peak since the process began."""
         return process_memory.highest()
 
     def free(self) -> int | None:
-        """Bytes that the machine and the process's control groups leave."""
+        """Bytes that this process may still use; None if nothing reports it."""
         return process_memory.free()
 
     def peak_of(self) -> AbstractContextManager[PeakMemory]:
-        """Measure the peak of resident memory."""
+        """Measure the peak inside a context."""
         return process_memory.peak_of()
 
     def give_back(self) -> None:
-        """Return freed memory to the system."""
+        """Return freed memory."""
         process_memory.give_back()
 
     def answers(self) -> bool:
-        """Always."""
+        """False if the device can no longer be used by this process."""
         return True
 
     def saving(self, start: int, state: int) -> int:
-        """The state is copied, and then written from the copy."""
+        """The peak while a state of so many bytes is saved, from ``start`` bytes in use: it is copied, and written from the copy."""
         return start + 2 * state
 
 
-class CudaMemory:
+class CudaMemory(DeviceMemory):
     """Memory that PyTorch holds of one CUDA device. Freed blocks that its allocator keeps count as free."""
 
     def __init__(self, device: torch.device) -> None:
@@ -143,4 +110,4 @@ class CudaMemory:
 
 def memory_of(device: torch.device) -> DeviceMemory:
     """The memory of a device. Apple's GPUs share the machine's."""
-    return CudaMemory(device) if device.type == "cuda" else ProcessMemory()
+    return CudaMemory(device) if device.type == "cuda" else DeviceMemory()

@@ -21,6 +21,7 @@ from veneer.adapters import Bank
 from veneer.adapters.runtime.route import Route
 from veneer.errors import BaseModelError
 from veneer.models.flat import Flat, FlatRunner
+from veneer.models.flat_check import relative_error
 from veneer.serve.engine.cache import PagedCache, StepAttention
 from veneer.serve.engine.request import GenerationRequest, Mix
 from veneer.serve.engine.scheduler import Chunk
@@ -184,7 +185,7 @@ class Reference:
 
     def error(self, runner: StepRunner) -> float:
         """Relative difference of a runner that computes the text piece by piece."""
-        return _error(_piecewise(runner, self._ids, self._cache), self._whole)
+        return relative_error(_piecewise(runner, self._ids, self._cache), self._whole)
 
     def agrees(self, error: float) -> bool:
         """True if a difference is rounding."""
@@ -251,8 +252,3 @@ def _piecewise(runner: StepRunner, ids: list[int], cache: PagedCache) -> Tensor:
         sequence.tokens = ids[: start + count]
         found.append(runner.run([Chunk(sequence, start, count)])[0][-1:])
     return torch.cat(found[-3:])
-
-
-def _error(found: Tensor, expected: Tensor) -> float:
-    distance = (found.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30)
-    return float(distance) if bool(torch.isfinite(distance)) else float("inf")

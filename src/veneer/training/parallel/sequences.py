@@ -13,6 +13,7 @@ from veneer.errors import BaseModelError, ConfigError
 from veneer.models.divided.embedding_output import EmbeddingOutput
 from veneer.models.divided.sequence_split import SequenceSplit
 from veneer.models.flat import FlatRunner
+from veneer.models.flat_check import relative_error
 from veneer.models.layout import Flat
 from veneer.models.load import Base, config_folder
 from veneer.models.sources import read_config
@@ -107,9 +108,8 @@ def _check_model(runner: FlatRunner, split: SequenceSplit) -> None:
     whole = runner.hidden(flat)
     runner.split = split
     first, last = split.window(len(whole))
-    expected = whole[first:last].double()
-    found = runner.hidden(flat)[: len(expected)].double()
-    error = float((found - expected).norm() / expected.norm().clamp_min(1e-30)) if len(expected) else 0.0
+    expected = whole[first:last]
+    error = relative_error(runner.hidden(flat)[: len(expected)], expected)
     if not error <= _BOUND.get(next(runner.model.parameters()).dtype, _ROUGH):
         raise BaseModelError(
             f"sequence_parallel: {type(runner.model).__name__} computes {error:.1g} off on a part of the tokens, since more than its "

@@ -26,6 +26,7 @@ from veneer.kernels.lora.linear import adapted_linear
 from veneer.kernels.lora.single import SingleBranch
 from veneer.kernels.tuning import CROSS_ENTROPY_CHUNK_BYTES, GPU_CROSS_ENTROPY_CHUNK_BYTES
 from veneer.models.devices import wait_for
+from veneer.models.flat_check import relative_error
 from veneer.training.device_memory import memory_of
 
 Work = Callable[[], Sequence[Tensor]]
@@ -198,16 +199,11 @@ def is_equal_and_faster(fast: Work, reference: Work, sizes: BaseSizes) -> bool:
     try:
         pairs = zip(fast(), reference(), strict=True)
         bound = _APART.get(sizes.dtype, _APART_NARROW)
-        if not all(_apart(one, other) <= bound for one, other in pairs):
+        if not all(relative_error(one.detach(), other.detach()) <= bound for one, other in pairs):
             return False
         return _seconds(fast, sizes.device) < _seconds(reference, sizes.device)
     except Exception:  # a kernel or a compiler that this machine does not have may raise anything
         return False
-
-
-def _apart(one: Tensor, other: Tensor) -> float:
-    wide = other.detach().double()
-    return float((one.detach().double() - wide).norm() / wide.norm().clamp_min(1e-30))
 
 
 def _seconds(work: Work, device: torch.device) -> float:

@@ -25,7 +25,7 @@ from veneer.data.example import Example
 from veneer.errors import TrainingError
 from veneer.evaluate.losses import example_losses
 from veneer.models.devices import device_of, wait_for
-from veneer.training.device_memory import DeviceMemory, ProcessMemory
+from veneer.training.device_memory import DeviceMemory
 from veneer.training.loop.job import Job
 from veneer.training.loop.step import Stepper
 from veneer.training.planning.workload import (
@@ -133,7 +133,7 @@ class Profiler:
         self.evaluated = max(packed(usable, tokens_per_pass), key=size, default=[])
         self.limit = limit
         self.thorough = thorough
-        self.memory = memory or ProcessMemory()
+        self.memory = memory or DeviceMemory()
         self._device = device_of(stepper.runner.model)
         self._spent, self._allowed = 0.0, math.inf if thorough else _LEAST_SECONDS
         self._copies = sum(map(adapter_bytes, self.jobs))

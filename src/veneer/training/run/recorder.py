@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from veneer.errors import CheckpointError, TrainingError
-from veneer.training.device_memory import DeviceMemory, ProcessMemory
+from veneer.training.device_memory import DeviceMemory
 from veneer.training.loop.halving import Halving
 from veneer.training.loop.job import Job, JobState
 from veneer.training.loop.trainer import Listener, Request
@@ -56,7 +56,7 @@ class Recorder(Listener):
         self.checks = checks or {}
         self.halving = halving
         self.sampler = sampler
-        self.memory = memory or ProcessMemory()
+        self.memory = memory or DeviceMemory()
         self.watcher = watcher or Watcher()
         self.tracker: ExperimentTracker | None = None
         self.stopped = False
