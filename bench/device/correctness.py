@@ -66,7 +66,7 @@ def run(setting: Setting) -> Iterator[Row]:
 def _all(dtypes: Sequence[torch.dtype], device: torch.device, setting: Setting) -> Iterator[Row]:
     for dtype in dtypes:
         for name in _TINY_CASES if setting.tiny else CASES:
-            # In bf16 another expert may be chosen for a token, which is no error of the products.
+            # In bf16 another expert may be chosen for a token, which is not an error of the products.
             if dtype == torch.float32 or name not in ("experts", "sinks"):
                 yield _step(name, dtype, device, setting)
         yield from _attention(dtype, device, setting)

@@ -124,7 +124,7 @@ class ExportError(VeneerError, ValueError):
 
 
 class ServeError(VeneerError, RuntimeError):
-    """A request that cannot be answered, though nothing is wrong with it: the engine is stopping, full or out of memory."""
+    """A valid request that cannot be answered: the engine is stopping, full or out of memory."""
 
 
 class EngineBusyError(ServeError):

@@ -472,7 +472,7 @@ def test_another_hook_on_the_forward_is_not_torn_off() -> None:
 
 def test_experts_that_are_modules_take_one_route() -> None:
     """Experts that a router calls with the tokens it picks: one route for all is right, rows are refused, experts that were not picked
-    are no error."""
+    are not errors."""
 
     class Mixture(nn.Module):
         def __init__(self) -> None:

@@ -212,7 +212,7 @@ def test_what_cannot_be_chosen_is_an_error(options: dict[str, Any], says: str) -
 
 
 def test_experts_cannot_be_had_whole() -> None:
-    """A stacked parameter is no layer: asking for it whole says so."""
+    """A stacked parameter is not a layer: asking for it whole says so."""
     with pytest.raises(TargetError, match="cannot be trained for one adapter"):
         veneer.attach(tiny("mixtral")).add("a", LoRA(target_modules=("q_proj",), modules_to_save=("mlp",)))
 

@@ -274,7 +274,7 @@ def test_unknown_adapters_and_bad_repeats_are_told() -> None:
     "index", [torch.tensor([0, 2]), torch.tensor([-1, 0]), torch.tensor([0.0, 1.0]), torch.tensor([True]), [0, 1]]
 )
 def test_token_numbers_must_be_numbers_of_mixes(index: Any) -> None:
-    """Numbers past the mixes, negative ones and what is no tensor of whole numbers are errors."""
+    """Numbers past the mixes, negative ones and what is not a tensor of whole numbers are errors."""
     with pytest.raises(RouteError, match="token route"):
         Route.tokens(["lora", None], index)
 

@@ -190,13 +190,13 @@ class Noisy(nn.Linear):
         ("grouped", "groups > 1"),
         ("renormed", "max_norm"),
         ("noisy", "Noisy overrides Linear.forward and computes something else"),
-        ("in_proj_weight", "is no module"),
+        ("in_proj_weight", "is not a module"),
         ("volume", "Conv3d layers are not supported"),
         ("whole", "torch.int8"),
     ],
 )
 def test_layers_that_compute_something_else_are_refused(name: str, reason: str) -> None:
-    """Weights that are computed, quantized or rewritten, and forwards that are another function, are no sites; each says why."""
+    """Weights that are computed, quantized or rewritten, and forwards that are another function, are not sites; each says why."""
     model = Odd()
     bank = attach(model)
     with pytest.raises(TargetError) as caught:

@@ -124,8 +124,8 @@ BAD: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
         lambda t: first(t, "lora_a", lambda v: torch.cat([v, v], v.shape.index(32))),
         "expected shape|64 inputs",
     ),
-    "one dimension": (lambda t: first(t, "lora_a", torch.flatten), "1 dimensions|is no factor"),
-    "three dimensions": (lambda t: first(t, "lora_a", lambda v: v[None]), "experts|is no factor"),
+    "one dimension": (lambda t: first(t, "lora_a", torch.flatten), "1 dimensions|is not a factor"),
+    "three dimensions": (lambda t: first(t, "lora_a", lambda v: v[None]), "experts|is not a factor"),
     "no rows": (lambda t: first(t, "lora_a", lambda v: v[:0]), "expected 1 to 4 sizes of at least 1"),
     "whole numbers": (
         lambda t: {k: (100 * v).to(torch.int8) for k, v in t.items()},

@@ -1,4 +1,4 @@
-"""File tricks: what is no regular file of the folder is refused at once, and what cannot be written leaves nothing behind."""
+"""File tricks: what is not a regular file of the folder is refused at once, and what cannot be written leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def test_what_is_no_folder_is_refused_at_once(trick: Trick, tmp_path: Path) -> N
     place = tmp_path / "place"
     place.touch()
     trick(place, tmp_path)
-    refuse_soon(place, "is no folder|does not exist|symbolic link|socket or device")
+    refuse_soon(place, "is not a folder|does not exist|symbolic link|socket or device")
 
 
 def test_a_hard_link_is_a_regular_file(tmp_path: Path) -> None:
@@ -254,7 +254,7 @@ def test_a_file_for_a_folder_says_what_was_expected(tmp_path: Path) -> None:
     """The path of the weights means their folder; that of any other file is refused."""
     target = make_folder(tmp_path / "a")
     assert read_adapter(target / WEIGHTS).tensors.keys() == read_adapter(target).tensors.keys()
-    with pytest.raises(CheckpointError, match="is no folder; expected a folder with adapter_config"):
+    with pytest.raises(CheckpointError, match="is not a folder; expected a folder with adapter_config"):
         read_adapter(target / "adapter_config.json")
 
 

@@ -195,7 +195,7 @@ MLX_MISTAKES: dict[str, tuple[dict[str, Tensor], dict[str, Any], str]] = {
     "shape": ({**PAIR, f"{Q}.lora_a": draw(3, 32)}, {}, "lora_A: expected shape (32, 32), found (32, 3)"),
     "half": ({f"{Q}.lora_a": draw(32, 3)}, {}, "has no lora_b"),
     "experts": ({"x.lora_a": draw(4, 3, 2), "x.lora_b": draw(4, 2, 3)}, {}, "of a layer of experts"),
-    "name": ({**PAIR, "model.norm.weight": draw(32)}, {}, "is no part of an adapter"),
+    "name": ({**PAIR, "model.norm.weight": draw(32)}, {}, "is not part of an adapter"),
     "not finite": ({**PAIR, f"{Q}.lora_b": draw(3, 32) / 0}, {}, "not finite"),
     "zero": ({**PAIR, f"{Q}.lora_b": torch.zeros(3, 32)}, {}, "changes nothing"),
     "mixed": (
@@ -239,7 +239,7 @@ LITGPT_MISTAKES: dict[str, tuple[dict[str, Tensor], dict[str, Any], str]] = {
     "block": ({key.replace("h.0", "h.7"): value for key, value in QV.items()}, {}, "has no such block"),
     "half": ({f"{AT}.attn.qkv.lora_A": draw(6, 32)}, {}, "only one of its two factors"),
     "old": ({key.replace("qkv", "attn"): value for key, value in QV.items()}, {}, "before 0.5"),
-    "name": ({**QV, f"{AT}.attn.qkv.linear.weight": draw(64, 32)}, {}, "is no factor"),
+    "name": ({**QV, f"{AT}.attn.qkv.linear.weight": draw(64, 32)}, {}, "is not a factor"),
     "layer": (
         {f"{AT}.mlp.fc.lora_A": draw(3, 32), f"{AT}.mlp.fc.lora_B": draw(64, 3)},
         {},

@@ -223,7 +223,7 @@ REFUSALS: dict[str, tuple[Shape, str]] = {
         ("llama", UNTIED, {**QV, "layer_replication": [[0, 2], [1, 2]]}),
         "layer_replication: not supported",
     ),
-    "parameters that are no experts": (
+    "parameters that are not experts": (
         ("mixtral", UNTIED, {"target_parameters": ["embed_tokens.weight"], "target_modules": []}),
         "embed_tokens",
     ),

@@ -201,7 +201,7 @@ OTHERS = [
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_names_are_none(name: str) -> None:
-    """What is no tensor of an adapter is not made into one."""
+    """What is not a tensor of an adapter is not made into one."""
     assert parse_key(name) is None
 
 

@@ -203,7 +203,7 @@ def test_an_adapter_is_used_by_its_hub_id(run: Run, tmp_path: Path, monkeypatch:
 
 @pytest.mark.parametrize("kind", ["prompts", "options", "settings", "template"])
 def test_files_of_a_windows_editor(kind: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A byte order mark and Windows line ends are no part of prompts, options, an adapter's settings or its template."""
+    """A byte order mark and Windows line ends are not part of prompts, options, an adapter's settings or its template."""
     mark = "\N{ZERO WIDTH NO-BREAK SPACE}"
     short = ("--max-tokens", "2", "--dtype", "float32")
     if kind == "prompts":

@@ -109,7 +109,7 @@ def test_a_wrong_token_and_a_hub_that_is_not_there(hub: Hub, folder: Path, monke
 
 @pytest.mark.parametrize("repo", ["", "a/b/c", "../x", "me/", "https://hub/me/sql", "me/a b", "me/a--b"])
 def test_a_repository_of_another_form_is_refused(folder: Path, repo: str) -> None:
-    """A name that is no repository is refused before anything is sent."""
+    """A name that is not a repository is refused before anything is sent."""
     with pytest.raises(ConfigError, match="expected NAME or OWNER/NAME"):
         push_adapter(folder, repo, card="card")
 

@@ -166,7 +166,7 @@ def test_mistakes_are_one_sentence(made: Path, capsys: pytest.CaptureFixture[str
         (["lora", "dora", "--op", "outside"], "nothing is left: the change of the DoRA adapter", 1),
         (["lora", "--search"], "it needs --data FILE", 2),
         (["lora", "--base", f"{made}/other"], "was made on another base", 1),
-        (["dora", "--base", f"{made}/lora"], "holds an adapter and no base model", 1),
+        (["dora", "--base", f"{made}/lora"], "holds an adapter, not a base model", 1),
         (["lora", "nothing"], "no such folder", 1),
         (["deep", "--base", f"{made}/base"], "model.layers.2.mlp.down_proj: the base has no such layer", 1),
         (["fresh", "lora"], '"fresh" changes nothing', 1),

@@ -1,4 +1,4 @@
-"""What containers add to rows is no data: nulls of Arrow's structs, byte order marks, Windows line ends, encodings."""
+"""What containers add to rows is not data: nulls of Arrow's structs, byte order marks, Windows line ends, encodings."""
 
 from __future__ import annotations
 

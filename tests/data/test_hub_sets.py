@@ -85,7 +85,7 @@ def test_the_package_that_is_missing_is_named(cached: Path, monkeypatch: pytest.
 
 @pytest.mark.parametrize("path", ["rows.jsonl", "data/rows.jsonl", "a/b/c/d", "rows", "/a/b", "here/set", "here/b"])
 def test_paths_stay_paths(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A name with the extension of a file, in a folder that is there, or of another depth is no data set."""
+    """A name with the extension of a file, in a folder that is there, or of another depth is not a data set."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path)
     assert hub_set(Path(path)) is None

@@ -85,7 +85,7 @@ def report_of(folder: Path, source: str | None, *rows: Any, **options: Any) -> C
     ],
 )
 def test_a_call_or_its_result_that_is_left_out_refuses_the_row(source: str, found: str) -> None:
-    """A template without tool calls, with their names only, or without results; "Rome" in the question is no proof."""
+    """A template without tool calls, with their names only, or without results; "Rome" in the question is not proof."""
     assert found in refusal(source, CALLING, TOOLS)
 
 

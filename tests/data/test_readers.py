@@ -76,7 +76,7 @@ def test_parquet(tmp_path: Path) -> None:
 
 
 def test_a_damaged_parquet_file_is_told(tmp_path: Path) -> None:
-    """Bytes that are no parquet are one error of ours."""
+    """Bytes that are not parquet are one error of ours."""
     pytest.importorskip("pyarrow")
     with pytest.raises(DataError, match="cannot read the Parquet file"):
         list(RecordReader(write(tmp_path, "a.parquet", b"PAR1 nonsense PAR1")))
@@ -131,7 +131,7 @@ def test_a_bad_array_is_told_with_its_line(tmp_path: Path) -> None:
     ],
 )
 def test_a_bad_table_row_is_told_with_its_line(tmp_path: Path, content: bytes, words: str) -> None:
-    """Rows of another width, broken quotes and bytes that are no text are told with the line they begin in."""
+    """Rows of another width, broken quotes and bytes that are not text are told with the line they begin in."""
     bad = [str(r) for r in RecordReader(write(tmp_path, "a.csv", content)) if isinstance(r, BadRow)]
     assert len(bad) == 1 and bad[0].startswith(words)
 

@@ -132,7 +132,7 @@ def test_a_template_without_an_end_teaches_none() -> None:
 
 
 def test_records_of_another_tokenizer_are_passed_over() -> None:
-    """A recorded token that means something else in this tokenizer is no stop; the template's end stands in."""
+    """A recorded token that means something else in this tokenizer is not a stop; the template's end stands in."""
     tokenizer = tokenizer_of("chatml")
     renderer = Renderer(tokenizer)
     for record in ({"<|im_end|>": 5}, {"<|eot_id|>": 10**9}, {"x": -1}, {}):

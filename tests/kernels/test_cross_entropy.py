@@ -68,7 +68,7 @@ def test_a_head_that_is_trained_gets_its_gradient(dtype: torch.dtype, monkeypatc
 
 
 def test_tokens_of_weight_zero_are_left_out() -> None:
-    """A token without weight has loss 0 and gradient 0, even where its target is no token and its hidden state is NaN."""
+    """A token without weight has loss 0 and gradient 0, even where its target is not a token and its hidden state is NaN."""
     hidden, weight, _, targets, weights = make(10, 8, 97, torch.float32, False)
     with torch.no_grad():
         hidden[3] = float("nan")

@@ -261,7 +261,7 @@ def test_an_unused_output_costs_nothing_and_breaks_nothing() -> None:
 
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 def test_nothing_as_wide_as_the_output_is_kept(dora: bool) -> None:
-    """What is kept for backward: the input, one copy, and products of rank r; for DoRA the output itself, which is no copy."""
+    """What is kept for backward: the input, one copy, and products of rank r; for DoRA the output itself, which is not a copy."""
     case = Case(torch.float32, (64,), 16, [24, 24], False)
     case.add(None, 1.0, [2, 2], dora=dora)
     kept: list[Tensor] = []

@@ -49,7 +49,7 @@ def test_outputs_change_less_than_by_rounding(shape: tuple[int, int], format: st
 
 
 def test_without_inputs_it_is_plain_rounding() -> None:
-    """A layer that only zeros reached gets the nearest values; inputs of one direction leave the moments singular, and are no error."""
+    """A layer that only zeros reached gets the nearest values; inputs of one direction, with singular moments, are not an error."""
     weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
     made = quantize_calibrated(weight, torch.zeros(64, 64), "nf4")
     assert torch.equal(made.stored, quantize(weight, "nf4").stored)
@@ -82,6 +82,6 @@ def test_a_model_is_quantized_block_by_block(arch: str) -> None:
 
 
 def test_a_model_without_blocks_is_refused() -> None:
-    """Falcon's layers are no plain linear ones, so that no block has any to calibrate."""
+    """Falcon's layers are not plain linear ones, so that no block has any to calibrate."""
     with pytest.raises(BaseModelError, match="FalconForCausalLM has no list of blocks"):
         quantize_in_place(FlatRunner(tiny("falcon")), [make_batch(examples(), "texts")], Scheme("nf4"))

@@ -195,7 +195,7 @@ def test_formats_that_cannot_train_are_refused_by_name(method: str, reason: str,
 
 
 def test_a_quantized_base_is_not_quantized_again(plain: Path, tmp_path: Path) -> None:
-    """Another format than that of the files is an error; the same one is no contradiction."""
+    """Another format than that of the files is an error; the same one is not a contradiction."""
     load_base(plain, dtype="float32", quantize="int8").model.save_pretrained(tmp_path / "base")
     load_base(tmp_path / "base", dtype="float32", quantize="int8")
     with pytest.raises(BaseModelError, match=r"are quantized to int8, and cannot be quantized to nf4"):

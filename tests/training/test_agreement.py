@@ -36,7 +36,7 @@ def test_versions_and_folders_that_differ(place: Path, tmp_path: Path, monkeypat
     with monkeypatch.context() as patched:
         patched.setattr(agreement, "versions", lambda: {**own(), "torch": f"2.{os.environ['RANK']}"})
         said = refused([wanted, wanted])
-    assert "process 1 runs torch 2.1 for 2.0 of process 0, so they would not train alike" in said
+    assert "process 1 runs torch 2.1 (2.0 in process 0), so they would not train alike" in said
     with monkeypatch.context() as patched:
         patched.setattr(agreement, "_SECONDS", 0.2)
         said = refused([wanted, {**wanted, "out": tmp_path / "local"}])
@@ -66,7 +66,7 @@ def test_bases_and_examples_that_differ(place: Path, tmp_path: Path) -> None:
     tensors = {name: tensor * 1.5 for name, tensor in load_file(weights).items()}
     save_file(tensors, weights, metadata={"format": "pt"})
     said = refused([wanted, {**wanted, "base": str(tmp_path / "base")}])
-    assert "process 1 has other base weights than process 0; give all processes the same files" in said
+    assert "process 1 has different base weights from process 0; give all processes the same files" in said
     (tmp_path / "rows.jsonl").write_text("".join((place / "train.jsonl").read_text().splitlines(True)[:9]))
     said = refused([wanted, {**wanted, "data": (tmp_path / "rows.jsonl",)}])
-    assert "process 1 has other examples than process 0" in said
+    assert "process 1 has different examples from process 0" in said

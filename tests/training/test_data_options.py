@@ -61,7 +61,7 @@ def test_ends_that_the_base_does_not_know_are_told_and_recorded(
     tokenizer = tiny_tokenizer()
     tokenizer.eos_token = "<|endoftext|>"
     tokenizer.save_pretrained(other)
-    ends = "turns end with <|im_end|> (token 2), which is no end token of the base (<|endoftext|>)"
+    ends = "turns end with <|im_end|> (token 2), which is not an end token of the base (<|endoftext|>)"
     for own, told in (("0", True), ("[0, 2]", False)):
         (other / "generation_config.json").write_text(f'{{"eos_token_id": {own}}}')
         base = load_base(str(other), dtype="float32")

@@ -79,9 +79,9 @@ def test_a_run_from_before_the_default_changed_goes_on_as_it_began(place: Path, 
         for name in ("old", "new")
     }
     assert set(rates["old"][3:]) == {rates["old"][3]} and rates["new"][3] > rates["new"][-1]
-    with pytest.raises(ConfigError, match="schedule: 'constant' there, 'cosine' now"):
+    with pytest.raises(ConfigError, match="schedule: 'constant' in the folder, 'cosine' now"):
         run(place, base, tmp_path / "old", schedule="cosine", steps=8)
-    with pytest.raises(ConfigError, match="schedule: 'constant' there, 'linear' now"):
+    with pytest.raises(ConfigError, match="schedule: 'constant' in the folder, 'linear' now"):
         run(place, base, tmp_path / "old", schedule="linear", steps=8)
 
 

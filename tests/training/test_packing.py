@@ -119,5 +119,5 @@ def test_another_way_of_sharing_is_another_run(place: Path, base: Base, tmp_path
     train(options(place, tmp_path / "a", jobs=jobs, tokens_per_shared_pass=0), base=base, console=QUIET)
     train(options(place, tmp_path / "b", jobs=jobs, tokens_per_shared_pass=512), base=base, console=QUIET)
     assert digest(tmp_path / "a").keys() == digest(tmp_path / "b").keys()
-    with pytest.raises(ConfigError, match="tokens_per_shared_pass: 0 there, 512 now"):
+    with pytest.raises(ConfigError, match="tokens_per_shared_pass: 0 in the folder, 512 now"):
         train(options(place, tmp_path / "a", jobs=jobs, tokens_per_shared_pass=512), base=base, console=QUIET)

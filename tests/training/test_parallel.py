@@ -308,7 +308,7 @@ def test_adapters_that_differ_are_not_saved(
     monkeypatch.setattr(SharedListener, "_hash", lambda self, job: plain(self, job) + str(self.processes.rank))
     forks = run_together(2, wanted, base)
     assert forks.wait() == [1, 1]
-    assert 'process 1 holds another adapter "a" than process 0' in forks.errors()[0]
+    assert 'process 1 holds a different adapter "a" from process 0' in forks.errors()[0]
     assert not list((wanted["out"] / "checkpoints").glob("step-*"))
 
 

@@ -256,7 +256,7 @@ def test_jobs_may_be_added(place: Path, base: Base, tmp_path: Path) -> None:
     assert [(job.name, job.state, job.steps) for job in result.jobs.values()] == [
         *(("a", "finished", 12), ("b", "finished", 7), ("d", "finished", 12))
     ]
-    with pytest.raises(ConfigError, match='job "d" is only there'):
+    with pytest.raises(ConfigError, match='job "d" is only in the folder'):
         train(options(place, tmp_path / "a", jobs=jobs[:2]), base=base, console=QUIET)
 
 

@@ -131,7 +131,7 @@ def test_the_list_is_the_same_from_another_folder(
 def test_a_folder_without_runs_and_one_that_is_not_there(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An empty folder is no error, nor is the default one before the first run; another that is missing is, in one sentence."""
+    """An empty folder is not an error, nor is the default one before the first run; another that is missing is, in one sentence."""
     monkeypatch.chdir(tmp_path)
     assert main(["runs"]) == 0
     assert "start one with veneer train DATA --out runs/NAME" in capsys.readouterr().out

@@ -39,7 +39,7 @@ def attach(model: nn.Module, *, example: dict[str, Any] | None = None, folders: 
 
 
 def bank_of(model: nn.Module) -> Bank | None:
-    """The bank whose adapters are on this model, or None while no adapter is on it. Raises AdapterError for what is no module."""
+    """The bank whose adapters are on this model, or None while no adapter is on it. Raises AdapterError for what is not a module."""
     given: object = model
     if not isinstance(given, nn.Module):
         raise AdapterError(f"bank_of takes a torch.nn.Module, found {type(given).__name__}; {_module_for(given)}")
@@ -50,7 +50,7 @@ def bank_of(model: nn.Module) -> Bank | None:
 
 
 def _module_for(given: object) -> str:
-    """The remedy for an argument that is no module."""
+    """The remedy for an argument that is not a module."""
     inner = isinstance(getattr(given, "model", None), nn.Module)
     return "give its model (base.model)" if inner else "load one first: veneer.load_base(NAME).model"
 

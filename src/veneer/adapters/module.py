@@ -7,7 +7,7 @@ clips, counts, moves, saves ``state_dict()`` and loads it again. Given the base 
 gradient would be clipped, and what it saves would lack the adapter. So it is given this module instead, which holds the adapter's
 tensors, runs the base under the adapter's route, and hands on what belongs to both (``train``, ``to``, ``config``).
 
-Boundary: the base is no submodule here, so nothing that a library does to parameters can reach it.
+Boundary: the base is not a submodule here, so nothing that a library does to parameters can reach it.
 """
 
 from __future__ import annotations

@@ -129,7 +129,7 @@ class Patches:
                     watched._forward_hooks_always_called.pop(key, None)
 
     def _beside(self, module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
-        """Children of a container that are no sites and contain none."""
+        """Children of a container that are not sites and contain none."""
         for name, child in module.named_children():
             below = f"{path}.{name}" if path else name
             if below not in self._sites and not any(True for _ in child.children()):

@@ -99,7 +99,7 @@ def _intruders(weight_OK: Tensor, base: Eigen, ours: Tensor, threshold: float) -
     """The intruders among orthonormal columns ``ours``, leading left singular vectors of the fine-tuned weight."""
     values, vectors = base
     s = values.sqrt()
-    # Directions in which the base is zero up to rounding are no directions of the base.
+    # Directions in which the base is zero up to rounding are not directions of the base.
     kept = s > 1e-6 * s.max().clamp_min(1e-300)
     if not bool(kept.any()):
         return Intruders(tuple(range(ours.shape[1])), (0.0,) * ours.shape[1])

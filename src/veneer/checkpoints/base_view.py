@@ -224,9 +224,8 @@ class AttachedBase(SkeletonView):
 
     def current_layers(self, layers: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
         others = sorted(set(layers).difference(self.paths, self.sites))
-        unknown = [
-            name for name in others if self.site_of(name) == name
-        ]  # not what the base's files call an expert's layer
+        # Without the names by which the base's files call an expert's layer.
+        unknown = [name for name in others if self.site_of(name) == name]
         return current_layers(self.model, unknown) if unknown else ({}, {})
 
     def holder(self, layer: str, tensor: str) -> str:

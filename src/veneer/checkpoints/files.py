@@ -140,7 +140,7 @@ def parse_json(data: bytes | bytearray, where: str) -> Any:
         if len(found) < len(items):
             seen: set[str] = set()
             twice = next(name for name, _ in items if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-            raise ValueError(f'the name "{shown(twice)}" stands there twice')
+            raise ValueError(f'the name "{shown(twice)}" occurs twice')
         return found
 
     def constant(text: str) -> Any:
@@ -218,7 +218,7 @@ def _kind(mode: int) -> str:
         stat.S_ISCHR: "a device",
         stat.S_ISBLK: "a device",
     }
-    return next((name for test, name in kinds.items() if test(mode)), "no regular file")
+    return next((name for test, name in kinds.items() if test(mode)), "not a regular file")
 
 
 def _unreadable(path: Path, error: OSError | ValueError, expected: str) -> CheckpointError:
@@ -235,5 +235,5 @@ def _unreadable(path: Path, error: OSError | ValueError, expected: str) -> Check
     if error.errno == errno.ENXIO:
         return CheckpointError(f"{path} is a socket or device; expected {expected}")
     if error.errno == errno.ENOTDIR:
-        return CheckpointError(f"{path} is no folder; expected {expected}")
+        return CheckpointError(f"{path} is not a folder; expected {expected}")
     return CheckpointError(f"{path} cannot be read: {error.strerror or error}; expected {expected}")

@@ -43,7 +43,7 @@ class Findings:
             self.problems.add(f'{text} (force="{check}", or --force {check}, overrides this)')
 
     def note(self, text: str) -> None:
-        """Something to know that is no reason to refuse; said once."""
+        """Something to know that is not a reason to refuse; said once."""
         if text not in self.notes:
             self.notes.append(text)
 

@@ -38,7 +38,7 @@ class PushedAdapter:
 
 
 def check_repo(repo: str) -> None:
-    """Raise ConfigError if ``repo`` is no name of a repository on the hub."""
+    """Raise ConfigError if ``repo`` is not a name of a repository on the hub."""
     if not _REPO.fullmatch(repo) or ".." in repo or "--" in repo:
         raise ConfigError(
             f"{repo!r} is not a repository on the hub; expected NAME or OWNER/NAME, such as me/my-adapter"
@@ -75,7 +75,7 @@ def push_adapter(
         endpoint: address of the hub; None is the client's own.
 
     Raises:
-        ConfigError: ``repo`` is no name of a repository.
+        ConfigError: ``repo`` is not a name of a repository.
         ExportError: there is no valid token, the hub cannot be reached or refuses, or it holds other files afterwards.
     """
     from huggingface_hub import CommitOperationAdd, HfApi

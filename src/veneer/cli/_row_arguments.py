@@ -61,7 +61,7 @@ def format_of(args: argparse.Namespace) -> str:
     if args.task == "sft":
         return str(args.format)
     if args.format != "auto":
-        raise ConfigError(f"--format {args.format}: task {args.task} reads preferences; leave out --format")
+        raise ConfigError(f"--format {args.format}: task {args.task} reads rows of its own shape; leave out --format")
     return TASKS[args.task]
 
 

@@ -237,7 +237,7 @@ def _generation_notes(to: str, parents: Sequence[Parent], other: dict[str, int])
             for key, i in zip(("eot", "eom"), other.values(), strict=False)
         ]
         notes.append(
-            f"answers end with {', '.join(other)}, which is no end token of the base; if llama.cpp generates past it, add "
+            f"answers end with {', '.join(other)}, which is not an end token of the base; if llama.cpp generates past it, add "
             f"{' '.join(options)}"
         )
     return notes

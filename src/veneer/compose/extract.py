@@ -134,7 +134,7 @@ def extract(
     outside, unlike = _outside(base, tuned, list(sites))
     if not found:
         more = (
-            f"; only {', '.join(list(outside)[:3])} differ, and these are no sites of this adapter" if outside else ""
+            f"; only {', '.join(list(outside)[:3])} differ, and these are not sites of this adapter" if outside else ""
         )
         raise ComposeError(
             f"there is nothing to extract: both models have the same weights at all {len(sites)} sites{more}"

@@ -34,7 +34,7 @@ class Classes:
     def number(self, label: Any) -> int:
         """The number of a row's label.
 
-        Raises DataError for a label that is no name, or that no training row has.
+        Raises DataError for a label that is not a name, or that no training row has.
         """
         name = class_name(label)
         found = self._numbers.get(name)
@@ -100,7 +100,7 @@ def label_names(rows: Iterable[Row | BadRow], source: str) -> tuple[str, ...]:
                 continue  # reported with the row
         if len(found) > MOST_CLASSES:
             raise DataError(
-                f"{source}: the column label has more than {MOST_CLASSES:,} different values, so they are no classes; for numbers to "
+                f"{source}: the column label has more than {MOST_CLASSES:,} different values, so they are not classes; for numbers to "
                 "predict use task: regression"
             )
     if len(found) == 1:

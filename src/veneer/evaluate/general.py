@@ -1,7 +1,7 @@
 """A general text that shows forgetting: the running interpreter's own reference documentation.
 
-It is English prose and code, is available on every machine without a download, and is no usual target of fine-tuning. The text is cut into
-pieces of a fixed number of tokens, and each is evaluated by itself.
+It is English prose and code, is available on every machine without a download, and is rarely the target of fine-tuning. The text is cut
+into pieces of a fixed number of tokens, and each is evaluated by itself.
 """
 
 from __future__ import annotations

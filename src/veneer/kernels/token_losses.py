@@ -13,7 +13,7 @@ __all__ = ["token_losses"]
 
 
 def token_losses(logits_KV: Tensor, targets_K: Tensor) -> Tensor:
-    """Losses [K] in fp32. Outputs of -inf are no classes of the row."""
+    """Losses [K] in fp32. Outputs of -inf are not classes of the row."""
     if targets_K.is_floating_point() and logits_KV.shape[1] == 1:
         return (logits_KV[:, 0].float() - targets_K).square()
     return F.cross_entropy(logits_KV.float(), targets_K.long(), reduction="none")

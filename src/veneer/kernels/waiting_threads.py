@@ -40,7 +40,7 @@ class WaitingThreads:
 
     @property
     def short(self) -> bool:
-        """True while threads wait shortly."""
+        """True while threads wait briefly."""
         return self._idle is not None
 
     def look(self) -> None:

@@ -365,10 +365,8 @@ def _rope_limit(config: Any) -> int | None:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     rope = getattr(text, "rope_parameters", None) or {}
     limits = []
-    for kind in (
-        rope,
-        *(entry for entry in rope.values() if isinstance(entry, dict)),
-    ):  # one for all layers, or by type
+    # One for all layers, or by type.
+    for kind in (rope, *(entry for entry in rope.values() if isinstance(entry, dict))):
         if kind.get("rope_type") in ("longrope", "dynamic"):
             limits.append(int(kind.get("original_max_position_embeddings") or text.max_position_embeddings))
     return min(limits, default=None)

@@ -203,7 +203,7 @@ def _load_model(
         draw_head(model, absent)
         name_padding(model)
         info = {**info, "missing_keys": set(info.get("missing_keys", ())) - absent}
-        return model, (*_account(model, info, folder)[1:], *remarks)  # a head of the files that it replaces is no news
+        return model, (*_account(model, info, folder)[1:], *remarks)  # a head of the files that it replaces is expected
     return model, (*_account(model, info, folder), *remarks)
 
 

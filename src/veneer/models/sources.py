@@ -62,12 +62,12 @@ def resolve(name: str, revision: str | None = None) -> Source:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The content of a folder's config.json; raises BaseModelError where it is no JSON object."""
+    """The content of a folder's config.json; raises BaseModelError where it is not a JSON object."""
     return _json_object(folder / "config.json")
 
 
 def read_generation_config(folder: Path) -> dict[str, Any]:
-    """The content of a folder's generation_config.json, empty without one; raises BaseModelError where it is no JSON object."""
+    """The content of a folder's generation_config.json, empty without one; raises BaseModelError where it is not a JSON object."""
     file = folder / "generation_config.json"
     return _json_object(file) if file.is_file() else {}
 
@@ -126,7 +126,7 @@ def _is_adapter(where: str, folder: Path) -> str:
         base = repr(found) if isinstance(found, str) and found else base
     except (OSError, ValueError, AttributeError):
         pass
-    return f"{where} holds an adapter and no base model; give {base} as the base, and this folder as the adapter"
+    return f"{where} holds an adapter, not a base model; give {base} as the base, and this folder as the adapter"
 
 
 def _what_is_missing(where: str, folder: Path, has_config: bool, hub_id: str | None) -> str:

@@ -19,7 +19,7 @@ from veneer.models.cache import build_once
 
 @contextmanager
 def cpp_kernels(option: bool | str, device: torch.device, say: Callable[[str], None]) -> Iterator[None]:
-    """Use C++ kernels inside this context, unless the option is False, the device is no CPU, or they cannot be built."""
+    """Use C++ kernels inside this context, unless the option is False, the device is not a CPU, or they cannot be built."""
     before = cpp_library.folder()
     if option is not False and device.type == "cpu":
         use_cpp_kernels(say)

@@ -82,7 +82,7 @@ def largest(rows_ND: Tensor, count: int, generator: torch.Generator) -> tuple[Te
 def explained(method: LowRankMethod, bank: Bank, runner: FlatRunner, examples: Sequence[Example], seed: int) -> Eva:
     """The method and the first factors of a new adapter on these training rows.
 
-    Raises TargetError for layers that are no linear layers of their own, which have no inputs of their own to look at.
+    Raises TargetError for layers that are not linear layers of their own, which have no inputs of their own to look at.
     """
     left_out = [name for name in bank.not_portable(method) if bank.sites[name].stack is None]
     sites = [bank.survey.site(name) for name in method.choose(bank.survey, left_out=left_out)]

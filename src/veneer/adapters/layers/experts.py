@@ -140,7 +140,7 @@ class DenseExpertsKind(ExpertsKind):
 
 
 class ExpertLinear(nn.Module):
-    """One part of one expert as a linear layer whose weight and bias are views into the stack. It is no part of the model."""
+    """One part of one expert as a linear layer whose weight and bias are views into the stack. It is not part of the model."""
 
     def __init__(self, stack: nn.Module, kind: ExpertsKind, expert: int, part: Part) -> None:
         super().__init__()
@@ -150,7 +150,7 @@ class ExpertLinear(nn.Module):
 
     @property
     def training(self) -> bool:
-        """The mode of the stack: this layer is no part of the model, so nothing else switches it."""
+        """The mode of the stack: this layer is not part of the model, so nothing else switches it."""
         return bool(self.__dict__["stack"].training) if "stack" in self.__dict__ else True
 
     @training.setter

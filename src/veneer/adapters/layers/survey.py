@@ -191,8 +191,8 @@ def _name_routers(uncovered: dict[str, str], stacks: dict[str, Site], model: nn.
 
 
 def _weights_without_kind(name: str, module: nn.Module) -> dict[str, str]:
-    """Matrices of a module that is no supported layer: another kind of layer, or a bare parameter such as a mixture's
-    stacked experts. Position tables and class tokens, stored as [1, n, d], are no matrices."""
+    """Matrices of a module that is not a supported layer: another kind of layer, or a bare parameter such as a mixture's
+    stacked experts. Position tables and class tokens, stored as [1, n, d], are not matrices."""
     found: dict[str, str] = {}
     for key, parameter in module.named_parameters(recurse=False):
         stacked = parameter.dim() >= 3 and parameter.shape[0] > 1
@@ -204,7 +204,7 @@ def _weights_without_kind(name: str, module: nn.Module) -> dict[str, str]:
         else:
             shape = " x ".join(map(str, parameter.shape))
             what = "a stacked parameter" if stacked else "a parameter"
-            found[f"{name}.{key}" if name else key] = f"{what} of shape {shape} is no module and is not supported"
+            found[f"{name}.{key}" if name else key] = f"{what} of shape {shape} is not a module and is not supported"
     return found
 
 

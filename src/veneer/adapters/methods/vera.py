@@ -2,7 +2,7 @@
 
 Trained are d [r], which starts at ``d_initial``, and b [out], which starts at zero. A [r, widest input] and B [widest output, r] follow
 from ``projection_prng_key`` as in PEFT: uniform within sqrt(6 / fan_in), drawn one after the other. Each layer takes their first columns
-and rows. They are no tensors of the adapter: equal keys and sizes give the same projections, which are kept once.
+and rows. They are not tensors of the adapter: equal keys and sizes give the same projections, which are kept once.
 """
 
 from __future__ import annotations

@@ -205,7 +205,9 @@ def _pairs(tensors: Mapping[str, Tensor], file: Path) -> dict[tuple[int | None, 
     for key, tensor in tensors.items():
         match = _KEY.fullmatch(key)
         if match is None or tensor.dim() != 2:
-            problems.add(f"{shown(key)} is no factor that is known (expected transformer.h.N.LAYER.lora_A or .lora_B)")
+            problems.add(
+                f"{shown(key)} is not a factor that is known (expected transformer.h.N.LAYER.lora_A or .lora_B)"
+            )
         elif match[2] == "attn.attn":
             problems.add(
                 f"{shown(key)} is of a LitGPT before 0.5, whose q, k and v lie head by head; load and save it with a newer one"

@@ -52,7 +52,7 @@ def read_mlx(
     kind = settings.get("fine_tune_type", "lora")
     if kind == "full":
         raise CheckpointError(
-            f"{path} is a full fine-tune and no adapter; fuse it with mlx_lm.fuse and use veneer extract"
+            f"{path} is a full fine-tune, not an adapter; fuse it with mlx_lm.fuse and use veneer extract"
         )
     if kind not in ("lora", "dora"):
         raise CheckpointError(f"{path / CONFIG}: fine_tune_type is {shown(kind, 40)}; expected lora or dora")
@@ -111,7 +111,7 @@ def _layers(tensors: Mapping[str, Tensor], file: Path) -> dict[str, dict[str, Te
     for key, tensor in tensors.items():
         layer, _, part = key.rpartition(".")
         if part not in _PARTS or not layer:
-            problems.add(f"{shown(key)} is no part of an adapter (expected names that end in .lora_a, .lora_b or .m)")
+            problems.add(f"{shown(key)} is not part of an adapter (expected names that end in .lora_a, .lora_b or .m)")
         elif part != "m" and tensor.dim() == 3:
             problems.add(f"{shown(key)} is of a layer of experts, which cannot be imported")
         elif tensor.dim() != (1 if part == "m" else 2):

@@ -251,7 +251,9 @@ def _fused(
     declared = PatternTable(settings.rank_pattern).get(name, settings.r)[0]
     experts = layout.count if layout is not None else a.shape[0] // declared
     if not experts or a.shape[0] % experts or (layout is None and a.shape[0] % declared):
-        found.refuse(f"{shown(site)}: {a.shape[0]} rows of lora_A are no multiple of {experts if layout else declared}")
+        found.refuse(
+            f"{shown(site)}: {a.shape[0]} rows of lora_A are not a multiple of {experts if layout else declared}"
+        )
         return []
     rank = a.shape[0] // experts
     parts = layout.parts(parameter) if layout is not None else (Part(parameter, parameter, _WHOLE),)

@@ -54,7 +54,7 @@ def other_ends(tokenizer: Any, taught: Mapping[str, int], own: Sequence[int]) ->
         return None
     base = ", ".join(str(tokenizer.convert_ids_to_tokens(token)) for token in ends) or "none"
     return (
-        f"turns end with {' or '.join(f'{text} (token {token})' for text, token in other.items())}, which is no end token of the base "
+        f"turns end with {' or '.join(f'{text} (token {token})' for text, token in other.items())}, which is not an end token of the base "
         f"({base}); generate and chat stop at it, and merge and export pass it on"
     )
 

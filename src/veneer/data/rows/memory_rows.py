@@ -47,7 +47,7 @@ def rows_in(value: Any, what: str) -> list[Mapping[str, Any]] | None:
     if value is None or isinstance(value, str | Path):
         return None
     if hasattr(value, "to_dict") and hasattr(value, "iterrows"):
-        present = value.notna().to_dict("records")  # a missing cell of a frame is NaN, which is no value of the row
+        present = value.notna().to_dict("records")  # a missing cell of a frame is NaN, which is not a value of the row
         cells = zip(value.to_dict("records"), present, strict=True)
         value = [{key: cell for key, cell in row.items() if has[key]} for row, has in cells]
     if isinstance(value, Mapping):

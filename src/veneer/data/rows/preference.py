@@ -102,7 +102,7 @@ def _conversations(source: str, values: ColumnValues, prompt: Any) -> list[Row |
 
 
 def _problem(messages: list[Message], shared: int, before: list[Message], prompt: Any) -> str:
-    """The reason why a conversation is no answer to the prompt; "" if it is one."""
+    """The reason why a conversation is not an answer to the prompt; "" if it is one."""
     if not before and not shared:
         return "expected to begin with the messages of the other answer, found none in common; give a column prompt"
     if (

@@ -80,9 +80,8 @@ def plain(
     tensors = [segments.grouped(x, 1) for x in (q_HTD, k_GTD, v_GTE)]
     outs = [q_HTD.new_empty(0, q_HTD.shape[0], v_GTE.shape[-1])]
     for length, first, last in segments.groups:
-        q, k, v = (
-            x[:, first:last].reshape(x.shape[0], -1, length, x.shape[2]).transpose(0, 1) for x in tensors
-        )  # [N, heads, L, size]
+        # Each [N, heads, L, size].
+        q, k, v = (x[:, first:last].reshape(x.shape[0], -1, length, x.shape[2]).transpose(0, 1) for x in tensors)
         if pattern.softcap is None and sinks_H is None:
             out = _torch_attention(q, k, v, segments, pattern, scale, dropout)
         else:

@@ -175,7 +175,7 @@ def take(t_N: Tensor, tokens: Tokens) -> Tensor:
 
 
 def put_(t_N: Tensor, tokens: Tokens, part: Tensor) -> None:
-    """Write back what `take` gave, if it was no view."""
+    """Write back what `take` gave, if it was not a view."""
     if isinstance(tokens, Tensor):
         t_N.index_copy_(0, tokens, part)
 

@@ -45,7 +45,7 @@ class TokenGrid:
         joined = torch.cat(list(tokens))
         padded = min(sizes) < self.shape[1]
         self.real: Tensor | None = None
-        """Flat grid positions that are no padding [M], or None if all are."""
+        """Flat grid positions that are not padding [M], or None if all are."""
         self.tokens = joined.to(device)
         """The token at each of these positions, [M]."""
         self.index = self.tokens
@@ -77,7 +77,7 @@ class TokenGrid:
         return t.view(*self.shape, t_NX.shape[1])
 
     def put_(self, t_NX: Tensor, part_JnX: Tensor) -> None:
-        """Write back what `take` gave, if it was no view."""
+        """Write back what `take` gave, if it was not a view."""
         if self.span is None:
             part = part_JnX.view(-1, t_NX.shape[1])
             t_NX.index_copy_(0, self.tokens, part if self.real is None else part.index_select(0, self.real))

@@ -152,7 +152,7 @@ class AdaptedLinear(torch.autograd.Function):
 def _forward(call: _LinearCall, layers: Sequence[Layer], x: Tensor) -> tuple[list[Tensor], list[Tensor | None]]:
     """The outputs, and the tensors that the branches need in backward."""
     x_NK = x.reshape(-1, x.shape[-1])
-    # Outputs are no views, so that a model may go on in place; where that spoils what backward needs, autograd says so.
+    # Outputs are not views, so that a model may go on in place; where that spoils what backward needs, autograd says so.
     call.base_in_branch = len(call.branches) == 1 and call.branches[0].takes_base_product(len(x_NK))
     outputs = [_base(call, layers, h, x, len(x_NK)) for h in range(len(layers))]
     y_NO = [y.view(-1, y.shape[-1]) for y in outputs]

@@ -7,7 +7,7 @@ Blocks run over the rows one behind the other. With double quantization the absm
     absmax = map[byte] * absmax'[block'] + offset
 
 (Dettmers et al. 2023, arXiv 2305.14314, section 3.) Quantizing and dequantizing give the same bits as bitsandbytes 0.50, which quantizes
-absmax by a table of 65,536 steps. One of its CPU kernels lets blocks begin anew in every row; where the width of a row is no multiple of
+absmax by a table of 65,536 steps. One of its CPU kernels lets blocks begin anew in every row; where the width of a row is not a multiple of
 the block, this file agrees with its others, CUDA's among them.
 """
 

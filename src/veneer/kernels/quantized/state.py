@@ -174,7 +174,7 @@ def _settings(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     except ValueError:
         found = None
     if not isinstance(found, dict):
-        raise ValueError("its quant_state is no JSON object")
+        raise ValueError("its quant_state is not a JSON object")
     return found
 
 

@@ -94,7 +94,7 @@ def read_scheme(config: Mapping[str, Any], folder: Path) -> Scheme | FP8 | None:
     if not found:
         return None
     if not isinstance(found, Mapping):
-        raise BaseModelError(f"{folder / 'config.json'}: quantization_config is no JSON object; get the file again")
+        raise BaseModelError(f"{folder / 'config.json'}: quantization_config is not a JSON object; get the file again")
     method = str(found.get("quant_method", "bitsandbytes"))
     if method == "fp8":
         block = found.get("weight_block_size")

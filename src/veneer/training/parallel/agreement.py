@@ -36,10 +36,12 @@ def check_versions(processes: Processes) -> None:
         return
     first, *others = processes.gather(versions())
     for rank, found in enumerate(others, 1):
-        different = [f"{name} {found[name]} for {first[name]}" for name in first if found[name] != first[name]]
+        different = [
+            f"{name} {found[name]} ({first[name]} in process 0)" for name in first if found[name] != first[name]
+        ]
         if different:
             raise ProcessError(
-                f"process {rank} runs {', '.join(different)} of process 0, so they would not train alike; install the same everywhere"
+                f"process {rank} runs {', '.join(different)}, so they would not train alike; install the same versions everywhere"
             )
 
 
@@ -67,7 +69,7 @@ def check_same(processes: Processes, values: dict[str, Any]) -> None:
         different = next((name for name in first if found.get(name) != first[name]), None)
         if different is not None:
             raise ProcessError(
-                f"process {rank} has other {different} than process 0; give all processes the same files"
+                f"process {rank} has different {different} from process 0; give all processes the same files"
             )
 
 

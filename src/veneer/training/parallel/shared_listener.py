@@ -111,8 +111,8 @@ class SharedListener(Listener):
             different = [name for name, digest in hashes[0].items() if found.get(name) != digest]
             if different:
                 raise ProcessError(
-                    f'process {rank} holds another adapter "{different[0]}" than process 0 after the same steps, so nothing was saved; run '
-                    "the same command to resume from the last checkpoint, and check the hardware if it happens again"
+                    f'process {rank} holds a different adapter "{different[0]}" from process 0 after the same steps, so nothing was saved; '
+                    "run the same command to resume from the last checkpoint, and check the hardware if it happens again"
                 )
 
     def _hash(self, job: Job) -> str:

@@ -68,9 +68,8 @@ def expand(options: TrainOptions, *, files: bool = True) -> dict[str, TrainOptio
     for number, job in enumerate(jobs):
         _check_keys(job, f"jobs[{number}]", options.sweep, problems)
         for variant in _combinations(options.sweep, problems):
-            allowed = {
-                key: value for key, value in job.items() if key not in PER_RUN_OPTIONS
-            }  # each is a problem already
+            # Options of the whole run are problems already.
+            allowed = {key: value for key, value in job.items() if key not in PER_RUN_OPTIONS}
             values = {**common, **allowed, **variant}
             name = _name(options, job, variant, number)
             place = f"jobs[{number}]: " if options.jobs else ""
@@ -117,15 +116,15 @@ def match_stored_run(
     differences: dict[str, None] = {}
     for name, options in before.items():
         if name not in jobs:
-            differences[f'job "{name}" is only there'] = None
+            differences[f'job "{name}" is only in the folder'] = None
             continue
         there, here = plain(options), plain(jobs[name])
         fixed = {*there, *here} - {*_MAY_CHANGE} | ({"steps", "epochs"} if stored.halving else set())
         for key in sorted(key for key in fixed if there.get(key) != here.get(key)):
-            differences[f"{key}: {there.get(key)!r} there, {here.get(key)!r} now"] = None
+            differences[f"{key}: {there.get(key)!r} in the folder, {here.get(key)!r} now"] = None
     added = [name for name in jobs if name not in before]
     if added and (len(before) == 1 or stored.halving):
-        differences[f'job "{added[0]}" is not there'] = None
+        differences[f'job "{added[0]}" is not in the folder'] = None
     if differences:
         raise ConfigError(
             f"{out} holds a run with other options ({', '.join(differences)}); choose another folder with --out, or start over with "

@@ -72,9 +72,8 @@ class Recorder(Listener):
     def stepping(self, job: Job) -> None:
         """A job's gradient is complete, and its step not yet taken."""
         checks = self.checks.get(job.name)
-        if (
-            checks is not None and not checks.done
-        ):  # the loss is on the base's device, and reading it makes the host wait
+        # The loss is on the base's device, and reading it makes the host wait.
+        if checks is not None and not checks.done:
             checks.before_step(job.progress.step, job.loss)
 
     def stepped(self, job: Job, metrics: dict[str, float]) -> None:
@@ -141,7 +140,7 @@ class Recorder(Listener):
             )
             self.event("samples_failed", job=job.name, reason=str(error))
             self.sampler = None
-        # Generation is no part of the speed of training.
+        # Generation is not part of the speed of training.
         took = time.monotonic() - began
         self._recent = deque(((at + took, tokens) for at, tokens in self._recent), maxlen=_LATEST)
 

@@ -203,9 +203,8 @@ def _run(
     ``longer``: jobs that have more steps than when the run last started, with the number that they had.
     """
     options, jobs, bank = setup.options, setup.jobs, setup.bank
-    checks = {
-        job.name: SanityChecks(bank[job.name], setup.choices(job), job.steps) for job in jobs
-    }  # of the initial tensors
+    # Of the initial tensors.
+    checks = {job.name: SanityChecks(bank[job.name], setup.choices(job), job.steps) for job in jobs}
     saver = Saver(folder, bank, setup.receipt_of, base_name=setup.base.name if options.calibrate else options.base)
     rounds = None if fresh else _restore(saver, jobs, resume_from, processes)
     gone_on = [] if rounds is None else [go_on(job, longer[job.name], folder.out) for job in jobs if job.name in longer]
@@ -333,9 +332,8 @@ def _settle_manifest(
     # A single job is named after its folder. The stored name stays when the folder is moved.
     named = {"name": setup.jobs[0].name} if folder.single else {}
     stored = {**plain(setup.options), **named}
-    if any(
-        job.options.init_from for job in setup.jobs
-    ):  # options that an adapter determines are left out, as they were by the user
+    # Options that an adapter determines are left out, as they were by the user.
+    if any(job.options.init_from for job in setup.jobs):
         stored = {
             key: value for key, value in stored.items() if key not in OF_THE_ADAPTER or key in given(setup.options)
         }
