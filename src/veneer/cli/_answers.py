@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from veneer._terminal import status
+from veneer.cli._output import counting
 from veneer.errors import DataError
 
 if TYPE_CHECKING:
@@ -83,16 +83,7 @@ def _generator(loaded: LoadedTargets) -> TextGenerator:
 
 def _answers(generator: TextGenerator, name: str, route: Any, prompts: list[Any], max_tokens: int) -> list[str]:
     from veneer.serve.engine.request import SamplingParams
-    from veneer.training.run.console import Console
-
-    console = Console(sys.stderr)
-
-    def show(done: int) -> None:
-        if console.live:
-            console.advance(done / len(prompts))
-            console.progress(f"answering with {name}  {done} of {len(prompts)} prompts")
 
     sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, seed=0)
-    answers = generator.write_many(prompts, route, sampling, progress=show)
-    console.clear()
-    return answers
+    with counting(f"answering with {name}", len(prompts), "prompts") as show:
+        return generator.write_many(prompts, route, sampling, progress=show)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from veneer._terminal import counted, status
+from veneer.cli._output import counting
 from veneer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -79,18 +80,9 @@ def predictions_of(
 ) -> Predictions:
     """Run one adapter's head on the examples, with a line of progress."""
     from veneer.evaluate.predictions import predict
-    from veneer.training.run.console import Console
 
-    console = Console(sys.stderr)
-
-    def show(done: int) -> None:
-        if console.live:
-            console.advance(done / len(examples))
-            console.progress(f"{what} {name}  {done} of {len(examples)} examples")
-
-    found = predict(runner, examples, bank=loaded.bank, route=name, progress=show)
-    console.clear()
-    return found
+    with counting(f"{what} {name}", len(examples), "examples") as show:
+        return predict(runner, examples, bank=loaded.bank, route=name, progress=show)
 
 
 def score_all(loaded: LoadedTargets, file: str, columns: dict[str, str], args: Any) -> dict[str, dict[str, Any]]:

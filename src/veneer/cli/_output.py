@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from veneer._terminal import wrapped
@@ -26,6 +27,24 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 def print_lines(lines: Iterable[str]) -> None:
     """Print lines; on a terminal, long ones are broken between words."""
     print(wrapped("\n".join(lines), sys.stdout))
+
+
+@contextmanager
+def counting(what: str, total: int, unit: str, part: tuple[int, int] = (0, 1)) -> Iterator[Callable[[int], None]]:
+    """Show on a terminal how many of ``total`` are done, for work that is part ``part[0]`` of ``part[1]``; yields the function to call."""
+    from veneer.training.run.console import Console
+
+    console = Console(sys.stderr)
+
+    def show(done: int) -> None:
+        if console.live:
+            console.advance((part[0] + done / total) / part[1])
+            console.progress(f"{what}  {done} of {total} {unit}")
+
+    try:
+        yield show
+    finally:
+        console.clear()
 
 
 def percent(fraction: float) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from veneer._files import decode
 from veneer._terminal import counted, status
-from veneer.cli._output import as_json
+from veneer.cli._output import as_json, counting
 from veneer.cli._parser import add_json, at_least
 from veneer.cli._row_arguments import add_format_arguments, add_task_argument, format_of, pairs_of
 from veneer.cli._targets import LoadedTargets, add_target_arguments, load_targets
@@ -148,33 +148,24 @@ def _losses(
     """The figures of each route on these examples of a task."""
     from veneer.config import TrainOptions
     from veneer.evaluate.losses import compare, example_losses
-    from veneer.training.run.console import Console
     from veneer.training.tasks import task_of
 
-    console, against = Console(sys.stderr), args.against
     task = task_of(TrainOptions(data=(args.data or "",), task=task_name, beta=args.beta))
     task.longest = args.max_length
     examples = task.sequences(rows)
     results = {}
     for number, (name, route) in enumerate(routes.items()):
-
-        def show(done: int, name: str = name, number: int = number) -> None:
-            if console.live:
-                fraction = (number + done / len(examples)) / len(routes)
-                console.advance(fraction)
-                console.progress(f"evaluating {name}  {done} of {len(examples)} examples")
-
-        results[name] = example_losses(runner, examples, bank=bank, route=route, progress=show)
-    console.clear()
+        with counting(f"evaluating {name}", len(examples), "examples", (number, len(routes))) as show:
+            results[name] = example_losses(runner, examples, bank=bank, route=route, progress=show)
     if task.has_units:
         scores = {name: task.scores(rows, losses, results["base"]) for name, losses in results.items()}
         return {name: {"loss": one.loss, **one.figures} for name, one in scores.items()}
     found = {}
     for name, losses in results.items():
         found[name] = {"loss": losses.mean, "perplexity": losses.perplexity}
-        if name != against:
-            difference = compare(losses, results[against])
-            found[name] |= {f"against_{against}": difference.mean, "low": difference.low, "high": difference.high}
+        if name != args.against:
+            difference = compare(losses, results[args.against])
+            found[name] |= {f"against_{args.against}": difference.mean, "low": difference.low, "high": difference.high}
     return found
 
 

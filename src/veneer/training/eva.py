@@ -99,7 +99,7 @@ def explained(method: LowRankMethod, bank: Bank, runner: FlatRunner, examples: S
         for part in packed(examples, _TOKENS):
             batch = make_batch(part, "rows")
             keep = torch.arange(batch.tokens) if part[0].labels else batch.weights.nonzero().squeeze(1)
-            watch.keep = runner.prepare(batch).layout.cell[keep]
+            watch.cells = runner.prepare(batch).layout.cell[keep]
             runner.hidden(batch)
             if watch.enough():
                 break
@@ -155,21 +155,25 @@ class Eva:
 
 @dataclass
 class _Inputs:
-    """Collects the inputs of layers during forwards. Layers that read the same tensor share their components."""
+    """Collects the inputs of layers during forwards. Layers that read the same tensor share their components.
+
+    cells: the positions that count. rows: inputs since the last update. shared_with: layer -> the first layer that reads the same tensor.
+    last_input: (layer, tensor) of the last call.
+    """
 
     sites: Sequence[Site]
     counts: Mapping[str, int]
     seed: int
-    keep: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
-    found: dict[str, Components] = field(default_factory=dict)
+    cells: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+    components: dict[str, Components] = field(default_factory=dict)
     rows: dict[str, list[Tensor]] = field(default_factory=dict)
-    source: dict[str, str] = field(default_factory=dict)
+    shared_with: dict[str, str] = field(default_factory=dict)
     updates: int = 0
-    last: tuple[str, Tensor] | None = None
+    last_input: tuple[str, Tensor] | None = None
 
     def of(self, name: str) -> Components:
         """The components of a layer's inputs."""
-        return self.found[self.source[name]]
+        return self.components[self.shared_with[name]]
 
     def hooked(self) -> ExitStack:
         """A context in which the layers' inputs are collected."""
@@ -181,18 +185,22 @@ class _Inputs:
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def take(_module: nn.Module, args: tuple[Any, ...]) -> None:
             x = args[0]
-            if self.last is not None and self.last[1] is x and self.source.get(name, self.last[0]) == self.last[0]:
-                self.source[name] = self.last[0]
+            if (
+                self.last_input is not None
+                and self.last_input[1] is x
+                and self.shared_with.get(name, self.last_input[0]) == self.last_input[0]
+            ):
+                self.shared_with[name] = self.last_input[0]
                 return
-            self.source.setdefault(name, name)
-            self.last = (name, x)
-            self.rows.setdefault(name, []).append(x.detach().flatten(0, -2)[self.keep.to(x.device)].float().cpu())
+            self.shared_with.setdefault(name, name)
+            self.last_input = (name, x)
+            self.rows.setdefault(name, []).append(x.detach().flatten(0, -2)[self.cells.to(x.device)].float().cpu())
 
         return take
 
     def enough(self) -> bool:
         """True if no more rows are wanted; whole updates are made on the way."""
-        self.last = None
+        self.last_input = None
         if sum(map(len, next(iter(self.rows.values()), []))) >= ROWS:
             self.flush()
         return self.updates >= UPDATES
@@ -203,8 +211,8 @@ class _Inputs:
             rows = torch.cat(parts)
             if not len(rows):
                 continue
-            wanted = max(count for other, count in self.counts.items() if self.source[other] == name)
-            components = self.found.setdefault(name, Components(min(wanted, rows.shape[1])))
+            wanted = max(count for other, count in self.counts.items() if self.shared_with[other] == name)
+            components = self.components.setdefault(name, Components(min(wanted, rows.shape[1])))
             components.update(rows, torch.Generator().manual_seed(self.seed))
         self.updates += bool(self.rows)
-        self.rows, self.last = {}, None
+        self.rows, self.last_input = {}, None

@@ -53,6 +53,11 @@ class JobResult:
         return str(self.better)
 
     @property
+    def lowest_loss(self) -> float:
+        """The lowest held-out loss, of the adapter that it started from too; infinite if there is none."""
+        return min((loss for _, loss in self.losses if math.isfinite(loss)), default=math.inf)
+
+    @property
     def best_loss(self) -> float:
         """The lowest held-out loss that an adapter of the job had; infinite if there is none."""
         own = self.losses[self.init_from is None :] if self.losses and self.losses[0][0] == 0 else self.losses
@@ -157,9 +162,8 @@ def table_of(result: RunResult) -> tuple[list[str], list[list[str]]]:
     header = ["job", *keys, "state", "steps", "held out", "best"]
     rows = []
     for job in jobs:
-        best = min((loss for _, loss in job.losses if math.isfinite(loss)), default=math.inf)
         values = [_cell(job, key) for key in keys]
-        rows.append([job.name, *values, job.state, str(job.steps), _loss(job.final_loss), _loss(best)])
+        rows.append([job.name, *values, job.state, str(job.steps), _loss(job.final_loss), _loss(job.lowest_loss)])
     base = base_loss(jobs)
     if base is not None:
         rows.append(["base", *[""] * len(keys), "", "0", _loss(base), ""])
