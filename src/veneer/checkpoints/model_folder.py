@@ -31,6 +31,7 @@ from veneer._files import publish
 from veneer.checkpoints.tensors import save_tensors
 from veneer.errors import CheckpointError
 from veneer.kernels.quantized.weight import QuantizedWeight
+from veneer.models.sources import json_object
 
 INDEX = "model.safetensors.index.json"
 GENERATION = "generation_config.json"
@@ -50,7 +51,7 @@ class ModelFolder:
     """Tensor name -> file, in the order of the files."""
 
     def __post_init__(self) -> None:
-        self.config = _read_json(self.path / "config.json")
+        self.config = json_object(self.path / "config.json", CheckpointError)
         for file in _weight_files(self.path):
             with _open(file) as opened:
                 for key in opened.keys():  # noqa: SIM118 - safetensors has no iteration of its own
@@ -257,9 +258,10 @@ def copy_companions(source: Path, target: Path) -> None:
 
 def set_end_tokens(folder: Path, ids: list[int]) -> None:
     """Set ``eos_token_id`` in a folder's generation_config.json; a new file also takes the other special tokens of config.json."""
-    config, file = _read_json(folder / "config.json"), folder / GENERATION
+    config, file = json_object(folder / "config.json", CheckpointError), folder / GENERATION
     named = {key: config[key] for key in ("bos_token_id", "pad_token_id") if type(config.get(key)) is int}
-    content = {**(_read_json(file) if file.is_file() else named), "eos_token_id": ids if len(ids) > 1 else ids[0]}
+    held = json_object(file, CheckpointError) if file.is_file() else named
+    content = {**held, "eos_token_id": ids if len(ids) > 1 else ids[0]}
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
@@ -267,7 +269,7 @@ def _weight_files(folder: Path) -> list[Path]:
     """The files of the index where there is one, else model.safetensors, else every .safetensors."""
     index = folder / INDEX
     if index.is_file():
-        names = _read_json(index).get("weight_map")
+        names = json_object(index, CheckpointError).get("weight_map")
         if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
             raise CheckpointError(f"{index}: expected a weight_map of names; download the file again")
         shards = list(dict.fromkeys(names.values()))
@@ -293,16 +295,6 @@ def _open(file: Path) -> Iterator[Any]:
         raise CheckpointError(f"{file} cannot be read as safetensors: {error}; download the file again") from error
     with opened:
         yield opened
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file}: expected a JSON object, found {type(content).__name__}")
-    return content
 
 
 def _lies_in(name: object, folder: Path) -> bool:

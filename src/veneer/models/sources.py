@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from veneer.errors import BaseModelError
+from veneer.errors import BaseModelError, VeneerError
 from veneer.models.embedded import EMBEDDED, find_embedded
 
 _HUB_ID = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
@@ -63,25 +63,24 @@ def resolve(name: str, revision: str | None = None) -> Source:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The content of a folder's config.json; raises BaseModelError where it is not a JSON object."""
-    return _json_object(folder / "config.json")
+    return json_object(folder / "config.json")
 
 
 def read_generation_config(folder: Path) -> dict[str, Any]:
     """The content of a folder's generation_config.json, empty without one; raises BaseModelError where it is not a JSON object."""
     file = folder / "generation_config.json"
-    return _json_object(file) if file.is_file() else {}
+    return json_object(file) if file.is_file() else {}
 
 
-def _json_object(file: Path) -> dict[str, Any]:
+def json_object(file: Path, error: type[VeneerError] = BaseModelError) -> dict[str, Any]:
+    """The content of a JSON file; raises ``error`` where it cannot be read or is not an object."""
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        raise BaseModelError(f"{file} cannot be read as JSON: {error}; get the file again") from error
-    if not isinstance(config, dict):
-        raise BaseModelError(
-            f"{file} holds {type(config).__name__} where a JSON object was expected; get the file again"
-        )
-    return config
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, ValueError) as problem:
+        raise error(f"{file} cannot be read as JSON: {problem}; get the file again") from problem
+    if not isinstance(content, dict):
+        raise error(f"{file}: expected a JSON object, found {type(content).__name__}; get the file again")
+    return content
 
 
 def looks_like_path(text: str) -> bool:
