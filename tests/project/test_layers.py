@@ -13,6 +13,7 @@ LAYERS = {
     "_version": -4,
     "errors": -4,
     "_files": -3,
+    "_locks": -3,
     "_html": -3,
     "_imports": -3,
     "_terminal": -3,
@@ -99,7 +100,7 @@ def test_downward_imports_pass() -> None:
 
 
 def lean_files() -> list[Path]:
-    core = ("errors", "config", "_version", "_files", "_html", "_options", "kernels", "adapters")
+    core = ("errors", "config", "_version", "_files", "_locks", "_html", "_options", "kernels", "adapters")
     return [path for path in modules() if package_of(dotted(path)) in core] + modules(PACKAGE / "checkpoints" / "peft")
 
 

@@ -28,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from veneer._files import publish
+from veneer._locks import lock
 from veneer.checkpoints.tensors import save_tensors
 from veneer.errors import CheckpointError
 from veneer.kernels.quantized.weight import QuantizedWeight
@@ -224,18 +225,10 @@ def _clear_unfinished(out: Path) -> None:
 
 
 def _lock(folder: Path) -> int | None:
-    """A handle that locks the folder until it is closed or the process ends; None if it is locked, or the system has no such locks."""
-    try:
-        import fcntl
-    except ImportError:
-        return None
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(handle)
-        return None
-    return handle
+    """A handle that locks the folder; None if it is locked, or the system has no such locks."""
+    with contextlib.suppress(OSError):
+        return lock(folder)
+    return None
 
 
 def check_free(out: Path) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from veneer._locks import lock
 from veneer.adapters import Adapter
 from veneer.checkpoints.tensors import save_tensors
 from veneer.errors import CheckpointError, FolderInUseError
@@ -56,13 +56,13 @@ class Lock:
         return self
 
     def _open(self) -> int:
+        holder = "unknown"
         while True:
-            handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                handle = lock(self._path)
             except BlockingIOError:
-                holder = os.read(handle, 32).decode(errors="replace").strip() or "unknown"
-                os.close(handle)
+                with contextlib.suppress(OSError):
+                    holder = self._path.read_text(errors="replace")[:32].strip() or holder
                 raise FolderInUseError(
                     f"{self._path.parent} is in use by another process ({holder}); wait for it, stop it, or choose another folder "
                     "with --out"

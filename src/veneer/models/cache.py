@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from veneer._files import publish
+from veneer._locks import lock
 from veneer.errors import BaseModelError
 
 _UNFINISHED = ".unfinished-"
@@ -80,18 +81,12 @@ def _sweep(final: Path) -> None:
 def _lock(path: Path) -> Iterator[bool]:
     """Hold an exclusive lock on ``path``; yields False where the system or the disk has no such locks."""
     try:
-        import fcntl
-    except ImportError:
+        handle = lock(path, wait=True)
+    except OSError:
         yield False
         return
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            exclusive = True
-        except OSError:
-            exclusive = False
-        yield exclusive
+        yield True
     finally:
         os.close(handle)
 
