@@ -123,7 +123,7 @@ class Trainer:
         self._threads = WaitingThreads()
         self._fitted = 0
         """Tokens of the largest pass so far."""
-        self._vocabulary = _vocabulary_size(stepper)
+        self._vocabulary = vocabulary_size(stepper.runner.model)
         self._faults: dict[str, Fault] = {}
         """Jobs whose pass raised in this round."""
         self._parts: dict[str, dict[int, JobLoss]] = {}
@@ -435,9 +435,8 @@ class Trainer:
         self.listener.ended(job)
 
 
-def _vocabulary_size(stepper: Stepper) -> int | None:
-    """The number of rows of the base's input embedding."""
-    model: Any = stepper.runner.model
+def vocabulary_size(model: Any) -> int | None:
+    """The number of rows of the base's input embedding; None without one."""
     embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     weight = getattr(embedding, "weight", None)
     return None if weight is None else int(weight.shape[0])

@@ -47,6 +47,7 @@ from veneer.training.cpp_kernels import cpp_kernels
 from veneer.training.eva import explained
 from veneer.training.loop.job import Job
 from veneer.training.loop.step import Stepper
+from veneer.training.loop.trainer import vocabulary_size
 from veneer.training.run.jobs import number_of_steps
 from veneer.training.run.parent_adapters import load_parents, seed_of, start_from_adapter
 from veneer.training.shared_base import SharedBase
@@ -268,7 +269,7 @@ def load_data(options: TrainOptions, base: Base, limit: int) -> JobData:
         max_length=length,
         chat_template=template,
         parse_specials=options.parse_specials,
-        vocab_size=_vocab_size(base.model),
+        vocab_size=vocabulary_size(base.model),
     )
     renderer = Renderer(base.tokenizer, rendering)
     shared: dict[str, Any] = {key: getattr(options, key) for key in ("format", "columns", "roles", "truncate")}
@@ -313,7 +314,7 @@ def load_labelled(options: TrainOptions, base: Base, length: int, classes: Class
     task = options.task
     assert task in LABELLED_TASKS
     classes = training_classes(options) if classes is None else classes
-    rendering = RenderOptions(max_length=length, vocab_size=_vocab_size(base.model))
+    rendering = RenderOptions(max_length=length, vocab_size=vocabulary_size(base.model))
     renderer = LabelledRenderer(base.tokenizer, task, classes, rendering)
     load = partial(
         load_examples, renderer=renderer, format="labelled", columns=options.columns, truncate=options.truncate
@@ -344,12 +345,6 @@ def _held_out(
         )
         return train, found[:]
     return _split(train, options.valid_fraction) if options.valid_fraction else (train, [])
-
-
-def _vocab_size(model: Any) -> int | None:
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    count = getattr(embedding, "num_embeddings", None)
-    return count if isinstance(count, int) else None
 
 
 def files_of(options: DataOptions) -> tuple[list[Path], list[Path]]:
