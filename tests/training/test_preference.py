@@ -317,7 +317,7 @@ def test_accuracy_and_margin_of_an_evaluation() -> None:
     own = Losses(torch.tensor([1.0, 5.0, 4.0, 2.0, 3.0, 3.0]).double(), torch.ones(6).double())
     base = Losses(torch.tensor([2.0, 5.0, 4.0, 3.0, 3.0, 3.0]).double(), torch.ones(6).double())
     scores = task_of(task_options(beta=0.5)).scores(pairs(3), own, base)
-    assert scores.figures == {"reward_accuracy": 0.5, "reward_margin": pytest.approx(0.0)}
+    assert scores.metrics == {"reward_accuracy": 0.5, "reward_margin": pytest.approx(0.0)}
     margins = torch.tensor([0.5, -0.5, 0.0])
     assert scores.loss == pytest.approx(float(-F.logsigmoid(margins).mean()))
 

@@ -145,7 +145,7 @@ def _evaluate_heads(args: argparse.Namespace, loaded: LoadedTargets) -> int:
 def _losses(
     runner: Any, rows: list[Example], bank: Any, routes: dict[str, RouteLike], args: argparse.Namespace, task_name: str
 ) -> dict[str, dict[str, float]]:
-    """The figures of each route on these examples of a task."""
+    """The metrics of each route on these examples of a task."""
     from veneer.config import TrainOptions
     from veneer.evaluate.losses import compare, example_losses
     from veneer.training.tasks import task_of
@@ -159,7 +159,7 @@ def _losses(
             results[name] = example_losses(runner, examples, bank=bank, route=route, progress=show)
     if task.has_units:
         scores = {name: task.scores(rows, losses, results["base"]) for name, losses in results.items()}
-        return {name: {"loss": one.loss, **one.figures} for name, one in scores.items()}
+        return {name: {"loss": one.loss, **one.metrics} for name, one in scores.items()}
     found = {}
     for name, losses in results.items():
         found[name] = {"loss": losses.mean, "perplexity": losses.perplexity}
@@ -228,12 +228,12 @@ def _lines(label: str, entry: dict[str, Any], against: str) -> list[str]:
     lines = [f"{label}: {counted(count, 'example')}, {counted(entry['tokens'], 'token')}"]
     width = max(len(name) for name in entry["routes"])
     for name, row in entry["routes"].items():
-        figures = (
+        metrics = (
             f"  {key.replace('_', ' ')} {row[key]:.4f}"
             for key in ("reward_accuracy", "reward_margin", "kl")
             if key in row
         )
-        line = f"  {name:<{width}}  loss {row['loss']:.4f}" + "".join(figures)
+        line = f"  {name:<{width}}  loss {row['loss']:.4f}" + "".join(metrics)
         line += f"  perplexity {row['perplexity']:.2f}" if "perplexity" in row else ""
         if (change := row.get(f"against_{against}")) is not None:
             if not math.isfinite(row["high"] - row["low"]):

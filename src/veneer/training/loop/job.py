@@ -23,7 +23,7 @@ from veneer.errors import TrainingError, listed
 from veneer.evaluate.losses import Losses
 from veneer.training.loop.orthogonal import Orthogonality
 from veneer.training.loop.schedule import learning_rate_at
-from veneer.training.loop.step import JobLoss, PieceSum, read
+from veneer.training.loop.step import JobLoss, PieceSum, fetch_losses
 from veneer.training.tasks import task_of
 
 _SHOWN = 3
@@ -177,7 +177,7 @@ class Job:
             # All that the host must know comes back from the device at once.
             norms = self._norms()
             passes = [part.losses for part in parts if isinstance(part, JobLoss)]
-            norms, lengths = read(passes, norms, _norms(grads) if grads else norms[:0])
+            norms, lengths = fetch_losses(passes, norms, _norms(grads) if grads else norms[:0])
             loss = sum(part.loss for part in parts)
             if not math.isfinite(loss):
                 raise self._not_finite("the loss", loss, [source for part in parts for source in part.faults])

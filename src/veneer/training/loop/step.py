@@ -60,12 +60,12 @@ class PassLosses:
 
     def loss(self, job: int) -> float:
         """A job's sum of weighted losses, in fp64."""
-        read([self])
+        fetch_losses([self])
         return float(self._loss[job])
 
     def faults(self, name: str) -> tuple[str, ...]:
         """Sources of the job's examples whose loss is not finite."""
-        read([self])
+        fetch_losses([self])
         broken = {int(s) for s in self._owners_U[~torch.isfinite(self._weighted_U)]}
         return tuple(self._batch.sources[s] for s in sorted(broken) if self._batch.jobs[s] == name)
 
@@ -108,7 +108,7 @@ class PieceSum:
     faults: tuple[str, ...] = ()
 
 
-def read(passes: Sequence[PassLosses], *more: Tensor) -> list[Tensor]:
+def fetch_losses(passes: Sequence[PassLosses], *more: Tensor) -> list[Tensor]:
     """Read the losses of passes that are not read yet and other tensors [n] from their device, in one copy; returns the others."""
     left = [one for one in dict.fromkeys(passes) if one.losses_U is not None]
     found = [*(one.losses_U for one in left if one.losses_U is not None), *more]

@@ -370,8 +370,8 @@ class Trainer:
             self._fail(job, _code(error), f"its evaluation failed: {_message(error)}", error)
             return
         progress.evaluations.append((progress.step, loss))
-        if scores.figures:
-            progress.figures.append((progress.step, scores.figures))
+        if scores.metrics:
+            progress.figures.append((progress.step, scores.metrics))
         better = loss == loss and (progress.best is None or loss < progress.best)
         if better:
             progress.best, progress.best_step, progress.evaluations_without_gain = loss, progress.step, 0
@@ -387,7 +387,7 @@ class Trainer:
             self.listener.ended(job)
 
     def scores(self, job: Job) -> TaskScores:
-        """The loss of the job's held-out examples, and the other figures of its task."""
+        """The loss of the job's held-out examples, and the other metrics of its task."""
         sequences = job.task.sequences(job.held_out)
         if job.task.reference and job.reference_losses is None:
             job.reference_losses = self._losses(job, sequences, job.reference)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from veneer.errors import TrainingError
 from veneer.training.loop.job import Job
-from veneer.training.loop.step import JobLoss, PieceSum, read
+from veneer.training.loop.step import JobLoss, PieceSum, fetch_losses
 from veneer.training.parallel.processes import SLOTS, Processes, joined, split
 
 
@@ -43,7 +43,7 @@ class JobSum:
         Returns:
             The fault of the first process that has any; then nothing else was changed.
         """
-        read([part.losses for part in parts.values()])
+        fetch_losses([part.losses for part in parts.values()])
         numbers = self._numbers(parts, fault)
         flat = self._flat(numbers, empty=fault is not None)
         self.processes.add_(flat)

@@ -2,7 +2,7 @@
 
     rows -> examples      ``rows_format`` names the rows, ``data/rows/`` and the renderer make examples of them
     outputs -> loss       ``losses`` turns the losses of the tokens into those of the units that the job's loss averages
-    measurement           ``scores`` turns held-out losses into one loss and further figures
+    measurement           ``scores`` turns held-out losses into one loss and further metrics
 
 A unit is a supervised token for supervised fine-tuning, and a pair of answers for preference data. A job's loss is the mean over
 the units of its whole optimizer step, whatever the passes.
@@ -68,10 +68,10 @@ class TaskLosses:
 
 @dataclass(frozen=True)
 class TaskScores:
-    """The result of an evaluation: the mean loss, and further figures by name."""
+    """The result of an evaluation: the mean loss, and further metrics by name."""
 
     loss: float
-    figures: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 def token_units(tokens: TokenLosses) -> TaskLosses:

@@ -66,10 +66,10 @@ class KTO(Task):
         wanted_S = torch.tensor([example.desirable for example in examples])
         ratios_S = (reference.sums - losses.sums)[:n]
         kl = divergence(losses.sums[n:], reference.sums[n:])
-        figures = {"kl": kl}
+        metrics = {"kl": kl}
         if wanted_S.any() and not wanted_S.all():
-            figures["reward_margin"] = self.options.beta * float(ratios_S[wanted_S].mean() - ratios_S[~wanted_S].mean())
-        return TaskScores(float(self._losses(ratios_S, wanted_S, kl).mean()), figures)
+            metrics["reward_margin"] = self.options.beta * float(ratios_S[wanted_S].mean() - ratios_S[~wanted_S].mean())
+        return TaskScores(float(self._losses(ratios_S, wanted_S, kl).mean()), metrics)
 
 
 def divergence(losses_S: Tensor, reference_S: Tensor) -> float:

@@ -64,5 +64,5 @@ class PreferenceTask(Task, ABC):
         rewards = self.rewards(answers)
         margins = rewards[:, CHOSEN] - rewards[:, REJECTED]
         accuracy = (margins.sign() + 1).mean() / 2
-        figures = {"reward_accuracy": float(accuracy), "reward_margin": float(margins.mean())}
-        return TaskScores(float(self.pair_losses(answers).mean()), figures)
+        metrics = {"reward_accuracy": float(accuracy), "reward_margin": float(margins.mean())}
+        return TaskScores(float(self.pair_losses(answers).mean()), metrics)
