@@ -16,7 +16,7 @@ from veneer.adapters import Bank, Route
 from veneer.adapters.methods import has_option
 from veneer.adapters.sequence import lengthen, running
 from veneer.checkpoints.locate import trained
-from veneer.data.batch import make_batch
+from veneer.data.batch import make_batch, packed
 from veneer.data.example import Example
 from veneer.evaluate.losses import Losses, example_losses, t95
 from veneer.evaluate.predictions import predict
@@ -203,14 +203,8 @@ def _loaded(bank: Bank, folder: Path) -> Iterator[None]:
 
 def _step(runner: FlatRunner, bank: Bank, tested: TestSet) -> tuple[float, int]:
     """(milliseconds, bytes) of a forward and backward pass over at most 1,024 tokens of the examples."""
-    chosen: list[Example] = []
-    used = 0
-    for example in tested.examples:
-        if chosen and used + len(example) > 1024:
-            break
-        chosen.append(example)
-        used += len(example)
-    batch, stepper = make_batch(chosen, "best"), Stepper(runner, bank, tasks={"best": tested.task})
+    batch = make_batch(next(packed(tested.examples, 1024)), "best")
+    stepper = Stepper(runner, bank, tasks={"best": tested.task})
     device = device_of(runner.model)
     memory = memory_of(device)
     times: list[float] = []
