@@ -470,9 +470,8 @@ def test_another_hook_on_the_forward_is_not_torn_off() -> None:
     assert model[0].forward is before and calls == ["before"]
 
 
-def test_experts_that_are_modules_take_one_route() -> None:
-    """Experts that a router calls with the tokens it picks: one route for all is right, rows are refused, experts that were not picked
-    are not errors."""
+def test_experts_in_the_model_itself() -> None:
+    """Experts that the model calls with the tokens which a router picks: rows of two adapters, and a batch that leaves experts out."""
 
     class Mixture(nn.Module):
         def __init__(self) -> None:
@@ -491,14 +490,15 @@ def test_experts_that_are_modules_take_one_route() -> None:
             return out.view(x.shape)
 
     torch.manual_seed(0)
-    model, x = Mixture(), torch.randn(2, 3, 4)
+    model, x = Mixture(), torch.randn(3, 3, 4)
     bank = banked(model, target_modules="re:experts.*")
-    few = x[:1, :1]
     with bank.use("a"):
-        model(few)
+        model(x[:1, :1])
         assert torch.allclose(model(x), merged_model(bank, "a")(x), atol=1e-6)
-    with pytest.raises(RouteError, match=r"experts.*cannot be matched"), bank.use(["a", None]):
-        model(x)
+    with bank.use(["a", None, "b"]):
+        mixed = model(x)
+    for row, route in enumerate(["a", None, "b"]):
+        assert torch.allclose(mixed[row], merged_model(bank, route)(x)[row], atol=1e-6)
 
 
 def test_a_batch_inside_a_mapping() -> None:

@@ -189,16 +189,6 @@ def test_routers_only_when_named() -> None:
     assert len(bank["all"].tensors) == 12
 
 
-def test_routers_that_are_no_linear_layers_say_so() -> None:
-    """A router that also chooses the experts cannot be adapted by name; the sentence says what it is."""
-    for arch in ("qwen3_moe", "gpt_oss", "llama4"):
-        bank = attach(block_of(arch), example={"hidden_states": inputs()})
-        with pytest.raises(
-            TargetError, match=r"Router is a router that also chooses the experts, and only routers that are nn.Linear"
-        ):
-            bank.add("named", LoRA(target_modules=("re:gate|router",)))
-
-
 def test_a_part_of_a_fused_weight_is_adapted_by_name() -> None:
     """gate_proj alone of a fused gate_up_proj is adapted, in halves and interleaved."""
     for arch in ("mixtral", "gpt_oss"):

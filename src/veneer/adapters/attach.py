@@ -77,7 +77,7 @@ def _try_out(model: nn.Module, found: Survey, example: dict[str, Any] | None) ->
         except Exception:
             # The guess was wrong; then the first real batch is used instead.
             return False, False
-    every = [*found.every(), *found.stacks.values()]
+    every = [*found.every(), *found.stacks.values(), *found.mixtures.values()]
     for site in every:
         if not site.layout:
             site.reason = NEVER_CALLED

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from veneer.adapters.adapter import Adapter
-from veneer.adapters.layers.dry_run import dry_run, equal_rows, is_selected, rows_of
+from veneer.adapters.layers.dry_run import dry_run, equal_rows, rows_of
 from veneer.adapters.layers.site import Site, Survey
 from veneer.errors import TargetError, listed
 
@@ -71,7 +71,7 @@ class CallMonitor:
 
     def _sites(self, name: str) -> Iterator[Site]:
         hosts = {site.host.name: site.host for site in self.adapters[name].sites(self.survey)}
-        return (site for site in hosts.values() if not is_selected(site))
+        return (site for site in hosts.values() if not site.is_selected)
 
     def _require_calls(self, name: str, before: Mapping[str, int]) -> None:
         silent = [site.name for site in self._sites(name) if site.calls <= before.get(site.name, 0)]

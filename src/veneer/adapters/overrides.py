@@ -47,10 +47,9 @@ def problems_of(adapter: Adapter, name: str, site: Site | None) -> list[str]:
     tensors = adapter.overrides[name]
     if site is None:
         return [f"{name}: the base has no layer here that an adapter can override"]
-    if site.stack is not None:
-        return [
-            f"{name}: overrides of stacked experts are not supported; leave them out of bias, lora_bias and modules_to_save"
-        ]
+    if site.stack is not None or not site.layer_kind.is_layer:
+        what = "stacked experts" if site.stack is not None else "routers that choose the experts"
+        return [f"{name}: overrides of {what} are not supported; leave them out of bias, lora_bias and modules_to_save"]
     found = [f"{name}: {site.reason}"] if site.reason else []
     module: Any = site.module
     for key, value in tensors.items():
@@ -173,10 +172,9 @@ def fresh_overrides(
         site = survey.site(name)
         if site.reason or (keys == (BIAS,) and not isinstance(getattr(site.module, BIAS, None), Tensor)):
             continue
-        if site.stack is not None:
-            problems.add(
-                f"{name}: parameters of stacked experts cannot be trained so; choose other layers, or no biases"
-            )
+        if site.stack is not None or not site.layer_kind.is_layer:
+            what = "stacked experts" if site.stack is not None else "routers that choose the experts"
+            problems.add(f"{name}: parameters of {what} cannot be trained so; choose other layers, or no biases")
             break
         found[name] = {**_fresh_layer(site, keys), **found.get(name, {})}
     for name in chosen if method.adds_bias else ():

@@ -16,6 +16,7 @@ from veneer.adapters.adapter import Adapter
 from veneer.adapters.layers.site import Site
 from veneer.adapters.runtime.experts import AdaptedExperts
 from veneer.adapters.runtime.forward import AdaptedForward
+from veneer.adapters.runtime.mixture import AdaptedMixture, AdaptedRouter
 from veneer.adapters.runtime.runtime import Runtime
 from veneer.adapters.runtime.tracker import RouteTracker
 from veneer.errors import AdapterError
@@ -46,39 +47,41 @@ class Patches:
 
     def install(self, site: Site, adapter: Adapter) -> None:
         """Let an adapter act at a site."""
-        layers, host = self.runtime.layers, site.host
-        layer = layers.get(host.name)
-        if layer is None:
-            if not layers:
-                self._freeze()
-            host.calls = 0
-            forward = AdaptedForward if site.stack is None else AdaptedExperts
-            layer = layers[host.name] = forward(host, self.runtime, host.module.__dict__.get("forward"))
-            host.module.forward = layer
-            for path in _ancestors(host.name):
-                self._containers[path] = self._containers.get(path, 0) + 1
-                if self._containers[path] == 1:
-                    self._hook(path)
-        layer.admit(site, adapter)
+        layers = self.runtime.layers
+        for host in site.hosts:
+            layer = layers.get(host.name)
+            if layer is None:
+                if not layers:
+                    self._freeze()
+                host.calls = 0
+                layer = layers[host.name] = _forward_of(site, host)(
+                    host, self.runtime, host.module.__dict__.get("forward")
+                )
+                host.module.forward = layer
+                for path in _ancestors(host.name):
+                    self._containers[path] = self._containers.get(path, 0) + 1
+                    if self._containers[path] == 1:
+                        self._hook(path)
+            layer.admit(site, adapter)
 
     def uninstall(self, site: Site, name: str) -> None:
         """Remove an adapter from a site; when the last one leaves, the layer is restored."""
-        host = site.host
-        layer = self.runtime.layers.get(host.name)
-        if layer is None:
-            return
-        layer.release(site, name)
-        if layer.adapters:
-            return
-        del self.runtime.layers[host.name]
-        _put_back(host.module, "forward", layer)
-        for path in _ancestors(host.name):
-            self._containers[path] -= 1
-            if not self._containers[path]:
-                del self._containers[path]
-                self._unhook(path)
-        if not self.runtime.layers:
-            self._thaw()
+        for host in site.hosts:
+            layer = self.runtime.layers.get(host.name)
+            if layer is None:
+                continue
+            layer.release(site, name)
+            if layer.adapters:
+                continue
+            del self.runtime.layers[host.name]
+            _put_back(host.module, "forward", layer)
+            for path in _ancestors(host.name):
+                self._containers[path] -= 1
+                if not self._containers[path]:
+                    del self._containers[path]
+                    self._unhook(path)
+            if not self.runtime.layers:
+                self._thaw()
 
     def remove_all(self) -> None:
         """Restore the whole model."""
@@ -189,6 +192,15 @@ def runtime_of(model: nn.Module) -> Runtime | None:
         if isinstance(forward, AdaptedForward):
             return forward.runtime
     return None
+
+
+def _forward_of(site: Site, host: Site) -> type[AdaptedForward]:
+    """The class of the forward of a host of a site."""
+    if host is site.mixture:
+        return AdaptedMixture
+    if site.stack is not None:
+        return AdaptedExperts
+    return AdaptedForward if site.layer_kind.is_layer else AdaptedRouter
 
 
 def _ancestors(name: str) -> Iterator[str]:

@@ -12,7 +12,6 @@ eval mode without gradients; afterwards buffers, modes and the random state are 
 from __future__ import annotations
 
 import math
-import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -23,20 +22,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from veneer.adapters.layers.routers import NO_PRODUCT, ScoreProducts
 from veneer.adapters.layers.site import Site, Survey
 from veneer.adapters.runtime.forward_pass import tensors_in
 
 ROWS, TOKENS = 3, 5
-_SELECTED = re.compile(r"(?:^|\.)experts\.\d+(?:\.|$)")
 NEVER_CALLED = (
     "the layer was not called in the dry run, so an adapter there would do nothing (the model may read its weight "
     "without calling it; if it is called for other inputs, attach with example=)"
 )
-
-
-def is_selected(site: Site) -> bool:
-    """True if a router chooses the tokens of this layer (an expert of a mixture); a small batch may have none."""
-    return site.stack is not None or _SELECTED.search(site.name) is not None
 
 
 def dry_run(model: nn.Module, survey: Survey, args: tuple[Any, ...], kwargs: Mapping[str, Any], rows: int) -> None:
@@ -47,6 +41,13 @@ def dry_run(model: nn.Module, survey: Survey, args: tuple[Any, ...], kwargs: Map
     layouts: dict[str, set[str]] = {}
     order: list[tuple[Site, bool]] = []
     outputs: list[tuple[Site, Tensor, int]] = []
+    routers = [site for site in survey.sites.values() if not site.layer_kind.is_layer]
+    scores: set[str] = set()
+
+    def scored(site: Site, x: Tensor, y: Tensor) -> Tensor:
+        scores.add(site.name)
+        return y
+
     note = partial(_note, layouts, order, [], rows)
     handles = [
         site.module.register_forward_pre_hook(partial(note, site), with_kwargs=True) for site in survey.modules()
@@ -57,7 +58,7 @@ def dry_run(model: nn.Module, survey: Survey, args: tuple[Any, ...], kwargs: Map
         if site.stack is None
     ]
     try:
-        with undisturbed(model), warnings.catch_warnings():
+        with undisturbed(model), warnings.catch_warnings(), ScoreProducts(routers, scored):
             # The model repeats its warnings in a real call.
             warnings.simplefilter("ignore")
             model(*args, **kwargs)
@@ -67,15 +68,18 @@ def dry_run(model: nn.Module, survey: Survey, args: tuple[Any, ...], kwargs: Map
     changed = {site.name for site, y, version in outputs if y._version > version}
     for site in survey.modules():
         found = layouts.get(site.name, set())
-        if is_selected(site):
-            site.layout = "constant"
-        elif found:
+        if found:
             # A layer may be called with different layouts in one forward; the least useful one counts.
             site.layout = next(kind for kind in ("constant", "blocks", "tokens", "rows") if kind in found)
         site.overwritten = not found or site.name in changed
-    for site in survey.sites.values():
+    for site in survey.every():
         if site.stack is not None:
             site.layout = site.stack.layout
+        elif site.mixture is not None:
+            site.layout = "constant" if site.mixture.layout else ""
+    for site in routers:
+        if site.layout and site.name not in scores:
+            site.reason = NO_PRODUCT
     _group(order)
 
 
@@ -116,7 +120,10 @@ def _note(
     kwargs: dict[str, Any],
 ) -> None:
     """Record a call: the layout of the layer's input, and whether it is the same tensor as in the call before."""
-    x: Tensor = args[0] if args else next(iter(kwargs.values()))
+    x: Any = args[0] if args else next(iter(kwargs.values()), None)
+    if not isinstance(x, Tensor):
+        layouts.setdefault(site.name, set()).add("constant")
+        return
     if site.kind != "vector_layer":
         order.append((site, bool(last) and last[0] is x))
         last[:] = [x]
@@ -136,7 +143,7 @@ def _group(order: list[tuple[Site, bool]]) -> None:
     times = Counter(site.name for site, _ in order)
     runs: list[list[Site]] = []
     for site, same in order:
-        if site.kind != "linear" or times[site.name] > 1 or site.is_head:
+        if site.kind != "linear" or times[site.name] > 1 or site.is_head or site.is_router:
             runs.append([])
         elif same and runs and runs[-1] and runs[-1][-1].layout == site.layout:
             runs[-1].append(site)

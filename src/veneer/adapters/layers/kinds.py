@@ -10,10 +10,7 @@ methods x layer kinds is a sum: neither asks which the other is.
     conv2d         nn.Conv2d                 [out, in, kh, kw]  [r, in, kh, kw]   [out, r, 1, 1]   weight, flattened
     vector_layer   norms and the like        [d]                (overrides only)
 
-A linear layer may be quantized (`QuantizedLinearKind`): adapters see the same kind, and its weight is dequantized where it is needed.
-
-A layer kind reads the module at a site; it never copies or edits the base's tensors. Shapes in names: N tokens (or rows), K in, O out,
-R rank.
+A layer kind reads the module at a site; it never copies or edits the base's tensors. Shapes: N tokens (or rows), K in, O out, R rank.
 """
 
 from __future__ import annotations
@@ -57,6 +54,8 @@ class LayerKind:
     """Operations of adapters on one kind of layer. The base class is nn.Linear with its weight [out, in]. Stateless."""
 
     kind = "linear"
+    is_layer = True
+    """False for a weight that the module's forward uses among other steps: the module's output is not that of this layer."""
     output_dims = 1
     """Number of trailing dimensions of an output that belong to one token."""
 

@@ -48,6 +48,8 @@ class Site:
     """Names that mean this layer among others: of its stack of experts, and of the fused parameter there."""
     stack: Site | None = None
     """The module of stacked experts that this layer is a part of (``experts.py``); its forward computes this layer."""
+    mixture: Site | None = None
+    """The module around separate experts that this layer is in: a router picks the tokens that the layer sees (``runtime/mixture.py``)."""
     active_experts: int = 1
     """Number of experts that compute a token, for a layer of an expert: each has this share of an adapter's rank."""
     in_body: bool = True
@@ -72,6 +74,16 @@ class Site:
     def host(self) -> Site:
         """The site of the module whose forward computes this layer: itself, or the stack of an expert."""
         return self if self.stack is None else self.stack
+
+    @property
+    def hosts(self) -> tuple[Site, ...]:
+        """Sites of the modules whose forward takes part in this layer, the innermost first."""
+        return (self.host,) if self.mixture is None else (self.host, self.mixture)
+
+    @property
+    def is_selected(self) -> bool:
+        """True if a router chooses the tokens of this layer (an expert of a mixture); a small batch may have none."""
+        return self.stack is not None or self.mixture is not None
 
     @property
     def parameter(self) -> str:
@@ -172,7 +184,7 @@ class Site:
 class Survey:
     """Sites of a model by name, unsupported layers with their reasons, groups of modules that share one weight, and vector layers (norms),
     where an adapter can have overrides but no low-rank change. Modules of stacked experts are in ``stacks``, their experts' layers among
-    the sites. ``head``: the layers of a classifier's head."""
+    the sites. ``mixtures``: modules around experts that are modules of their own. ``head``: the layers of a classifier's head."""
 
     sites: dict[str, Site]
     uncovered: dict[str, str]
@@ -180,6 +192,7 @@ class Survey:
     vector_layers: dict[str, Site]
     stacks: dict[str, Site]
     head: tuple[str, ...] = ()
+    mixtures: dict[str, Site] = field(default_factory=dict)
 
     def every(self) -> Iterator[Site]:
         """Sites, then vector layers."""
@@ -187,9 +200,10 @@ class Survey:
         yield from self.vector_layers.values()
 
     def modules(self) -> Iterator[Site]:
-        """The sites of modules that the model calls: a stack in place of its experts' layers."""
+        """The sites of modules that the model calls: a stack in place of its experts' layers, and mixtures."""
         yield from (site for site in self.sites.values() if site.stack is None)
         yield from self.stacks.values()
+        yield from self.mixtures.values()
         yield from self.vector_layers.values()
 
     def find(self, name: str) -> Site | None:

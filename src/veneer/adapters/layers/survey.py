@@ -30,6 +30,7 @@ from veneer.adapters.layers.kinds import (
 )
 from veneer.adapters.layers.quantized import QuantizedLinearKind
 from veneer.adapters.layers.roles import mark_roles
+from veneer.adapters.layers.routers import expert_counts, experts_chosen, router_kind_for
 from veneer.adapters.layers.site import Site, Survey
 from veneer.kernels.quantized.bitsandbytes import keep_packing, quantized_layer
 from veneer.kernels.quantized.stack import QuantizedStack
@@ -44,6 +45,7 @@ _SCALED = ScaledEmbeddingKind()
 _QUANTIZED = QuantizedLinearKind()
 _QUANTIZED_EXPERT = QuantizedExpertKind()
 _VECTOR = VectorKind()
+_MIXTURE = LayerKind()
 
 
 def survey(model: nn.Module) -> Survey:
@@ -62,10 +64,14 @@ def survey(model: nn.Module) -> Survey:
     stacks: dict[str, Site] = {}
     uncovered: dict[str, str] = {}
     by_weight: dict[int, list[str]] = {}
+    counts = expert_counts({path: module for module, (path, *_) in names.items()})
     for module, (name, *others) in names.items():
         if isinstance(module, QuantizedStack):
             continue  # a parameter of a stack of experts
         kind, reason = layer_kind_for(module)
+        count = experts_chosen(name, counts)
+        router = router_kind_for(module, count) if kind is None else None
+        kind, reason = (router, "") if router is not None else (kind, reason)
         if reason:
             uncovered[name] = reason
         elif isinstance(kind, ExpertsKind):
@@ -85,6 +91,7 @@ def survey(model: nn.Module) -> Survey:
         parent = model.get_submodule(path) if name else None
         site = Site(name, module, kind, block is not None, block, is_head, parent=parent, names=(name, *others))
         site.in_body = not is_head and _in_body(name, model)
+        site.is_router = kind.kind == "linear" and site.geometry.out == count
         if kind.kind in ("linear", "conv1d"):
             site.parts = fused_parts(name, site.geometry.out, model)
         (vector_layers if kind is _VECTOR else sites)[name] = site
@@ -95,15 +102,15 @@ def survey(model: nn.Module) -> Survey:
     for name, group in tied.items():
         if sites[name].kind == "linear":
             sites[name].tied_to = next((other for other in group if sites[other].kind == "embedding"), None)
-    _mark_routers(sites, stacks)
-    _name_routers(uncovered, stacks, model)
     mark_roles(sites.values())
     embedding = _input_embedding(sites, model)
     if embedding is not None:
         embedding.is_input, embedding.key_values = True, _key_values(model)
     head = tuple(name for name, site in (sites | vector_layers).items() if site.module in task_head)
     _mark_classifier(model, [sites[name] for name in head if name in sites])
-    return Survey(sites, uncovered, tied, vector_layers, stacks, head)
+    found = Survey(sites, uncovered, tied, vector_layers, stacks, head)
+    _find_mixtures(found, names)
+    return found
 
 
 def _input_embedding(sites: dict[str, Site], model: nn.Module) -> Site | None:
@@ -165,29 +172,18 @@ def _expert_sites(stack: Site, active: int) -> dict[str, Site]:
     return found
 
 
-def _mark_routers(sites: dict[str, Site], stacks: dict[str, Site]) -> None:
-    """Mark the linear layers that choose experts: beside them, with one output for each of them."""
-    counts = {name.rpartition(".")[0]: site.layer_kind.count(site.module) for name, site in stacks.items()}  # type: ignore[attr-defined]
-    for site in sites.values():
-        if site.stack is None and site.kind == "linear" and site.parent is not None:
-            experts = getattr(site.parent, "experts", None)
-            count = len(experts) if isinstance(experts, (nn.ModuleList, nn.ModuleDict)) else None
-            count = counts.get(site.name.rpartition(".")[0], count)
-            site.is_router = count is not None and site.geometry.out == count
-
-
-def _name_routers(uncovered: dict[str, str], stacks: dict[str, Site], model: nn.Module) -> None:
-    """Say of a layer that is not supported that it is a router: beside stacked experts, with one row for each of them."""
-    counts = {name.rpartition(".")[0]: site.layer_kind.count(site.module) for name, site in stacks.items()}  # type: ignore[attr-defined]
-    modules = dict(model.named_modules()) if stacks else {}
-    for name in uncovered:
-        count, module = counts.get(name.rpartition(".")[0]), modules.get(name)
-        weight = None if module is None else module._parameters.get("weight")
-        if module is not None and weight is not None and weight.shape[0] == count:
-            uncovered[name] = (
-                f"{type(module).__name__} is a router that also chooses the experts, and only routers that are nn.Linear can be adapted; "
-                "adapt the experts"
-            )
+def _find_mixtures(found: Survey, names: dict[nn.Module, list[str]]) -> None:
+    """Find the modules around experts that are modules of their own: those that hold the list of experts, or a list with a forward."""
+    paths = {path[0]: module for module, path in names.items()}
+    for path, experts in paths.items():
+        if path.rpartition(".")[2] != "experts" or not isinstance(experts, (nn.ModuleList, nn.ModuleDict)):
+            continue
+        own = type(experts).forward is not nn.Module.forward
+        name = path if own else path.rpartition(".")[0]
+        mixture = found.mixtures.setdefault(name, Site(name, paths[name], _MIXTURE, False, None, False))
+        for site in found.every():
+            if site.mixture is None and site.name.startswith(f"{path}."):
+                site.mixture = mixture
 
 
 def _weights_without_kind(name: str, module: nn.Module) -> dict[str, str]:

@@ -88,10 +88,17 @@ class ForwardPass:
         same = a is b or (a.uniform and b.uniform and a.mixes == b.mixes)
         return same and self.draws == other.draws and self.training == other.training
 
+    def part(self, plan: RoutePlan) -> ForwardPass:
+        """A pass for some of the rows, inside this one: it has the route of ``plan``, and this one's norms and dropout masks."""
+        made = ForwardPass(self.context, plan, self.top)
+        made.grad, made.linked, made.lasting = self.grad, self.linked, self.lasting
+        made.draws, made.norms = self.draws, self.norms
+        return made
+
     def close(self) -> None:
         """End the call."""
         self.lasting = False
-        self.norms.clear()
+        self.norms = {}
         if self.end_node is None:
             self.end_node = _next_node()
 

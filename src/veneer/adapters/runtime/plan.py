@@ -6,6 +6,7 @@ A decoding step has the shapes of the step before it, so the search for each ada
     assignments   by layer input shape: each adapter's tokens and weight (`Assignment`)
     groups        which assignments are computed together (``grouping.py``)
     calls         where nothing is trained: what each site computes with (``fast_path.py``)
+    rows          the rows of each mix, where they are computed apart (``mixture.py``)
 
 How the rows of a batch lie in a layer's input was found by the dry run (``layers/dry_run.py``):
 
@@ -22,7 +23,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -53,6 +54,18 @@ class Assignment(NamedTuple):
     on_cpu: Tensor | None = None
 
 
+class RowsOfMix(NamedTuple):
+    """The rows of a layer's input that use one mix, to be computed apart from the others.
+
+    plan: the mix as the route of all of them. rows: their indices [n] in the first dimension, None where the tokens of a row differ.
+    tokens: the indices of their tokens among all.
+    """
+
+    plan: RoutePlan
+    rows: Tensor | None
+    tokens: Tensor
+
+
 class RoutePlan:
     """A route for calls whose inputs have these shapes. ``keep`` is the route of the tokens that the head receives, or None for all."""
 
@@ -72,6 +85,7 @@ class RoutePlan:
         self.groups: dict[tuple[object, ...], Any] = {}
         self.calls: dict[str, Any] = {}
         self._assignments: dict[tuple[object, ...], tuple[Assignment, ...]] = {}
+        self._rows: dict[tuple[object, ...], tuple[RowsOfMix, ...]] = {}
 
     def assignments(self, batch_shape: tuple[int, ...], device: torch.device, site: Site) -> tuple[Assignment, ...]:
         """Each adapter's tokens at a layer whose input has the leading sizes ``batch_shape``.
@@ -83,6 +97,30 @@ class RoutePlan:
         if found is None:
             # Two threads that arrive at once must go on with the same tensors: groups are found by their ids.
             found = self._assignments.setdefault(key, self._compile(self._mix_of_token(batch_shape, site), device))
+        return found
+
+    def by_mix(
+        self, batch_shape: tuple[int, ...], device: torch.device, site: Site, acting: Collection[str]
+    ) -> tuple[RowsOfMix, ...]:
+        """The rows of each mix of the adapters ``acting`` at a module whose input has the leading sizes ``batch_shape``.
+
+        Raises RouteError as `assignments` does.
+        """
+        key = (batch_shape, site.layout, device, frozenset(acting))
+        found = self._rows.get(key)
+        if found is None:
+            here = [tuple(pair for pair in mix if pair[0] in acting) for mix in self.route.mixes]
+            number = {mix: i for i, mix in enumerate(dict.fromkeys(here))}
+            mix_N = torch.tensor([number[mix] for mix in here])[self._mix_of_token(batch_shape, site)]
+            mix_BT = mix_N.view(batch_shape[0], -1)
+            by_row = bool((mix_BT == mix_BT[:, :1]).all())
+            parts = []
+            for mix, i in number.items():
+                rows = (mix_BT[:, 0] == i).nonzero().squeeze(1).to(device) if by_row else None
+                tokens = (mix_N == i).nonzero().squeeze(1).to(device)
+                if len(tokens):
+                    parts.append(RowsOfMix(RoutePlan(Route((mix,)), self.shapes, None, self.adapters), rows, tokens))
+            found = self._rows.setdefault(key, tuple(parts))
         return found
 
     def _assignment(

@@ -44,7 +44,11 @@ def as_parameters(model: nn.Module | None, sites: Mapping[str, Site]) -> frozens
     if model is None:
         return frozenset()
     names = CONVERTED.get(_family(model), frozenset())
-    return frozenset(name for name, site in sites.items() if site.stack is None and name.rpartition(".")[2] in names)
+    return frozenset(
+        name
+        for name, site in sites.items()
+        if site.stack is None and (name.rpartition(".")[2] in names or not site.layer_kind.is_layer)
+    )
 
 
 def converts_experts(model: nn.Module | None) -> bool:
