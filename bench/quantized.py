@@ -233,7 +233,7 @@ class _Told(Listener):
 
 
 def _write_large(folder: Path) -> None:
-    """A random model in NF4, written tensor by tensor."""
+    """A random model in NF4, written tensor by tensor; layers of one shape have the same values."""
     import transformers
 
     from veneer.checkpoints.model_folder import ModelFolder, write_model
@@ -244,17 +244,26 @@ def _write_large(folder: Path) -> None:
     config = {**LLAMA_7B, "quantization_config": scheme.as_config(torch.bfloat16)}
     with torch.device("meta"):
         model: Any = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA_7B))
+    states: dict[torch.Size, dict[str, torch.Tensor]] = {}
     with tempfile.TemporaryDirectory() as empty:
         source = object.__new__(ModelFolder)
         source.path = Path(empty)
         with write_model(source, folder, config) as writer:
             for name, parameter in model.named_parameters():
-                weight = torch.randn(parameter.shape, dtype=torch.bfloat16).mul_(0.02)
                 if "_proj" not in name:
-                    writer.put(name, weight if weight.dim() > 1 else torch.ones_like(weight))
+                    writer.put(
+                        name,
+                        _random(parameter.shape) if parameter.dim() > 1 else torch.ones(parameter.shape).bfloat16(),
+                    )
                     continue
-                for key, value in state_of(quantize(weight, "nf4")).items():
-                    writer.put(name.removesuffix("weight") + key, value)
+                if parameter.shape not in states:
+                    states[parameter.shape] = state_of(quantize(_random(parameter.shape), "nf4"))
+                for key, value in states[parameter.shape].items():
+                    writer.put(name.removesuffix("weight") + key, value.clone())
+
+
+def _random(shape: torch.Size) -> torch.Tensor:
+    return torch.randn(shape, dtype=torch.bfloat16).mul_(0.02)
 
 
 if __name__ == "__main__":
