@@ -94,7 +94,7 @@ def _check_dropout(setup: Setup, job: Job) -> None:
     adapter = setup.bank[job.name]
     for name in adapter.tensors:
         site = setup.bank.survey.site(name)
-        if site.is_head or site.stack is not None:
+        if site.is_head or site.is_selected:
             raise ConfigError(
                 f"sequence_parallel: lora_dropout at {name} of {job.name} would drop other inputs than in one process; set lora_dropout to "
                 "0, or leave this layer out of target_modules"
