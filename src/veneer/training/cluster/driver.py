@@ -22,8 +22,9 @@ from veneer.config import TrainOptions, plain, to_yaml
 from veneer.errors import CheckpointError, ConfigError, Problems, TrainingError
 from veneer.training.cluster.parts import RunPart, divide, part_of
 from veneer.training.cluster.ray_workers import RayCluster, Slot, connected
-from veneer.training.cluster.worker import Loaded, Outcome, TrainPart, versions
+from veneer.training.cluster.worker import Loaded, Outcome, TrainPart
 from veneer.training.loss_plot import write_loss_plot
+from veneer.training.parallel.agreement import versions
 from veneer.training.run.console import Console
 from veneer.training.run.control import Control, ask, stop_signals
 from veneer.training.run.jobs import expand, match_stored_run
