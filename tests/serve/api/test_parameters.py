@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -70,6 +71,7 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("text", {"prompt": ["a"] * 30, "n": 40}, "n"),
     ("text", {"suffix": "x"}, "suffix"),
     ("text", {"best_of": 4}, "best_of"),
+    ("text", {"prompt": ["a"] * 100, "n": 3}, "n"),
     ("text", {"logprobs": 1000}, "logprobs"),
     ("text", {"max_tokens": -1}, "max_tokens"),
     ("text", {"max_tokens": 0}, "max_tokens"),
@@ -89,6 +91,68 @@ def test_parameter_is_refused_by_name(server: Running, kind: str, change: dict[s
             assert (error["param"] or "").startswith(param), error
             assert error["type"] in ("invalid_request_error", "not_found_error") and error["message"]
     assert server.idle()
+
+
+HALF = '"\\ud800"'
+JOB = '"model": "base", "training_file": "x"'
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", f'{{"model": {HALF}, "prompt": "a"}}'),
+        ("/v1/completions", '{"model": "base", "prompt": "a", "temperature": NaN}'),
+        ("/v1/chat/completions", f'{{"model": "base", "messages": [{{"role": "user", "content": {HALF}}}]}}'),
+        ("/v1/tokenize", f'{{"prompt": {HALF}}}'),
+        ("/v1/fine_tuning/jobs", f'{{{JOB}, "training": {{{HALF}: 1}}}}'),
+        ("/v1/fine_tuning/jobs", f'{{{JOB}, "adapter": {{"target_modules": [{HALF}]}}}}'),
+        ("/v1/fine_tuning/jobs", f'{{{JOB}, "training": {{"save_every": 1{"0" * 40}}}}}'),
+        ("/v1/fine_tuning/jobs", f'{{{JOB}, "adapter": {{"r": {"[" * 300}{"]" * 300}}}}}'),
+    ],
+    ids=["model", "nan", "chat", "tokenize", "key", "value", "digits", "depth"],
+)
+def test_bodies_that_cannot_be_written_again_are_refused(server: Running, path: str, body: str) -> None:
+    """Half of a surrogate pair, a number that is none, one beyond 64 bits and endless nesting are a 400 with an envelope."""
+    with server.http() as http:
+        answer = http.post(path, content=body.encode(), headers={"content-type": "application/json"})
+    assert answer.status_code == 400 and answer.json()["error"]["message"], answer.text
+
+
+@pytest.mark.parametrize(
+    ("query", "param"),
+    [
+        ("limit=0000000011500", "limit"),
+        (f"limit=1{'0' * 5000}", "limit"),
+        ("&".join(f"metadata[k{i}]=x" for i in range(2000)), "metadata"),
+    ],
+    ids=["zeros", "digits", "keys"],
+)
+def test_lists_of_jobs_are_asked_for_within_limits(server: Running, query: str, param: str) -> None:
+    """A query that is too large for a number or the database is a 400 that names the parameter; so is one header more."""
+    with server.http() as http:
+        answer = http.get(f"/v1/fine_tuning/jobs?{query}")
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+        headers = {"x-stainless-retry-count": "9" * 5000}
+        answer = http.post("/v1/fine_tuning/jobs", json={"model": "base", "training_file": "x"}, headers=headers)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "training_file")
+
+
+def test_patterns_that_backtrack_are_refused(server: Running, client: openai.OpenAI, place: Path) -> None:
+    """A regular expression in a request is refused: on the name of a layer, some never end."""
+    file = client.files.create(file=place / "train.jsonl", purpose="fine-tune").id
+    for adapter in ({"target_modules": ["re:(.+)+Z"]}, {"rank_pattern": {"re:(.+)+Z": 4}}):
+        with pytest.raises(openai.BadRequestError, match="cannot give regular expressions") as error:
+            client.fine_tuning.jobs.create(model="base", training_file=file, extra_body={"adapter": adapter})
+        assert error.value.param == f"adapter.{next(iter(adapter))}"
+
+
+def test_an_unexpected_error_has_the_envelope(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A defect is a 500 with the id of the request, and says nothing else."""
+    monkeypatch.setattr(server.server.registry, "cards", lambda: 1 // 0)
+    with server.http() as http:
+        answer = http.get("/v1/models", headers={"x-request-id": "mine"})
+    assert answer.status_code == 500 and "mine" in answer.json()["error"]["message"]
+    assert "division" not in answer.text
 
 
 @pytest.mark.parametrize("model", ["../..", "/etc/passwd", "none", "sql:step-1", "\u4e2d", "a" * 300, ""])

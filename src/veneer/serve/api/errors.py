@@ -134,7 +134,7 @@ def install(app: FastAPI) -> None:
 
     for left in (ClientGoneError, ClientDisconnect):
         app.add_exception_handler(left, gone)
-    for kind in (ApiError, VeneerError, OSError, sqlite3.Error):
+    for kind in (ApiError, VeneerError, OSError, sqlite3.Error, Exception):
         app.add_exception_handler(kind, answer)
     app.add_exception_handler(HTTPException, http_error)
     app.add_exception_handler(RequestValidationError, not_valid)

@@ -5,17 +5,55 @@ Fields that only a hosted service can honour are declared in `NoEffect`: they ar
 
 from __future__ import annotations
 
+from collections.abc import Callable, Coroutine
 from typing import Annotated, Any, Literal
 
+import orjson
+from fastapi import Request, Response
+from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Field
+
+from veneer.serve.api.errors import invalid
 
 Integer = Annotated[int, Field(strict=True)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Boolean = Annotated[bool, Field(strict=True)]
 Text = Annotated[str, Field(strict=True)]
+MAX_METADATA = 16
+"""Most keys of an object's metadata."""
 Metadata = Annotated[
-    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
+    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=MAX_METADATA)
 ]
+
+
+class JsonRequest(Request):
+    """A request whose JSON can be written again.
+
+    Python's parser accepts NaN, halves of surrogate pairs, integers of any size and any depth, and each of them makes an answer, the
+    database or a hash fail later.
+    """
+
+    async def json(self) -> Any:
+        """The body. Raises json.JSONDecodeError, or ApiError where it is nested too deeply."""
+        found = orjson.loads(await self.body())
+        try:
+            orjson.dumps(found)
+        except orjson.JSONEncodeError:
+            raise invalid("the body is nested too deeply; expected at most 250 levels", None, "invalid_json") from None
+        return found
+
+
+class JsonRoute(APIRoute):
+    """A route that reads its body as `JsonRequest` does."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """The handler of the route."""
+        handle = super().get_route_handler()
+
+        async def strict(request: Request) -> Response:
+            return await handle(JsonRequest(request.scope, request.receive))
+
+        return strict
 
 
 class RequestParameters(BaseModel):

@@ -79,6 +79,8 @@ def job_options(
     adapter, training = dict(request.get("adapter") or {}), dict(request.get("training") or {})
     _check_names(adapter, ADAPTER, "adapter")
     _check_names(training, TRAINING, "training")
+    _check_patterns(adapter, "adapter")
+    _check_patterns(training, "training")
     if start is not None and adapter:
         raise RequestError(
             "adapter: the job starts from an adapter, whose options it keeps; leave them out, or give the base as the model",
@@ -134,6 +136,17 @@ def _check_names(given: Mapping[str, Any], known: tuple[str, ...], param: str) -
             raise RequestError(
                 f"{param} has no option {key!r}{near_miss(str(key), known)}", f"{param}.{key}", "unknown_parameter"
             )
+
+
+def _check_patterns(given: Mapping[str, Any], param: str) -> None:
+    """Refuse regular expressions: one that backtracks without end would stop the whole server."""
+    for key, value in given.items():
+        for text in [value] if isinstance(value, str) else value if isinstance(value, (list, dict)) else ():
+            if isinstance(text, str) and text.startswith("re:"):
+                raise RequestError(
+                    f"{param}.{key}: requests cannot give regular expressions; give names of layers, with * for any part",
+                    f"{param}.{key}",
+                )
 
 
 def as_option_names(text: str) -> str:

@@ -17,7 +17,7 @@ from veneer.serve.api.context import ApiContext
 from veneer.serve.api.errors import invalid
 from veneer.serve.api.event_stream import DONE, PING, PING_SECONDS, EventStream, data
 from veneer.serve.api.generation import Generation, failure
-from veneer.serve.api.parameters import ChatRequest
+from veneer.serve.api.parameters import ChatRequest, JsonRoute
 from veneer.serve.api.prompts import RenderedPrompt
 from veneer.serve.api.sampling import choices, each_choice, grammar_of, sampling_params
 from veneer.serve.api.tools import MessageParser, MessagePieces, description_of, forced_call
@@ -79,7 +79,7 @@ class ChatChoice:
 
 def chat_routes(context: ApiContext) -> APIRouter:
     """The route of chat completions."""
-    router = APIRouter()
+    router = APIRouter(route_class=JsonRoute)
 
     @router.post("/v1/chat/completions")
     async def chat_completions(request: Request, parameters: ChatRequest) -> Response:

@@ -17,7 +17,7 @@ from veneer.serve.api.context import ApiContext
 from veneer.serve.api.errors import invalid
 from veneer.serve.api.event_stream import DONE, PING, PING_SECONDS, EventStream, data
 from veneer.serve.api.generation import Generation, failure
-from veneer.serve.api.parameters import CompletionRequest
+from veneer.serve.api.parameters import CompletionRequest, JsonRoute
 from veneer.serve.api.sampling import choices, each_choice, sampling_params
 from veneer.serve.api.token_names import finite
 from veneer.serve.engine.request import Event, Finished, GenerationRequest, PromptScored, TextDelta, TokenLogprob
@@ -79,7 +79,7 @@ class CompletionChoice:
 
 def completion_routes(context: ApiContext) -> APIRouter:
     """The route of completions."""
-    router = APIRouter()
+    router = APIRouter(route_class=JsonRoute)
 
     @router.post("/v1/completions")
     async def completions(request: Request, parameters: CompletionRequest) -> Response:

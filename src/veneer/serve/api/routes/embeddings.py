@@ -15,14 +15,14 @@ from veneer.serve.api.connection import while_connected
 from veneer.serve.api.context import ApiContext
 from veneer.serve.api.errors import invalid
 from veneer.serve.api.generation import Generation, failure
-from veneer.serve.api.parameters import EmbeddingRequest
+from veneer.serve.api.parameters import EmbeddingRequest, JsonRoute
 from veneer.serve.api.routes.completions import prompt_ids
 from veneer.serve.engine.request import Finished, GenerationRequest, SamplingParams
 
 
 def embedding_routes(context: ApiContext) -> APIRouter:
     """The route of embeddings."""
-    router = APIRouter()
+    router = APIRouter(route_class=JsonRoute)
 
     @router.post("/v1/embeddings")
     async def embeddings(request: Request, parameters: EmbeddingRequest) -> Response:

@@ -15,7 +15,7 @@ from fastapi import APIRouter, Query, Request
 from veneer.errors import DataError
 from veneer.serve.api.context import ApiContext
 from veneer.serve.api.errors import ApiError, invalid, not_found
-from veneer.serve.api.parameters import JobRequest, PageQuery
+from veneer.serve.api.parameters import MAX_METADATA, JobRequest, JsonRoute, PageQuery
 from veneer.serve.api.routes.files import as_page
 from veneer.serve.api.routes.models import NO_RETRY
 from veneer.serve.jobs.options import hyperparameters_of, job_options
@@ -29,7 +29,7 @@ _METADATA = re.compile(r"metadata\[(.{1,64})\]")
 
 def fine_tuning_routes(context: ApiContext) -> APIRouter:
     """The routes of jobs."""
-    router = APIRouter()
+    router = APIRouter(route_class=JsonRoute)
     jobs = context.jobs
 
     @router.post("/v1/fine_tuning/jobs")
@@ -87,12 +87,12 @@ def _create(context: ApiContext, request: Request, parameters: JobRequest) -> di
     idempotency = request.headers.get("idempotency-key")
     if idempotency is not None and len(idempotency) > 255:
         raise invalid("the Idempotency-Key header is longer than 255 characters", "Idempotency-Key")
-    retries = request.headers.get("x-stainless-retry-count", "0")
+    retried = re.fullmatch(r"0*[1-9][0-9]*", request.headers.get("x-stainless-retry-count", "0")) is not None
     creation = Creation(
         caller=request.scope["caller"],
         body=hashlib.sha256(orjson.dumps(given, option=orjson.OPT_SORT_KEYS)).hexdigest(),
         idempotency_key=idempotency,
-        retried=retries.isdecimal() and int(retries) > 0,
+        retried=retried,
         arrived=time.time(),
     )
     known, other_body = context.jobs.repeated(creation)
@@ -177,12 +177,14 @@ def _list_query(request: Request) -> tuple[PageQuery, dict[str, str]]:
             if '"' in match.group(1) or "\\" in match.group(1):
                 raise invalid("metadata: quotes cannot be searched for", "metadata")
             metadata[match.group(1)] = value
+            if len(metadata) > MAX_METADATA:
+                raise invalid(f"metadata: expected at most {MAX_METADATA} keys", "metadata")
         elif key in rest or key not in ("after", "limit", "metadata"):
             raise invalid(f"unknown parameter {key[:80]!r}", key[:80], "unknown_parameter")
         elif key != "metadata":
             rest[key] = value
     limit = rest.pop("limit", "20")
-    if not (limit.isascii() and limit.isdecimal() and 1 <= int(limit[:9]) <= 100):
+    if not (re.fullmatch(r"[0-9]{1,9}", limit) and 1 <= int(limit) <= 100):
         raise invalid(f"limit: expected a number from 1 to 100, found {limit[:40]!r}", "limit")
     return PageQuery(after=rest.get("after"), limit=int(limit)), metadata
 

@@ -9,13 +9,13 @@ from fastapi import APIRouter, Depends
 from veneer.errors import ServeError, VeneerError
 from veneer.serve.api.context import ApiContext, require_admin
 from veneer.serve.api.errors import ApiError, invalid
-from veneer.serve.api.parameters import AdapterRequest
+from veneer.serve.api.parameters import AdapterRequest, JsonRoute
 from veneer.serve.registry import ModelCard, UnknownModelError
 
 
 def model_routes(context: ApiContext) -> APIRouter:
     """The routes of models."""
-    router = APIRouter()
+    router = APIRouter(route_class=JsonRoute)
     registry = context.registry
 
     @router.get("/v1/models")

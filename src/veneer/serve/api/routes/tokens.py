@@ -8,13 +8,13 @@ from fastapi import APIRouter
 
 from veneer.serve.api.context import ApiContext
 from veneer.serve.api.errors import invalid
-from veneer.serve.api.parameters import DetokenizeRequest, TokenizeRequest
+from veneer.serve.api.parameters import DetokenizeRequest, JsonRoute, TokenizeRequest
 from veneer.serve.api.routes.chat import adapter_template
 
 
 def token_routes(context: ApiContext) -> APIRouter:
     """The routes of the tokenizer."""
-    router = APIRouter()
+    router = APIRouter(route_class=JsonRoute)
     tokenizer = context.tokenizer
 
     @router.post("/v1/tokenize")
