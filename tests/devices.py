@@ -15,6 +15,7 @@ A fake tensor without values cannot do this: its backward aborts on a machine wi
 
 from __future__ import annotations
 
+import os
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -77,6 +78,8 @@ class PretendDevice:
     def __enter__(self) -> PretendDevice:
         for name, answer in self._cuda.items():
             self._stack.enter_context(patch.object(torch.cuda, name, answer))
+        # transformers reads weights in threads, in which the modes below are off.
+        self._stack.enter_context(patch.dict(os.environ, HF_DEACTIVATE_ASYNC_LOAD="1"))
         # Otherwise the second mode would be off inside torch.autograd.grad, where layers run again.
         self._stack.enter_context(patch.object(torch.autograd, "has_torch_function", lambda tensors: False))
         # Checkpointing compares devices from inside operations, where the second mode is off.

@@ -96,6 +96,28 @@ def test_a_base_goes_to_its_device_and_generates_there(tmp_path: Any) -> None:
         assert text("cuda:0") == expected
 
 
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+def test_weights_go_to_the_device_one_by_one(tmp_path: Any, monkeypatch: Any, quantize: str | None) -> None:
+    """The machine's memory never holds all of them; those that are quantized have the bits of the CPU, by which a run knows its base."""
+    tiny("llama").save_pretrained(tmp_path)
+    late: list[str] = []
+    to = torch.nn.Module.to
+
+    def noted(module: torch.nn.Module, *args: Any, **options: Any) -> torch.nn.Module:
+        late.extend(name for name, value in module.named_parameters() if value.is_cpu)
+        return to(module, *args, **options)
+
+    expected = veneer.load_base(tmp_path, dtype="bfloat16", quantize=quantize).model.state_dict()
+    monkeypatch.setattr(torch.nn.Module, "to", noted)
+    with PretendDevice() as device:
+        found = veneer.load_base(tmp_path, dtype="bfloat16", quantize=quantize, device="cuda:0").model.state_dict()
+        assert found.keys() == expected.keys()
+        scales = {name for name in found if "quant_state" in name}  # settings in bytes, made when they are asked for
+        assert {found[name].device for name in found.keys() - scales} == {device.device}
+        assert all(torch.equal(found[name].cpu(), expected[name]) for name in found)
+        assert not [name for name in late if quantize is None or "proj" in name]
+
+
 def test_doctor_lists_devices(capsys: Any) -> None:
     """Each GPU with its memory and data type, and the one that is used by default."""
     with PretendDevice():

@@ -130,14 +130,19 @@ def examples(count: int, *, seed: int = 0, shortest: int = 4, longest: int = 12)
     return found
 
 
+def model_of_world(arch: str = "llama", *, dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
+    """The tiny model of a `World`."""
+    sizes = {**SIZES, "num_key_value_heads": 1} if arch == "llama" else {}
+    return tiny(arch, dtype=dtype, **{**sizes, **overrides})
+
+
 class World:
     """A tiny model with a bank, and what it takes to run jobs on it."""
 
     def __init__(
         self, arch: str = "llama", *, dtype: torch.dtype = torch.float32, model: Any = None, **overrides: Any
     ) -> None:
-        sizes = {**SIZES, "num_key_value_heads": 1} if arch == "llama" else {}
-        self.model = tiny(arch, dtype=dtype, **{**sizes, **overrides}) if model is None else model
+        self.model = model_of_world(arch, dtype=dtype, **overrides) if model is None else model
         self.bank: Bank = attach(self.model)
         self.runner = FlatRunner(self.model)
         self.stepper = Stepper(self.runner, self.bank)

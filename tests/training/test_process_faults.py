@@ -18,9 +18,10 @@ from tests.training.killing import litter
 from tests.training.made import QUIET, Ear, World, digest, examples, figures, four_jobs, options
 from tests.training.processes import Forks, together
 from tests.training.test_sequences import SIZES
-from tests.training.test_sharding import divide, run_together
+from tests.training.test_sharding import run_together, world_in_parts
 
 from veneer.training import train
+from veneer.training.loop.job import Job
 from veneer.training.parallel.processes import Processes
 from veneer.training.run.console import Console
 from veneer.training.shared_base import Watcher
@@ -40,12 +41,12 @@ def test_an_empty_share_and_a_nan_in_a_divided_base() -> None:
     """A process without pieces runs as many passes as the others; a NaN in one process ends its job in all, and no other."""
 
     def work(processes: Processes) -> dict[str, Any]:
-        world, ear = World(), Ear()
-        rows = examples(4, longest=6)
-        jobs = [
-            world.job(name, rows=rows, seed=seed, steps=4, batch_size=2) for seed, name in enumerate(("good", "nan"))
-        ]
-        divide(world, jobs, processes)
+        def make(world: World) -> list[Job]:
+            rows, names = examples(4, longest=6), ("good", "nan")
+            return [world.job(name, rows=rows, seed=seed, steps=4, batch_size=2) for seed, name in enumerate(names)]
+
+        ear = Ear()
+        world, jobs = world_in_parts(processes, make)
         forward = world.stepper.forward_backward
 
         def broken(batch: Any, **rest: Any) -> Any:

@@ -13,7 +13,7 @@ from tests.training.killing import litter
 from tests.training.made import QUIET, World, apart, digest, examples, figures, four_jobs, options
 from tests.training.processes import together
 from tests.training.test_parallel import Gradients
-from tests.training.test_sharding import divide, run_together
+from tests.training.test_sharding import run_together, world_in_parts
 
 from veneer.adapters import DoRA, LoRA
 from veneer.config import TrainOptions
@@ -23,6 +23,7 @@ from veneer.models.divided.sequence_split import SequenceSplit
 from veneer.models.layout import Flat
 from veneer.training import train
 from veneer.training.activation_checkpointing import activation_checkpointing
+from veneer.training.loop.job import Job
 from veneer.training.parallel.processes import ALONE, Processes
 from veneer.training.parallel.sequences import check_sequence, split_sequences
 
@@ -61,16 +62,26 @@ def trained(
     exactly: the results of another call, whose adapters at the start are taken, and trained in fp64.
     """
     sizes = EXACT.get(case, SIZES)
-    world = World(dtype=torch.float64 if case in EXACT or exactly else torch.float32, **sizes)
-    world.model.to(device or "cpu")
     ear = Gradients()
-    jobs = []
-    for number, method in enumerate(CASES[case]):
-        more: dict[str, Any] = {"optimizer": "sgd", "learning_rate": 1e-3, "steps": steps, "batch_size": 4 + number}
-        rows = examples(13, seed=number, shortest=3, longest=40)
-        held = examples(5, seed=50)
-        more |= {"lora_dropout": method.lora_dropout, "eval_every": steps // 2}
-        jobs.append(world.job(f"job{number}", method, seed=number, rows=rows, held_out=held, **more))
+
+    def make(world: World) -> list[Job]:
+        if device is not None:
+            world.model.to(device)
+        jobs = []
+        for number, method in enumerate(CASES[case]):
+            more: dict[str, Any] = {"optimizer": "sgd", "learning_rate": 1e-3, "steps": steps, "batch_size": 4 + number}
+            rows = examples(13, seed=number, shortest=3, longest=40)
+            held = examples(5, seed=50)
+            more |= {"lora_dropout": method.lora_dropout, "eval_every": steps // 2}
+            jobs.append(world.job(f"job{number}", method, seed=number, rows=rows, held_out=held, **more))
+        return jobs
+
+    dtype = torch.float64 if case in EXACT or exactly else torch.float32
+    if parts:
+        world, jobs = world_in_parts(processes, make, dtype=dtype, **sizes)
+    else:
+        world = World(dtype=dtype, **sizes)
+        jobs = make(world)
     if exactly is not None:
         starts = torch.load(exactly)["starts"]
         with torch.no_grad():
@@ -88,8 +99,6 @@ def trained(
             stepper=world.stepper,
         )
         split_sequences(setup, processes, lambda line: None)
-    if parts:
-        divide(world, jobs, processes)
     trainer = world.trainer(jobs, ear, budget=50, share=70)
     trainer.processes = processes
     with activation_checkpointing(world.model, recompute):

@@ -197,7 +197,7 @@ def fresh_head(survey: Survey, outputs: int, seed: int) -> dict[str, dict[str, T
     found: dict[str, dict[str, Tensor]] = {}
     for name in survey.head:
         site = survey.site(name)
-        values = found[name] = fresh_values(site.module, (WEIGHT, BIAS))
+        values = found[name] = fresh_values(site, (WEIGHT, BIAS))
         if site.kind == "vector_layer" or "pooler" in name.split("."):
             continue
         rows = outputs if site.is_classifier else site.geometry.out
@@ -232,7 +232,7 @@ def _sites_of(pattern: str, model: nn.Module, survey: Survey, problems: Problems
 
 def _fresh_layer(site: Site, keys: Collection[str] = (WEIGHT, BIAS)) -> dict[str, Tensor]:
     """Copies of these parameters of a layer, a quantized weight dequantized."""
-    values = fresh_values(site.module, keys)
+    values = fresh_values(site, keys)
     if WEIGHT in keys and site.layer_kind.quantized(site.module) is not None:
         values[WEIGHT] = site.dense.to("cpu", torch.promote_types(site.dtype, torch.float32))
     return values
@@ -255,9 +255,10 @@ def _fresh_rows(
             f"trainable_token_indices: expected distinct tokens below {site.weight.shape[0]:,}, found {list(ids)[:8]}"
         )
         return {}
-    rows = site.weight.detach()[torch.tensor(ids, device=site.weight.device)].to(
-        "cpu", torch.promote_types(site.weight.dtype, torch.float32), copy=True
-    )
+    with site.whole():
+        rows = site.weight.detach()[torch.tensor(ids, device=site.weight.device)].to(
+            "cpu", torch.promote_types(site.weight.dtype, torch.float32), copy=True
+        )
     shared = [site.name, *(other.name for other in survey.sites.values() if other.tied_to == site.name)]
     names = [name for name in shared if WEIGHT not in overrides.get(name, {})]
     for name in names:
@@ -272,9 +273,10 @@ def _share_with_heads(survey: Survey, overrides: dict[str, dict[str, Tensor]]) -
             overrides[site.name] = {**overrides.get(site.name, {}), WEIGHT: overrides[site.tied_to][WEIGHT]}
 
 
-def fresh_values(module: nn.Module, names: Collection[str]) -> dict[str, Tensor]:
+def fresh_values(site: Site, names: Collection[str]) -> dict[str, Tensor]:
     """Copies of a layer's own parameters, in fp32 or wider, to train from."""
-    known = {name: value.detach() for name, value in module.named_parameters(recurse=False) if name in names}
+    with site.whole():
+        known = {name: value.detach() for name, value in site.module.named_parameters(recurse=False) if name in names}
     return {
         name: value.to("meta" if value.is_meta else "cpu", torch.promote_types(value.dtype, torch.float32), copy=True)
         for name, value in known.items()

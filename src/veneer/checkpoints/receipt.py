@@ -261,11 +261,12 @@ def _fingerprints(model: nn.Module | None, sites: Mapping[str, Site]) -> dict[st
     found: dict[str, str] = {}
     if model is None:
         return experts
+    whole = next((site.lender for site in sites.values() if site.lender is not None), None)
     if names and folder is not None:
         with contextlib.suppress(BaseModelError):  # files that have changed or gone since: what is in memory counts
-            found = weight_fingerprints(Base(model, None, str(source), folder, torch.float32), names.values())
+            found = weight_fingerprints(Base(model, None, str(source), folder, torch.float32), names.values(), whole)
     if names and not found:
-        found = weight_fingerprints(model, names.values())
+        found = weight_fingerprints(model, names.values(), whole)
     return experts | {name: found[path] for name, path in names.items()}
 
 

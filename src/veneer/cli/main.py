@@ -98,7 +98,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _discard_output()
         return 141
     except KeyboardInterrupt:
-        _print_error("veneer: interrupted")
+        if os.environ.get("RANK", "0") == "0":  # a terminal interrupts all processes of a run
+            _print_error("veneer: interrupted")
         return 130
     except Exception as error:
         if "--debug" in words:

@@ -23,7 +23,7 @@ from __future__ import annotations
 import types
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain
 from typing import Any
 
@@ -33,21 +33,26 @@ from torch import Tensor, nn
 
 from veneer.kernels.elementwise.functions import ACTIVATIONS, gated, rms_norm, rotary
 
+Whole = Callable[[nn.Module], AbstractContextManager[None]]
+"""Makes a context in which a module's weights are whole."""
 _ROTARY = "apply_rotary_pos_emb"
 _BOUND = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
 @contextmanager
-def fast_modules(model: nn.Module) -> Iterator[dict[str, int]]:
+def fast_modules(model: nn.Module, whole: Whole | None = None) -> Iterator[dict[str, int]]:
     """Use faster forms inside the context; yields the number of each kind. Leave it after `Bank.detach`, which puts back what it found."""
     try:
-        yield use_fast_forwards(model)
+        yield use_fast_forwards(model, whole)
     finally:
         restore_forwards(model)
 
 
-def use_fast_forwards(model: nn.Module) -> dict[str, int]:
-    """Put faster forms on every module that has one, and tell how many of each kind; what has one already is counted again."""
+def use_fast_forwards(model: nn.Module, whole: Whole | None = None) -> dict[str, int]:
+    """Put faster forms on every module that has one, and tell how many of each kind; what has one already is counted again.
+
+    whole: see `Whole`; needed where several processes hold parts of the weights.
+    """
     found = {kind.name: 0 for kind in _KINDS}
     verdicts: dict[tuple[object, ...], _Fast | None] = {}
     for module in model.modules():
@@ -58,12 +63,21 @@ def use_fast_forwards(model: nn.Module) -> dict[str, int]:
             continue
         key = _likeness(module)
         if key not in verdicts:
-            verdicts[key] = next((fast for fast in _candidates(module) if fast.agrees()), None)
+            verdicts[key] = _fast_form(module, whole)
         fast = verdicts[key]
         if fast is not None:
             module.forward = fast.on(module)
             found[fast.name] += 1
     return found
+
+
+def _fast_form(module: nn.Module, whole: Whole | None) -> _Fast | None:
+    """The form that agrees with a module's own, if there is any."""
+    candidates = list(_candidates(module))
+    if not candidates:
+        return None
+    with nullcontext() if whole is None else whole(module):
+        return next((fast for fast in candidates if fast.agrees()), None)
 
 
 def restore_forwards(model: nn.Module) -> None:

@@ -17,7 +17,8 @@ import contextlib
 import hashlib
 import json
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,12 +62,17 @@ class _Stored:
     end: int
 
 
-def weight_fingerprints(base: Base | torch.nn.Module, names: Iterable[str]) -> dict[str, str]:
+def weight_fingerprints(
+    base: Base | torch.nn.Module,
+    names: Iterable[str],
+    whole: Callable[[torch.nn.Module], AbstractContextManager[None]] | None = None,
+) -> dict[str, str]:
     """The fingerprint of each named weight.
 
     Args:
         base: a loaded base, or any module (then from memory).
         names: parameter names, such as ``model.layers.0.self_attn.q_proj.weight``.
+        whole: makes a context in which a module's weights are whole, where several processes hold parts of them.
 
     Raises:
         BaseModelError: the model has no such weight, or a file of the base is damaged or gone.
@@ -86,11 +92,13 @@ def weight_fingerprints(base: Base | torch.nn.Module, names: Iterable[str]) -> d
             )
         module = model.get_submodule(name.rpartition(".")[0])
         if name.endswith("weight") and quantized_layer(module):
-            found[name] = quantized_fingerprint(name, quantized_weight(module))
+            with contextlib.nullcontext() if whole is None else whole(module):
+                found[name] = quantized_fingerprint(name, quantized_weight(module))
             continue
         entry = _find(stored, parameters, spelt, name)
         if entry is None:
-            found[name] = _of_memory(name, parameters[name])
+            with contextlib.nullcontext() if whole is None else whole(module):
+                found[name] = _of_memory(name, module.get_parameter(name.rpartition(".")[2]))
             continue
         if name not in known[entry.file]:
             known[entry.file][name] = _of_file(name, entry)

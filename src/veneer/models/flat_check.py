@@ -10,7 +10,6 @@ refused. In bf16 a wrong segment boundary is an error of order one, and rounding
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -139,15 +138,21 @@ def _alone(runner: CheckedRunner, tokens: list[int]) -> torch.Tensor:
     """Final states [L, D] of one segment by the model's ordinary call, with the positions of its own choice."""
     ids = torch.tensor([tokens], device=device_of(runner.model))
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if "use_cache" in inspect.signature(runner._body.forward).parameters:
+    if "use_cache" in runner._takes:
         inputs["use_cache"] = False
+    caught: list[torch.Tensor] = []
+    # Of the whole model, since a part of a divided one cannot be called alone.
+    handle = runner._body.register_forward_hook(lambda _module, _args, output: caught.append(output.last_hidden_state))
     try:
-        states: torch.Tensor = runner._body(**inputs).last_hidden_state[0]
+        runner.model(**inputs)
+        states = caught[-1][0]
     except Exception as error:  # a model that was never meant for this call can fail anywhere inside it
         name = type(runner.model).__name__
         raise BaseModelError(
             f"{name} cannot be run on one text by its token ids alone ({type(error).__name__}: {error}); use another base"
         ) from error
+    finally:
+        handle.remove()
     return states
 
 
@@ -155,8 +160,8 @@ def _find_head(runner: CheckedRunner, first: list[int], second: list[int]) -> to
     """The output layer, if the model's logits are exactly that layer applied to the final states."""
     model: Any = runner.model
     layer = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
-    if runner._body is runner.model or weight is None or weight.dim() != 2:
+    weight = getattr(layer, "weight", None)
+    if runner._body is runner.model or not isinstance(layer, torch.nn.Module) or weight is None or weight.dim() != 2:
         return None
     flat = Flat.of([first, second])
     try:
@@ -167,7 +172,8 @@ def _find_head(runner: CheckedRunner, first: list[int], second: list[int]) -> to
         runner._last = last
         with contextlib.suppress(Exception):  # a model may do anything with an output layer that gives nothing
             states = runner.hidden(flat)
-            found = torch.nn.functional.linear(states, weight, bias)
+            # Read now: of a divided base it is whole from the forward on.
+            found = torch.nn.functional.linear(states, getattr(layer, "weight"), getattr(layer, "bias", None))  # noqa: B009
             if logits.shape == found.shape and relative_error(found, logits) <= _bound(runner.model) / 10:
                 return layer
     runner._last = None

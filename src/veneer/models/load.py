@@ -13,8 +13,9 @@ import hashlib
 import io
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,8 @@ from veneer.models.sources import Source, fetch_config, looks_like_path, read_co
 if TYPE_CHECKING:
     from veneer.models.quantized.loading import Reading
 
+Divide = Callable[[torch.nn.Module], None]
+"""Leaves this process its part of a model's weights (``divided/sharding.py``)."""
 _log = logging.getLogger(__name__)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _SILENT = 50  # above every level that transformers logs at
@@ -73,6 +76,7 @@ def load_base(
     device: str | torch.device = "cpu",
     quantize: str | None = None,
     task: str | None = None,
+    divide: Divide | None = None,
 ) -> Base:
     """Load a base by alias, folder, GGUF file or hub id (see ``sources.py``).
 
@@ -84,6 +88,7 @@ def load_base(
         quantize: format in which linear layers are held, quantized while they are read: "nf4", "fp4" or "int8". Files that bitsandbytes
             quantized need no format.
         task: "classification", "regression" or "token-classification" for a model with a head for it, in place of a language model.
+        divide: leaves each process its part of a model's weights; those that are read without changes are read in parts.
 
     Raises:
         BaseModelError: not found, refused, or files and model do not fit; with the remedy.
@@ -92,19 +97,25 @@ def load_base(
     if not isinstance(name, str | Path):
         raise BaseModelError(f"load_base takes the name or the path of a base model; found {type(name).__name__}")
     device = resolve_device(device)
-    torch_dtype = fast_dtype(device) if dtype == "auto" else _DTYPES.get(dtype)
-    if torch_dtype is None:
-        raise BaseModelError(f"the dtype {dtype!r} is not one of 'auto', 'float32' and 'bfloat16'")
+    torch_dtype = dtype_for(dtype, device)
     folder = folder_of(name, revision)
     with light_imports(), _quiet():
-        model, notes = _load_model(folder, torch_dtype, quantize, task if task in HEADS else None)
         tokenizer = _load_tokenizer(folder)
+        model, notes = _load_model(folder, torch_dtype, device, quantize, task if task in HEADS else None, divide)
     model.requires_grad_(False)
     model.eval()
-    if device.type != "cpu":
-        model.to(device)
+    if device.type != "cpu" and divide is None:
+        model.to(device)  # buffers that no file holds
     notes += slow_dtype_notes(torch_dtype, device)
     return Base(model, tokenizer, str(name), folder, torch_dtype, notes)
+
+
+def dtype_for(dtype: str, device: torch.device) -> torch.dtype:
+    """The data type that a name means on a device. Raises BaseModelError for another name."""
+    found = fast_dtype(device) if dtype == "auto" else _DTYPES.get(dtype)
+    if found is None:
+        raise BaseModelError(f"the dtype {dtype!r} is not one of 'auto', 'float32' and 'bfloat16'")
+    return found
 
 
 def load_tokenizer(name: str | Path, *, revision: str | None = None) -> Any:
@@ -171,21 +182,26 @@ def _number(config: dict[str, Any], *keys: str) -> int | None:
 
 
 def _load_model(
-    folder: Path, dtype: torch.dtype, quantize: str | None = None, task: str | None = None
+    folder: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantize: str | None = None,
+    task: str | None = None,
+    divide: Divide | None = None,
 ) -> tuple[torch.nn.Module, tuple[str, ...]]:
-    reading, more, remarks = _quantization(folder, quantize)
+    reading, more, remarks = _quantization(folder, quantize, device)
+    # Tensor by tensor to a GPU: the machine's memory holds no second copy of the weights.
+    there = {} if device.type == "cpu" or more else {"device_map": {"": device}}
+    divided = False
     try:
         chosen = model_class(folder) if task is None else class_with_head(folder, task)
-        model, info = chosen.from_pretrained(
-            folder,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-            ignore_mismatched_sizes=True,  # so that they are listed below with all the rest
-            output_loading_info=True,
-            **more,
-        )
+        load = partial(_from_pretrained, chosen, folder, dtype)
+        if divide is None or more:
+            model, info = load(**more, **there)
+        else:
+            from veneer.models.divided.reading import read_in_parts
+
+            model, info, divided = read_in_parts(load, divide, there)
     except BaseModelError:
         raise
     except Exception as error:  # a model library raises anything on a damaged folder
@@ -204,10 +220,28 @@ def _load_model(
         name_padding(model)
         info = {**info, "missing_keys": set(info.get("missing_keys", ())) - absent}
         return model, (*_account(model, info, folder)[1:], *remarks)  # a head of the files that it replaces is expected
-    return model, (*_account(model, info, folder), *remarks)
+    remarks = (*_account(model, info, folder), *remarks)
+    if divide is not None and not divided:
+        divide(model)
+    return model, remarks
 
 
-def _quantization(folder: Path, quantize: str | None) -> tuple[Reading | None, dict[str, Any], tuple[str, ...]]:
+def _from_pretrained(chosen: Any, folder: Path, dtype: torch.dtype, **more: Any) -> Any:
+    return chosen.from_pretrained(
+        folder,
+        dtype=dtype,
+        use_safetensors=True,
+        trust_remote_code=False,
+        local_files_only=True,
+        ignore_mismatched_sizes=True,  # so that they are listed with all the rest
+        output_loading_info=True,
+        **more,
+    )
+
+
+def _quantization(
+    folder: Path, quantize: str | None, device: torch.device
+) -> tuple[Reading | None, dict[str, Any], tuple[str, ...]]:
     """(the quantized load, arguments of ``from_pretrained``, notes) by the folder's config and what was asked for."""
     stored = read_scheme(read_config(folder), folder)
     if stored is None and quantize is None:
@@ -228,7 +262,7 @@ def _quantization(folder: Path, quantize: str | None) -> tuple[Reading | None, d
         )
     from veneer.models.quantized.loading import Reading
 
-    reading = Reading(scheme)
+    reading = Reading(scheme, device)
     config = None if stored is None else transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     return reading, reading.arguments(config), ()
 

@@ -68,7 +68,7 @@ class Site:
     """True for a linear layer that chooses a token's experts; all-linear leaves it out."""
     lender: Callable[[nn.Module], AbstractContextManager[None]] | None = field(default=None, repr=False)
     """Makes the module's weights whole where several processes hold parts of them, which nothing changes then."""
-    _squared: tuple[object, Tensor, StorageWeakRef] | None = field(default=None, repr=False)
+    _squared: tuple[object, Tensor, StorageWeakRef | None] | None = field(default=None, repr=False)
 
     @property
     def host(self) -> Site:
@@ -117,6 +117,11 @@ class Site:
         return device
 
     @property
+    def is_empty(self) -> bool:
+        """True on a base without values, whose shapes are enough for counting and planning."""
+        return self.device.type == "meta"
+
+    @property
     def weight_2d(self) -> Tensor:
         """The base weight as a detached view [out, in]; where it is quantized, a new dense one that must not be kept."""
         with self.whole():
@@ -150,7 +155,10 @@ class Site:
 
     def squared_norms(self) -> Tensor:
         """||W_o||^2 of the base weight, [out], computed once and again only if the weight itself is replaced or cast."""
-        if self.lender is not None and self._squared is not None:
+        if self.lender is not None:  # nothing changes the weight, of which there is only a part here
+            if self._squared is None:
+                with self.whole(), torch.inference_mode(False), torch.no_grad():
+                    self._squared = (None, self.layer_kind.squared_norms(self.module), None)
             return self._squared[1]
         weight = self.weight
         storage = weight.untyped_storage()

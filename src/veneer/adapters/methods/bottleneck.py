@@ -65,7 +65,7 @@ class BottleneckMethod(Method, BottleneckOptions):
         return Geometry(kind, found[DOWN][1], 1)
 
     def init(self, site: Site, generator: torch.Generator, dtype: torch.dtype) -> dict[str, Tensor]:
-        device = "meta" if site.weight.is_meta else "cpu"
+        device = "meta" if site.is_empty else "cpu"
         shapes = self.tensor_shapes(site.geometry, {DOWN: (self.bottleneck_size, site.geometry.out)})
         made = {key: torch.zeros(shape, dtype=dtype, device=device) for key, shape in shapes.items()}
         if device == "cpu":

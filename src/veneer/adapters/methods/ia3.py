@@ -65,7 +65,7 @@ class IA3(Method, IA3Options):
             inputs = site.role == FEED_FORWARD_OUTPUT
         else:
             inputs = any(matches(pattern, site.name) for pattern in as_list(self.feedforward_modules))
-        geometry, device = site.geometry, "meta" if site.weight.is_meta else "cpu"
+        geometry, device = site.geometry, "meta" if site.is_empty else "cpu"
         return {VECTOR: torch.ones((1, geometry.in_) if inputs else (geometry.out, 1), dtype=dtype, device=device)}
 
     def change(

@@ -118,7 +118,7 @@ class LowRankMethod(Method, LowRankOptions):
 
     def init(self, site: Site, generator: torch.Generator, dtype: torch.dtype) -> dict[str, Tensor]:
         r = by_pattern(self.rank_pattern, site.name, max(1, self.r // site.active_experts))
-        if site.weight.is_meta:
+        if site.is_empty:
             # A base without values: shapes are enough for counting and planning.
             shapes = self.shapes_of_rank(site.geometry, r)
             return {key: torch.empty(shape, dtype=dtype, device="meta") for key, shape in shapes.items()}

@@ -51,6 +51,6 @@ class PrefixTuning(VirtualTokens):
         assert site.key_values is not None
         layers, width = site.key_values
         shape = (self.num_virtual_tokens, 2 * layers, width)
-        if site.weight.is_meta:
+        if site.is_empty:
             return {TENSOR: torch.empty(shape, dtype=dtype, device="meta")}
         return {TENSOR: torch.randn(shape, generator=generator, dtype=dtype) * _SCALE}

@@ -85,7 +85,7 @@ class VeRA(Method, VeRAOptions):
         return self.model_copy(update={"projection_size": (max(g.out for g in shapes), max(g.in_ for g in shapes))})
 
     def init(self, site: Site, generator: torch.Generator, dtype: torch.dtype) -> dict[str, Tensor]:
-        device = "meta" if site.weight.is_meta else "cpu"
+        device = "meta" if site.is_empty else "cpu"
         b = torch.zeros(site.geometry.out, dtype=dtype, device=device)
         return {B: b, D: torch.full((self.vera_rank,), self.d_initial, dtype=dtype, device=device)}
 

@@ -48,8 +48,10 @@ class Reading:
         layers: the number of layers that were quantized.
     """
 
-    def __init__(self, scheme: Scheme) -> None:
+    def __init__(self, scheme: Scheme, device: torch.device) -> None:
+        """``device``: where weights go that are quantized here. They are quantized on the CPU, which gives the same bits everywhere."""
         self.scheme = scheme
+        self.device = device
         self.problems: list[str] = []
         self.layers = 0
 
@@ -62,6 +64,12 @@ class Reading:
             return True
         self.problems.append(f"{name} has shape {list(weight.shape)} in the files and {list(shape)} by config.json")
         return False
+
+    def quantized(self, weight: Tensor) -> QuantizedWeight:
+        """A weight in the format of this load, on its device."""
+        made = quantize(weight, self.scheme.format, double=self.scheme.double)
+        scales = {name: scale.to(self.device) for name, scale in made.scales.items()}
+        return made.with_tensors(made.stored.to(self.device), scales)
 
     def check_stacks(self, names: Iterable[str]) -> None:
         """Note quantized stacks of the files that the model does not have."""
@@ -158,17 +166,15 @@ class _Quantizer(HfQuantizer):
 
     def hold(self, module: QuantizedLinear, name: str, weight: Tensor) -> None:
         """Quantize the weight of a layer, if it fits."""
-        scheme = self.reading.scheme
         weight = weight.T.contiguous() if name in self.transposed else weight
         if self.reading.fits(name, weight, (module.out_features, module.in_features)):
-            module.hold(quantize(weight, scheme.format, double=scheme.double))
+            module.hold(self.reading.quantized(weight))
 
     def hold_stack(self, module: Any, parameter: str, name: str, weight: Tensor) -> None:
         """Put the quantized weights of all experts in the place of a parameter, if they fit."""
-        scheme = self.reading.scheme
         if not self.reading.fits(name, weight, tuple(getattr(module, parameter).shape)):
             return
-        made = quantize(weight.reshape(-1, weight.shape[-1]), scheme.format, double=scheme.double)
+        made = self.reading.quantized(weight.reshape(-1, weight.shape[-1]))
         stack = QuantizedStack(made, len(weight), weight.dtype)
         known: tuple[Any, ...] = (stack, stack.weight)
         for value in known:

@@ -169,6 +169,39 @@ class Processes:
             raise SystemExit(1) from fault
         raise error or fault
 
+    def in_step(self, work: Callable[[], T]) -> T:
+        """Do the same work in every process, in which they need each other; if it fails in one, all end.
+
+        A process that fails cannot tell the others, since they may wait in the middle of the work, so faults go through the store of the
+        launch. Usually all find the same one, and the first process says it; else the process says it that has it.
+        """
+        try:
+            return work()
+        except Exception as error:
+            fault = self._first_fault(error)
+            if fault is error:
+                raise
+            raise fault from error
+
+    def _first_fault(self, error: Exception) -> BaseException:
+        """What to raise here for a fault of work in step."""
+        try:
+            store: Any = torch.distributed.distributed_c10d._get_default_store()
+            first = store.add("faults", 1) == 1
+            if first:
+                store.set("fault", json.dumps([self.rank, getattr(error, "code", "training"), str(error)]))
+            if self.first:
+                store.set("fault of 0", "")
+            rank, code, message = json.loads(store.get("fault"))
+            if self.first:
+                return error if message == str(error) else TrainingError(f"process {rank}: {message}", code)
+            until = time.monotonic() + _PARENT_SECONDS * 3
+            while first and time.monotonic() < until and not store.check(["fault of 0"]):
+                time.sleep(0.05)
+            return SystemExit(1) if not first or store.check(["fault of 0"]) else error
+        except RuntimeError:  # the store is in the first process, which has ended
+            return SystemExit(1)
+
     def _call(self, collective: Callable[[], object]) -> None:
         try:
             collective()
@@ -214,7 +247,12 @@ def join(processes: int, device: str, minutes: float) -> Iterator[Processes]:
         )
     rank = int(os.environ["RANK"])
     on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
-    _check_devices(device, on_gpu)
+    try:
+        _check_devices(device, on_gpu)
+    except ConfigError as error:  # all processes of a machine find it, and one says it
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            raise SystemExit(error.exit_code) from error
+        raise
     if on_gpu:
         torch.cuda.set_device(resolve_device(device))  # where torch puts a divided base, and what NCCL takes as its own
     _end_with_launcher()

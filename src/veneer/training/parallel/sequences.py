@@ -82,7 +82,7 @@ def split_sequences(setup: Setup, processes: Processes, say: Callable[[str], Non
         _check_model(runner, split)
 
     processes.together(begin)
-    setup.stepper.bottom = EmbeddingOutput(setup.base.model)
+    setup.stepper.bottom = setup.stepper.bottom or EmbeddingOutput(setup.base.model)
     processes.lockstep = True
     say(f"the tokens of each batch are divided among {degree} processes")
 

@@ -1,50 +1,51 @@
-"""Decides if the processes of a run hold the base in parts, and divides it (``models/divided/sharding.py``).
+"""Decides if the processes of a run hold the base in parts (``models/divided/sharding.py``), before it is loaded.
 
-A run is set up with the whole base in each process: adapters, their magnitudes, checks and the plan are those of one process. Then the
-base is divided, and its numbers that are needed later are kept: ||W||^2 of each row for DoRA, and the records of receipts.
+Such a run is set up on a divided base, in step: every process runs the same passes and reads the same weights in the same order. Numbers
+of weights that are needed later are kept: ||W||^2 of each row for DoRA, and the records of receipts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 
 from veneer.checkpoints.base_view import base_view
 from veneer.checkpoints.receipt import weight_records
 from veneer.config import TrainOptions
 from veneer.errors import ConfigError
-from veneer.models.divided.embedding_output import EmbeddingOutput
+from veneer.models.devices import resolve_device
 from veneer.models.divided.sharding import Shards
-from veneer.training.activation_checkpointing import layers_of
+from veneer.models.load import dtype_for, folder_of
+from veneer.models.quantized.size import size_in_memory
 from veneer.training.device_memory import memory_of
 from veneer.training.parallel.processes import Processes
+from veneer.training.process_memory import return_large_blocks
 from veneer.training.run.setup import Setup
 from veneer.training.samples import asks_for_samples
 from veneer.training.tasks import Task
 
 
-def shard_base(setup: Setup, processes: Processes, say: Callable[[str], None]) -> Shards | None:
-    """Divide the base among the processes if the option ``shard`` says so, or if it is "auto" and the base would take more than half of
-    the memory of one of them; None if each keeps the whole base."""
-    if processes.alone or not _wanted(setup, processes):
+def shards_of_run(
+    options: TrainOptions, jobs: Mapping[str, TrainOptions], processes: Processes, *, loads: bool
+) -> Shards | None:
+    """What divides the base among the processes, if the option ``shard`` says so, or if it is "auto" and the base would take more than
+    half of the memory of one of them; None if each keeps the whole base. ``loads``: the run loads it itself."""
+    if processes.alone or not _wanted(options, jobs, processes, loads=loads):
         return None
-    model = setup.base.model
-    shards = Shards(model, processes.share, first=processes.first)
-    for site in setup.bank.survey.every():
-        site.lender = shards.whole
-    for job in setup.jobs:
-        adapter = setup.bank[job.name]
-        for name in adapter.tensors:
-            if adapter.method.norms != "none":
-                setup.bank.survey.site(name).squared_norms()
-        if processes.first:
-            weight_records(base_view(setup.bank), adapter.tensors)
-    shards.divide(layers_of(model))
-    setup.stepper.shards = shards
-    setup.stepper.bottom = setup.stepper.bottom or EmbeddingOutput(model)
     processes.lockstep = True
-    say(f"the base is divided among {processes.size} processes")
-    return shards
+    return_large_blocks()
+    return Shards(processes.share, first=processes.first)
+
+
+def keep_numbers(setup: Setup, shards: Shards) -> None:
+    """Keep the numbers of the weights that the run needs later."""
+    with shards.in_step():
+        for job in setup.jobs:
+            adapter = setup.bank[job.name]
+            for name in adapter.tensors:
+                if adapter.method.norms != "none":
+                    setup.bank.survey.site(name).squared_norms()
+            weight_records(base_view(setup.bank), adapter.tensors)
 
 
 def check_shard(options: TrainOptions, jobs: Iterable[TrainOptions], processes: Processes, *, loads: bool) -> None:
@@ -76,11 +77,16 @@ def lent(shards: Shards | None) -> Callable[[], AbstractContextManager[None]]:
     return nullcontext if shards is None else shards.lent
 
 
-def _wanted(setup: Setup, processes: Processes) -> bool:
-    if setup.options.shard != "auto":
-        return setup.options.shard == "full"
-    if not setup.loads or any(asks_for_samples(job.options) or job.options.task != Task.name for job in setup.jobs):
+def _wanted(options: TrainOptions, jobs: Mapping[str, TrainOptions], processes: Processes, *, loads: bool) -> bool:
+    if options.shard != "auto":
+        return options.shard == "full"
+    if not loads or any(asks_for_samples(job) or job.task != Task.name for job in jobs.values()):
         return False
-    size = sum(parameter.nbytes for parameter in setup.base.model.parameters())
-    free = memory_of(setup.device).free()
-    return any(processes.gather(free is not None and free < size))
+    device = resolve_device(options.device)
+    size = processes.together(
+        lambda: size_in_memory(
+            folder_of(options.base, options.revision), dtype_for(options.dtype, device), options.quantize
+        )
+    )
+    free = memory_of(device).free()
+    return any(processes.gather(free is not None and free < 2 * size))

@@ -66,7 +66,7 @@ def choose_packing(options: TrainOptions, stepper: Stepper, jobs: Sequence[Job])
         return Packing(0, "one job")
     if options.tokens_per_shared_pass != "auto":
         return Packing(int(options.tokens_per_shared_pass), "as requested")
-    if not options.plan or max(job.steps for job in jobs) < _LEAST_ROUNDS:
+    if not options.plan or stepper.shards is not None or max(job.steps for job in jobs) < _LEAST_ROUNDS:
         return Packing(USUAL, "not measured")
     candidates = _candidates(options, jobs)
     if len(candidates) == 1:

@@ -23,7 +23,7 @@ def decide(setup: Setup, say: Callable[[str], None]) -> dict[str, Any]:
     """The decisions as the manifest stores them. Raises MemoryPlanError if the run does not fit in memory."""
     options = setup.options
     chosen = setup.stepper.forms = _forms(setup)
-    divided = options.shard == "full" or options.sequence_parallel > 1
+    divided = setup.shards is not None or options.sequence_parallel > 1
     if options.plan and divided:
         say(
             "no plan: it would be that of a process with the whole base and whole texts; give activation_checkpointing if memory is short"

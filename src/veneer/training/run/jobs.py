@@ -15,16 +15,17 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from veneer.adapters.adapter import check_name
 from veneer.adapters.methods import METHODS, has_option
 from veneer.config import PER_RUN_OPTIONS, TrainOptions, current_names, given, near_miss, plain, resolve
+from veneer.data.example import Example
 from veneer.data.rows.hub_sets import hub_set
 from veneer.data.rows.readers import near_file
-from veneer.errors import AdapterError, ConfigError, Problems, VeneerError
+from veneer.errors import AdapterError, ConfigError, DataError, Problems, VeneerError, listed
 from veneer.training.loop.job import Job, JobState
 from veneer.training.loop.schedule import learning_rate_at
 from veneer.training.run.run_folder import CONFIG
@@ -233,3 +234,19 @@ def _check_files(jobs: Mapping[str, TrainOptions], problems: Problems) -> None:
                     missing.setdefault(path, f'job "{name}": {key}' if len(jobs) > 1 else key)
     for path, place in missing.items():
         problems.add(f"{place}: there is no file {path}{near_file(path)}")
+
+
+def check_tokens(tokens: Sequence[int], examples: Sequence[Example], tokenizer: Any) -> None:
+    """Raise DataError for trainable tokens that no example contains, whose rows would be saved without training."""
+    missing = set(tokens)
+    for example in examples if missing else ():
+        missing.difference_update(example.ids)
+        if not missing:
+            return
+    if missing:
+        shown = listed(f"{token} ({tokenizer.convert_ids_to_tokens(token)!r})" for token in sorted(missing))
+        raise DataError(
+            f"trainable_token_indices: no example contains the token{'s' if len(missing) > 1 else ''} {shown}"
+            f", so their rows cannot be learnt; leave them out, or see how "
+            "the rows are encoded (veneer data show FILE --ids): control tokens typed in a conversation stay text"
+        )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -127,5 +128,6 @@ def earlier_decisions(folder: RunFolder, manifest: Manifest) -> Manifest:
 def _hash_of_base(setup: Setup) -> str:
     """One hash of the base weights at all sites."""
     names = list(dict.fromkeys(site.parameter for site in setup.bank.sites.values()))
-    found = weight_fingerprints(setup.base, names)
+    with nullcontext() if setup.shards is None else setup.shards.in_step():
+        found = weight_fingerprints(setup.base, names, None if setup.shards is None else setup.shards.whole)
     return hashlib.sha256(json.dumps([found[name] for name in names]).encode()).hexdigest()

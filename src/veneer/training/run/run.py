@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from veneer.training.loss_plot import write_loss_plot
 from veneer.training.parallel.agreement import check_folder, check_same, check_versions
 from veneer.training.parallel.processes import Processes, join
 from veneer.training.parallel.sequences import check_sequence, split_sequences
-from veneer.training.parallel.sharding import check_shard, lent, shard_base
+from veneer.training.parallel.sharding import check_shard, keep_numbers, lent, shards_of_run
 from veneer.training.parallel.shared_listener import SharedListener
 from veneer.training.planning.packing import Packing
 from veneer.training.planning.plan import TrainingPlan
@@ -135,15 +135,13 @@ def _start(
             return jobs
 
         def begin() -> tuple[Setup, RunFolder, Halving | None, Mapping[str, int]]:
-            jobs = expanded
-            stored: dict[str, TrainOptions] = {}
-            if goes_on:
-                jobs, stored = match_stored_run(out, jobs)
+            jobs, stored = match_stored_run(out, expanded) if goes_on else (expanded, {})
             if console.live:
                 stack.callback(console.clear)  # an error must not stand behind it
                 console.progress(f"loading {options.base}")
             held = base_of_run(own, jobs, base, out, console, known=goes_on, alone=processes.alone)
-            setup = stack.enter_context(set_up(own, jobs, held, console.line))
+            with nullcontext() if shards is None else shards.in_step():
+                setup = stack.enter_context(set_up(own, jobs, held, console.line, shards))
             halving = Halving(setup.jobs) if options.halving else None
             longer = check_steps(out, stored, setup.jobs)
             return setup, RunFolder(out, single=len(jobs) == 1 and whole is None, whole=whole), halving, longer
@@ -151,9 +149,9 @@ def _start(
         check_versions(processes)
         expanded = processes.together(enter)
         check_folder(processes, out)
-        if not processes.alone:
-            processes.sequence = options.sequence_parallel
-        setup, folder, halving, longer = processes.together(begin)
+        processes.sequence = 1 if processes.alone else options.sequence_parallel
+        shards = shards_of_run(own, expanded, processes, loads=base is None)
+        setup, folder, halving, longer = processes.together(begin) if shards is None else processes.in_step(begin)
         if processes.first:
             folder.prepare()
         return _run(setup, folder, console, halving, longer, watcher, processes, fresh=fresh, resume_from=resume_from)
@@ -208,7 +206,9 @@ def _run(
     saver = Saver(folder, bank, setup.receipt_of, base_name=setup.base.name if options.calibrate else options.base)
     rounds = None if fresh else _restore(saver, jobs, resume_from, processes)
     gone_on = [] if rounds is None else [go_on(job, longer[job.name], folder.out) for job in jobs if job.name in longer]
-    manifest = processes.together(lambda: manifest_of(setup, processes.size))
+    shards = setup.shards
+    together = processes.together if shards is None else processes.in_step
+    manifest = together(lambda: manifest_of(setup, processes.size))
     check_same(processes, {"base weights": manifest["base"], "examples": manifest["data"]})
     manifest = processes.together(
         lambda: _settle_manifest(setup, folder, console, rounds, manifest, fresh=fresh) if processes.first else {}
@@ -216,7 +216,9 @@ def _run(
     manifest = processes.share(manifest)
     unfinished = any(not job.over for job in jobs)
     split_sequences(setup, processes, console.line)
-    shards = shard_base(setup, processes, console.line)
+    if shards is not None:
+        keep_numbers(setup, shards)
+        console.line(f"the base is divided among {processes.size} processes")
     if not processes.first:
         return _follow(setup, folder, checks, manifest, processes, shards, unfinished=unfinished)
     recorder = Recorder(

@@ -6,7 +6,7 @@ the context, targets that match nothing, a base that cannot run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -34,21 +34,25 @@ from veneer.data.labelled import LABELLED_TASKS, LabelledRenderer
 from veneer.data.labels import Classes, label_names
 from veneer.data.rows.readers import splits
 from veneer.data.rows.shapes import RowReader
-from veneer.errors import BaseModelError, ConfigError, DataError, listed
+from veneer.errors import BaseModelError, ConfigError, DataError
 from veneer.evaluate.general import general_text, pieces
 from veneer.models.classifiers.heads import HEADS, check_trainable
+from veneer.models.devices import resolve_device
+from veneer.models.divided.embedding_output import EmbeddingOutput
+from veneer.models.divided.sharding import Shards
 from veneer.models.fast_modules import fast_modules
 from veneer.models.flat import FlatRunner
-from veneer.models.load import Base, load_base, own_ends
+from veneer.models.load import Base, Divide, load_base, own_ends
 from veneer.models.quantized.scheme import calibration_of
 from veneer.models.quantized.size import parameter_count
 from veneer.models.sources import read_config
+from veneer.training.activation_checkpointing import layers_of
 from veneer.training.cpp_kernels import cpp_kernels
 from veneer.training.eva import explained
 from veneer.training.loop.job import Job
 from veneer.training.loop.step import Stepper
 from veneer.training.loop.trainer import vocabulary_size
-from veneer.training.run.jobs import number_of_steps
+from veneer.training.run.jobs import check_tokens, number_of_steps
 from veneer.training.run.parent_adapters import load_parents, seed_of, start_from_adapter
 from veneer.training.shared_base import SharedBase
 from veneer.training.tasks import TASKS, Task
@@ -90,6 +94,8 @@ class Setup:
     stepper: Stepper
     loads: bool = False
     """The run has loaded the base, and nothing else holds it."""
+    shards: Shards | None = None
+    """The base's weights, where several processes hold parts of them."""
 
     @property
     def device(self) -> torch.device:
@@ -133,6 +139,7 @@ def set_up(
     jobs: Mapping[str, TrainOptions],
     base: Base | SharedBase | None,
     say: Callable[[str], None],
+    shards: Shards | None = None,
 ) -> Iterator[Setup]:
     """Set up a run inside this context; afterwards the base is as it was.
 
@@ -141,6 +148,7 @@ def set_up(
         jobs: the options of each job.
         base: a base in memory, in place of the one that the options name.
         say: prints a line.
+        shards: divides the base that is loaded; then all processes set the run up in step.
     """
     if isinstance(base, SharedBase):
         with _on_shared_base(options, jobs, base, say) as setup:
@@ -149,21 +157,24 @@ def set_up(
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     loads = base is None
-    base = base or load_base_of(options, common_task(jobs))
+    divide = None if shards is None else partial(shards.divide, layers_of, resolve_device(options.device))
+    base = base or load_base_of(options, common_task(jobs), divide)
     check_trainable(base.name, base.model, common_task(jobs))
     with cpp_kernels(options.compile, next(base.model.parameters()).device, say):
         data = load_all(jobs, base, context_of(base))
         bank = attach(base.model)
-        with fast_modules(base.model):  # outermost: an adapter on a norm keeps the norm's faster form and puts it back
+        # Outermost: an adapter on a norm keeps the norm's faster form and puts it back.
+        with fast_modules(base.model, None if shards is None else shards.whole):
             try:
-                setup = replace(_with_adapters(options, jobs, base, bank, data, say, nullcontext), loads=loads)
+                setup = _with_adapters(options, jobs, base, bank, data, say, nullcontext, shards)
+                setup = replace(setup, loads=loads, shards=shards)
                 with closing(setup.stepper):
                     yield setup
             finally:
                 bank.detach()
 
 
-def load_base_of(options: TrainOptions, task: str) -> Base:
+def load_base_of(options: TrainOptions, task: str, divide: Divide | None = None) -> Base:
     """Load the base that the options of a run name, as they describe it."""
     return load_base(
         options.base,
@@ -172,6 +183,7 @@ def load_base_of(options: TrainOptions, task: str) -> Base:
         device=options.device,
         quantize=options.quantize,
         task=task,
+        divide=divide,
     )
 
 
@@ -220,9 +232,14 @@ def _with_adapters(
     data: dict[str, JobData],
     say: Callable[[str], None],
     turn: Callable[[], AbstractContextManager[None]],
+    shards: Shards | None = None,
 ) -> Setup:
     """Add the adapters of the jobs and their parents to the bank, and make what runs them."""
     runner = FlatRunner(base.model)
+    if shards is not None:
+        shards.free()
+        for site in bank.survey.every():
+            site.lender = shards.whole
     made = [make_job(name, own, base, bank, data[name], runner) for name, own in jobs.items()]
     load_parents(made, bank)
     if runner.kind != "flat":
@@ -235,6 +252,9 @@ def _with_adapters(
         references={job.name: job.reference for job in made if job.reference},
         turn=turn,
     )
+    if shards is not None:
+        shards.free()
+        stepper.shards, stepper.bottom = shards, EmbeddingOutput(base.model)
     return Setup(options, base, bank, data, made, stepper)
 
 
@@ -421,22 +441,6 @@ def method_of(options: TrainOptions) -> Method:
     chosen = METHODS[options.method]
     known = chosen.model_fields.keys() & options.model_fields_set
     return chosen(**{name: getattr(options, name) for name in known})
-
-
-def check_tokens(tokens: Sequence[int], examples: Sequence[Example], tokenizer: Any) -> None:
-    """Raise DataError for trainable tokens that no example contains, whose rows would be saved without training."""
-    missing = set(tokens)
-    for example in examples if missing else ():
-        missing.difference_update(example.ids)
-        if not missing:
-            return
-    if missing:
-        shown = listed(f"{token} ({tokenizer.convert_ids_to_tokens(token)!r})" for token in sorted(missing))
-        raise DataError(
-            f"trainable_token_indices: no example contains the token{'s' if len(missing) > 1 else ''} {shown}"
-            f", so their rows cannot be learnt; leave them out, or see how "
-            "the rows are encoded (veneer data show FILE --ids): control tokens typed in a conversation stay text"
-        )
 
 
 def context_of(base: Base) -> int:
