@@ -344,7 +344,8 @@ class Bank:
     # The end
 
     def merged_state_dict(self, route: RouteLike) -> dict[str, Tensor]:
-        """The base's state_dict with the adapters of a one-row route, a weighted mix too, merged in: the base's names, new tensors."""
+        """The base's state_dict with the adapters of a one-row route, a weighted mix too, merged in: the base's names, and new
+        tensors for what changes; the others are the model's own."""
         return merged_state_dict(self.model, self.survey, self._one_mix(route))
 
     def unties(self, route: RouteLike) -> list[tuple[str, ...]]:

@@ -19,6 +19,8 @@ from veneer.errors import BaseModelError, ConfigError, EngineBusyError, ServeErr
 from veneer.serve.engine.adapters import AdapterLimits
 from veneer.serve.engine.engine import Engine, EngineLimits
 from veneer.serve.engine.request import (
+    MAX_TENANTS,
+    OTHER_TENANTS,
     Event,
     Finished,
     GenerationRequest,
@@ -26,6 +28,7 @@ from veneer.serve.engine.request import (
     Mix,
     PromptScored,
     SamplingParams,
+    TenantCounter,
     TextDelta,
 )
 from veneer.serve.engine.runner import ModelCacheRunner, PagedRunner
@@ -303,3 +306,12 @@ def test_a_thread_serves_many_callers_and_lets_other_work_in() -> None:
     long = made.submit(GenerationRequest("long", PROMPT, (), greedy(PROMPT, 90).sampling))
     made.stop(drain=0.0)
     assert list(long)[-1].reason == "cancelled" and made.metrics().running == 0
+
+
+def test_counts_of_tenants_are_bounded() -> None:
+    """Clients may name any number of tenants: those beyond the limit are counted together, and known ones go on by name."""
+    counts = TenantCounter()
+    for number in range(MAX_TENANTS + 500):
+        counts.add(f"t{number}", 2)
+    counts.add("t0", 1)
+    assert counts["t0"] == 3 and counts[OTHER_TENANTS] == 1000 and len(counts) == MAX_TENANTS + 1

@@ -13,7 +13,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from veneer.serve.engine.engine import Engine
-from veneer.serve.engine.request import Finished
+from veneer.serve.engine.request import OTHER_TENANTS, Finished
 
 MAX_LABELS = 100
 _SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
@@ -107,8 +107,9 @@ def _by_adapter(family: Any, name: str, text: str, counts: Mapping[str, float]) 
     """A family with a label for each adapter, the largest counts first; the base's is "base"."""
     made = family(f"veneer:{name}", text, labels=["adapter"])
     ordered = sorted(counts.items(), key=lambda entry: -entry[1])
-    for adapter, count in ordered[:MAX_LABELS]:
+    shown = dict(ordered[:MAX_LABELS])
+    if rest := sum(count for _, count in ordered[MAX_LABELS:]):
+        shown[OTHER_TENANTS] = shown.get(OTHER_TENANTS, 0) + rest  # an adapter may have this name
+    for adapter, count in shown.items():
         made.add_metric([adapter or "base"], count)
-    if ordered[MAX_LABELS:]:
-        made.add_metric(["other"], sum(count for _, count in ordered[MAX_LABELS:]))
     return made

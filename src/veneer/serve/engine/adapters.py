@@ -171,7 +171,7 @@ class AdapterStore:
         version = content_hash(adapter)
         return AdapterVersion(
             name,
-            f"{name[:64]}.{version[:16]}",
+            f"{name[:111]}.{version[:16]}",
             version,
             path,
             adapter,

@@ -46,6 +46,7 @@ from veneer.serve.engine.request import (
     FinishReason,
     GenerationRequest,
     RequestStream,
+    TenantCounter,
 )
 from veneer.serve.engine.runner import Embedder, scores_prompt
 from veneer.serve.engine.sampler import Chosen, choose
@@ -150,8 +151,8 @@ class Engine:
         self._steps = 0
         self._busy = 0.0
         self._cached_tokens = 0
-        self._prompt_tokens: Counter[str] = Counter()
-        self._generated_tokens: Counter[str] = Counter()
+        self._prompt_tokens = TenantCounter()
+        self._generated_tokens = TenantCounter()
         self._finished: Counter[FinishReason] = Counter()
 
     @property
@@ -356,7 +357,7 @@ class Engine:
             if chunk.start == sequence.cached and sequence.generated == 0:
                 self._cached_tokens += sequence.cached
             prompt = min(chunk.start + chunk.count, sequence.prompt_length) - chunk.start
-            self._prompt_tokens[sequence.tenant] += max(0, prompt)
+            self._prompt_tokens.add(sequence.tenant, max(0, prompt))
             with self._ended_by_errors(sequence):
                 if scores_prompt(chunk):
                     prompt_scores(chunk, logits_KV[end - count : end])
@@ -367,7 +368,7 @@ class Engine:
                     ready.append(sequence)
                     rows.append(end - 1)
         for sequence, chosen in self._chosen(ready, rows, logits_KV):
-            self._generated_tokens[sequence.tenant] += 1
+            self._generated_tokens.add(sequence.tenant, 1)
             with self._ended_by_errors(sequence):
                 if (ending := next_token(sequence, chosen)) is not None:
                     self._end(sequence, ending)
@@ -477,11 +478,10 @@ class Engine:
         places = Counter(one.place for one in self._store.status())  # not inside: the adapters may be locked
         with self._changed:
             running = len(self._scheduler.running)
-            waiting = Counter(sequence.tenant for sequence in self._sequences.values() if sequence.started is None)
             return EngineMetrics(
                 running=running,
                 waiting=max(0, len(self._sequences) - running),
-                waiting_by_adapter=dict(waiting),
+                waiting_by_adapter=Counter(one.tenant for one in self._sequences.values() if one.started is None),
                 steps=self._steps,
                 prompt_tokens=dict(self._prompt_tokens),
                 generated_tokens=dict(self._generated_tokens),

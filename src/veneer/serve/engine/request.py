@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import queue
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,8 @@ from veneer.errors import ConfigError, VeneerError
 FinishReason = Literal["stop", "length", "error", "cancelled"]
 Mix = tuple[tuple[str, float], ...]
 """Adapters with their weights; the empty mix is the base."""
+MAX_TENANTS = 1000
+OTHER_TENANTS = "other"
 
 
 @dataclass(frozen=True)
@@ -262,6 +265,14 @@ class RequestStream:
     def cancel(self) -> bool:
         """End the request; its stream still ends with `Finished`. Returns False if it has ended already."""
         return self._cancel(self.request.id)
+
+
+class TenantCounter(Counter[str]):
+    """Counts by tenant. Clients name mixes and tenants, so beyond ``MAX_TENANTS`` names the others are counted as one, "other"."""
+
+    def add(self, tenant: str, number: int) -> None:
+        """Add to a tenant's count."""
+        self[tenant if tenant in self or len(self) < MAX_TENANTS else OTHER_TENANTS] += number
 
 
 @dataclass(frozen=True)
