@@ -108,8 +108,8 @@ def _by_adapter(family: Any, name: str, text: str, counts: Mapping[str, float]) 
     made = family(f"veneer:{name}", text, labels=["adapter"])
     ordered = sorted(counts.items(), key=lambda entry: -entry[1])
     shown = dict(ordered[:MAX_LABELS])
-    if rest := sum(count for _, count in ordered[MAX_LABELS:]):
-        shown[OTHER_TENANTS] = shown.get(OTHER_TENANTS, 0) + rest  # an adapter may have this name
+    if rest := ordered[MAX_LABELS:]:  # an adapter may have the name of the rest
+        shown[OTHER_TENANTS] = shown.get(OTHER_TENANTS, 0) + sum(count for _, count in rest)
     for adapter, count in shown.items():
         made.add_metric([adapter or "base"], count)
     return made
