@@ -116,7 +116,7 @@ MISTAKES = (
     Mistake(
         "Other options in the folder of an earlier run",
         "veneer train rows.jsonl --base ./base --steps 2 --r 4 --out done",
-        ("r: 16 there, 4 now", "--out"),
+        ("r: 16 in the folder, 4 now", "--out"),
     ),
     Mistake(
         "An adapter where a base belongs",

@@ -136,7 +136,6 @@ def test_layers_that_are_not_there() -> None:
 @pytest.mark.parametrize(
     ("arch", "pattern", "reason"),
     [
-        ("mixtral", "mlp.gate", "MixtralTopKRouter is a router that also chooses the experts"),
         ("mamba", "dt_proj", "was not called in the dry run"),
         ("mamba", "conv1d", "Conv1d layers are not supported"),
         ("opt", "embed_positions", "OPTLearnedPositionalEmbedding overrides Embedding.forward"),

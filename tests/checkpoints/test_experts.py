@@ -199,7 +199,7 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
 
     reasons = {
         "missing": (missing, r"experts\.3\.up_proj.*it is incomplete"),
-        "count": (count, "no multiple of 4"),
+        "count": (count, "not a multiple of 4"),
         "half": (half, "expected lora_A and lora_B of stacked experts, found lora_A"),
     }
     for name, (change, reason) in reasons.items():

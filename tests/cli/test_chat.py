@@ -32,7 +32,10 @@ def test_roles_take_turns(chat: Chat, capsys: pytest.CaptureFixture[str]) -> Non
     """An empty answer is told and kept; a message that failed is not."""
     for line in ("hello", "silence", "fail", "hello"):
         chat.take(line)
-    assert capsys.readouterr().out == "hello\n(the answer is empty)\nno such words\nhello\n"
+    assert (
+        capsys.readouterr().out
+        == "hello\n(the answer is empty)\nno such words; /reset starts a new conversation\nhello\n"
+    )
     assert chat.generator.roles == ["user", "assistant", "user", "assistant", "user"]  # type: ignore[attr-defined]
     assert [message["content"] for message in chat.messages] == ["hello", "hello", "silence", "", "hello", "hello"]
 

@@ -255,7 +255,7 @@ FAULTS: dict[str, tuple[dict[str, Any], str, str]] = {
         MIXED,
     ),
     "losses and weights of two devices meet": (
-        {"veneer.training.loop.step.PassLosses.take": mixed_losses, "veneer.training.loop.step.read": unread},
+        {"veneer.training.loop.step.PassLosses.take": mixed_losses, "veneer.training.loop.step.fetch_losses": unread},
         "lora",
         MIXED,
     ),

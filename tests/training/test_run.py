@@ -135,10 +135,10 @@ def test_it_goes_on_from_a_named_checkpoint(place: Path, base: Base, tmp_path: P
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"learning_rate": 2e-2}, "learning_rate: 0.01 there, 0.02 now"),
-        ({"r": 4, "seed": 1}, "r: 2 there, 4 now, seed: 0 there, 1 now"),
-        ({"tokens_per_pass": 64}, "tokens_per_pass: 1024 there, 64 now"),
-        ({"jobs": [{"name": "a"}, {"name": "b"}]}, 'job "b" is not there'),
+        ({"learning_rate": 2e-2}, "learning_rate: 0.01 in the folder, 0.02 now"),
+        ({"r": 4, "seed": 1}, "r: 2 in the folder, 4 now, seed: 0 in the folder, 1 now"),
+        ({"tokens_per_pass": 64}, "tokens_per_pass: 1024 in the folder, 64 now"),
+        ({"jobs": [{"name": "a"}, {"name": "b"}]}, 'job "b" is not in the folder'),
     ],
 )
 def test_other_options_are_refused(place: Path, base: Base, tmp_path: Path, change: dict[str, Any], says: str) -> None:

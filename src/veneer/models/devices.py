@@ -93,7 +93,7 @@ def device_name(device: torch.device) -> str:
 
 def wait_for(device: torch.device) -> None:
     """Wait until a device has finished its work. Before a clock is read: a GPU works on after the calls have returned."""
-    if device.type != "cpu":
+    if device.type != "cpu" and torch.accelerator.is_available():
         torch.accelerator.synchronize(device)
 
 

@@ -243,8 +243,10 @@ def experts_kind_for(module: nn.Module) -> tuple[ExpertsKind | None, str]:
     known: Any = module
     if isinstance(getattr(module, "down_proj", None), QuantizedStack):
         return _ROUTED, ""
+    if "down_proj" not in module._parameters:
+        return None, ""
     stacked = [p for p in module._parameters.values() if p is not None and p.dim() == 3]
-    if len(stacked) < 2 or "down_proj" not in module._parameters:
+    if len(stacked) < 2:
         return None, ""
     if not all(p.is_floating_point() for p in stacked):
         return None, f"its experts are stored as {stacked[0].dtype}, which is not supported"

@@ -95,6 +95,7 @@ def experts_chosen(name: str, counts: Mapping[str, int]) -> int | None:
 
 def router_kind_for(module: nn.Module, count: int | None) -> RouterKind | None:
     """The kind of a module with one row of its weight for each of ``count`` experts, or None."""
-    weight = module._parameters.get("weight")
-    fits = weight is not None and weight.dim() == 2 and weight.shape[0] == count and weight.is_floating_point()
-    return _ROUTER if fits else None
+    weight = module._parameters.get("weight") if count else None
+    if weight is None or isinstance(weight, nn.UninitializedParameter):
+        return None
+    return _ROUTER if weight.dim() == 2 and len(weight) == count and weight.is_floating_point() else None
