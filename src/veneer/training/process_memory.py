@@ -86,12 +86,12 @@ def free() -> int | None:
 
 
 def return_large_blocks() -> None:
-    """Let the C library return blocks of a MiB or more when they are freed.
+    """Let the C library return blocks of a quarter MiB or more when they are freed.
 
     Otherwise it keeps them, and the layers of a divided base, gathered and freed in turn, leave as much as the whole base behind.
     """
     with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 1 << 20)
+        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 1 << 18)
 
 
 def give_back() -> None:
