@@ -10,6 +10,7 @@ fp64; its error is the distance from there to the stored adapter's delta: roundi
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -24,6 +25,7 @@ from veneer.checkpoints.receipt import base_records
 from veneer.compose.ops import OPERATIONS, Operation, OperationSettings, SiteContext
 from veneer.deltas.build import MAX_RANK, Form, Tensors, assemble, site_tensors
 from veneer.deltas.delta import SiteDelta, Weights, geometry_of, needs_base, site_delta, weighted_sum
+from veneer.deltas.parallel import map_sites
 from veneer.deltas.parents import (
     Parent,
     check_one_base,
@@ -136,16 +138,11 @@ def combine(
     if chosen.check is not None:
         chosen.check([parent.adapter for parent in parents], settings, combiner.most)
     tied = _tied(parents, method)
-    tensors: dict[str, Tensors] = {}
-    kinds: dict[str, str] = {}
-    sites = []
-    for site in combiner.sites():
-        exact = combiner.result(site)
-        weight_OK = combiner.weight(site) if method.needs_base_weights else None
-        tensors[site] = site_tensors(site, combiner.reduced(site, exact), method, weight_OK)
-        kinds[site] = exact.geometry.kind
-        if tensors[site]:
-            sites.append(combiner.measure(site, exact, tensors[site]))
+    names = combiner.sites()
+    made = dict(zip(names, map_sites(combiner.stored, names), strict=True))
+    tensors = {site: one for site, (one, _, _) in made.items()}
+    kinds = {site: kind for site, (_, kind, _) in made.items()}
+    sites = [error for _, _, error in made.values() if error is not None]
     _check_something_is_left(combiner, sites, tensors)
     adapter = assemble(tensors, kinds, name, method=method, tied=tied, parameters=target_parameters_of(parents))
     origin, left_out = origin_of(parents), len(tensors) - len(sites)
@@ -174,12 +171,19 @@ class _Combiner:
     energy: float | None
     settings: OperationSettings
     method: LowRankMethod
-    last_weight: tuple[str, Tensor] | None = None
+    last_weight: threading.local = field(default_factory=threading.local)
 
     def sites(self) -> list[str]:
         """Sites of the result, in the parents' order."""
         parents = self.parents if self.operation.over == "all" else self.parents[:1]
         return list(dict.fromkeys(site for parent in parents for site in parent.adapter.tensors))
+
+    def stored(self, site: str) -> tuple[Tensors, str, SiteError | None]:
+        """(tensors of a site, its kind, their distance from the operation's result); no tensors and no distance where nothing is left."""
+        exact = self.result(site)
+        weight_OK = self.weight(site) if self.method.needs_base_weights else None
+        tensors = site_tensors(site, self.reduced(site, exact), self.method, weight_OK)
+        return tensors, exact.geometry.kind, self.measure(site, exact, tensors) if tensors else None
 
     def result(self, site: str) -> SiteDelta:
         """The operation's result at a site."""
@@ -219,12 +223,13 @@ class _Combiner:
         return MAX_RANK if self.rank is None and self.method.needs_base_weights else self.limit(site)
 
     def weight(self, site: str) -> Tensor | None:
-        """The base weight at a site, where the base is known; the last one is kept."""
+        """The base weight at a site, where the base is known; each thread keeps its last one."""
         if self.weights is None:
             return None
-        if self.last_weight is None or self.last_weight[0] != site:
-            self.last_weight = (site, self.weights(site))
-        return self.last_weight[1]
+        kept: tuple[str, Tensor] | None = getattr(self.last_weight, "kept", None)
+        if kept is None or kept[0] != site:
+            kept = self.last_weight.kept = (site, self.weights(site))
+        return kept[1]
 
     def measure(self, site: str, exact: SiteDelta, tensors: Tensors) -> SiteError:
         """The distance of the stored delta from the exact one; an operation on factors is compared with the sum of the deltas."""
