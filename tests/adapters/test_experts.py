@@ -64,13 +64,18 @@ def test_mixed_rows_are_those_of_dense_experts(arch: str) -> None:
     with torch.no_grad(), bank.use(ROWS):
         found = out(block(x)).view(4, 24, -1)
     assert torch.equal(found[1], expected.view(4, 24, -1)[1])
+    check_merged_rows(arch, bank, x, found)
+    bank.detach()
+    assert torch.equal(out(block(x)), expected)
+
+
+def check_merged_rows(arch: str, bank: Bank, x: Tensor, found: Tensor) -> None:
+    """Each row of ``found`` [4, 24, ...] is that of a block with the merged weights of its route."""
     for row, route in enumerate(ROWS):
         dense = block_of(arch)
         dense.load_state_dict(bank.merged_state_dict(route))
         reference = out(dense(x)).view(4, 24, -1)[row]
         assert (found[row] - reference).norm() <= 1e-6 * reference.norm()
-    bank.detach()
-    assert torch.equal(out(block(x)), expected)
 
 
 def dense_weights(bank: Bank, names: list[str]) -> dict[str, Tensor]:

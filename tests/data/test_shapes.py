@@ -297,7 +297,7 @@ def test_a_column_for_the_system_message_is_used_in_every_shape(tmp_path: Path) 
         (
             "a.jsonl",
             '{"prompt": NaN}',
-            r"not valid JSON: NaN is no JSON value \(column 12\); write null, or leave the key out",
+            r"not valid JSON: NaN is not a JSON value \(column 12\); write null, or leave the key out",
         ),
         ("a.jsonl", '{"a": 1, "a": 2}', "a.jsonl:1: duplicate key 'a'"),
         ("a.jsonl", "text", "not valid JSON: .*; expected one JSON object per line"),

@@ -34,7 +34,7 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
-        """Raise ArgumentError for a value that is no choice, with the closest one."""
+        """Raise ArgumentError for a value that is not one of the choices, with the closest one."""
         choices = [*map(str, action.choices or ())]
         if choices and value not in choices:
             expected = " or ".join(filter(None, [", ".join(choices[:-1]), choices[-1]]))

@@ -34,6 +34,14 @@ def ends(made: Engine, *requests: GenerationRequest) -> list[tuple[Finished, lis
     return [(events[-1], tokens(events)) for events in found if isinstance(events[-1], Finished)]
 
 
+def engine_with_adapter(tmp_path: Path) -> tuple[Engine, Path]:
+    """An engine that has an adapter "a", and its folder."""
+    made = engine()
+    (path,) = folders(tmp_path, 1)
+    made.load_adapter("a", path)
+    return made, path
+
+
 def failing(real: Any, fails: Any) -> Any:
     """A function that raises where ``fails(*args)``."""
 
@@ -78,9 +86,7 @@ def test_an_adapter_that_does_not_fit_into_memory_is_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where an adapter cannot be moved to the device, its request ends, nothing stays behind, and the next one is answered."""
-    made = engine()
-    (path,) = folders(tmp_path, 1)
-    made.load_adapter("a", path)
+    made, path = engine_with_adapter(tmp_path)
     expected = answer(made, greedy("r", (("a", 1.0),)))
     made.unload_adapter("a")
     made.step()
@@ -98,9 +104,7 @@ def test_an_embedding_that_waits_for_its_adapter_holds_nobody_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While the adapter of an embedding is read again, another request is answered; then the embedding is that of the adapter."""
-    made = engine()
-    (path,) = folders(tmp_path, 1)
-    made.load_adapter("a", path)
+    made, _ = engine_with_adapter(tmp_path)
     ((first, _),) = ends(made, greedy("first", (("a", 1.0),), embed=True))
     (version,) = made._store._versions
     made._store._out_of_bank(version)

@@ -175,15 +175,17 @@ def _expert_sites(stack: Site, active: int) -> dict[str, Site]:
 def _find_mixtures(found: Survey, names: dict[nn.Module, list[str]]) -> None:
     """Find the modules around experts that are modules of their own: those that hold the list of experts, or a list with a forward."""
     paths = {path[0]: module for module, path in names.items()}
+    mixtures: dict[str, Site] = {}
     for path, experts in paths.items():
         if path.rpartition(".")[2] != "experts" or not isinstance(experts, (nn.ModuleList, nn.ModuleDict)):
             continue
         own = type(experts).forward is not nn.Module.forward
         name = path if own else path.rpartition(".")[0]
-        mixture = found.mixtures.setdefault(name, Site(name, paths[name], _MIXTURE, False, None, False))
-        for site in found.every():
-            if site.mixture is None and site.name.startswith(f"{path}."):
-                site.mixture = mixture
+        mixtures[path] = found.mixtures.setdefault(name, Site(name, paths[name], _MIXTURE, False, None, False))
+    for site in found.every() if mixtures else ():
+        parts = site.name.split(".")
+        above = (".".join(parts[:end]) for end in range(1, len(parts)) if parts[end - 1] == "experts")
+        site.mixture = next((mixtures[path] for path in above if path in mixtures), None)
 
 
 def _weights_without_kind(name: str, module: nn.Module) -> dict[str, str]:

@@ -137,6 +137,6 @@ def _reason(error: orjson.JSONDecodeError) -> str:
         return "not valid UTF-8; save the file as UTF-8"
     found = _NOT_JSON.match(error.doc, error.pos - (error.doc[error.pos - 1 : error.pos] == "-"))
     if found:
-        reason = f"{found.group()} is no JSON value"
+        reason = f"{found.group()} is not a JSON value"
     hint = "; write null, or leave the key out" if found else ""
     return (f"{reason} (column {error.colno})" if error.lineno == 1 else reason) + hint

@@ -22,7 +22,7 @@ from veneer.adapters.methods import has_option
 from veneer.checkpoints import attach
 from veneer.config import TrainOptions, given
 from veneer.data.rows.readers import RecordReader
-from veneer.errors import ConfigError, Problems, TrainingError
+from veneer.errors import ConfigError, Problems, TrainingError, listed
 from veneer.evaluate.general import general_text, pieces
 from veneer.models.classifiers.heads import HEADS
 from veneer.models.fast_modules import fast_modules
@@ -107,7 +107,8 @@ def compare(options: TrainOptions, test: Path, *, seeds: Sequence[int], console:
         further = _further_jobs(contestants, searched, seeds[0])
         if not further:
             break
-        console.line(f"search: {len(further)} contestants are best at the edge of their rates; trying the next one")
+        names = listed([one["name"].rpartition("-rate")[0] for one in further], 4)
+        console.line(f"search: the best rate is the edge of those tried, so the next one is tried: {names}")
         more = train(_run_options(options, out / f"search-{number + 2}", further), base=base, console=console)
         searched = {**searched, **more.jobs}
     chosen = {one.label: _best_rate(one, searched) for one in contestants}

@@ -27,7 +27,7 @@ class Piece(Generic[S]):
 
 
 def passes(pieces: Sequence[Piece[S]], most: int) -> Iterator[list[Piece[S]]]:
-    """Group consecutive micro-batches of different jobs into passes of at most ``most`` tokens."""
+    """Group consecutive pieces of different jobs into passes of at most ``most`` tokens."""
     group: list[Piece[S]] = []
     used = 0
     for piece in pieces:
